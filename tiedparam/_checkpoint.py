@@ -1,0 +1,406 @@
+"""Dense ⇄ tied checkpoints: what a tied layer loads and signs, and pure dictionary functions.
+
+A tied layer stores ``<layer>.parametrizations.<tensor>.original<i>``. A dense entry
+``<layer>.<tensor>`` is accepted as well and projected (S9), whatever ``strict``, ``assign``
+or the device. A layer sees only its own entries, so a copy's dense entry is judged again
+when its source has been loaded, whichever comes first.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiedparam._errors import TieError, TieWarning
+from tiedparam._linked import Linked, effective
+from tiedparam._rule import Rule
+from tiedparam._values import free_values, is_tied, ties_of
+from tiedparam._write_guard import unguard
+
+RESIDUAL_TO_WARN = 1e-3
+"""A loaded weight that is further from the law than this is projected with a `TieWarning`."""
+
+_SIGNATURE = "tiedparam"
+
+
+def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
+    """The state dict that the model would have without its ties.
+
+    Every entry of a tied tensor is its effective weight, contiguous and in storage of its
+    own, so ``torch.save``, safetensors and any plain copy of the model take it. Other
+    entries are the model's own tensors, as in ``state_dict()``.
+
+    Args:
+        model: a model or a part of it. A source outside of the part is read where it is.
+
+    Returns:
+        A dictionary with the dense model's keys in the dense model's order.
+    """
+    return _untie(model, model.state_dict(), lambda layer, name, _: effective(layer, name))
+
+
+def untie_state_dict(
+    model: nn.Module, tied: Mapping[str, Tensor]
+) -> OrderedDict[str, Tensor]:
+    """Expand a tied state dict to the dense one. A pure function: no layer is touched.
+
+    Args:
+        model: the tied model, for names and rules only; its values are not read.
+        tied: a state dict of that model.
+
+    Returns:
+        A dictionary with dense keys; `tie_state_dict` brings it back to the bit.
+
+    Raises:
+        TieError: if free values are missing or misshapen, or a copy's source is not in the
+            model.
+    """
+    return _untie(model, tied, _Expander(model, tied).effective)
+
+
+def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """Project a dense state dict to the tied one. A pure function: no layer is touched.
+
+    For sharded and offline use, where hooks come too late. Entries that are tied already
+    pass through.
+
+    Args:
+        model: the tied model, for names and rules only; its values are not read.
+        dense: a state dict of the model without ties.
+
+    Returns:
+        A dictionary with the tied model's keys.
+
+    Raises:
+        TieError: listing every entry that does not fit: wrong shape, or a copy's entry that
+            disagrees with its source's.
+
+    Warns:
+        TieWarning: naming the layers whose residual exceeds 1e-3.
+    """
+    problems: list[str] = []
+    projected: list[tuple[str, float]] = []
+    result: OrderedDict[str, Tensor] = OrderedDict(dense)
+    _copy_metadata(dense, result)
+    for prefix, layer, name, rule in named_ties(model):
+        key = prefix + name
+        if key not in dense:
+            continue
+        problem = _unfit(rule, key, dense[key])
+        if problem is None and isinstance(rule, Linked):
+            try:
+                entry = _Expander(model, dense).effective(layer, name, rule)
+            except TieError as error:
+                problem = str(error)
+            else:
+                problem = None if _agree(dense[key], entry) else _disagreement(key, rule)
+        elif problem is None and any(k in dense for k in free_keys(layer, name, prefix)):
+            problem = f"'{key}' stands in it both dense and tied. Remove one of the two."
+        if problem is not None:
+            problems.append(problem)
+            continue
+        value = _as_float(result.pop(key))
+        if isinstance(rule, Linked):
+            continue
+        residual = rule.residual(value)
+        if not residual <= RESIDUAL_TO_WARN:
+            projected.append((key, residual))
+        with torch.no_grad():
+            free = rule.right_inverse(value)
+        result.update(zip(free_keys(layer, name, prefix), free, strict=True))
+    if problems:
+        raise TieError("the dense state dict does not fit the tied model:\n" + "\n".join(problems))
+    _warn_projected(projected)
+    return result
+
+
+def named_ties(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Rule]]:
+    """Every tied tensor: key prefix of its layer, layer, tensor name, rule."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, rule in ties_of(module).items():
+            yield (f"{path}." if path else ""), module, name, rule
+
+
+def free_keys(layer: nn.Module, name: str, prefix: str = "") -> list[str]:
+    """The state-dict keys of a tied tensor's free values."""
+    count = layer.parametrizations[name].ntensors  # type: ignore[index]
+    return [f"{prefix}parametrizations.{name}.original{index}" for index in range(count)]
+
+
+# What a tied layer does when torch loads and saves it ------------------------------------
+
+
+def accept(
+    layer: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    error_msgs: list[str],
+) -> None:
+    """Turn the dense entries of one layer into tied ones, before torch loads the layer.
+
+    What does not fit is reported through ``error_msgs`` and taken out, so that the tied
+    tensor keeps all of its old values.
+    """
+    signatures = local_metadata.get(_SIGNATURE, {})
+    for name, rule in ties_of(layer).items():
+        key, keys = prefix + name, free_keys(layer, name, prefix)
+        present = [k for k in keys if k in state_dict]
+        problem = None
+        if key in state_dict:
+            value = state_dict.pop(key)
+            problem = _unfit(rule, key, value)
+            if present:
+                problem = f"'{key}' stands in it both dense and tied. Remove one of the two."
+            elif problem is None and isinstance(rule, Linked):
+                _judge_now_and_later(layer, name, rule, key, value, error_msgs)
+            elif problem is None:
+                value = _as_float(value)
+                residual = rule.residual(value) if value.device.type != "meta" else 0.0
+                if not residual <= RESIDUAL_TO_WARN:
+                    _warn_projected([(key, residual)])
+                with torch.no_grad():
+                    state_dict.update(zip(keys, rule.right_inverse(value), strict=True))
+        elif present:
+            problem = _unfit_free(layer, name, rule, key, keys, state_dict, signatures)
+        if problem is not None:
+            error_msgs.append(problem)
+            for k in keys:
+                state_dict.pop(k, None)
+
+
+def sign(layer: nn.Module, destination: Any, prefix: str) -> None:
+    """Note rule and options in the state dict's metadata; no key is added (S28)."""
+    metadata = getattr(destination, "_metadata", None)
+    if metadata is not None:
+        signatures = {name: str(rule) for name, rule in ties_of(layer).items()}
+        metadata.setdefault(prefix[:-1], {})[_SIGNATURE] = signatures
+
+
+class SourceWatch:
+    """A load hook on a copy's source: judges the copy's dense entry once the source is in."""
+
+    def __init__(self) -> None:
+        self.pending: list[_PendingCopy] = []
+
+    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
+        for copy in self.pending:
+            copy.judge()
+        self.pending.clear()
+
+    def __reduce__(self) -> Any:
+        return SourceWatch, ()  # what is pending belongs to a load that is over by then
+
+
+def watch_source(rule: Linked) -> None:
+    """Put a `SourceWatch` on the layer that ``rule`` reads."""
+    rule.watch = SourceWatch()
+    rule.source.register_load_state_dict_post_hook(rule.watch)
+
+
+def unwatch_source(rule: Linked) -> None:
+    """Take the `SourceWatch` of ``rule`` away again."""
+    hooks = rule.source._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is rule.watch]:
+        del hooks[key]
+
+
+class _PendingCopy:
+    """A copy's dense entry, whose verdict stands in ``error_msgs`` of the load in progress."""
+
+    def __init__(
+        self, layer: nn.Module, name: str, value: Tensor, key: str, error_msgs: list[str]
+    ) -> None:
+        # weakly: the checkpoint's tensors live as long as the load, not as long as the model
+        self.layer, self.value = weakref.ref(layer), weakref.ref(value)
+        self.name, self.key, self.error_msgs = name, key, error_msgs
+
+    def judge(self) -> None:
+        """Add or withdraw the complaint, by what the source holds now."""
+        layer, value = self.layer(), self.value()
+        if layer is None or value is None or not is_tied(layer, self.name):
+            return
+        rule = ties_of(layer)[self.name]
+        with torch.no_grad():
+            agree = _agree(value, rule())
+        complaint = _disagreement(self.key, rule)
+        if not agree and complaint not in self.error_msgs:
+            self.error_msgs.append(complaint)
+        elif agree and complaint in self.error_msgs:
+            self.error_msgs.remove(complaint)
+
+
+def _judge_now_and_later(
+    layer: nn.Module, name: str, rule: Linked, key: str, value: Tensor, error_msgs: list[str]
+) -> None:
+    copy = _PendingCopy(layer, name, value, key, error_msgs)
+    copy.judge()
+    link: Rule | None = rule
+    while isinstance(link, Linked):  # along the chain, to the layer that has the numbers
+        if link.watch is not None:
+            link.watch.pending.append(copy)
+        link = ties_of(link.source).get(link.source_name or "weight")
+
+
+# What fits ---------------------------------------------------------------------------------
+
+
+def _unfit(rule: Rule, key: str, value: Any) -> str | None:
+    shape = rule.bound_layout.shape
+    if not isinstance(value, Tensor):
+        return f"'{key}' is a {type(value).__name__}, not a tensor."
+    if tuple(value.shape) != shape:
+        return f"size mismatch for '{key}': {tuple(value.shape)} in the checkpoint, {shape} here."
+    return None
+
+
+def _unfit_free(
+    layer: nn.Module,
+    name: str,
+    rule: Rule,
+    key: str,
+    keys: list[str],
+    state_dict: Mapping[str, Any],
+    signatures: Mapping[str, str],
+) -> str | None:
+    missing = [k for k in keys if k not in state_dict]
+    if missing:
+        return f"free values of '{key}' are missing: {', '.join(missing)}. Load all or none."
+    written = signatures.get(name)
+    if written is not None and written != str(rule):
+        return f"'{key}' was saved under the rule '{written}' and is tied by '{rule}' here."
+    for k, parameter in zip(keys, free_values(layer, name), strict=True):
+        entry = state_dict[k]
+        if not isinstance(entry, Tensor):
+            return f"'{k}' is a {type(entry).__name__}, not a tensor."
+        if entry.shape != parameter.shape:
+            return (
+                f"size mismatch for '{k}': {tuple(entry.shape)} in the checkpoint, "
+                f"{tuple(parameter.shape)} here."
+            )
+    return None
+
+
+def _agree(entry: Tensor, computed: Tensor) -> bool:
+    """Equal up to the rounding of the coarser of the two dtypes."""
+    if entry.device.type == "meta" or computed.device.type == "meta":
+        return True
+    entry, computed = _as_float(entry).detach(), unguard(computed).detach()
+    tolerance = 4 * max(torch.finfo(entry.dtype).eps, torch.finfo(computed.dtype).eps)
+    wide = torch.promote_types(torch.promote_types(entry.dtype, computed.dtype), torch.float32)
+    return torch.allclose(
+        entry.to(computed.device, wide), computed.to(wide), rtol=tolerance, atol=0, equal_nan=True
+    )
+
+
+def _disagreement(key: str, rule: Rule) -> str:
+    return (
+        f"'{key}' is tied by '{rule}' and disagrees with its source. Load a checkpoint that "
+        "keeps the law, or remove the entry to take the source's values."
+    )
+
+
+def _as_float(value: Tensor) -> Tensor:
+    value = unguard(value)
+    return value if value.is_floating_point() or value.is_complex() else value.float()
+
+
+def _warn_projected(projected: list[tuple[str, float]]) -> None:
+    if projected:
+        names = ", ".join(f"'{key}' (residual {residual:.2e})" for key, residual in projected)
+        warnings.warn(
+            f"these weights were not lawful and were projected while loading: {names}. "
+            "Fine-tune, or look at tiedparam.residual before you tie.",
+            TieWarning,
+            stacklevel=3,
+        )
+
+
+# Expanding a dictionary --------------------------------------------------------------------
+
+
+class _Expander:
+    """Effective weights computed from a dictionary, following copies to their sources."""
+
+    def __init__(self, model: nn.Module, entries: Mapping[str, Tensor]) -> None:
+        self.entries = entries
+        self.prefixes = {
+            id(module): f"{path}." if path else "" for path, module in model.named_modules()
+        }
+
+    def effective(self, layer: nn.Module, name: str, rule: Rule | None) -> Tensor:
+        """The tensor ``name`` of ``layer``, tied by ``rule`` or not at all."""
+        if isinstance(rule, Linked):
+            ((source, source_name),) = rule.sources()
+            return rule.fn(self._source(source, source_name))
+        prefix = self.prefixes[id(layer)]
+        if rule is None:
+            if prefix + name not in self.entries:
+                raise TieError(f"the state dict has no '{prefix + name}', which a copy reads.")
+            return self.entries[prefix + name]
+        keys = free_keys(layer, name, prefix)
+        problem = _unfit_free(layer, name, rule, prefix + name, keys, self.entries, {})
+        if problem is not None:
+            raise TieError(problem)
+        return rule(*(self.entries[key] for key in keys))
+
+    def _source(self, layer: nn.Module, name: str) -> Tensor:
+        rule = ties_of(layer).get(name)
+        if not isinstance(rule, Linked):
+            prefix = self.prefixes.get(id(layer))
+            if prefix is None:
+                raise TieError(
+                    f"the source of a copied tensor, a {type(layer).__name__}, is not in this "
+                    "model. Pass the whole model and its whole state dict."
+                )
+            if prefix + name in self.entries:  # dense already
+                return self.entries[prefix + name]
+        return self.effective(layer, name, rule)
+
+
+def _untie(
+    model: nn.Module,
+    tied: Mapping[str, Tensor],
+    effective_weight: Callable[[nn.Module, str, Rule], Tensor],
+) -> OrderedDict[str, Tensor]:
+    dense: dict[str, Tensor] = {}
+    free: set[str] = set()
+    order: dict[str, list[str]] = {}
+    for prefix, layer, name, rule in named_ties(model):
+        key = prefix + name
+        names = layer.__dict__.get("_parameter_order", (name,))
+        order[prefix] = [prefix + n for n in names]
+        if key in tied:
+            continue
+        with torch.no_grad():
+            weight = effective_weight(layer, name, rule)
+        dense[key] = weight.detach().clone(memory_format=torch.contiguous_format)
+        free.update(free_keys(layer, name, prefix))
+    available = {**{key: value for key, value in tied.items() if key not in free}, **dense}
+    result: OrderedDict[str, Tensor] = OrderedDict()
+    for key in (*tied, *dense):
+        layer_prefix = key.split("parametrizations.")[0] if key in free else _parent(key)
+        for sibling in (*order.pop(layer_prefix, ()), key):
+            if sibling in available:
+                result[sibling] = available.pop(sibling)
+    _copy_metadata(tied, result)
+    return result
+
+
+def _parent(key: str) -> str:
+    return key[: key.rfind(".") + 1]
+
+
+def _copy_metadata(source: Any, target: Any) -> None:
+    metadata = getattr(source, "_metadata", None)
+    if metadata is not None:
+        target._metadata = OrderedDict(
+            (path, {k: v for k, v in entry.items() if k != _SIGNATURE})
+            for path, entry in metadata.items()
+        )

@@ -1,0 +1,33 @@
+"""What tiedparam raises and warns, and how a message names the place it speaks of."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class TieError(RuntimeError):
+    """A tie cannot be made or kept.
+
+    The message names the layer, the fact and the next step, and nothing was changed when
+    it is raised. It is a ``RuntimeError``, as torch's own refusals are, so code that
+    already handles those handles this one.
+    """
+
+
+class TieWarning(UserWarning):
+    """Values were changed as asked, by more than rounding: a loaded weight was projected."""
+
+
+def describe_layer(layer: nn.Module) -> str:
+    """One line for one layer: ``Conv2d(3, 3, kernel_size=(3, 3), …)``, never its children."""
+    kind = type(layer).__name__.removeprefix("Tied")
+    return f"{kind}({layer.extra_repr()})"
+
+
+def describe(layer: nn.Module, tensor_name: str, root: nn.Module | None = None) -> str:
+    """Name a tensor: ``'encoder.conv2.weight'`` where the root is known, else by its layer."""
+    if root is not None:
+        for path, module in root.named_modules():
+            if module is layer:
+                return f"'{path}.{tensor_name}'" if path else f"'{tensor_name}'"
+    return f"'{tensor_name}' of {describe_layer(layer)}"

@@ -1,0 +1,258 @@
+"""The class of tied layers: stock in everything, with the library's machinery plugged in.
+
+torch gives every parametrized layer a class of its own, whose property closes over that
+one layer: copies then break each other (S10, S11), pickling is refused (S12), and every
+layer compiles anew (S32). Here all layers of one stock class with the same tied names
+share one class, whose properties look the layer up, so that
+
+* a copy stands on its own, and ``pickle``, ``copy`` and ``torch.save`` work;
+* torch's own ``remove_parametrizations`` keeps working, one layer at a time.
+
+The stock class stays the first base, which is where torch looks for it. This file is also
+where the other machinery meets the layer: write guard, values, checkpoints.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tiedparam import _checkpoint, _values
+from tiedparam._errors import TieError, describe
+from tiedparam._linked import Linked, effective
+from tiedparam._write_guard import guard, guarding_is_off, unguard
+
+_inside = threading.local()  # .layer: whose own forward this thread is running
+
+
+class HostMeta(type):
+    """Metaclass of host classes: a shared class must survive one layer's removal."""
+
+    stock_class: type[nn.Module]
+    tied_names: tuple[str, ...]
+
+    def __delattr__(cls, name: str) -> None:
+        # torch's remove_parametrizations deletes the property from the class; other layers
+        # still need it, and the leaving layer changes its class instead
+        if name not in cls.tied_names:
+            super().__delattr__(name)
+
+
+def adopt(layer: nn.Module) -> None:
+    """Move a layer that ``parametrize`` has just changed to its shared host class."""
+    made_by_torch = type(layer)
+    stock = stock_class(layer)
+    names = tuple(sorted(layer.parametrizations))  # type: ignore[arg-type]
+    layer.__class__ = host_class(stock, names)
+    if not isinstance(made_by_torch, HostMeta):
+        # its properties close over the layer, which would keep it alive (S11)
+        for name in names:
+            if name in vars(made_by_torch):
+                delattr(made_by_torch, name)
+
+
+def release(layer: nn.Module, tensor_name: str, parameter: nn.Parameter) -> None:
+    """Make one tied tensor a plain Parameter again, in its old place among the others."""
+    stock = stock_class(layer)
+    lists = layer.parametrizations
+    del lists[tensor_name]  # type: ignore[union-attr, arg-type]
+    names = tuple(sorted(lists))  # type: ignore[arg-type]
+    if not names:
+        del layer._modules["parametrizations"]
+    layer.__class__ = host_class(stock, names) if names else stock
+    _insert(layer, tensor_name, parameter)
+
+
+def remember_order(layer: nn.Module) -> None:
+    """Note the order of the parameters before the first tie moves one away (S19)."""
+    if "_parameter_order" not in layer.__dict__:
+        layer.__dict__["_parameter_order"] = tuple(layer._parameters)
+
+
+def stock_class(layer: nn.Module) -> type[nn.Module]:
+    """The class that the layer has without its parametrizations."""
+    return parametrize.type_before_parametrizations(layer)
+
+
+@functools.cache
+def host_class(stock: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The one class of all ``stock`` layers whose parametrized tensors are ``names``."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return stock.forward(self, *args, **kwargs)
+        outer = getattr(_inside, "layer", None)
+        _inside.layer = self
+        try:
+            return stock.forward(self, *args, **kwargs)
+        finally:
+            _inside.layer = outer
+
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        # torch would raise KeyError for a Parameter, and project a tensor in silence (S16, S24)
+        if name in names and _is_parametrized(self, name) and isinstance(value, Tensor):
+            _set(self, name, value)
+        else:
+            stock.__setattr__(self, name, value)
+
+    def delete_attribute(self: nn.Module, name: str) -> None:
+        if name in self._parameters or name in self._buffers:
+            # torch is about to parametrize this tensor too and will inject a property into
+            # the class: give way to a private one. The next `adopt` brings the layer back.
+            self.__class__ = _make_host_class(stock, names, dict(members))
+        stock.__delattr__(self, name)
+
+    def register_parameter(self: nn.Module, name: str, parameter: Any) -> None:
+        if name in names and not _is_parametrized(self, name) and parameter is not None:
+            # torch's remove_parametrizations gives the tensor back: computed, perhaps
+            # expanded, perhaps another layer's own (S21). The layer gets a plain one.
+            remaining = tuple(n for n in names if _is_parametrized(self, n))
+            if remaining:
+                self.__class__ = host_class(stock, remaining)
+            _insert(self, name, plain_parameter(parameter, parameter.requires_grad))
+        else:
+            stock.register_parameter(self, name, parameter)
+
+    def register_buffer(self: nn.Module, name: str, tensor: Any, persistent: bool = True) -> None:
+        if name in names and not _is_parametrized(self, name):
+            # under no_grad torch would turn the weight into a buffer (S20)
+            register_parameter(self, name, tensor)
+        else:
+            stock.register_buffer(self, name, tensor, persistent)
+
+    def load_from_state_dict(
+        self: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        _checkpoint.accept(self, state_dict, prefix, local_metadata, error_msgs)
+        stock._load_from_state_dict(
+            self, state_dict, prefix, local_metadata, strict,
+            missing_keys, unexpected_keys, error_msgs,
+        )  # fmt: skip
+
+    def save_to_state_dict(
+        self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        stock._save_to_state_dict(self, destination, prefix, keep_vars)
+        _checkpoint.sign(self, destination, prefix)
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
+        for name, rule in _values.ties_of(self).items():
+            if isinstance(rule, Linked):
+                rule.refuse_partial_copy(memo, describe(self, name))
+        inherited = getattr(stock, "__deepcopy__", None)
+        if inherited is not None:
+            return inherited(self, memo)
+        replica = self.__class__.__new__(self.__class__)
+        memo[id(self)] = replica
+        replica.__dict__.update(copy.deepcopy(_state(self), memo))
+        return replica
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _revive, (stock, names), _state(self)
+
+    members: dict[str, Any] = {
+        "__module__": stock.__module__,
+        "__doc__": stock.__doc__,
+        "forward": functools.wraps(stock.forward)(forward),
+        "__setattr__": set_attribute,
+        "__delattr__": delete_attribute,
+        "register_parameter": register_parameter,
+        "register_buffer": register_buffer,
+        "_load_from_state_dict": load_from_state_dict,
+        "_save_to_state_dict": save_to_state_dict,
+        "__deepcopy__": deepcopy,
+        "__reduce_ex__": reduce,
+    }
+    stock_reset = getattr(stock, "reset_parameters", None)
+    if stock_reset is not None:
+
+        def reset_parameters(self: nn.Module) -> None:
+            _values.reset_parameters(self, stock)
+
+        members["reset_parameters"] = functools.wraps(stock_reset)(reset_parameters)
+    for name in names:
+        members[name] = _property(name)
+    return _make_host_class(stock, names, members)
+
+
+def plain_parameter(value: Tensor, requires_grad: bool) -> nn.Parameter:
+    """A contiguous Parameter of its own storage with the values of ``value``."""
+    with torch.no_grad():
+        dense = unguard(value).detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(dense, requires_grad)
+
+
+def _make_host_class(
+    stock: type[nn.Module], names: tuple[str, ...], members: dict[str, Any]
+) -> type[nn.Module]:
+    made = HostMeta(f"Tied{stock.__name__}", (stock,), members)
+    made.stock_class, made.tied_names = stock, names
+    return made
+
+
+def _property(name: str) -> property:
+    def read(self: nn.Module) -> Tensor:
+        if not _is_parametrized(self, name):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        try:
+            weight = effective(self, name)
+        except AttributeError as error:
+            # Module.__getattr__ would turn it into "no attribute 'weight'" (S26)
+            raise TieError(
+                f"computing the tied {describe(self, name)} raised AttributeError: {error}"
+            ) from error
+        if guarding_is_off() or getattr(_inside, "layer", None) is self:
+            return weight
+        return guard(weight, self, name) if _values.is_tied(self, name) else weight
+
+    return property(read, lambda self, value: _set(self, name, value))
+
+
+def _set(layer: nn.Module, name: str, value: Tensor) -> None:
+    if _values.is_tied(layer, name):
+        _values.assign_(layer, value, name)
+    else:
+        layer.parametrizations[name].right_inverse(value)  # type: ignore[index, union-attr]
+
+
+def _is_parametrized(layer: nn.Module, name: str) -> bool:
+    lists = layer._modules.get("parametrizations")
+    return lists is not None and name in lists._modules
+
+
+def _insert(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Add a Parameter at the place that it had before the tie."""
+    order = layer.__dict__.get("_parameter_order", ())
+    layer._parameters[name] = parameter
+    later = order[order.index(name) + 1 :] if name in order else ()
+    for follower in [n for n in layer._parameters if n in later]:
+        layer._parameters[follower] = layer._parameters.pop(follower)
+    if not parametrize.is_parametrized(layer):
+        layer.__dict__.pop("_parameter_order", None)
+
+
+def _state(layer: nn.Module) -> dict[str, Any]:
+    getstate: Callable[[], Any] | None = getattr(stock_class(layer), "__getstate__", None)
+    if getstate is None or getstate is getattr(object, "__getstate__", None):
+        return layer.__dict__
+    return getstate(layer)  # type: ignore[call-arg, no-any-return]
+
+
+def _revive(stock: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """Make the empty tied layer that unpickling fills."""
+    cls = host_class(stock, names)
+    return cls.__new__(cls)

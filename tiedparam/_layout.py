@@ -1,0 +1,63 @@
+"""How a tensor of a layer is laid out, so that laws can speak of channels and not of axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape of a tied tensor and how its axes map to the canonical ``V[o, c, x]``.
+
+    ``o`` runs over all outputs, ``c`` over the inputs within a group, ``x`` over the
+    kernel positions. Linear and ordinary convolution weights are canonical already; a
+    transposed convolution stores ``W[in, out/g, *kernel]`` and is rearranged.
+
+    Attributes:
+        shape: the tensor's own shape.
+        groups: the convolution's groups, 1 for every other layer.
+        transposed: whether it is the weight of a transposed convolution.
+    """
+
+    shape: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, layer: nn.Module, tensor_name: str, shape: tuple[int, ...]) -> Layout:
+        """The layout of ``layer``'s tensor ``tensor_name``, which has shape ``shape``."""
+        if isinstance(layer, _ConvNd) and tensor_name == "weight":
+            return cls(tuple(shape), layer.groups, layer.transposed)
+        return cls(tuple(shape))
+
+    @property
+    def canonical_shape(self) -> tuple[int, ...]:
+        """Shape of the canonical layout: ``(out, in per group, *kernel)``."""
+        if not self.transposed:
+            return self.shape
+        inputs, out_per_group, *kernel = self.shape
+        return (out_per_group * self.groups, inputs // self.groups, *kernel)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The axes after the channels; empty for a Linear weight."""
+        return self.shape[2:]
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        """``weight`` as ``V[o, c, x]``; a view where strides allow it."""
+        if not self.transposed:
+            return weight
+        inputs, out_per_group, *kernel = self.shape
+        blocks = weight.reshape(self.groups, inputs // self.groups, out_per_group, *kernel)
+        return blocks.transpose(1, 2).reshape(self.canonical_shape)
+
+    def native(self, canonical: Tensor) -> Tensor:
+        """The inverse of `canonical`."""
+        if not self.transposed:
+            return canonical.reshape(self.shape)
+        outputs, in_per_group, *kernel = self.canonical_shape
+        blocks = canonical.reshape(self.groups, outputs // self.groups, in_per_group, *kernel)
+        return blocks.transpose(1, 2).reshape(self.shape)

@@ -1,0 +1,393 @@
+"""Tying and untying one tensor of one layer.
+
+`register_tie` reads top to bottom: find the rule, check everything, compute the free values,
+plan the optimizers' moves; only then touch the layer, and put everything back if torch
+refuses midway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from tiedparam import _host, _optimizer, _optimizer_guard
+from tiedparam._checkpoint import unwatch_source, watch_source
+from tiedparam._errors import TieError, describe
+from tiedparam._linked import Linked, effective
+from tiedparam._registry import find_rule
+from tiedparam._rule import Rule
+from tiedparam._values import free_values, get_tie, is_tied
+from tiedparam._write_guard import unguard
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+_INITS = ("project", "rescale", "exact")
+
+
+def register_tie(
+    layer: Layer,
+    rule: str | type[Rule] | Rule,
+    tensor_name: str = "weight",
+    *,
+    init: str = "project",
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    root: nn.Module | None = None,
+    **options: Any,
+) -> Layer:
+    """Tie a tensor of a stock layer: only its free values are stored from now on.
+
+    Args:
+        layer: the layer; it stays of its class, and ``repr`` shows the tie.
+        rule: a registered name (`available_rules`), a `Rule` subclass, or a `Rule`.
+        tensor_name: which Parameter of the layer.
+        init: how the free values come from the present weight: ``"project"``, the nearest
+            lawful weight (for trained weights); ``"rescale"``, the projection times the
+            square root of each orbit's multiplicity (for fresh i.i.d. ones, whose standard
+            deviation it keeps); ``"exact"``, raise unless the weight is lawful already.
+        optimizer: the optimizer or optimizers that hold the dense parameter; they are
+            moved to the free values, state included. A stepping optimizer that was left
+            out raises.
+        root: the model that holds the layer: names it in messages, finds a ``source=`` given
+            as a path, refuses layers that share the Parameter with another one, and keeps a
+            copy from being separated from its source.
+        **options: the rule's own options.
+
+    Returns:
+        The layer itself.
+
+    Raises:
+        TieError: if anything does not fit. Nothing was changed then.
+        TypeError: for arguments of a wrong type and options that the rule does not have.
+    """
+    _check_arguments(layer, tensor_name, init, root)
+    made = _make_rule(rule, options)
+    where = describe(layer, tensor_name, root)
+
+    def refuse(reason: str) -> TieError:
+        return TieError(f"cannot tie {where} by '{made}': {reason}")
+
+    weight = _weight_to_tie(layer, tensor_name, root, refuse)
+    found = dict(made.__dict__)
+    try:
+        reason = made.bind(layer, tensor_name, root)
+        if reason is not None:
+            raise refuse(reason)
+        free = _initial_free_values(made, weight, init, refuse)
+    except BaseException:
+        made.__dict__.update(found)  # a rule that did not fit here may fit elsewhere
+        raise
+    optimizers = _optimizer.as_optimizers(optimizer)
+
+    with _rolled_back_on_error(layer, weight, optimizers):
+        _host.remember_order(layer)
+        parametrize.register_parametrization(layer, tensor_name, made)
+        _host.adopt(layer)
+        stored = free_values(layer, tensor_name)
+        with torch.no_grad():
+            for parameter, value in zip(stored, free, strict=True):
+                parameter.copy_(value)
+                parameter.__dict__.update(weight.__dict__)
+        if stored:
+            maps = _optimizer.maps_to_free(made)
+        else:
+            maps = {}
+        try:
+            moves = _optimizer.plan_moves(optimizers, [weight], stored, maps, tensor_name)
+        except ValueError as error:
+            raise refuse(f"{error}.") from error
+        _optimizer.move_gradient([weight], stored, maps)
+        for move in moves:
+            move.apply()
+        if isinstance(made, Linked):
+            watch_source(made)
+    _optimizer_guard.retire(
+        [weight],
+        f"the dense parameter of {where}",
+        "Pass optimizer= to register_tie, or build the optimizer after tying.",
+    )
+    _optimizer_guard.watch_free_values(stored, where)
+    return layer
+
+
+def remove_tie(
+    layer: Layer,
+    tensor_name: str = "weight",
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+) -> Layer:
+    """Make a tied tensor a plain, contiguous Parameter again, with the same values.
+
+    Args:
+        layer: the tied layer; with its last tie gone it has its stock class again.
+        tensor_name: which tensor.
+        optimizer: the optimizer or optimizers that hold the free values; they are moved to
+            the dense parameter, state included. The parameter of an untied copy joins the
+            group of its source.
+
+    Returns:
+        The layer itself.
+
+    Raises:
+        TieError: if the tensor is not tied, if another parametrization is stacked on the
+            tie, or if an optimizer cannot follow. Nothing was changed then.
+    """
+    rule = get_tie(layer, tensor_name)
+    where = describe(layer, tensor_name)
+    if len(layer.parametrizations[tensor_name]) > 1:  # type: ignore[index, arg-type]
+        raise TieError(
+            f"cannot untie {where}: another parametrization is stacked on '{rule}'. Remove that "
+            "one first, or use torch's remove_parametrizations to fix the combined weight."
+        )
+    _refuse_sharded(free_values(layer, tensor_name), where, "untie")
+    optimizers = _optimizer.as_optimizers(optimizer)
+    stored = free_values(layer, tensor_name)
+    with torch.enable_grad():
+        weight = effective(layer, tensor_name)
+    dense = _host.plain_parameter(weight, weight.requires_grad)
+    try:
+        if stored:
+            maps = _optimizer.maps_to_dense(rule)
+            moves = _optimizer.plan_moves(optimizers, stored, [dense], maps, tensor_name)
+        else:
+            maps = {}
+            beside = [p for source, _ in _roots(rule) for p in source.parameters()]
+            moves = _optimizer.plan_addition(optimizers, dense, beside)
+    except ValueError as error:
+        raise TieError(f"cannot move the optimizer of {where}: {error}.") from error
+
+    if isinstance(rule, Linked) and rule.watch is not None:
+        unwatch_source(rule)
+    for parameter in stored:
+        dense.__dict__.update(parameter.__dict__)
+    _host.release(layer, tensor_name, dense)
+    if stored:
+        _optimizer.move_gradient(stored, [dense], maps)
+    for move in moves:
+        move.apply()
+    _optimizer_guard.retire(
+        stored,
+        f"a free value of {where}",
+        "Pass optimizer= to remove_tie, or build the optimizer after untying.",
+    )
+    return layer
+
+
+def residual(
+    layer: nn.Module,
+    rule: str | type[Rule] | Rule,
+    tensor_name: str = "weight",
+    *,
+    root: nn.Module | None = None,
+    **options: Any,
+) -> float:
+    """How far a tensor is from a law: ``‖W − project(W)‖ / ‖W‖``. Look before you tie.
+
+    Args:
+        layer: the layer, tied or not; it is not changed.
+        rule: as in `register_tie`.
+        tensor_name: which tensor.
+        root: the model, to find a ``source=`` given as a path.
+        **options: the rule's own options.
+
+    Returns:
+        0 for a lawful (or zero) weight. For i.i.d. entries about ``sqrt(1 − free/entries)``.
+
+    Raises:
+        TieError: if the tensor cannot carry the rule.
+    """
+    _check_arguments(layer, tensor_name, "project", root)
+    made = _make_rule(rule, options)
+    where = describe(layer, tensor_name, root)
+    weight = getattr(layer, tensor_name, None)
+    if not isinstance(weight, Tensor) or isinstance(weight, nn.UninitializedParameter):
+        raise TieError(f"{where} has no values to compare with '{made}'. Name a tensor that it has.")
+    reason = made.bind(layer, tensor_name, root)
+    if reason is not None:
+        raise TieError(f"cannot compare {where} with '{made}': {reason}")
+    return made.residual(unguard(weight).detach())
+
+
+def _check_arguments(
+    layer: object, tensor_name: object, init: object, root: object
+) -> None:
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"a tie is registered on an nn.Module, not on {type(layer).__name__}")
+    if not isinstance(tensor_name, str):
+        raise TypeError(f"tensor_name takes a string, not {type(tensor_name).__name__}")
+    if root is not None and not isinstance(root, nn.Module):
+        raise TypeError(f"root= takes the model that holds the layer, not {type(root).__name__}")
+    if init not in _INITS:
+        raise TieError(f"init={init!r} is unknown. Choose one of {', '.join(map(repr, _INITS))}.")
+
+
+def _make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:
+    """A fresh rule from a name or a class, or the given one."""
+    if isinstance(rule, Rule):
+        if options:
+            raise TypeError(
+                f"options {sorted(options)} go with a rule's name or class, not with an instance"
+            )
+        if rule.layout is not None:
+            raise TieError(
+                f"this '{rule}' is bound to a tensor already. Make a new instance for every tensor."
+            )
+        return rule
+    if isinstance(rule, str):
+        rule = find_rule(rule)
+    if not (isinstance(rule, type) and issubclass(rule, Rule)):
+        raise TypeError(f"rule takes a name, a Rule subclass or a Rule, not {rule!r}")
+    try:
+        return rule(**options)
+    except TypeError as error:
+        raise TypeError(f"rule '{rule.name or rule.__name__}': {error}") from error
+
+
+def _weight_to_tie(
+    layer: nn.Module,
+    tensor_name: str,
+    root: nn.Module | None,
+    refuse: Callable[[str], TieError],
+) -> nn.Parameter:
+    """The Parameter to tie, once nothing speaks against touching it."""
+    if is_tied(layer, tensor_name):
+        raise refuse(f"it is tied by '{get_tie(layer, tensor_name)}' already. Call remove_tie first.")
+    if parametrize.is_parametrized(layer, tensor_name):
+        raise refuse("it has another parametrization. Remove that one, tie, then register it again.")
+    weight = layer._parameters.get(tensor_name)
+    if weight is None:
+        raise refuse(_why_no_parameter(layer, tensor_name))
+    if isinstance(weight, nn.UninitializedParameter):
+        raise refuse("the layer is lazy and has no shape yet. Run one forward pass first.")
+    if weight.layout is not torch.strided or weight.is_quantized:
+        raise refuse("only dense, unquantized tensors can be tied. Convert the layer first.")
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        raise refuse("the parameter carries gradient hooks, which would be lost. Remove them first.")
+    _refuse_sharded([weight], describe(layer, tensor_name, root), "tie")
+    for other, name in _other_holders(layer, tensor_name, weight, root):
+        raise refuse(
+            f"it shares its Parameter with {describe(other, name, root)}. Give one of them a "
+            "Parameter of its own, and tie the second to the first by 'copy'."
+        )
+    return weight
+
+
+def _why_no_parameter(layer: nn.Module, tensor_name: str) -> str:
+    if tensor_name in layer._parameters:
+        return f"the layer was built without {tensor_name}. Build it with one, or drop the tie."
+    if tensor_name in layer._buffers:
+        return "it is a buffer, and only Parameters can be tied."
+    if isinstance(getattr(layer, tensor_name, None), Tensor):
+        return "it is computed by a hook, not a Parameter. Remove that first (weight_norm, prune)."
+    names = [name for name, parameter in layer._parameters.items() if parameter is not None]
+    known = ", ".join(f"'{name}'" for name in names)
+    if not known:
+        children = ", ".join(f"'{name}'" for name in list(layer._modules)[:5])
+        return f"the layer has no Parameter of its own. Name one of its layers: {children}."
+    return f"the layer has no such tensor. Its Parameters are {known}."
+
+
+def _other_holders(
+    layer: nn.Module, tensor_name: str, weight: nn.Parameter, root: nn.Module | None
+) -> Iterator[tuple[nn.Module, str]]:
+    for module in (root if root is not None else layer).modules():
+        for name, parameter in module._parameters.items():
+            if parameter is weight and not (module is layer and name == tensor_name):
+                yield module, name
+
+
+def _refuse_sharded(parameters: list[nn.Parameter], where: str, verb: str) -> None:
+    """FSDP2 has taken the parameters over; a change under it would diverge (S35)."""
+    if any(hasattr(parameter, "device_mesh") for parameter in parameters):
+        raise TieError(
+            f"cannot {verb} {where}: it is sharded already. {verb.capitalize()} before fully_shard."
+        )
+
+
+def _initial_free_values(
+    rule: Rule, weight: nn.Parameter, init: str, refuse: Callable[[str], TieError]
+) -> list[Tensor]:
+    """Free values for ``weight`` by ``init``, once the rule has shown that it fits."""
+    with torch.no_grad():
+        dense = weight.detach()
+        try:
+            free = list(rule.right_inverse(dense))
+            lawful = rule(*free)
+        except TieError:
+            raise
+        except Exception as error:
+            raise refuse(f"the rule raised {type(error).__name__}: {error}") from error
+        if not isinstance(lawful, Tensor) or lawful.shape != dense.shape:
+            shape = tuple(lawful.shape) if isinstance(lawful, Tensor) else type(lawful).__name__
+            raise refuse(
+                f"its forward returns {shape}, and the tensor is {tuple(dense.shape)}. Correct the rule."
+            )
+        if lawful.dtype != dense.dtype or any(value.dtype != dense.dtype for value in free):
+            raise refuse(f"its free values or its weight are not {dense.dtype}. Correct the rule.")
+        if any(value.numel() == 0 for value in free):
+            raise refuse("one of its free values is empty. Leave it out of free_shapes.")
+        if init == "exact" and not torch.equal(lawful, dense):
+            raise refuse(
+                f"the weight breaks the law {rule.law} (residual {rule.residual(dense):.2e}). "
+                "Use init='project' to take the nearest lawful weight."
+            )
+        if init == "rescale":
+            if isinstance(rule, Linked):
+                raise refuse("a copy has no values of its own to rescale. Use init='project'.")
+            counts = rule.multiplicities()
+            free = [
+                value * count.sqrt().to(value.device, value.dtype)
+                for value, count in zip(free, counts, strict=True)
+            ]
+        return free
+
+
+def _roots(rule: Rule) -> Iterator[tuple[nn.Module, str]]:
+    """The layers at the end of a chain of copies."""
+    for source, name in rule.sources():
+        if is_tied(source, name) and isinstance(get_tie(source, name), Linked):
+            yield from _roots(get_tie(source, name))
+        else:
+            yield source, name
+
+
+@contextmanager
+def _rolled_back_on_error(
+    layer: nn.Module, weight: nn.Parameter, optimizers: list[Optimizer]
+) -> Iterator[None]:
+    """Put the layer and the optimizers back as they were, to the object, if the block raises."""
+    attributes = dict(layer.__dict__)
+    tables = {
+        key: value.copy() for key, value in attributes.items()
+        if key in ("_parameters", "_buffers", "_modules")
+    }  # fmt: skip
+    lists = layer._modules.get("parametrizations")
+    listed = dict(lists._modules) if lists is not None else {}
+    kind = type(layer)
+    groups = [[list(group["params"]) for group in o.param_groups] for o in optimizers]
+    states = [dict(o.state) for o in optimizers]
+    try:
+        yield
+    except BaseException:
+        layer.__class__ = kind
+        layer.__dict__.clear()
+        layer.__dict__.update(attributes)
+        for key, content in tables.items():
+            attributes[key].clear()
+            attributes[key].update(content)
+        if lists is not None:
+            lists._modules.clear()
+            lists._modules.update(listed)
+        for optimizer, params, state in zip(optimizers, groups, states, strict=True):
+            for group, content in zip(optimizer.param_groups, params, strict=True):
+                group["params"][:] = content
+            optimizer.state.clear()
+            optimizer.state.update(state)
+        raise
+
+

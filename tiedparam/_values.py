@@ -1,0 +1,173 @@
+"""Writing the effective weight the safe way: assign, initialise, reset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tiedparam._errors import TieError, describe
+from tiedparam._linked import Linked, effective
+from tiedparam._rule import Rule
+from tiedparam._write_guard import unguard
+
+
+def is_tied(module: nn.Module, tensor_name: str | None = None) -> bool:
+    """Whether the tensor (or, without a name, any tensor of this very layer) is tied."""
+    if not parametrize.is_parametrized(module, tensor_name):
+        return False
+    lists = module.parametrizations
+    names = lists if tensor_name is None else [tensor_name]  # type: ignore[union-attr]
+    return any(isinstance(lists[name][0], Rule) for name in names)  # type: ignore[index, union-attr]
+
+
+def get_tie(layer: nn.Module, tensor_name: str = "weight") -> Rule:
+    """The rule that ties a tensor.
+
+    Raises:
+        TieError: if the tensor is not tied.
+    """
+    if not is_tied(layer, tensor_name):
+        raise TieError(
+            f"{describe(layer, tensor_name)} is not tied. Tie it with register_tie first."
+        )
+    return layer.parametrizations[tensor_name][0]  # type: ignore[index, return-value]
+
+
+def free_values(layer: nn.Module, tensor_name: str) -> list[nn.Parameter]:
+    """The Parameters that a tied tensor is computed from; none for a copy."""
+    values = layer.parametrizations[tensor_name]  # type: ignore[index]
+    return [getattr(values, f"original{index}") for index in range(values.ntensors)]
+
+
+def ties_of(layer: nn.Module) -> dict[str, Rule]:
+    """The tied tensors of one layer and their rules."""
+    if not is_tied(layer):
+        return {}
+    return {name: get_tie(layer, name) for name in layer.parametrizations if is_tied(layer, name)}  # type: ignore[union-attr]
+
+
+def assign_(
+    layer: nn.Module, value: Tensor, tensor_name: str = "weight", *, project: bool = False
+) -> nn.Module:
+    """Set the effective weight: ``layer.weight = value`` with a say in what may change.
+
+    Args:
+        layer: the tied layer.
+        value: a tensor of the weight's shape and dtype, on any device.
+        tensor_name: which tensor.
+        project: take the nearest lawful weight instead of raising if ``value`` breaks the law.
+
+    Returns:
+        The layer. The free values keep their identity; only their contents change.
+
+    Raises:
+        TieError: if the tensor is not tied, is a copy of another layer's, has another shape
+            or dtype, or (without ``project``) breaks the law; the message says by how much.
+    """
+    rule = get_tie(layer, tensor_name)
+    where = describe(layer, tensor_name)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"assign_ takes a tensor, not {type(value).__name__}")
+    if isinstance(rule, Linked):
+        raise TieError(
+            f"cannot assign to {where}: it is computed from another layer's tensor by '{rule}'. "
+            "Assign to the source, or call remove_tie first."
+        )
+    if len(layer.parametrizations[tensor_name]) > 1:  # type: ignore[index, arg-type]
+        raise TieError(
+            f"cannot assign to {where}: another parametrization is stacked on the tie. "
+            "Remove that one first."
+        )
+    value = unguard(value).detach()
+    with torch.no_grad():
+        present = effective(layer, tensor_name)
+        if value.shape != present.shape or value.dtype != present.dtype:
+            raise TieError(
+                f"cannot assign {value.dtype} {tuple(value.shape)} to {where}, which is "
+                f"{present.dtype} {tuple(present.shape)}. Convert the value first."
+            )
+        free = rule.right_inverse(value)
+        if not project and not torch.equal(rule(*free), value):
+            raise TieError(
+                f"the value breaks the law {rule.law} of {where} (residual "
+                f"{rule.residual(value):.2e}). To take the nearest lawful weight call "
+                "tiedparam.assign_(layer, value, project=True)."
+            )
+        for parameter, content in zip(free_values(layer, tensor_name), free, strict=True):
+            parameter.copy_(content)
+    return layer
+
+
+def init_(
+    layer: nn.Module, init_fn: Callable[[Tensor], Any], tensor_name: str = "weight"
+) -> nn.Module:
+    """Initialise a tied tensor as if it were dense, keeping one representative per orbit.
+
+    A projection would shrink an i.i.d. initialisation by the square root of the
+    multiplicity (S37); a representative keeps the distribution, and constants.
+
+    Args:
+        layer: the tied layer.
+        init_fn: an ``nn.init`` function (or any that fills a tensor in place), called once
+            on a dense tensor of the weight's shape, dtype and device.
+        tensor_name: which tensor.
+
+    Returns:
+        The layer. A copy-tied tensor is left alone, so that ``model.apply`` works.
+
+    Raises:
+        TieError: if the tensor is not tied.
+    """
+    rule = get_tie(layer, tensor_name)
+    if isinstance(rule, Linked):
+        return layer
+    with torch.no_grad():
+        dense = torch.empty_like(
+            effective(layer, tensor_name), memory_format=torch.contiguous_format
+        )
+        init_fn(dense)
+        keep_representatives(layer, tensor_name, dense)
+    return layer
+
+
+def keep_representatives(layer: nn.Module, tensor_name: str, dense: Tensor) -> None:
+    """Fill the free values with one member of each orbit of ``dense``."""
+    rule = get_tie(layer, tensor_name)
+    with torch.no_grad():
+        chosen = rule.representatives(dense)
+        for parameter, content in zip(free_values(layer, tensor_name), chosen, strict=True):
+            parameter.copy_(content)
+
+
+def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
+    """Run the stock class's ``reset_parameters`` on dense stand-ins of the tied tensors.
+
+    Everything else that it resets (a bias, running statistics) is the layer's own. A
+    copy-tied tensor is left alone: its source is not re-initialised behind its back (S23).
+    """
+    stand_in = stock_class.__new__(stock_class)
+    stand_in.__dict__.update(layer.__dict__)
+    stand_in._parameters = dict(layer._parameters)
+    stand_in._modules = {k: v for k, v in layer._modules.items() if k != "parametrizations"}
+    names = list(layer.parametrizations)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name in names:
+            dense = torch.empty_like(
+                effective(layer, name), memory_format=torch.contiguous_format
+            )
+            stand_in._parameters[name] = nn.Parameter(dense)
+    stock_class.reset_parameters(stand_in)  # type: ignore[attr-defined]
+    for name, rule in ties_of(layer).items():
+        dense_parameter = stand_in._parameters[name]
+        if not isinstance(rule, Linked) and dense_parameter is not None:
+            keep_representatives(layer, name, dense_parameter)
+    # what the stock method assigned instead of filling in place
+    for name in layer._parameters:
+        layer._parameters[name] = stand_in._parameters[name]
+    for name, value in stand_in.__dict__.items():
+        if name not in ("_parameters", "_modules"):
+            layer.__dict__[name] = value

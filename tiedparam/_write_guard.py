@@ -1,0 +1,147 @@
+"""Writes into a computed weight would be lost; this makes them an error (S23, S16).
+
+A tied weight is computed at every read, so ``nn.init.zeros_(layer.weight)`` or
+``layer.weight.data.mul_(2)`` would write into a temporary. Outside the layer's own forward
+the weight is therefore handed out as a `GuardedWeight`, an ordinary tensor for every use
+but one: it, its views and its ``.data`` refuse to be written in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiedparam._errors import TieError, describe
+
+_WRITING_OPERATORS = frozenset(
+    f"__i{name}__"
+    for name in (
+        "add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow",
+        "and", "or", "xor", "lshift", "rshift",
+    )
+) | {"__setitem__"}  # fmt: skip
+
+
+class GuardedWeight(Tensor):
+    """An effective weight that refuses in-place writes; reads see an ordinary tensor.
+
+    Not covered: memory that is shared with other libraries (``.numpy()``, dlpack,
+    ``untyped_storage()``), where a write goes into the temporary unseen.
+    """
+
+    _guarded: tuple[nn.Module, str]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = _written(func, args, kwargs)
+        if written is not None:
+            _refuse(written, func)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if args and isinstance(args[0], GuardedWeight):
+            return _guard_views(result, args[0])
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # saved as what it is for every reader: an ordinary tensor
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.as_subclass(Tensor).__deepcopy__(memo)  # type: ignore[no-any-return]
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return self.as_subclass(Tensor).__repr__(**options)
+
+    def __format__(self, spec: str) -> str:
+        return self.as_subclass(Tensor).__format__(spec)
+
+
+def guard(weight: Tensor, layer: nn.Module, tensor_name: str) -> Tensor:
+    """``weight`` as a `GuardedWeight` that names its layer when it refuses."""
+    with torch._C.DisableTorchFunctionSubclass():
+        guarded = weight.as_subclass(GuardedWeight)
+    guarded._guarded = (layer, tensor_name)
+    return guarded
+
+
+def unguard(weight: Tensor) -> Tensor:
+    """The plain tensor behind a `GuardedWeight`; any other tensor as it is."""
+    if isinstance(weight, GuardedWeight):
+        with torch._C.DisableTorchFunctionSubclass():
+            return weight.as_subclass(Tensor)
+    return weight
+
+
+def guarding_is_off() -> bool:
+    """Whether somebody traces or transforms the code, where a subclass would be in the way."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuardedWeight | None:
+    """The guarded tensor that ``func`` would write into, if any."""
+    outputs = kwargs.get("out")
+    targets: list[Any] = [outputs]
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    if in_place or name in _WRITING_OPERATORS or kwargs.get("inplace"):
+        targets.append(args[0] if args else kwargs.get("tensor", kwargs.get("input")))
+    elif name == "__set__" and not (func is _SET_GRAD and args[1] is None):
+        targets.append(args[0])
+    for target in targets:
+        for tensor in target if isinstance(target, (tuple, list)) else (target,):
+            if isinstance(tensor, GuardedWeight):
+                return tensor
+    return None
+
+
+_SET_GRAD = Tensor.grad.__set__  # type: ignore[attr-defined]
+
+
+def _refuse(weight: GuardedWeight, func: Any) -> None:
+    layer, tensor_name = weight._guarded
+    owner = getattr(getattr(func, "__self__", None), "__name__", "")
+    action = f"setting .{owner}" if func.__name__ == "__set__" else f"'{func.__name__}'"
+    if func.__name__ == "requires_grad_" or owner == "requires_grad":
+        way = f"To freeze it call layer.parametrizations.{tensor_name}.requires_grad_(False)."
+    else:
+        way = (
+            "Use tiedparam.assign_(layer, value), tiedparam.init_(layer, init_fn), or write to "
+            f"the free values in layer.parametrizations.{tensor_name}."
+        )
+    raise TieError(
+        f"{action} on the tied {describe(layer, tensor_name)} would be lost: the weight is "
+        f"computed from its free values at every read. {way}"
+    )
+
+
+def _guard_views(result: Any, weight: GuardedWeight) -> Any:
+    """Guard what shares memory with a guarded weight: views, ``detach()``, ``.data``."""
+    if isinstance(result, Tensor):
+        if not isinstance(result, GuardedWeight) and _shares_memory(result, weight):
+            return guard(result, *weight._guarded)
+        return result
+    if type(result) in (tuple, list):
+        return type(result)(_guard_views(item, weight) for item in result)
+    return result
+
+
+def _shares_memory(left: Tensor, right: Tensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        if left.layout is not torch.strided or left.device.type == "meta":
+            return False
+        return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr() != 0

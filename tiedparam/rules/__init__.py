@@ -1,0 +1,7 @@
+"""The laws, one per file; every module of this package is imported, so that it registers."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,101 @@
+"""Per-channel sharing: W[o, c, x] = w[o, x], w[c, x], w[x] or w[o mod m, c, x]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from tiedparam._broadcast import Broadcast
+from tiedparam._layout import Layout
+from tiedparam._registry import register_rule
+from tiedparam._rule import Example
+
+_LAWS = {
+    "in": "W[o, c, x] = w[o, x]",
+    "out": "W[o, c, x] = w[c, x]",
+    "all": "W[o, c, x] = w[x]",
+    "groups": "W[g·m + r, c, x] = w[r, c, x]",
+}
+
+
+@register_rule("channel_shared")
+class ChannelShared(Broadcast):
+    """The same filter for every channel, ``x`` a kernel position.
+
+    ====================  ==============================  =======================
+    ``over``              law                             free values
+    ====================  ==============================  =======================
+    ``"in"``              ``W[o, c, x] = w[o, x]``        ``(O, *kernel)``
+    ``"out"``             ``W[o, c, x] = w[c, x]``        ``(C/g, *kernel)``
+    ``"all"``             ``W[o, c, x] = w[x]``           ``kernel``, or ``(1,)``
+    ``"groups"``          ``W[g·m+r, c, x] = w[r, c, x]``  ``(O/g, C/g, *kernel)``
+    ====================  ==============================  =======================
+
+    ``"in"`` applies one kernel per output to every input channel, which equals summing
+    the channels first. ``"groups"`` filters ``g`` independent streams (the groups of a
+    grouped convolution, ``m = O/g`` filters each) with one small bank.
+
+    Args:
+        over: which channels share: ``"in"``, ``"out"``, ``"all"`` or ``"groups"``.
+
+    ``O`` outputs, ``C`` inputs, ``g`` groups; ``c`` runs within a group; ``weight`` has the
+    layer's own shape and the law speaks of the canonical layout. The bias is left alone.
+    Each stored value receives the sum of its copies' gradients.
+
+    Source: "same filter for each channel", the PyTorch forum; the projection is the orbit
+    mean (Ravanbakhsh et al. 2017).
+    """
+
+    law = "W[o, c, x] = w[o, x]  (over='in'; also 'out', 'all', 'groups')"
+
+    def __init__(self, over: str = "in") -> None:
+        super().__init__()
+        self.over = over
+        self.law = _LAWS.get(over, type(self).law) if isinstance(over, str) else type(self).law
+
+    def options(self) -> dict[str, Any]:
+        """``over``."""
+        return {"over": self.over}
+
+    def check(self, layout: Layout) -> str | None:
+        """``over`` must be known, the tensor must have channels, ``groups`` needs groups."""
+        if self.over not in _LAWS:
+            known = ", ".join(f"'{over}'" for over in _LAWS)
+            return f"over={self.over!r} is unknown. Choose one of {known}."
+        if len(layout.shape) < 2:
+            return "the tensor has no input channels. Tie a weight, or use 'row_repeat'."
+        if self.over == "groups" and layout.groups == 1:
+            return (
+                "over='groups' shares one bank between the groups of a convolution, and this "
+                "layer has groups=1. Build the layer with groups=, or use over='in'."
+            )
+        return None
+
+    def blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The canonical axes, outputs split by group for ``over="groups"``."""
+        layout = self.bound_layout
+        out, *rest = layout.canonical_shape
+        if self.over == "groups":
+            return (layout.groups, out // layout.groups, *rest), (0,)
+        if self.over == "all" and not layout.kernel:
+            # a kernel axis of one position, so that the free value is a vector, not a scalar
+            return (out, *rest, 1), (0, 1)
+        return layout.canonical_shape, {"in": (1,), "out": (0,), "all": (0, 1)}[self.over]
+
+    @classmethod
+    def examples(cls) -> Sequence[Example]:
+        """Every ``over`` on convolutions of 1 to 3 dimensions, transposed ones and Linear."""
+        return (
+            Example(lambda: nn.Conv2d(3, 4, 3)),
+            Example(lambda: nn.Conv1d(4, 6, 5, groups=2), {"over": "in"}),
+            Example(lambda: nn.Conv3d(2, 3, (3, 2, 1)), {"over": "in"}),
+            Example(lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), {"over": "in"}),
+            Example(lambda: nn.Conv2d(3, 4, 3), {"over": "out"}),
+            Example(lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), {"over": "out"}),
+            Example(lambda: nn.Conv2d(3, 4, 3), {"over": "all"}),
+            Example(lambda: nn.Linear(5, 4), {"over": "all"}),
+            Example(lambda: nn.Conv1d(6, 12, 3, groups=3), {"over": "groups"}),
+            Example(lambda: nn.ConvTranspose3d(4, 6, (1, 2, 2), groups=2), {"over": "groups"}),
+        )

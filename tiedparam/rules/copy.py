@@ -1,0 +1,77 @@
+"""The copy of another layer: W = fn(source.W)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiedparam._linked import Linked
+from tiedparam._registry import register_rule
+from tiedparam._rule import Example
+
+
+def identity(weight: Tensor) -> Tensor:
+    """The default ``fn`` of `Copy`: the source's tensor itself."""
+    return weight
+
+
+@register_rule("copy")
+class Copy(Linked):
+    """A tensor that is a function of another layer's tensor: ``W = fn(source.W)``.
+
+    Nothing is stored: the layer has no parameter and no key for it, and the gradients of
+    both uses arrive in the source.
+
+    Args:
+        source: the layer to read; with ``register_tie(..., root=model)`` also its path.
+        source_name: which of its tensors; by default the one with the tied tensor's name.
+        fn: any differentiable function whose result has the tied tensor's shape, such as
+            ``torch.square``, ``torch.t`` for a tied autoencoder, or a tile or crop.
+
+    ``free``: none; ``weight``: the layer's own shape. `register_tie` raises `TieError` if the
+    source or its tensor does not exist, if ``fn`` gives another shape, dtype or device, or if
+    the ties would form a cycle.
+
+    Source: "weight of a layer as a function of another layer's", the PyTorch forum.
+    """
+
+    law = "W = fn(source.W)"
+
+    def __init__(
+        self,
+        source: nn.Module | str,
+        source_name: str | None = None,
+        fn: Callable[[Tensor], Tensor] = identity,
+    ) -> None:
+        super().__init__(source, source_name, fn)
+
+    def options(self) -> dict[str, Any]:
+        """``fn``, where it is not the identity."""
+        if self.fn is identity:
+            return {}
+        return {"fn": getattr(self.fn, "__name__", type(self.fn).__name__)}
+
+    @classmethod
+    def examples(cls) -> Sequence[Example]:
+        """A copy, a transposed copy (tied autoencoder), and a copied bias."""
+        return (
+            Example(
+                lambda: nn.ModuleDict({"a": nn.Conv2d(3, 3, 3), "b": nn.Conv2d(3, 3, 3)}),
+                {"source": "a"},
+                path="b",
+            ),
+            Example(
+                lambda: nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 5)),
+                {"source": "0", "fn": torch.t},
+                path="1",
+            ),
+            Example(
+                lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
+                {"source": "0"},
+                path="1",
+                tensor_name="bias",
+            ),
+        )

@@ -1,0 +1,71 @@
+"""Row repetition: W[o] = w[o // (out/groups)]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from tiedparam._broadcast import Broadcast
+from tiedparam._layout import Layout
+from tiedparam._registry import register_rule
+from tiedparam._rule import Example
+
+
+@register_rule("row_repeat")
+class RowRepeat(Broadcast):
+    """Equal rows: ``W[o] = w[o // (out/groups)]``, for any tensor with an output axis.
+
+    With ``groups=1`` all outputs read one stored row; with more, the rows come in
+    ``groups`` blocks of equal rows. The option is independent of a convolution's own
+    groups.
+
+    Args:
+        groups: how many different rows there are; it must divide the number of outputs.
+
+    Shapes: ``free``: ``(groups, *rest)``; ``weight``: ``(out, *rest)``, in the canonical
+    layout. Each stored value has ``out/groups`` copies and receives the *sum* of their
+    gradients, which is an ``out/groups`` times larger effective learning rate under SGD.
+
+    Source: "linear layer in which all rows are the same", the PyTorch forum; the
+    projection is the orbit mean (Ravanbakhsh et al. 2017).
+    """
+
+    law = "W[o] = w[o // (out/groups)]"
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def options(self) -> dict[str, Any]:
+        """``groups``."""
+        return {"groups": self.groups}
+
+    def check(self, layout: Layout) -> str | None:
+        """``groups`` must be a positive divisor of the number of outputs."""
+        if not isinstance(self.groups, int) or isinstance(self.groups, bool) or self.groups < 1:
+            return f"groups must be a positive integer, not {self.groups!r}."
+        if not layout.shape:
+            return "a tensor without axes has no rows. Tie a weight or a bias."
+        out = layout.canonical_shape[0]
+        if out % self.groups:
+            return f"the {out} rows cannot be cut into groups={self.groups} equal blocks. Choose a divisor of {out}."
+        return None
+
+    def blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """``(groups, out/groups, *rest)``, shared along the rows of a block."""
+        out, *rest = self.bound_layout.canonical_shape
+        return (self.groups, out // self.groups, *rest), (1,)
+
+    @classmethod
+    def examples(cls) -> Sequence[Example]:
+        """Linear and bias, convolutions of every kind, an embedding."""
+        return (
+            Example(lambda: nn.Linear(5, 4)),
+            Example(lambda: nn.Linear(5, 6), {"groups": 3}),
+            Example(lambda: nn.Linear(5, 6), {"groups": 2}, tensor_name="bias"),
+            Example(lambda: nn.Conv2d(4, 6, 3, groups=2), {"groups": 3}),
+            Example(lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), {"groups": 2}),
+            Example(lambda: nn.Embedding(6, 3), {"groups": 2}),
+        )

@@ -1,0 +1,46 @@
+"""The squared copy of another layer: W = source.W²."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from tiedparam._linked import Linked
+from tiedparam._registry import register_rule
+from tiedparam._rule import Example
+
+
+@register_rule("squared_copy")
+class SquaredCopy(Linked):
+    """A tensor that is the elementwise square of another layer's: ``W = source.W²``.
+
+    Args:
+        source: the layer to read; with ``register_tie(..., root=model)`` also its path.
+        source_name: which of its tensors; by default the one with the tied tensor's name.
+
+    ``free``: none; ``weight``: the source's shape. Raises as `copy` does; for shapes that
+    differ use ``copy`` with ``fn=``.
+
+    Source: "conv_2.weight = conv_1.weight ** 2", the PyTorch forum.
+    """
+
+    law = "W = source.W²"
+
+    def __init__(self, source: nn.Module | str, source_name: str | None = None) -> None:
+        super().__init__(source, source_name, torch.square)
+
+    @classmethod
+    def examples(cls) -> Sequence[Example]:
+        """Two convolutions of one shape, and two Linear layers."""
+        return (
+            Example(
+                lambda: nn.ModuleDict({"a": nn.Conv2d(3, 3, 3), "b": nn.Conv2d(3, 3, 3)}),
+                {"source": "a"},
+                path="b",
+            ),
+            Example(
+                lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), {"source": "0"}, path="1"
+            ),
+        )
