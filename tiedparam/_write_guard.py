@@ -25,7 +25,18 @@ _WRITING_OPERATORS = frozenset(
 ) | {"__setitem__"}  # fmt: skip
 
 
-class GuardedWeight(Tensor):
+class _LikeAnyTensor(type(Tensor)):  # type: ignore[misc]
+    """Lets ``isinstance(tensor, type(layer.weight))`` hold, as it does for a plain tensor.
+
+    ``torch.testing.assert_close`` refuses to compare tensors of unrelated classes, and a
+    guarded weight is to be compared with Parameters. torch's own Parameter does alike.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, Tensor)
+
+
+class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
     """An effective weight that refuses in-place writes; reads see an ordinary tensor.
 
     Not covered: memory that is shared with other libraries (``.numpy()``, dlpack,
@@ -48,7 +59,7 @@ class GuardedWeight(Tensor):
             _refuse(written, func)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        if args and isinstance(args[0], GuardedWeight):
+        if args and type(args[0]) is GuardedWeight:
             return _guard_views(result, args[0])
         return result
 
@@ -76,7 +87,7 @@ def guard(weight: Tensor, layer: nn.Module, tensor_name: str) -> Tensor:
 
 def unguard(weight: Tensor) -> Tensor:
     """The plain tensor behind a `GuardedWeight`; any other tensor as it is."""
-    if isinstance(weight, GuardedWeight):
+    if type(weight) is GuardedWeight:
         with torch._C.DisableTorchFunctionSubclass():
             return weight.as_subclass(Tensor)
     return weight
@@ -104,7 +115,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarde
         targets.append(args[0])
     for target in targets:
         for tensor in target if isinstance(target, (tuple, list)) else (target,):
-            if isinstance(tensor, GuardedWeight):
+            if type(tensor) is GuardedWeight:
                 return tensor
     return None
 
@@ -132,7 +143,7 @@ def _refuse(weight: GuardedWeight, func: Any) -> None:
 def _guard_views(result: Any, weight: GuardedWeight) -> Any:
     """Guard what shares memory with a guarded weight: views, ``detach()``, ``.data``."""
     if isinstance(result, Tensor):
-        if not isinstance(result, GuardedWeight) and _shares_memory(result, weight):
+        if type(result) is not GuardedWeight and _shares_memory(result, weight):
             return guard(result, *weight._guarded)
         return result
     if type(result) in (tuple, list):

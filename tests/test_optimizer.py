@@ -1,0 +1,355 @@
+"""Moving optimizers between dense parameters and free values, and the guard of their steps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tiedparam as tp
+
+TIES = {
+    "row_repeat": (lambda: nn.Linear(6, 8), {"groups": 2}),
+    "channel_shared": (lambda: nn.Conv2d(4, 6, 3), {"over": "in"}),
+    "channel_shared_groups": (lambda: nn.Conv1d(4, 8, 3, groups=4), {"over": "groups"}),
+    "flip_sym": (lambda: nn.Conv2d(4, 4, 3), {}),
+}
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adam_foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
+    "adam_fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "adam_amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+}
+
+
+def rule_name(case: str) -> str:
+    return case.replace("_groups", "") if case.startswith("channel") else case
+
+
+def tie(layer, case, **kwargs):
+    return tp.register_tie(layer, rule_name(case), **TIES[case][1], **kwargs)
+
+
+def lawful_layer(case):
+    """A stock layer whose dense weight keeps the law already."""
+    layer = TIES[case][0]().double()
+    tie(layer, case)
+    return tp.remove_tie(layer)
+
+
+def feed(layer, gradient):
+    """Give the layer the dense gradient, through the tie if there is one."""
+    layer.zero_grad()
+    (layer.weight * gradient).sum().backward()
+    layer.bias.grad = torch.ones_like(layer.bias)
+
+
+def lawful_gradients(layer, case, count):
+    probe = tie(copy.deepcopy(layer), case)
+    rule = tp.get_tie(probe)
+    return [rule.project(torch.randn_like(probe.weight)).detach() for _ in range(count)]
+
+
+@pytest.mark.parametrize("case", TIES)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_trajectory_goes_on_through_tying_and_untying(case, kind):
+    """With equal gradients within each orbit every adaptive optimizer is scale-free."""
+    torch.manual_seed(0)
+    dense = lawful_layer(case)
+    twin = copy.deepcopy(dense)
+    gradients = lawful_gradients(dense, case, 30)
+    dense_optimizer = OPTIMIZERS[kind](dense.parameters())
+    optimizer = OPTIMIZERS[kind](twin.parameters())
+    for step, gradient in enumerate(gradients):
+        if step == 10:
+            tie(twin, case, optimizer=optimizer)
+        if step == 20:
+            tp.remove_tie(twin, optimizer=optimizer)
+        for layer, opt in ((dense, dense_optimizer), (twin, optimizer)):
+            feed(layer, gradient)
+            opt.step()
+        tolerance = 1e-6  # eps = 1e-8 stands beside a denominator that is m times larger
+        torch.testing.assert_close(twin.weight, dense.weight, rtol=0, atol=tolerance)
+    torch.testing.assert_close(twin.bias, dense.bias, rtol=0, atol=0)
+    assert (dense.weight - lawful_layer(case).weight).abs().max() > 0.05  # it did move
+
+
+@pytest.mark.parametrize("case", TIES)
+def test_the_trajectory_test_would_see_a_mean_projected_state(case, monkeypatch):
+    from tiedparam import _optimizer
+
+    maps_to_free = _optimizer.maps_to_free
+    monkeypatch.setattr(
+        _optimizer,
+        "maps_to_free",
+        lambda rule: dict.fromkeys(("gradient", "second", "weight"), maps_to_free(rule)["weight"]),
+    )
+    with pytest.raises(AssertionError):
+        test_trajectory_goes_on_through_tying_and_untying(case, "adam")
+
+
+@pytest.mark.parametrize("case", TIES)
+def test_sgd_momentum_and_pending_gradient_are_orbit_sums(case):
+    layer = TIES[case][0]().double()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0, momentum=0.9)
+    gradient = torch.randn_like(layer.weight)
+    feed(layer, gradient)
+    optimizer.step()
+    tie(layer, case, optimizer=optimizer)
+    labels = tp.get_tie(layer).orbit_labels().flatten() - 1
+    expected = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
+    expected.index_add_(0, labels, gradient.flatten())
+    free = list(layer.parametrizations.weight.parameters())
+    for moved in (
+        torch.cat([optimizer.state[p]["momentum_buffer"].flatten() for p in free]),
+        torch.cat([p.grad.flatten() for p in free]),
+    ):
+        torch.testing.assert_close(moved, expected, rtol=1e-14, atol=1e-14)
+    tp.remove_tie(layer, optimizer=optimizer)
+    counts = torch.bincount(labels).double()
+    mean = (expected / counts)[labels].view_as(layer.weight)
+    torch.testing.assert_close(layer.weight.grad, mean, rtol=1e-14, atol=1e-14)
+    buffer = optimizer.state[layer.weight]["momentum_buffer"]
+    torch.testing.assert_close(buffer, mean, rtol=1e-14, atol=1e-14)
+
+
+def test_second_moments_of_a_signed_orbit_stay_positive():
+    class Odd(tp.Rule):
+        """W[o, i] = -W[o, n-1-i]."""
+
+        def free_shapes(self):
+            out, n = self.bound_layout.shape
+            return ((out, n // 2),)
+
+        def forward(self, half):
+            return torch.cat([half, -half.flip(1)], 1)
+
+    layer = nn.Linear(4, 2).double()
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.randn(3, 4).double()).square().sum().backward()
+    optimizer.step()
+    second = optimizer.state[layer.weight]["exp_avg_sq"].clone()
+    tp.register_tie(layer, Odd(), optimizer=optimizer)
+    (free,) = layer.parametrizations.weight.parameters()
+    expected = 2 * (second[:, :2] + second[:, 2:].flip(1))
+    torch.testing.assert_close(optimizer.state[free]["exp_avg_sq"], expected)
+    tp.remove_tie(layer, optimizer=optimizer)
+    dense = optimizer.state[layer.weight]["exp_avg_sq"]
+    torch.testing.assert_close(dense[:, :2], expected / 4)
+    torch.testing.assert_close(dense, dense.flip(1))
+
+
+def test_groups_order_names_and_step_are_kept():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.Adam(
+        [
+            {"params": list(model[0].named_parameters(prefix="0")), "lr": 0.1},
+            {"params": list(model[1].named_parameters(prefix="1")), "lr": 0.2},
+        ]
+    )
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    step = optimizer.state[model[1].weight]["step"]
+    tp.register_tie(model[1], "flip_sym", optimizer=[optimizer])
+    (free,) = model[1].parametrizations.weight.parameters()
+    group = optimizer.param_groups[1]
+    assert group["lr"] == 0.2
+    assert group["params"][0] is free
+    assert group["params"][1] is model[1].bias
+    assert group["param_names"] == ["1.parametrizations.weight.original0", "1.bias"]
+    moved = optimizer.state[free]["step"]
+    assert torch.equal(moved, step)
+    assert moved is not step
+    tp.remove_tie(model[1], optimizer=optimizer)
+    assert group["params"][0] is model[1].weight
+    assert group["param_names"] == ["1.weight", "1.bias"]
+    assert len(optimizer.state) == 4
+    optimizer.step()
+
+
+def test_several_optimizers_move_at_once():
+    layer = nn.Linear(4, 4)
+    optimizers = [torch.optim.SGD([layer.weight], lr=0.1), torch.optim.Adam(layer.parameters())]
+    tp.register_tie(layer, "flip_sym", optimizer=optimizers)
+    (free,) = layer.parametrizations.weight.parameters()
+    assert optimizers[0].param_groups[0]["params"][0] is free
+    assert optimizers[1].param_groups[0]["params"][0] is free
+
+
+def test_flip_sym_with_two_free_tensors_keeps_its_place():
+    layer = nn.Conv2d(3, 3, 3)
+    optimizer = torch.optim.Adam(layer.parameters())
+    tp.register_tie(layer, "flip_sym", optimizer=optimizer)
+    pairs, centre = layer.parametrizations.weight.parameters()
+    params = optimizer.param_groups[0]["params"]
+    assert [id(p) for p in params] == [id(pairs), id(centre), id(layer.bias)]
+    tp.remove_tie(layer, optimizer=optimizer)
+    assert [id(p) for p in params] == [id(layer.weight), id(layer.bias)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [torch.optim.Adamax, torch.optim.Adadelta, lambda p: torch.optim.Rprop(p), torch.optim.LBFGS],
+    ids=["adamax", "adadelta", "rprop", "lbfgs"],
+)
+def test_unknown_state_is_refused_and_nothing_changes(make):
+    layer = nn.Linear(4, 4, bias=False)
+    weight, optimizer = layer.weight, make(layer.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = layer(torch.ones(2, 4)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    state = dict(optimizer.state[weight])
+    with pytest.raises(tp.TieError, match="how it follows a tie is not known. Build the optimizer"):
+        tp.register_tie(layer, "flip_sym", optimizer=optimizer)
+    assert type(layer) is nn.Linear
+    assert layer.weight is weight
+    assert optimizer.param_groups[0]["params"][0] is weight
+    assert optimizer.state[weight].keys() == state.keys()
+    assert all(optimizer.state[weight][key] is value for key, value in state.items())
+    optimizer.step(closure)
+
+
+def test_optimizer_that_does_not_hold_the_weight_is_refused():
+    layer, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(tp.TieError, match="none of the optimizers holds it"):
+        tp.register_tie(layer, "flip_sym", optimizer=optimizer)
+    assert type(layer) is nn.Linear
+    with pytest.raises(TypeError, match="takes torch optimizers, not str"):
+        tp.register_tie(layer, "flip_sym", optimizer="adam")
+    assert type(layer) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.Adam(p, fused=True),
+        lambda p: torch.optim.AdamW(p, foreach=True),
+    ],
+    ids=["sgd", "adam_fused", "adamw_foreach"],
+)
+def test_s18_stepping_with_a_replaced_parameter_raises_before_it_writes(make):
+    layer = nn.Conv2d(3, 3, 3)
+    optimizer = make(layer.parameters())
+    for _ in range(2):  # state of the old shape exists (S17)
+        layer(torch.randn(1, 3, 5, 5)).sum().backward()
+        optimizer.step()
+    tp.register_tie(layer, "flip_sym")
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer(torch.randn(1, 3, 5, 5)).sum().backward()
+    with pytest.raises(tp.TieError, match=r"still holds the dense parameter .* Pass optimizer="):
+        optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+
+    fresh = make(layer.parameters())
+    fresh.step()
+    tp.remove_tie(layer)
+    layer(torch.randn(1, 3, 5, 5)).sum().backward()
+    with pytest.raises(tp.TieError, match=r"still holds a free value .* to remove_tie"):
+        fresh.step()
+
+
+def test_s17_tying_makes_fresh_parameters():
+    layer = nn.Linear(4, 6)
+    weight = layer.weight
+    tp.register_tie(layer, "row_repeat")
+    (free,) = layer.parametrizations.weight.parameters()
+    assert free is not weight
+    assert weight.shape == (6, 4)
+
+
+def test_s19_state_loaded_by_index_raises_before_the_step():
+    def train(model):
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+        return optimizer
+
+    dense = nn.Linear(4, 6)
+    saved = train(dense).state_dict()
+    tied = tp.register_tie(nn.Linear(4, 6), "row_repeat")
+    optimizer = train(tied)
+    optimizer.load_state_dict(saved)
+    tied(torch.randn(2, 4)).sum().backward()
+    with pytest.raises(tp.TieError, match="its state was loaded by index"):
+        optimizer.step()
+    # a state of its own loads and steps
+    optimizer = train(tied)
+    optimizer.load_state_dict(train(tied).state_dict())
+    optimizer.step()
+
+
+def test_s19_untying_gives_the_parameters_their_old_order():
+    layer = nn.Linear(4, 4)
+    tp.register_tie(layer, "flip_sym")
+    assert [name for name, _ in layer.named_parameters()][0] == "bias"
+    tp.remove_tie(layer)
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+
+
+def test_copy_drops_the_state_and_comes_back_beside_its_source():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.Adam(
+        [
+            {"params": model[1].parameters(), "lr": 0.1},
+            {"params": model[0].parameters(), "lr": 0.2},
+        ]
+    )
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    weight = model[1].weight
+    tp.register_tie(model[1], "copy", source=model[0], optimizer=optimizer)
+    assert weight not in optimizer.state
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(model[1].bias)]
+    optimizer.step()
+    tp.remove_tie(model[1], optimizer=optimizer)
+    assert optimizer.param_groups[1]["params"][-1] is model[1].weight
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+
+
+def test_frozen_layers_need_no_optimizer_that_holds_them():
+    layer = nn.Linear(4, 4).requires_grad_(False)
+    head = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    tp.register_tie(layer, "flip_sym", optimizer=optimizer)
+    assert not any(p.requires_grad for p in layer.parameters())
+    tp.remove_tie(layer, optimizer=optimizer)
+    assert not layer.weight.requires_grad
+
+
+def test_a_scheduler_keeps_working_on_a_moved_optimizer():
+    layer = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    tp.register_tie(layer, "flip_sym", optimizer=optimizer)
+    layer(torch.randn(2, 4)).sum().backward()
+    (free,) = layer.parametrizations.weight.parameters()
+    before = free.detach().clone()
+    optimizer.step()
+    scheduler.step()
+    assert not torch.equal(before, free)
+    assert scheduler.get_last_lr() == [0.5]
+
+
+def test_the_guard_lets_a_compiled_step_through():
+    layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.randn(2, 4)).sum().backward()
+    (free,) = layer.parametrizations.weight.parameters()
+    expected = free.detach() - 0.1 * free.grad
+    torch.compile(optimizer.step, backend="eager")()
+    torch.testing.assert_close(free.detach(), expected)
