@@ -48,8 +48,7 @@ class HostMeta(type):
 def adopt(layer: nn.Module) -> None:
     """Move a layer that ``parametrize`` has just changed to its shared host class."""
     made_by_torch = type(layer)
-    stock = stock_class(layer)
-    names = tuple(sorted(layer.parametrizations))  # type: ignore[arg-type]
+    stock, names = _kind(layer)
     layer.__class__ = host_class(stock, names)
     if not isinstance(made_by_torch, HostMeta):
         # its properties close over the layer, which would keep it alive (S11)
@@ -156,13 +155,13 @@ def host_class(stock: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         inherited = getattr(stock, "__deepcopy__", None)
         if inherited is not None:
             return inherited(self, memo)
-        replica = self.__class__.__new__(self.__class__)
+        replica = _revive(*_kind(self))
         memo[id(self)] = replica
         replica.__dict__.update(copy.deepcopy(_state(self), memo))
         return replica
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        return _revive, (stock, names), _state(self)
+        return _revive, _kind(self), _state(self)
 
     members: dict[str, Any] = {
         "__module__": stock.__module__,
@@ -250,6 +249,11 @@ def _state(layer: nn.Module) -> dict[str, Any]:
     if getstate is None or getstate is getattr(object, "__getstate__", None):
         return layer.__dict__
     return getstate(layer)  # type: ignore[call-arg, no-any-return]
+
+
+def _kind(layer: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
+    """What picks the host class of a copy: never a private class, which is one layer's own."""
+    return stock_class(layer), tuple(sorted(layer.parametrizations))  # type: ignore[arg-type]
 
 
 def _revive(stock: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

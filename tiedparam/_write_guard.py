@@ -39,11 +39,17 @@ class _LikeAnyTensor(type(Tensor)):  # type: ignore[misc]
 class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
     """An effective weight that refuses in-place writes; reads see an ordinary tensor.
 
+    ``nn.Parameter(layer.weight)`` is a read: it gives a Parameter of its own memory, which
+    may be written (torch makes it of this class, so `_place` tells the two apart).
+
     Not covered: memory that is shared with other libraries (``.numpy()``, dlpack,
     ``untyped_storage()``), where a write goes into the temporary unseen.
     """
 
-    _guarded: tuple[nn.Module, str]
+    _place: tuple[nn.Module, str] | None = None
+    """Layer and tensor name; None once the values are somebody's own."""
+    _detached: bool = False
+    """Whether this is a view or ``detach()`` of what was read, not what was read itself."""
 
     @classmethod
     def __torch_function__(
@@ -56,32 +62,35 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
         kwargs = kwargs or {}
         written = _written(func, args, kwargs)
         if written is not None:
+            if func is Tensor.requires_grad_ and written._detached:
+                return _own(written, *args[1:], **kwargs)
             _refuse(written, func)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        if args and type(args[0]) is GuardedWeight:
+        if args and type(args[0]) is GuardedWeight and args[0]._place is not None:
             return _guard_views(result, args[0])
         return result
 
+    # saved, copied and shown as what it is for every reader: an ordinary tensor
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # saved as what it is for every reader: an ordinary tensor
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+        return _ordinary(self).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.as_subclass(Tensor).__deepcopy__(memo)  # type: ignore[no-any-return]
+        return _ordinary(self).__deepcopy__(memo)  # type: ignore[no-any-return]
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        return self.as_subclass(Tensor).__repr__(**options)
+        return _ordinary(self).__repr__(**options)
 
     def __format__(self, spec: str) -> str:
-        return self.as_subclass(Tensor).__format__(spec)
+        return _ordinary(self).__format__(spec)
 
 
 def guard(weight: Tensor, layer: nn.Module, tensor_name: str) -> Tensor:
     """``weight`` as a `GuardedWeight` that names its layer when it refuses."""
     with torch._C.DisableTorchFunctionSubclass():
         guarded = weight.as_subclass(GuardedWeight)
-    guarded._guarded = (layer, tensor_name)
+    guarded._place = (layer, tensor_name)
     return guarded
 
 
@@ -91,6 +100,20 @@ def unguard(weight: Tensor) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
             return weight.as_subclass(Tensor)
     return weight
+
+
+def _own(weight: GuardedWeight, requires_grad: bool = True) -> Tensor:
+    """What ``nn.Parameter(layer.weight)`` needs: the same class, but memory of its own."""
+    with torch._C.DisableTorchFunctionSubclass():
+        values = weight.clone(memory_format=torch.contiguous_format)
+        return values.as_subclass(GuardedWeight).requires_grad_(requires_grad)
+
+
+def _ordinary(weight: GuardedWeight) -> Tensor:
+    plain = unguard(weight)
+    if getattr(weight, "_is_param", False):
+        return nn.Parameter(plain.detach(), weight.requires_grad)
+    return plain
 
 
 def guarding_is_off() -> bool:
@@ -115,7 +138,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarde
         targets.append(args[0])
     for target in targets:
         for tensor in target if isinstance(target, (tuple, list)) else (target,):
-            if type(tensor) is GuardedWeight:
+            if type(tensor) is GuardedWeight and tensor._place is not None:
                 return tensor
     return None
 
@@ -124,7 +147,8 @@ _SET_GRAD = Tensor.grad.__set__  # type: ignore[attr-defined]
 
 
 def _refuse(weight: GuardedWeight, func: Any) -> None:
-    layer, tensor_name = weight._guarded
+    assert weight._place is not None
+    layer, tensor_name = weight._place
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
     action = f"setting .{owner}" if func.__name__ == "__set__" else f"'{func.__name__}'"
     if func.__name__ == "requires_grad_" or owner == "requires_grad":
@@ -144,7 +168,9 @@ def _guard_views(result: Any, weight: GuardedWeight) -> Any:
     """Guard what shares memory with a guarded weight: views, ``detach()``, ``.data``."""
     if isinstance(result, Tensor):
         if type(result) is not GuardedWeight and _shares_memory(result, weight):
-            return guard(result, *weight._guarded)
+            assert weight._place is not None
+            result = guard(result, *weight._place)
+            result._detached = True  # type: ignore[attr-defined]
         return result
     if type(result) in (tuple, list):
         return type(result)(_guard_views(item, weight) for item in result)
