@@ -37,13 +37,13 @@ def tie(net: Net) -> Net:
     return net
 
 
-@pytest.fixture()
+@pytest.fixture
 def tied() -> Net:
     torch.manual_seed(0)
     return tie(Net())
 
 
-@pytest.fixture()
+@pytest.fixture
 def lawful_dense(tied: Net) -> dict[str, torch.Tensor]:
     """The dense checkpoint of another tied model."""
     torch.manual_seed(1)

@@ -225,7 +225,9 @@ def test_s21_removal_leaves_a_plain_contiguous_weight_of_its_own(remove):
 def test_s22_a_shared_parameter_is_refused_where_the_root_is_known():
     model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
     model["head"].weight = model["embed"].weight
-    with pytest.raises(tp.TieError, match=r"'head.weight'.*shares its Parameter with 'embed.weight'"):
+    with pytest.raises(
+        tp.TieError, match=r"'head.weight'.*shares its Parameter with 'embed.weight'"
+    ):
         tp.register_tie(model["head"], "row_repeat", root=model)
     assert model["head"].weight is model["embed"].weight
 
@@ -265,7 +267,11 @@ def test_a_value_of_another_shape_or_dtype_raises(value):
 
 def test_s16_assigning_to_a_copy_raises():
     layer = tp.register_tie(nn.Linear(3, 3), "copy", source=nn.Linear(3, 3))
-    for value in (layer.weight.detach().clone(), torch.zeros(3, 3), nn.Parameter(torch.zeros(3, 3))):
+    for value in (
+        layer.weight.detach().clone(),
+        torch.zeros(3, 3),
+        nn.Parameter(torch.zeros(3, 3)),
+    ):
         with pytest.raises(tp.TieError, match="Assign to the source, or call remove_tie first"):
             layer.weight = value
 

@@ -295,7 +295,7 @@ def test_s19_state_loaded_by_index_raises_before_the_step():
 def test_s19_untying_gives_the_parameters_their_old_order():
     layer = nn.Linear(4, 4)
     tp.register_tie(layer, "flip_sym")
-    assert [name for name, _ in layer.named_parameters()][0] == "bias"
+    assert next(name for name, _ in layer.named_parameters()) == "bias"
     tp.remove_tie(layer)
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
 

@@ -22,8 +22,7 @@ def tied_linear() -> nn.Linear:
 
 
 def linked_linear() -> nn.Linear:
-    linked = tp.register_tie(nn.Linear(4, 4), "copy", source=nn.Linear(4, 4))
-    return linked
+    return tp.register_tie(nn.Linear(4, 4), "copy", source=nn.Linear(4, 4))
 
 
 def iadd(weight):

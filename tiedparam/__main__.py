@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,14 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument(
         "--out", type=Path, default=Path("tiedparam-demo.png"), metavar="PNG", help="the picture"
     )
-    demo.add_argument("--seed", type=_natural, default=0, help="of weights, order and split")
     demo.add_argument(
-        "--epochs", type=_positive, default=30, help="of training, and of each fine-tuning"
+        "--seed", type=_between(0, 2**32 - 1), default=0, help="of split, weights and order"
+    )
+    demo.add_argument(
+        "--epochs",
+        type=_between(1, 1000),
+        default=30,
+        help="of the training, and of each fine-tuning",
     )
     demo.set_defaults(run=_run_demo)
 
@@ -83,19 +88,15 @@ def _run_demo(arguments: argparse.Namespace) -> None:
     demo(arguments.out, seed=arguments.seed, epochs=arguments.epochs)
 
 
-def _natural(text: str) -> int:
-    """An int from 0 to 2³² − 1, what every seed in use accepts."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 2^32 - 1")
-    return value
+def _between(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: the whole numbers from ``low`` to ``high``."""
 
+    def whole_number(text: str) -> int:
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+        return int(text)
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
+    return whole_number
 
 
 if __name__ == "__main__":

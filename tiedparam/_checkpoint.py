@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam._errors import TieError, TieWarning
-from tiedparam._linked import Linked, effective
+from tiedparam._linked import Linked
 from tiedparam._rule import Rule
+from tiedparam._stock import effective, parametrization_list
 from tiedparam._values import free_values, is_tied, ties_of
 from tiedparam._write_guard import unguard
 
@@ -45,9 +46,7 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     return _untie(model, model.state_dict(), lambda layer, name, _: effective(layer, name))
 
 
-def untie_state_dict(
-    model: nn.Module, tied: Mapping[str, Tensor]
-) -> OrderedDict[str, Tensor]:
+def untie_state_dict(model: nn.Module, tied: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     """Expand a tied state dict to the dense one. A pure function: no layer is touched.
 
     Args:
@@ -129,7 +128,7 @@ def named_ties(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Rule]]:
 
 def free_keys(layer: nn.Module, name: str, prefix: str = "") -> list[str]:
     """The state-dict keys of a tied tensor's free values."""
-    count = layer.parametrizations[name].ntensors  # type: ignore[index]
+    count = parametrization_list(layer, name).ntensors
     return [f"{prefix}parametrizations.{name}.original{index}" for index in range(count)]
 
 
@@ -348,7 +347,7 @@ class _Expander:
         problem = _unfit_free(layer, name, rule, prefix + name, keys, self.entries, {})
         if problem is not None:
             raise TieError(problem)
-        return rule(*(self.entries[key] for key in keys))
+        return rule.forward(*(self.entries[key] for key in keys))
 
     def _source(self, layer: nn.Module, name: str) -> Tensor:
         rule = ties_of(layer).get(name)

@@ -18,7 +18,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,17 @@ from torch.nn.utils import parametrize
 
 from tiedparam import _checkpoint, _values
 from tiedparam._errors import TieError, describe
-from tiedparam._linked import Linked, effective
+from tiedparam._linked import Linked
+from tiedparam._stock import effective, parametrization_list, parametrization_lists
 from tiedparam._write_guard import guard, guarding_is_off, unguard
 
 _inside = threading.local()  # .layer: whose own forward this thread is running
+_HOST_CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
 
 
 class HostMeta(type):
     """Metaclass of host classes: a shared class must survive one layer's removal."""
 
-    stock_class: type[nn.Module]
     tied_names: tuple[str, ...]
 
     def __delattr__(cls, name: str) -> None:
@@ -50,6 +51,7 @@ def adopt(layer: nn.Module) -> None:
     made_by_torch = type(layer)
     stock, names = _kind(layer)
     layer.__class__ = host_class(stock, names)
+    parametrization_lists(layer).train(layer.training)
     if not isinstance(made_by_torch, HostMeta):
         # its properties close over the layer, which would keep it alive (S11)
         for name in names:
@@ -60,9 +62,9 @@ def adopt(layer: nn.Module) -> None:
 def release(layer: nn.Module, tensor_name: str, parameter: nn.Parameter) -> None:
     """Make one tied tensor a plain Parameter again, in its old place among the others."""
     stock = stock_class(layer)
-    lists = layer.parametrizations
-    del lists[tensor_name]  # type: ignore[union-attr, arg-type]
-    names = tuple(sorted(lists))  # type: ignore[arg-type]
+    lists = parametrization_lists(layer)
+    del lists[tensor_name]
+    names = tuple(sorted(lists))
     if not names:
         del layer._modules["parametrizations"]
     layer.__class__ = host_class(stock, names) if names else stock
@@ -80,9 +82,15 @@ def stock_class(layer: nn.Module) -> type[nn.Module]:
     return parametrize.type_before_parametrizations(layer)
 
 
-@functools.cache
 def host_class(stock: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The one class of all ``stock`` layers whose parametrized tensors are ``names``."""
+    if (stock, names) not in _HOST_CLASSES:
+        _HOST_CLASSES[stock, names] = _make_host_class(stock, names, _members(stock, names))
+    return _HOST_CLASSES[stock, names]
+
+
+def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
+    """What a host class overrides."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -105,7 +113,7 @@ def host_class(stock: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         if name in self._parameters or name in self._buffers:
             # torch is about to parametrize this tensor too and will inject a property into
             # the class: give way to a private one. The next `adopt` brings the layer back.
-            self.__class__ = _make_host_class(stock, names, dict(members))
+            self.__class__ = _make_host_class(stock, names, members)
         stock.__delattr__(self, name)
 
     def register_parameter(self: nn.Module, name: str, parameter: Any) -> None:
@@ -185,7 +193,7 @@ def host_class(stock: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         members["reset_parameters"] = functools.wraps(stock_reset)(reset_parameters)
     for name in names:
         members[name] = _property(name)
-    return _make_host_class(stock, names, members)
+    return members
 
 
 def plain_parameter(value: Tensor, requires_grad: bool) -> nn.Parameter:
@@ -198,9 +206,9 @@ def plain_parameter(value: Tensor, requires_grad: bool) -> nn.Parameter:
 def _make_host_class(
     stock: type[nn.Module], names: tuple[str, ...], members: dict[str, Any]
 ) -> type[nn.Module]:
-    made = HostMeta(f"Tied{stock.__name__}", (stock,), members)
-    made.stock_class, made.tied_names = stock, names
-    return made
+    made = HostMeta(f"Tied{stock.__name__}", (stock,), dict(members))
+    made.tied_names = names
+    return cast(type[nn.Module], made)
 
 
 def _property(name: str) -> property:
@@ -225,7 +233,7 @@ def _set(layer: nn.Module, name: str, value: Tensor) -> None:
     if _values.is_tied(layer, name):
         _values.assign_(layer, value, name)
     else:
-        layer.parametrizations[name].right_inverse(value)  # type: ignore[index, union-attr]
+        parametrization_list(layer, name).right_inverse(value)
 
 
 def _is_parametrized(layer: nn.Module, name: str) -> bool:
@@ -253,7 +261,7 @@ def _state(layer: nn.Module) -> dict[str, Any]:
 
 def _kind(layer: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
     """What picks the host class of a copy: never a private class, which is one layer's own."""
-    return stock_class(layer), tuple(sorted(layer.parametrizations))  # type: ignore[arg-type]
+    return stock_class(layer), tuple(sorted(parametrization_lists(layer)))
 
 
 def _revive(stock: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

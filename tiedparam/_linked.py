@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from tiedparam._errors import TieError, describe, describe_layer
 from tiedparam._layout import Layout
 from tiedparam._rule import Rule
+from tiedparam._stock import effective, parametrization_list
 
 
 class Linked(Rule):
@@ -215,24 +216,15 @@ class Linked(Rule):
         self._meeting = weakref.ref(meeting) if meeting is not None else None
 
 
-def effective(layer: nn.Module, tensor_name: str) -> Tensor:
-    """The tensor that the layer computes with: the free values' expansion if it is tied."""
-    if parametrize.is_parametrized(layer, tensor_name):
-        value: Tensor = layer.parametrizations[tensor_name]()  # type: ignore[index, operator]
-        return value
-    return getattr(layer, tensor_name)  # type: ignore[no-any-return]
-
-
 def _reaches(layer: nn.Module, name: str, goal: nn.Module, goal_name: str) -> bool:
     """Whether the tensor ``name`` of ``layer`` is, or is computed from, the goal tensor."""
     if layer is goal and name == goal_name:
         return True
     if not parametrize.is_parametrized(layer, name):
         return False
-    rules = layer.parametrizations[name]  # type: ignore[index]
     return any(
         _reaches(source, source_name, goal, goal_name)
-        for rule in rules  # type: ignore[union-attr]
+        for rule in parametrization_list(layer, name)
         if isinstance(rule, Rule)
         for source, source_name in rule.sources()
     )

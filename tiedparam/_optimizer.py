@@ -69,9 +69,7 @@ def maps_to_dense(rule: Rule) -> Maps:
 
     def divided(free: Sequence[Tensor], power: int) -> list[Tensor]:
         counts = rule.multiplicities()
-        return [
-            t / m.to(t.device, t.dtype) ** power for t, m in zip(free, counts, strict=True)
-        ]
+        return [t / m.to(t.device, t.dtype) ** power for t, m in zip(free, counts, strict=True)]
 
     def gradient(free: Sequence[Tensor]) -> list[Tensor]:
         return [_dense(rule(*divided(free, 1)))]
@@ -259,9 +257,7 @@ def _renamed(
     if stored in first:
         added = [first[: first.index(stored)] + tensor_name]
     else:
-        added = [
-            f"{first.removesuffix(tensor_name)}{stored}{index}" for index in range(new_count)
-        ]
+        added = [f"{first.removesuffix(tensor_name)}{stored}{index}" for index in range(new_count)]
     kept = [name for index, name in enumerate(names) if index not in positions]
     return [*kept[: positions[0]], *added, *kept[positions[0] :]]
 
@@ -272,7 +268,7 @@ def _among(parameter: Any, parameters: Iterable[Any]) -> bool:
 
 def _signs(rule: Rule, like: Tensor) -> Tensor:
     """``B1``: 1 for every entry, −1 where a signed orbit subtracts."""
-    return rule(*(like.new_ones(shape) for shape in rule.free_shapes()))
+    return rule.forward(*(like.new_ones(shape) for shape in rule.free_shapes()))
 
 
 def _dense(value: Tensor) -> Tensor:

@@ -73,9 +73,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _check_state(optimizer: Optimizer) -> None:
-    involved = [
-        _free[p] for group in optimizer.param_groups for p in group["params"] if p in _free
-    ]
+    involved = [_free[p] for group in optimizer.param_groups for p in group["params"] if p in _free]
     if not involved:
         return
     for group in optimizer.param_groups:

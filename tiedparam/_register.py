@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 from tiedparam import _host, _optimizer, _optimizer_guard
 from tiedparam._checkpoint import unwatch_source, watch_source
 from tiedparam._errors import TieError, describe
-from tiedparam._linked import Linked, effective
+from tiedparam._linked import Linked
 from tiedparam._registry import find_rule
 from tiedparam._rule import Rule
-from tiedparam._values import free_values, get_tie, is_tied
+from tiedparam._stock import effective
+from tiedparam._values import free_values, get_tie, is_stacked, is_tied
 from tiedparam._write_guard import unguard
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -139,7 +140,7 @@ def remove_tie(
     """
     rule = get_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
-    if len(layer.parametrizations[tensor_name]) > 1:  # type: ignore[index, arg-type]
+    if is_stacked(layer, tensor_name):
         raise TieError(
             f"cannot untie {where}: another parametrization is stacked on '{rule}'. Remove that "
             "one first, or use torch's remove_parametrizations to fix the combined weight."
@@ -206,16 +207,16 @@ def residual(
     where = describe(layer, tensor_name, root)
     weight = getattr(layer, tensor_name, None)
     if not isinstance(weight, Tensor) or isinstance(weight, nn.UninitializedParameter):
-        raise TieError(f"{where} has no values to compare with '{made}'. Name a tensor that it has.")
+        raise TieError(
+            f"{where} has no values to compare with '{made}'. Name a tensor that it has."
+        )
     reason = made.bind(layer, tensor_name, root)
     if reason is not None:
         raise TieError(f"cannot compare {where} with '{made}': {reason}")
     return made.residual(unguard(weight).detach())
 
 
-def _check_arguments(
-    layer: object, tensor_name: object, init: object, root: object
-) -> None:
+def _check_arguments(layer: object, tensor_name: object, init: object, root: object) -> None:
     if not isinstance(layer, nn.Module):
         raise TypeError(f"a tie is registered on an nn.Module, not on {type(layer).__name__}")
     if not isinstance(tensor_name, str):
@@ -256,9 +257,10 @@ def _weight_to_tie(
 ) -> nn.Parameter:
     """The Parameter to tie, once nothing speaks against touching it."""
     if is_tied(layer, tensor_name):
-        raise refuse(f"it is tied by '{get_tie(layer, tensor_name)}' already. Call remove_tie first.")
+        present = get_tie(layer, tensor_name)
+        raise refuse(f"it is tied by '{present}' already. Call remove_tie first.")
     if parametrize.is_parametrized(layer, tensor_name):
-        raise refuse("it has another parametrization. Remove that one, tie, then register it again.")
+        raise refuse("it has another parametrization. Remove that one, tie, and register it again.")
     weight = layer._parameters.get(tensor_name)
     if weight is None:
         raise refuse(_why_no_parameter(layer, tensor_name))
@@ -267,7 +269,7 @@ def _weight_to_tie(
     if weight.layout is not torch.strided or weight.is_quantized:
         raise refuse("only dense, unquantized tensors can be tied. Convert the layer first.")
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
-        raise refuse("the parameter carries gradient hooks, which would be lost. Remove them first.")
+        raise refuse("it carries gradient hooks, which would be lost. Remove them first.")
     _refuse_sharded([weight], describe(layer, tensor_name, root), "tie")
     for other, name in _other_holders(layer, tensor_name, weight, root):
         raise refuse(
@@ -325,7 +327,8 @@ def _initial_free_values(
         if not isinstance(lawful, Tensor) or lawful.shape != dense.shape:
             shape = tuple(lawful.shape) if isinstance(lawful, Tensor) else type(lawful).__name__
             raise refuse(
-                f"its forward returns {shape}, and the tensor is {tuple(dense.shape)}. Correct the rule."
+                f"its forward returns {shape}, and the tensor is {tuple(dense.shape)}. "
+                "Correct the rule."
             )
         if lawful.dtype != dense.dtype or any(value.dtype != dense.dtype for value in free):
             raise refuse(f"its free values or its weight are not {dense.dtype}. Correct the rule.")
@@ -389,5 +392,3 @@ def _rolled_back_on_error(
             optimizer.state.clear()
             optimizer.state.update(state)
         raise
-
-

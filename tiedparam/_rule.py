@@ -56,7 +56,7 @@ class Rule(nn.Module):
 
     name: ClassVar[str] = ""
     """The registered name; set by `register_rule`."""
-    law: ClassVar[str] = ""
+    law: str = ""
     """The equation in one line, as tables and ``repr`` show it."""
     complex_valued: ClassVar[bool] = False
     """Whether the law has a meaning for complex weights."""
@@ -125,9 +125,7 @@ class Rule(nn.Module):
         with torch.no_grad():
             wide = torch.promote_types(weight.dtype, torch.float32)
             values = weight.to(wide)
-            distance = torch.linalg.vector_norm(
-                _difference(values, self.project(weight).to(wide))
-            )
+            distance = torch.linalg.vector_norm(_difference(values, self.project(weight).to(wide)))
             if distance == 0:
                 return 0.0
             return float(distance / torch.linalg.vector_norm(values))
@@ -151,8 +149,11 @@ class Rule(nn.Module):
         return self.adjoint(self.forward(*ones)) if ones else ()
 
     def orbit_labels(self) -> Tensor:
-        """For each entry of the weight the number of its free value, from 1; negative where
-        the entry is minus that value. An int64 tensor of the weight's shape."""
+        """The number of each entry's free value, from 1; negative where the entry is minus it.
+
+        Returns:
+            An int64 tensor of the weight's shape.
+        """
         numbers, start = [], 1
         for shape in self.free_shapes():
             count = prod(shape)
@@ -174,9 +175,7 @@ class Rule(nn.Module):
         shapes = self.free_shapes()
         parts = chosen.split([prod(shape) for shape in shapes])
         # clone: a part of a split would keep the storage of all parts alive (S15)
-        return tuple(
-            part.clone().reshape(shape) for part, shape in zip(parts, shapes, strict=True)
-        )
+        return tuple(part.clone().reshape(shape) for part, shape in zip(parts, shapes, strict=True))
 
     @property
     def free_count(self) -> int:
@@ -203,7 +202,7 @@ class Rule(nn.Module):
 
     def _bind_layout(self, layout: Layout, dtype: torch.dtype) -> str | None:
         if not (dtype.is_floating_point or (dtype.is_complex and self.complex_valued)):
-            return f"the law has no meaning for {dtype}. Convert the layer first, for example .float()."
+            return f"the law has no meaning for {dtype}. Convert the layer first (.float())."
         if 0 in layout.shape:
             return f"the tensor {layout.shape} is empty. Tie a layer that has weights."
         reason = self.check(layout)
@@ -219,7 +218,7 @@ class Rule(nn.Module):
             TieError: if the rule is not bound yet.
         """
         if self.layout is None:
-            raise TieError(f"the rule '{self}' is not bound to a tensor yet; call register_tie first.")
+            raise TieError(f"the rule '{self}' is bound to no tensor yet. Call register_tie first.")
         return self.layout
 
     def sources(self) -> Iterator[tuple[nn.Module, str]]:
@@ -228,8 +227,10 @@ class Rule(nn.Module):
 
     def __str__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
-        return f"{self.name or type(self).__name__}({options})" if options else (
-            self.name or type(self).__name__
+        return (
+            f"{self.name or type(self).__name__}({options})"
+            if options
+            else (self.name or type(self).__name__)
         )
 
     def extra_repr(self) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam._errors import TieError, describe
-from tiedparam._linked import Linked, effective
+from tiedparam._linked import Linked
 from tiedparam._rule import Rule
+from tiedparam._stock import effective, parametrization_list, parametrization_lists
 from tiedparam._write_guard import unguard
 
 
@@ -19,9 +20,8 @@ def is_tied(module: nn.Module, tensor_name: str | None = None) -> bool:
     """Whether the tensor (or, without a name, any tensor of this very layer) is tied."""
     if not parametrize.is_parametrized(module, tensor_name):
         return False
-    lists = module.parametrizations
-    names = lists if tensor_name is None else [tensor_name]  # type: ignore[union-attr]
-    return any(isinstance(lists[name][0], Rule) for name in names)  # type: ignore[index, union-attr]
+    names = parametrization_lists(module) if tensor_name is None else [tensor_name]
+    return any(isinstance(parametrization_list(module, name)[0], Rule) for name in names)
 
 
 def get_tie(layer: nn.Module, tensor_name: str = "weight") -> Rule:
@@ -34,20 +34,26 @@ def get_tie(layer: nn.Module, tensor_name: str = "weight") -> Rule:
         raise TieError(
             f"{describe(layer, tensor_name)} is not tied. Tie it with register_tie first."
         )
-    return layer.parametrizations[tensor_name][0]  # type: ignore[index, return-value]
+    return cast(Rule, parametrization_list(layer, tensor_name)[0])
 
 
 def free_values(layer: nn.Module, tensor_name: str) -> list[nn.Parameter]:
     """The Parameters that a tied tensor is computed from; none for a copy."""
-    values = layer.parametrizations[tensor_name]  # type: ignore[index]
+    values = parametrization_list(layer, tensor_name)
     return [getattr(values, f"original{index}") for index in range(values.ntensors)]
+
+
+def is_stacked(layer: nn.Module, tensor_name: str) -> bool:
+    """Whether another parametrization works on what the tie gives."""
+    return len(parametrization_list(layer, tensor_name)) > 1
 
 
 def ties_of(layer: nn.Module) -> dict[str, Rule]:
     """The tied tensors of one layer and their rules."""
     if not is_tied(layer):
         return {}
-    return {name: get_tie(layer, name) for name in layer.parametrizations if is_tied(layer, name)}  # type: ignore[union-attr]
+    names = parametrization_lists(layer)
+    return {name: get_tie(layer, name) for name in names if is_tied(layer, name)}
 
 
 def assign_(
@@ -77,7 +83,7 @@ def assign_(
             f"cannot assign to {where}: it is computed from another layer's tensor by '{rule}'. "
             "Assign to the source, or call remove_tie first."
         )
-    if len(layer.parametrizations[tensor_name]) > 1:  # type: ignore[index, arg-type]
+    if is_stacked(layer, tensor_name):
         raise TieError(
             f"cannot assign to {where}: another parametrization is stacked on the tie. "
             "Remove that one first."
@@ -153,12 +159,9 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     stand_in.__dict__.update(layer.__dict__)
     stand_in._parameters = dict(layer._parameters)
     stand_in._modules = {k: v for k, v in layer._modules.items() if k != "parametrizations"}
-    names = list(layer.parametrizations)  # type: ignore[arg-type]
     with torch.no_grad():
-        for name in names:
-            dense = torch.empty_like(
-                effective(layer, name), memory_format=torch.contiguous_format
-            )
+        for name in parametrization_lists(layer):
+            dense = torch.empty_like(effective(layer, name), memory_format=torch.contiguous_format)
             stand_in._parameters[name] = nn.Parameter(dense)
     stock_class.reset_parameters(stand_in)  # type: ignore[attr-defined]
     for name, rule in ties_of(layer).items():

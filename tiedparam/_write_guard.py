@@ -9,7 +9,7 @@ but one: it, its views and its ``.data`` refuse to be written in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,13 +77,13 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
         return _ordinary(self).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return _ordinary(self).__deepcopy__(memo)  # type: ignore[no-any-return]
+        return cast(Tensor, _ordinary(self).__deepcopy__(memo))
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        return _ordinary(self).__repr__(**options)
+        return str(_ordinary(self).__repr__(**options))
 
     def __format__(self, spec: str) -> str:
-        return _ordinary(self).__format__(spec)
+        return str(_ordinary(self).__format__(spec))
 
 
 def guard(weight: Tensor, layer: nn.Module, tensor_name: str) -> Tensor:
@@ -143,7 +143,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarde
     return None
 
 
-_SET_GRAD = Tensor.grad.__set__  # type: ignore[attr-defined]
+_SET_GRAD = Tensor.grad.__set__  # type: ignore[union-attr]
 
 
 def _refuse(weight: GuardedWeight, func: Any) -> None:
@@ -170,7 +170,7 @@ def _guard_views(result: Any, weight: GuardedWeight) -> Any:
         if type(result) is not GuardedWeight and _shares_memory(result, weight):
             assert weight._place is not None
             result = guard(result, *weight._place)
-            result._detached = True  # type: ignore[attr-defined]
+            result._detached = True
         return result
     if type(result) in (tuple, list):
         return type(result)(_guard_views(item, weight) for item in result)

@@ -61,7 +61,7 @@ class ChannelShared(Broadcast):
 
     def check(self, layout: Layout) -> str | None:
         """``over`` must be known, the tensor must have channels, ``groups`` needs groups."""
-        if self.over not in _LAWS:
+        if not isinstance(self.over, str) or self.over not in _LAWS:
             known = ", ".join(f"'{over}'" for over in _LAWS)
             return f"over={self.over!r} is unknown. Choose one of {known}."
         if len(layout.shape) < 2:

@@ -153,8 +153,6 @@ def _pack_symmetric(matrices: Tensor) -> Tensor:
     even = 1 - n % 2
     rectangle = matrices.new_zeros(*matrices.shape[:-2], n + even, first)
     rectangle[..., even : even + first, :] += matrices[..., :first, :first].tril()
-    rectangle[..., :second, 1 - even :] += (
-        matrices[..., first:, first:].tril().transpose(-1, -2)
-    )
+    rectangle[..., :second, 1 - even :] += matrices[..., first:, first:].tril().transpose(-1, -2)
     rectangle[..., even + first :, :] = matrices[..., first:, :first]
     return rectangle.flatten(-2)

@@ -50,7 +50,10 @@ class RowRepeat(Broadcast):
             return "a tensor without axes has no rows. Tie a weight or a bias."
         out = layout.canonical_shape[0]
         if out % self.groups:
-            return f"the {out} rows cannot be cut into groups={self.groups} equal blocks. Choose a divisor of {out}."
+            return (
+                f"the {out} rows cannot be cut into groups={self.groups} equal blocks. "
+                f"Choose a divisor of {out}."
+            )
         return None
 
     def blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,0 +1,535 @@
+"""Tying and untying: what is refused, that refusals change nothing, and the init modes."""
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import tiedparam as tp
+
+
+def snapshot(layer: nn.Module):
+    """Everything that a failed registration might have touched, to the object."""
+    return (
+        type(layer),
+        {k: id(v) for k, v in layer.__dict__.items()},
+        {k: id(v) for k, v in layer._parameters.items()},
+        list(layer._parameters),
+        {k: id(v) for k, v in layer._modules.items()},
+        {k: id(v) for k, v in layer._buffers.items()},
+        list(layer._load_state_dict_post_hooks),
+        {k: (v.clone(), v.shape, v.requires_grad) for k, v in layer.state_dict().items()},
+        [id(p.grad) for p in layer.parameters()],
+    )
+
+
+def unchanged(before, after) -> bool:
+    *facts, states, grads = before
+    *facts_after, states_after, grads_after = after
+    return (
+        facts == facts_after
+        and states.keys() == states_after.keys()
+        and all(
+            torch.equal(a[0], b[0]) and a[1:] == b[1:]
+            for a, b in zip(states.values(), states_after.values(), strict=True)
+        )
+        and grads == grads_after
+    )
+
+
+class WrongShape(tp.Rule):
+    def free_shapes(self):
+        return ((1,),)
+
+    def forward(self, free):
+        return free
+
+
+class WrongType(WrongShape):
+    def right_inverse(self, weight):
+        return (weight.new_zeros(1),)
+
+    def forward(self, free):
+        return "a weight"
+
+
+class WrongDtype(WrongType):
+    def forward(self, free):
+        return free.double().expand(self.bound_layout.shape).clone()
+
+
+class Raising(WrongType):
+    def forward(self, free):
+        raise ZeroDivisionError("inside the rule")
+
+
+class EmptyFree(WrongType):
+    def right_inverse(self, weight):
+        return (weight.clone(), weight.new_zeros(0))
+
+    def forward(self, free, empty):
+        return free.clone()
+
+
+def with_hook():
+    layer = nn.Linear(4, 4)
+    layer.weight.register_hook(lambda g: g)
+    return layer
+
+
+def with_weight_norm():
+    return torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+
+def integer_layer():
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int64), requires_grad=False)
+    return layer
+
+
+SELF = object()
+REFUSALS = [
+    # layer, arguments, error, text
+    (
+        lambda: nn.Linear(4, 4),
+        ("flip_symm",),
+        {},
+        tp.TieError,
+        "no rule 'flip_symm'. Did you mean 'flip_sym'",
+    ),
+    (lambda: nn.Linear(4, 4), ("zzz",), {}, tp.TieError, "Known rules: channel_shared"),
+    (
+        lambda: nn.Linear(4, 4),
+        ("flip_sym", "wieght"),
+        {},
+        tp.TieError,
+        "no such tensor. Its Parameters are 'weight', 'bias'",
+    ),
+    (
+        lambda: nn.Linear(4, 4, bias=False),
+        ("row_repeat", "bias"),
+        {},
+        tp.TieError,
+        "built without bias",
+    ),
+    (
+        lambda: nn.BatchNorm1d(4),
+        ("row_repeat", "running_mean"),
+        {},
+        tp.TieError,
+        "only Parameters can be tied",
+    ),
+    (
+        lambda: nn.Sequential(nn.Linear(4, 4)),
+        ("flip_sym",),
+        {},
+        tp.TieError,
+        "Name one of its layers: '0'",
+    ),
+    (
+        lambda: nn.Linear(4, 6),
+        ("flip_sym",),
+        {},
+        tp.TieError,
+        r"out_channels \(6\) must equal in_channels \(4\). Tie a square layer, or use 'channel_shared'",
+    ),
+    (lambda: nn.Linear(4, 6), ("row_repeat",), {"groups": 4}, tp.TieError, "Choose a divisor of 6"),
+    (lambda: nn.Linear(4, 6), ("row_repeat",), {"groups": 0}, tp.TieError, "positive integer"),
+    (lambda: nn.Linear(4, 6), ("row_repeat",), {"groups": 2.0}, tp.TieError, "positive integer"),
+    (
+        lambda: nn.Linear(4, 6),
+        ("row_repeat",),
+        {"over": "in"},
+        TypeError,
+        "unexpected keyword argument 'over'",
+    ),
+    (
+        lambda: nn.Conv2d(4, 6, 3),
+        ("channel_shared",),
+        {"over": "both"},
+        tp.TieError,
+        "Choose one of 'in', 'out'",
+    ),
+    (
+        lambda: nn.Conv2d(4, 6, 3),
+        ("channel_shared",),
+        {"over": ["in"]},
+        tp.TieError,
+        "Choose one of 'in', 'out'",
+    ),
+    (lambda: nn.Conv2d(4, 6, 3), ("channel_shared",), {"over": "groups"}, tp.TieError, "groups=1"),
+    (lambda: nn.Linear(4, 6), ("channel_shared", "bias"), {}, tp.TieError, "no input channels"),
+    (
+        lambda: nn.Linear(4, 4),
+        ("flip_sym",),
+        {"init": "best"},
+        tp.TieError,
+        "init='best' is unknown",
+    ),
+    (
+        lambda: nn.Linear(4, 4),
+        ("flip_sym",),
+        {"init": "exact"},
+        tp.TieError,
+        "breaks the law .*residual",
+    ),
+    (lambda: nn.Linear(4, 4), ("copy",), {}, TypeError, "source"),
+    (lambda: nn.Linear(4, 4), ("copy",), {"source": 3}, TypeError, "takes the layer to read"),
+    (lambda: nn.Linear(4, 4), ("copy",), {"source": "0"}, tp.TieError, "Pass root=model"),
+    (
+        lambda: nn.Linear(4, 4),
+        ("copy",),
+        {"source": nn.Linear(4, 4), "fn": 3},
+        TypeError,
+        "takes a function",
+    ),
+    (
+        lambda: nn.Linear(4, 4),
+        ("copy",),
+        {"source": nn.Linear(5, 4)},
+        tp.TieError,
+        r"\(4, 5\) gives \(4, 5\), and the tensor is \(4, 4\). Pass fn=",
+    ),
+    (
+        lambda: nn.Linear(4, 4),
+        ("copy",),
+        {"source": nn.ReLU()},
+        tp.TieError,
+        "has no tensor 'weight'",
+    ),
+    (
+        lambda: nn.Linear(4, 4),
+        ("copy",),
+        {"source": nn.Linear(4, 4).double()},
+        tp.TieError,
+        "Convert one of the layers",
+    ),
+    (lambda: nn.Linear(4, 4), ("copy",), {"source": SELF}, tp.TieError, "cycle"),
+    (
+        lambda: nn.Linear(4, 4),
+        ("copy",),
+        {"source": nn.Linear(4, 4), "init": "rescale"},
+        tp.TieError,
+        "no values of its own to rescale",
+    ),
+    (
+        lambda: nn.Linear(4, 4),
+        ("copy",),
+        {"source": nn.Linear(4, 4), "init": "exact"},
+        tp.TieError,
+        "breaks the law",
+    ),
+    (
+        lambda: nn.Linear(4, 4),
+        ("copy",),
+        {"source": nn.LazyLinear(4)},
+        tp.TieError,
+        "source is lazy",
+    ),
+    (
+        lambda: nn.LazyLinear(4),
+        ("row_repeat",),
+        {},
+        tp.TieError,
+        "lazy and has no shape yet. Run one forward",
+    ),
+    (
+        lambda: nn.Linear(4, 4).to(torch.complex64),
+        ("flip_sym",),
+        {},
+        tp.TieError,
+        "no meaning for torch.complex64",
+    ),
+    (integer_layer, ("row_repeat",), {}, tp.TieError, "no meaning for torch.int64"),
+    (lambda: nn.Linear(0, 4), ("row_repeat",), {}, tp.TieError, "is empty"),
+    (with_hook, ("flip_sym",), {}, tp.TieError, "gradient hooks"),
+    (with_weight_norm, ("flip_sym",), {}, tp.TieError, "has another parametrization"),
+    (lambda: nn.Linear(4, 4), (WrongShape,), {}, tp.TieError, "raised|returns"),
+    (
+        lambda: nn.Linear(4, 4),
+        (WrongType(),),
+        {},
+        tp.TieError,
+        r"forward returns str, and the tensor is \(4, 4\)",
+    ),
+    (lambda: nn.Linear(4, 4), (WrongDtype,), {}, tp.TieError, "are not torch.float32"),
+    (
+        lambda: nn.Linear(4, 4),
+        (Raising,),
+        {},
+        tp.TieError,
+        "raised ZeroDivisionError: inside the rule",
+    ),
+    (lambda: nn.Linear(4, 4), (EmptyFree,), {}, tp.TieError, "free values is empty"),
+    (lambda: nn.Linear(4, 4), (nn.ReLU,), {}, TypeError, "takes a name, a Rule subclass or a Rule"),
+    (lambda: nn.Linear(4, 4), (3,), {}, TypeError, "takes a name, a Rule subclass or a Rule"),
+    (lambda: nn.Linear(4, 4), ("flip_sym", 3), {}, TypeError, "tensor_name takes a string"),
+    (lambda: nn.Linear(4, 4), ("flip_sym",), {"root": 3}, TypeError, "root= takes the model"),
+    (lambda: nn.Linear(4, 4), ("flip_sym",), {"optimizer": 3}, TypeError, "takes torch optimizers"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "args", "kwargs", "error", "text"), REFUSALS, ids=[r[4][:30] for r in REFUSALS]
+)
+def test_a_refused_tie_names_the_reason_and_changes_nothing(make, args, kwargs, error, text):
+    layer = make()
+    kwargs = {k: layer if v is SELF else v for k, v in kwargs.items()}
+    source = kwargs.get("source")
+    lazy = isinstance(layer, nn.LazyLinear)
+    before = (type(layer), dict(layer.__dict__)) if lazy else snapshot(layer)
+    with pytest.raises(error, match=text) as caught:
+        tp.register_tie(layer, *args, **kwargs)
+    if lazy:
+        assert (type(layer), dict(layer.__dict__)) == before
+    else:
+        assert unchanged(before, snapshot(layer))
+    if isinstance(source, nn.Module):
+        assert not source._load_state_dict_post_hooks
+    if error is tp.TieError and "init" not in str(caught.value)[:5]:
+        assert len(str(caught.value)) < 500  # never a whole model
+
+
+def test_a_module_is_needed():
+    with pytest.raises(TypeError, match="on an nn.Module, not on Tensor"):
+        tp.register_tie(torch.zeros(2, 2), "flip_sym")
+
+
+def test_already_tied_names_the_tie():
+    layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+    before = snapshot(layer)
+    with pytest.raises(tp.TieError, match=r"tied by 'flip_sym' already. Call remove_tie first"):
+        tp.register_tie(layer, "row_repeat")
+    assert unchanged(before, snapshot(layer))
+
+
+def test_messages_name_the_path_where_the_root_is_known():
+    model = nn.ModuleDict({"encoder": nn.Sequential(nn.Conv2d(3, 64, 3))})
+    with pytest.raises(tp.TieError, match=r"cannot tie 'encoder\.0\.weight' by 'flip_sym': out_"):
+        tp.register_tie(model["encoder"][0], "flip_sym", root=model)
+    with pytest.raises(tp.TieError, match=r"cannot tie 'weight' of Conv2d\(3, 64, kernel_size"):
+        tp.register_tie(model["encoder"][0], "flip_sym")
+
+
+@pytest.mark.parametrize("where", ["register_parametrization", "move_gradient", "watch_source"])
+@pytest.mark.parametrize("tied_before", [True, False])
+def test_a_failure_midway_is_rolled_back(monkeypatch, where, tied_before):
+    from tiedparam import _host, _optimizer, _register
+
+    source, layer = nn.Linear(4, 4), nn.Linear(4, 4)
+    layer(torch.ones(1, 4)).sum().backward()
+    if tied_before:
+        tp.register_tie(layer, "row_repeat", "bias", groups=2)
+    optimizer = torch.optim.Adam([*layer.parameters(), *source.parameters()])
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    before, params = snapshot(layer), list(optimizer.param_groups[0]["params"])
+    state = dict(optimizer.state)
+    weight = layer.weight
+
+    def fail(*args, **kwargs):
+        if where == "register_parametrization":
+            register(*args, **kwargs)  # torch has done its work, then something breaks
+        raise MemoryError("midway")
+
+    register = parametrize.register_parametrization
+    module = {
+        "register_parametrization": parametrize,
+        "move_gradient": _optimizer,
+        "watch_source": _register,
+    }[where]
+    monkeypatch.setattr(module, where, fail)
+    with pytest.raises(MemoryError, match="midway"):
+        tp.register_tie(layer, "copy", source=source, optimizer=optimizer)
+    monkeypatch.undo()
+    assert unchanged(before, snapshot(layer))
+    assert layer.weight is weight
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in params]
+    assert {id(p) for p in optimizer.state} == {id(p) for p in state}
+    optimizer.step()
+    tp.register_tie(layer, "copy", source=source, optimizer=optimizer)
+    assert torch.equal(layer.weight, source.weight)
+    assert _host.stock_class(layer) is nn.Linear
+
+
+def test_an_instance_serves_one_tensor():
+    from tiedparam.rules.flip_sym import FlipSym
+
+    rule = FlipSym()
+    with pytest.raises(tp.TieError):
+        tp.register_tie(nn.Linear(4, 6), rule)
+    layer = tp.register_tie(nn.Linear(4, 4), rule)  # the refusal left it free
+    assert tp.get_tie(layer) is rule
+    with pytest.raises(tp.TieError, match="Make a new instance for every tensor"):
+        tp.register_tie(nn.Linear(4, 4), rule)
+    with pytest.raises(TypeError, match="go with a rule's name or class"):
+        tp.register_tie(nn.Linear(4, 4), FlipSym(), groups=2)
+
+
+@pytest.mark.parametrize("init", ["project", "rescale", "exact"])
+def test_init_modes_on_a_lawful_weight(init):
+    layer = tp.remove_tie(tp.register_tie(nn.Linear(4, 6), "row_repeat", groups=2))
+    weight = layer.weight.detach().clone()
+    tp.register_tie(layer, "row_repeat", groups=2, init=init)
+    expected = weight * math.sqrt(3) if init == "rescale" else weight
+    torch.testing.assert_close(layer.weight, expected, rtol=1e-6, atol=0)
+    if init != "rescale":
+        assert torch.equal(layer.weight, weight)
+
+
+def test_exact_copies():
+    source, layer = nn.Linear(3, 3), nn.Linear(3, 3)
+    with torch.no_grad():
+        layer.weight.copy_(source.weight.square())
+    tp.register_tie(layer, "squared_copy", source=source, init="exact")
+
+
+def test_remove_tie_gives_back_class_values_and_requires_grad():
+    layer = nn.Conv2d(3, 3, 3)
+    tp.register_tie(layer, "flip_sym")
+    weight, x = layer.weight.clone(), torch.randn(1, 3, 8, 8)
+    output = layer(x)
+    assert tp.remove_tie(layer) is layer
+    assert type(layer) is nn.Conv2d
+    assert torch.equal(layer.weight, weight)
+    torch.testing.assert_close(layer(x), output)
+    assert list(layer.__dict__) == list(nn.Conv2d(3, 3, 3).__dict__)
+    with pytest.raises(tp.TieError, match="is not tied. Tie it with register_tie first"):
+        tp.remove_tie(layer)
+
+
+def test_remove_tie_under_another_parametrization_is_refused():
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    before = layer.weight.clone()
+    with pytest.raises(tp.TieError, match="another parametrization is stacked on 'flip_sym'"):
+        tp.remove_tie(layer)
+    with pytest.raises(tp.TieError, match="another parametrization is stacked"):
+        layer.weight = before
+    parametrize.remove_parametrizations(layer, "weight")
+    assert torch.equal(layer.weight, before)
+    assert type(layer) is nn.Linear
+
+
+def test_is_tied_and_get_tie():
+    model = nn.Sequential(nn.Linear(4, 4))
+    assert not tp.is_tied(model[0])
+    tp.register_tie(model[0], "flip_sym")
+    assert tp.is_tied(model[0])
+    assert tp.is_tied(model[0], "weight")
+    assert not tp.is_tied(model[0], "bias")
+    assert not tp.is_tied(model)
+    assert str(tp.get_tie(model[0])) == "flip_sym"
+    with pytest.raises(tp.TieError, match="'bias' of Linear.* is not tied"):
+        tp.get_tie(model[0], "bias")
+
+
+def test_residual_looks_and_leaves():
+    layer = nn.Linear(4, 4)
+    before = snapshot(layer)
+    value = tp.residual(layer, "flip_sym")
+    weight = layer.weight.detach()
+    expected = (weight - weight.t()).norm() / 2 / weight.norm()
+    assert value == pytest.approx(float(expected), rel=1e-6)
+    assert unchanged(before, snapshot(layer))
+    model = nn.Sequential(layer, nn.Linear(4, 4))
+    assert tp.residual(layer, "copy", source="1", root=model) > 0
+    with pytest.raises(tp.TieError, match="cannot compare .* with 'row_repeat"):
+        tp.residual(layer, "row_repeat", groups=3)
+    with pytest.raises(tp.TieError, match="has no values"):
+        tp.residual(layer, "row_repeat", "no")
+    tp.register_tie(layer, "flip_sym")
+    assert tp.residual(layer, "flip_sym") == 0
+    assert tp.residual(layer, "row_repeat") > 0
+
+
+def test_attributes_of_the_parameter_travel():
+    layer = nn.Conv2d(3, 3, 3)
+    layer.weight.no_weight_decay = True
+    tp.register_tie(layer, "flip_sym")
+    assert all(p.no_weight_decay for p in layer.parametrizations.weight.parameters())
+    tp.remove_tie(layer)
+    assert layer.weight.no_weight_decay
+
+
+def test_a_pending_gradient_travels_without_an_optimizer():
+    layer = nn.Linear(3, 4)
+    layer(torch.ones(1, 3)).sum().backward()
+    tp.register_tie(layer, "row_repeat")
+    (free,) = layer.parametrizations.weight.parameters()
+    assert torch.equal(free.grad, torch.full((1, 3), 4.0))
+    tp.remove_tie(layer)
+    assert torch.equal(layer.weight.grad, torch.ones(4, 3))
+
+
+def test_training_mode_and_frozen_state_are_kept():
+    layer = nn.Linear(4, 4).eval()
+    layer.weight.requires_grad_(False)
+    tp.register_tie(layer, "flip_sym")
+    assert not layer.parametrizations.training
+    assert not layer.parametrizations.weight.original0.requires_grad
+    assert layer.bias.requires_grad
+
+
+def test_init_keeps_the_distribution_and_constants():
+    layer = tp.register_tie(nn.Linear(400, 300), "row_repeat")
+    assert tp.init_(layer, lambda w: nn.init.normal_(w, 0.0, 0.5)) is layer
+    assert float(layer.weight.std()) == pytest.approx(0.5, rel=0.1)
+    tp.init_(layer, nn.init.ones_)
+    assert torch.equal(layer.weight, torch.ones(300, 400))
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    dense = nn.Linear(400, 300)
+    assert float(layer.weight.std()) == pytest.approx(float(dense.weight.std()), rel=0.1)
+    assert torch.equal(layer.bias, dense.bias)
+
+
+def test_model_apply_initialises_with_copies_in_it():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tp.register_tie(model[1], "copy", source=model[0])
+    weight = model[0].weight.clone()
+    tp.init_(model[1], nn.init.zeros_)
+    assert torch.equal(model[0].weight, weight)
+    model.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+    assert torch.equal(model[0].weight, model[1].weight)
+    assert not torch.equal(model[0].weight, weight)
+
+
+def test_reset_parameters_after_to_empty():
+    with torch.device("meta"):
+        layer = tp.register_tie(nn.Linear(64, 32), "row_repeat", groups=4)
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert 0 < float(layer.weight.std()) < 1
+    assert torch.equal(layer.weight[0], layer.weight[7])
+
+
+def test_reset_of_statistics_reaches_the_layer():
+    layer = nn.BatchNorm1d(4)
+    tp.register_tie(layer, "row_repeat")
+    layer(torch.randn(8, 4) + 5)
+    assert layer.num_batches_tracked == 1
+    layer.reset_parameters()
+    assert layer.num_batches_tracked == 0
+    assert torch.equal(layer.running_mean, torch.zeros(4))
+    assert torch.equal(layer.weight, torch.ones(4))
+
+
+def test_a_deep_copied_rule_is_independent():
+    layer = tp.register_tie(nn.Linear(4, 4), "row_repeat", groups=2)
+    twin = copy.deepcopy(layer)
+    assert tp.get_tie(twin) is not tp.get_tie(layer)
+    with torch.no_grad():
+        twin.parametrizations.weight.original0.zero_()
+    assert layer.weight.abs().sum() > 0
