@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tiedparam import __version__
-from tiedparam._errors import TieError
+from tiedparam import TieError, __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:

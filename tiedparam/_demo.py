@@ -8,6 +8,8 @@ for each level ``t``, so a kernel that all input channels share is a kernel on t
 from __future__ import annotations
 
 import io
+import json
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -16,17 +18,16 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
 
-from tiedparam._errors import TieError
-from tiedparam._register import register_tie, residual
-from tiedparam._values import get_tie, is_tied
+from tiedparam import TieError, get_tie, is_tied, register_tie, residual
 
 BATCH = 64
 LEVELS = 16
@@ -49,7 +50,7 @@ class Tie:
         return residual(model.get_submodule(self.layer), self.rule, root=model, **self.options)
 
     def __str__(self) -> str:
-        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        options = "".join(f", {name}={json.dumps(value)}" for name, value in self.options.items())
         return f'tp.register_tie(model.{self.layer}, "{self.rule}", root=model{options})'
 
 
@@ -78,20 +79,30 @@ def demo(out: Path, *, seed: int = 0, epochs: int = 30) -> None:
     """
     for package in ("sklearn", "matplotlib", "tqdm"):
         needed(package)
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        raise TieError(f"cannot write '{out}': no such folder, or a folder itself. Correct --out.")
+    reason = _why_not_writable(out)
+    if reason is not None:
+        raise TieError(f"cannot write '{out}': {reason}")
     with _reproducible(seed):
         data = load_digits(seed)
         dense = build_model()
-        train(dense, data, epochs, seed, learning_rate=2e-3, title="training, dense")
-        models: dict[str, nn.Module] = {}
-        rows = []
-        plan = {"(dense)": (), **{tie.rule: (tie,) for tie in TIES}, "four at once": TOGETHER}
-        for title, ties in plan.items():
-            row, models[title] = tie_and_tune(dense, ties, data, epochs, seed, title)
-            rows.append(row)
-    draw(dense, models, out)
+        train(dense, data, epochs, seed, learning_rate=2e-3, title="training")
+        measure = partial(tie_and_tune, dense, data=data, epochs=epochs, seed=seed)
+        baseline, _ = measure((), title="(dense)")
+        tied = [(tie, *measure((tie,), title=tie.rule)) for tie in TIES]
+        together, _ = measure(TOGETHER, title="four at once")
+    draw(dense, tied, out)
+    rows = [baseline, *(row for _, row, _ in tied), together]
     print(summary(rows, data, epochs, seed, out))
+
+
+def _why_not_writable(out: Path) -> str | None:
+    if out.suffix.lower() != ".png":
+        return "the picture is a PNG. Choose a name that ends in .png."
+    if out.is_dir():
+        return "it is a folder. Name a file in it."
+    if not os.access(out.absolute().parent, os.W_OK):
+        return "its folder does not exist or is not writable. Choose another."
+    return None
 
 
 def needed(module: str) -> Any:
@@ -178,7 +189,7 @@ class Row:
     """One line of the table, all of it measured in this run. Accuracies in percent."""
 
     title: str
-    layers: str
+    layer: str
     residual: float | None
     parameters: int
     checkpoint_bytes: int
@@ -198,7 +209,8 @@ def tie_and_tune(
         TieError: if a tied weight does not satisfy its law to the bit afterwards.
     """
     model = deepcopy(dense)
-    residuals = [tie.residual(model) for tie in ties]
+    alone = ties[0] if len(ties) == 1 else None
+    distance = alone.residual(model) if alone else None
     for tie in ties:
         tie.apply(model)
     after_tying = accuracy(model, data) if ties else None
@@ -206,8 +218,8 @@ def tie_and_tune(
     optimizer = train(model, data, epochs, seed, learning_rate=1e-3, title=title)
     row = Row(
         title=title,
-        layers=", ".join(tie.layer for tie in ties),
-        residual=residuals[0] if len(ties) == 1 else None,
+        layer=alone.layer if alone else "",
+        residual=distance,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         checkpoint_bytes=checkpoint_bytes(model),
         optimizer_bytes=optimizer_bytes(optimizer),
@@ -229,11 +241,12 @@ def train(
     batches = [
         batch
         for _ in range(epochs)
-        for batch in torch.randperm(len(labels), generator=order).split(BATCH)
+        for batch in torch.split(torch.randperm(len(labels), generator=order), BATCH)
     ]
     for batch in needed("tqdm").tqdm(batches, desc=f"{title:>15}", unit="step", file=sys.stderr):
         optimizer.zero_grad()
-        cross_entropy(model(pictures[batch]), labels[batch]).backward()
+        loss = cross_entropy(model(pictures[batch]), labels[batch])
+        loss.backward()
         optimizer.step()
     return optimizer
 
@@ -262,6 +275,11 @@ def optimizer_bytes(optimizer: Optimizer) -> int:
     )
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """The layer's weight, stored or computed."""
+    return cast(Tensor, layer.weight)
+
+
 def check_law(model: nn.Module, tie: Tie) -> int:
     """Compare a tied weight with its rule's symmetries; how many comparisons that took.
 
@@ -271,7 +289,8 @@ def check_law(model: nn.Module, tie: Tie) -> int:
     layer = model.get_submodule(tie.layer)
     rule = get_tie(layer)
     with torch.no_grad():
-        equal = [torch.equal(layer.weight, image) for image in rule.symmetries(layer.weight)]
+        weight = weight_of(layer)
+        equal = [torch.equal(weight, image) for image in rule.symmetries(weight)]
     if not equal or not all(equal):
         raise TieError(f"'{tie.layer}.weight' breaks its law {rule.law}. Please report this.")
     return len(equal)
@@ -280,55 +299,48 @@ def check_law(model: nn.Module, tie: Tie) -> int:
 # The table ----------------------------------------------------------------------------------
 
 HEADER = f"""\
-{"":33}{"param-":>8}{"checkpoint":>12}{"optimizer":>11}   accuracy in %, held-out pictures
-{"law":14}{"layer":9}{"residual":>10}{"eters":>8}{"bytes":>12}{"bytes":>11}\
-{"before":>9}{"tied":>8}{"fine-tuned":>13}"""
+{"":33}{"param-":>9}{"checkpoint":>12}{"optimizer":>11}   accuracy in %, held out
+{"law":15}{"layer":8}{"residual":>10}{"eters":>9}{"bytes":>12}{"bytes":>11}\
+{"before":>9}{"tied":>7}{"fine-tuned":>12}"""
 
 
 def format_row(row: Row) -> str:
     """One line of the table."""
-    # several layers are named below the table
-    layers = row.layers if "," not in row.layers else ""
     distance = "" if row.residual is None else f"{row.residual:.3f}"
     tied = "" if row.after_tying is None else f"{row.after_tying:.1f}"
     return (
-        f"{row.title:14}{layers:9}{distance:>10}{row.parameters:>8,}{row.checkpoint_bytes:>12,}"
-        f"{row.optimizer_bytes:>11,}{row.before:>9.1f}{tied:>8}{row.after_tuning:>13.1f}"
+        f"{row.title:15}{row.layer:8}{distance:>10}{row.parameters:>9,}{row.checkpoint_bytes:>12,}"
+        f"{row.optimizer_bytes:>11,}{row.before:>9.1f}{tied:>7}{row.after_tuning:>12.1f}"
     )
 
 
 def summary(rows: list[Row], data: Data, epochs: int, seed: int, out: Path) -> str:
     """All that goes to stdout."""
-    width = len(HEADER.splitlines()[1])
-    table = [HEADER, "-" * width, *map(format_row, rows)]
-    together = ", ".join(f"{tie.layer} {tie.rule}" for tie in TOGETHER)
-    steps = epochs * -(-len(data.train_labels) // BATCH)
-    picture = 100 / len(data.test_labels)
+    trained, held_out = len(data.train_labels), len(data.test_labels)
+    steps = epochs * ceil(trained / BATCH)
+    rule_off = "-" * len(HEADER.splitlines()[-1])
+    table = "\n".join([HEADER, rule_off, *map(format_row, rows)])
+    lines = "\n".join(map(str, TIES))
     comparisons = sum(row.comparisons for row in rows)
-    return "\n".join(
-        [
-            f"scikit-learn's digits: {len(data.train_labels):,} pictures to train, "
-            f"{len(data.test_labels)} held out; seed {seed}.",
-            f"A CNN of stock layers, trained for {epochs} epochs. Each row is a copy of it: tied, "
-            f"then fine-tuned for {steps} steps.",
-            "",
-            *table,
-            "",
-            "residual      how far the trained weight was from the law: |W - nearest lawful W| / |W|",
-            "(dense)       not tied, fine-tuned for as many steps: the row to compare with",
-            f"four at once  {together}",
-            f"One held-out picture is {picture:.2f} %, and this is one seed: read small differences "
-            "as none.",
-            "",
-            f"After fine-tuning every law holds bit for bit: {comparisons} of {comparisons} "
-            "comparisons by torch.equal.",
-            f"The kernels, dense beside tied: {out}",
-            "",
-            "The five lines that did it, one per law (import tiedparam as tp):",
-            "",
-            *map(str, TIES),
-        ]
-    )
+    together = ", ".join(f"{tie.rule} on {tie.layer}" for tie in TOGETHER)
+    return f"""\
+scikit-learn's digits: {trained:,} pictures to train, {held_out} held out; seed {seed}.
+A CNN of stock layers, trained for {epochs} epochs. Each row is a deep copy of it: tied, then
+fine-tuned for {steps:,} steps.
+
+{table}
+
+residual      how far the trained weight was from the law: |W - nearest lawful W| / |W|
+(dense)       not tied, fine-tuned for as many steps: the row to compare with
+four at once  {together}
+One held-out picture is {100 / held_out:.2f} %, and this is one seed: small differences say nothing.
+
+After fine-tuning every law holds bit for bit ({comparisons} comparisons by torch.equal).
+The kernels, dense above tied: {out}
+
+The five lines that did it, one per law, after "import tiedparam as tp":
+
+{lines}"""
 
 
 # The picture --------------------------------------------------------------------------------
@@ -336,90 +348,113 @@ def summary(rows: list[Row], data: Data, epochs: int, seed: int, out: Path) -> s
 CELLS = 12
 """A panel shows a corner of 12 × 12 entries: the kernels of 4 × 4 channels, or a matrix."""
 INK = "#222222"
+CAPTION = (
+    "A corner of each weight: red is positive, blue negative, each block on its own scale. "
+    "Framed: a stored value. Not framed: computed by the law.\n"
+    "The marks show where three of the stored values are used. "
+    "Above the model as trained, below its copies, tied and fine-tuned."
+)
 
 
-def draw(dense: nn.Module, models: Mapping[str, nn.Module], out: Path) -> None:
+def draw(dense: nn.Module, tied: list[tuple[Tie, Row, nn.Module]], out: Path) -> None:
     """One column per law: the trained weight above, the tied and fine-tuned one below."""
-    figure = needed("matplotlib.figure").Figure(figsize=(14, 7), facecolor="white")
-    columns = figure.subfigures(1, len(TIES), wspace=0)
-    for column, tie in zip(columns, TIES, strict=True):
-        _draw_law(column, dense, models[tie.rule], tie)
-    figure.text(
-        0.5,
-        0.025,
-        "A corner of each weight; red is positive, blue negative.  "
-        "Framed: a stored value.  Not framed: computed, bit for bit the colour that its law says.",
-        ha="center",
-        size=10.5,
-        color=INK,
-    )
+    figure = needed("matplotlib.figure").Figure(figsize=(14, 7.3), facecolor="white")
+    for column, (tie, row, model) in zip(figure.subfigures(1, len(tied)), tied, strict=True):
+        _draw_law(column, dense, model, tie, row)
+    figure.text(0.5, 0.02, CAPTION, ha="center", size=11, color=INK, linespacing=1.5)
     figure.savefig(out, format="png", dpi=120)
 
 
-def _draw_law(column: Any, dense: nn.Module, tied: nn.Module, tie: Tie) -> None:
-    layer = tied.get_submodule(tie.layer)
-    rule = get_tie(layer)
+def _draw_law(column: Any, dense: nn.Module, tied: nn.Module, tie: Tie, row: Row) -> None:
+    rule = get_tie(tied.get_submodule(tie.layer))
+    entries = weight_of(dense.get_submodule(tie.layer)).numel()
     write = partial(column.text, 0.5, ha="center", color=INK)
     write(y=0.945, s=tie.rule, size=15, weight="bold")
     write(y=0.905, s=rule.law, size=10.5)
-    entries = layer.weight.numel()
-    write(y=0.862, s=f"{tie.layer}, trained: {entries:,} values stored", size=9.5)
-    write(y=0.452, s=f"{tie.layer}, tied: {rule.free_count:,} values stored", size=9.5)
-    # a copy is shown below its source
+    write(y=0.86, s=f"dense: {entries:,} stored, {row.before:.1f} % right", size=10.5)
+    write(y=0.46, s=f"tied: {rule.free_count:,} stored, {row.after_tuning:.1f} % right", size=10.5)
+    # a copy is drawn below its source
     paths = [tie.options["source"], tie.layer] if "source" in tie.options else [tie.layer]
-    for model, bottom in ((dense, 0.48), (tied, 0.07)):
+    for model, bottom in ((dense, 0.48), (tied, 0.08)):
+        panels = [_corner_of(model.get_submodule(path), CELLS // len(paths)) for path in paths]
+        marks = _busiest(panels) if model is tied else []
         height = 0.37 / len(paths)
-        for number, path in enumerate(reversed(paths)):
-            axes = column.add_axes((0.09, bottom + number * height, 0.86, height))
-            _draw_weight(axes, model.get_submodule(path), CELLS // len(paths))
-            if len(paths) > 1:
-                axes.set_ylabel(path, size=9, color=INK, labelpad=2)
+        for number, (path, panel) in enumerate(zip(paths, panels, strict=True), 1):
+            axes = column.add_axes((0.1, bottom + 0.37 - number * height, 0.8, height))
+            axes.set_ylabel(path, size=10, color=INK, labelpad=1)
+            _draw_panel(axes, panel, marks)
 
 
-def _draw_weight(axes: Any, layer: nn.Module, rows: int) -> None:
-    """The first entries of a weight as squares, the stored ones framed."""
-    patches, collections = needed("matplotlib.patches"), needed("matplotlib.collections")
-    values = _corner(layer.weight.detach(), rows)
-    framed = _corner(stored_entries(layer), rows)
-    scale = float(values.abs().max())
-    gap = 0.5 if layer.weight.dim() == 4 else 0.0  # between kernels
-    squares: dict[bool, list[Any]] = {False: [], True: []}
-    colours: dict[bool, list[float]] = {False: [], True: []}
-    for row in range(rows):
-        for column in range(CELLS):
-            frame = bool(framed[row, column])
-            corner = (column + gap * (column // 3), row + gap * (row // 3))
-            squares[frame].append(patches.Rectangle(corner, 0.9, 0.9))
-            colours[frame].append(float(values[row, column]))
-    for frame, edge in ((False, "none"), (True, INK)):
-        cells = collections.PatchCollection(squares[frame], cmap="RdBu_r", edgecolor=edge)
-        cells.set_array(colours[frame])
-        cells.set_clim(-scale, scale)
-        cells.set_linewidth(1.0)
-        axes.add_collection(cells)
-    axes.set(xlim=(-0.2, CELLS + 3 * gap + 0.1), ylim=(rows + gap * (rows // 3 - 1) + 0.1, -0.2))
-    axes.set(aspect="equal", xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
+@dataclass(frozen=True)
+class Panel:
+    """A corner of a weight as matrices of ``(rows, CELLS)``.
+
+    Attributes:
+        values: the entries.
+        labels: the number of the stored value that each entry shows.
+        stored: whether the entry stands for its stored value: the first that shows it.
+        kernel: the side of the square kernels, 1 for a plain matrix.
+    """
+
+    values: Tensor
+    labels: Tensor
+    stored: Tensor
+    kernel: int
 
 
-def _corner(weight: Tensor, rows: int) -> Tensor:
-    """A ``(rows, 12)`` matrix: whole kernels, an output per block of rows; or plain entries."""
-    if weight.dim() == 4:
-        channels = weight[: rows // 3, : CELLS // 3]
+def _corner_of(layer: nn.Module, rows: int) -> Panel:
+    weight = weight_of(layer).detach()
+    labels = torch.arange(1, weight.numel() + 1).reshape(weight.shape)
+    stored = torch.ones(weight.shape, dtype=torch.bool)
+    if is_tied(layer):
+        stored[:] = False
+        rule = get_tie(layer)
+        if rule.free_count:  # else a copy, entry by entry
+            labels = rule.orbit_labels().abs()
+            _, first = needed("numpy").unique(labels, return_index=True)
+            stored.view(-1)[first] = True
+    kernel = weight.shape[-1] if weight.dim() == 4 else 1
+
+    def corner(tensor: Tensor) -> Tensor:
+        if kernel == 1:
+            return tensor[:rows, :CELLS]
+        channels = tensor[: rows // kernel, : CELLS // kernel]  # (outputs, inputs, kernel, kernel)
         return channels.transpose(1, 2).reshape(rows, CELLS)
-    return weight[:rows, :CELLS]
+
+    return Panel(corner(weight), corner(labels), corner(stored), kernel)
 
 
-def stored_entries(layer: nn.Module) -> Tensor:
-    """A mask of the weight: one entry for each stored value, the first that shows it."""
-    mask = torch.ones(layer.weight.shape, dtype=torch.bool)
-    if not is_tied(layer):
-        return mask
-    mask[:] = False
-    rule = get_tie(layer)
-    if rule.free_count:
-        labels = rule.orbit_labels().abs().flatten()
-        numpy = needed("numpy")
-        _, first = numpy.unique(labels.numpy(), return_index=True)
-        mask.view(-1)[first] = True
-    return mask
+def _busiest(panels: list[Panel]) -> list[int]:
+    """The labels of the three largest stored values that show more than once."""
+    seen = torch.cat([panel.labels.flatten() for panel in panels]).tolist()
+    first = panels[0]
+    order = first.values.abs().flatten().argsort(descending=True)
+    labels = [int(first.labels.flatten()[i]) for i in order if first.stored.flatten()[i]]
+    return [label for label in labels if seen.count(label) > 1][:3]
+
+
+def _draw_panel(axes: Any, panel: Panel, marks: list[int]) -> None:
+    """Entries as coloured squares, the stored ones framed, some marked."""
+    patches, collections = needed("matplotlib.patches"), needed("matplotlib.collections")
+    kernel, rows = panel.kernel, len(panel.values)
+    gap = 0.5 if kernel > 1 else 0.0
+    scale = float(panel.values.abs().max())
+    for framed in (False, True):
+        where = (panel.stored == framed).nonzero().tolist()
+        corners = [(c + gap * (c // kernel), r + gap * (r // kernel)) for r, c in where]
+        squares = [patches.Rectangle(corner, 0.88, 0.88) for corner in corners]
+        edge = INK if framed else "none"
+        cells = collections.PatchCollection(squares, cmap="RdBu_r", edgecolor=edge, linewidth=1)
+        cells.set_array([float(panel.values[r, c]) for r, c in where])
+        cells.set_clim(-scale, scale)
+        cells.set_snap(False)  # snapped to pixels, equal gaps look unequal
+        axes.add_collection(cells)
+        for (x, y), (r, c) in zip(corners, where, strict=True):
+            if int(panel.labels[r, c]) in marks:
+                shape = "o^s"[marks.index(int(panel.labels[r, c]))]
+                style = {"markerfacecolor": "white", "markeredgecolor": INK, "markersize": 6}
+                axes.plot(x + 0.44, y + 0.44, shape, **style)
+    width, height = (size + gap * (size // kernel - 1) for size in (CELLS, rows))
+    axes.set(xlim=(-0.2, width + 0.1), ylim=(height + 0.1, -0.2), aspect="equal")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
