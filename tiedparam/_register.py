@@ -197,7 +197,9 @@ def residual(
         **options: the rule's own options.
 
     Returns:
-        0 for a lawful (or zero) weight. For i.i.d. entries about ``sqrt(1 − free/entries)``.
+        0 for a lawful (or zero) weight. For a rule with free values at most 1, and about
+        ``sqrt(1 − free/entries)`` for i.i.d. entries; for a copy unbounded, and about √2 for
+        unrelated weights of equal scale.
 
     Raises:
         TieError: if the tensor cannot carry the rule.
