@@ -211,13 +211,30 @@ def test_unknown_state_is_refused_and_nothing_changes(make):
 
     optimizer.step(closure)
     state = dict(optimizer.state[weight])
-    with pytest.raises(tp.TieError, match="how it follows a tie is not known. Build the optimizer"):
+    with pytest.raises(tp.TieError, match="Build the optimizer after tying"):
         tp.register_tie(layer, "flip_sym", optimizer=optimizer)
     assert type(layer) is nn.Linear
     assert layer.weight is weight
     assert optimizer.param_groups[0]["params"][0] is weight
     assert optimizer.state[weight].keys() == state.keys()
     assert all(optimizer.state[weight][key] is value for key, value in state.items())
+    optimizer.step(closure)
+
+
+def test_lbfgs_is_refused_whichever_parameter_holds_its_history():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 4)).square().sum()
+        loss.backward()
+        return loss
+
+    tp.register_tie(model[0], "flip_sym", optimizer=optimizer)  # no history yet
+    optimizer.step(closure)
+    with pytest.raises(tp.TieError, match="LBFGS holds one history"):
+        tp.register_tie(model[1], "flip_sym", optimizer=optimizer)
     optimizer.step(closure)
 
 

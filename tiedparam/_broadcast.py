@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
+from dataclasses import dataclass
+from math import gcd, prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tiedparam._layout import Layout
 from tiedparam._rule import Rule
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A blocked view of the canonical weight, and which of its axes are shared.
+
+    Attributes:
+        outputs: the output axis, split; the product is the number of outputs.
+        rest: the input axis and the kernel axes.
+        shared: axes of ``(*outputs, *rest)`` along which all entries are equal.
+    """
+
+    outputs: tuple[int, ...]
+    rest: tuple[int, ...]
+    shared: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The blocked shape."""
+        return (*self.outputs, *self.rest)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a broadcast law lets a layer save.
+
+    Attributes:
+        summed: all inputs of a group share, so they can be summed first.
+        run: so many consecutive outputs of a group are equal; one is computed and spread.
+        shared_banks: the groups share their filters.
+    """
+
+    summed: bool
+    run: int
+    shared_banks: bool
 
 
 class Broadcast(Rule):
@@ -16,23 +54,70 @@ class Broadcast(Rule):
 
     A subclass states `blocks`: the canonical weight ``V[o, c, x]`` viewed with its axes
     split, and which of those axes are shared. Then ``V = base`` expanded along them.
+
+    Args:
+        compute: the form of `tiedparam._structured` that computes the layer: ``"auto"`` picks
+            the fastest; ``"dense"``, ``"reduced"``, ``"columns"`` or ``"shift"`` force one,
+            for measuring.
     """
 
     complex_valued = True
 
-    def blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The blocked shape of the canonical weight, and the axes of it that are shared."""
+    def __init__(self, compute: str = "auto") -> None:
+        super().__init__()
+        self.compute = compute
+        self.plan: Any = None  # the structured compute's note of its decision
+
+    def blocks(self) -> Blocks:
+        """The blocked view of the canonical weight, and the axes of it that are shared."""
         raise NotImplementedError(f"{type(self).__name__} must say which axes are shared")
 
+    def reduction(self) -> Reduction:
+        """What the law lets the layer save."""
+        blocks, layout = self.blocks(), self.bound_layout
+        outputs, inputs = layout.canonical_shape[:2]
+        last = len(blocks.outputs) - 1
+        # a run of equal rows must end where a block of rows or a group of the layer ends
+        run = gcd(blocks.outputs[last], outputs // layout.groups) if last in blocks.shared else 1
+        return Reduction(
+            summed=last + 1 in blocks.shared and inputs > 1,
+            run=run,
+            shared_banks=last > 0 and 0 in blocks.shared,
+        )
+
+    def reduced(self, base: Tensor) -> Tensor:
+        """The weight of the smaller layer: one row per run, one column if inputs are summed."""
+        blocks, layout, reduction = self.blocks(), self.bound_layout, self.reduction()
+        shape, last = list(blocks.shape), len(blocks.outputs) - 1
+        kept = [1 if axis in blocks.shared else size for axis, size in enumerate(shape)]
+        shape[last] //= reduction.run
+        if reduction.summed:
+            shape[last + 1] = 1
+        _, inputs, *kernel = layout.canonical_shape
+        rows = prod(blocks.outputs) // reduction.run
+        columns = 1 if reduction.summed else inputs
+        canonical = base.reshape(kept).expand(shape).reshape(rows, columns, *kernel)
+        if not layout.transposed:
+            return canonical
+        groups = layout.groups
+        smaller = Layout((groups * columns, rows // groups, *kernel), groups, True)
+        return smaller.native(canonical)
+
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """One base: the blocked shape without its shared axes."""
-        shape, shared = self.blocks()
-        return (tuple(size for axis, size in enumerate(shape) if axis not in shared),)
+        """One base: the different outputs, and the other axes with 1 where they are shared.
+
+        It has as many axes as the weight, so that a conversion to channels_last, which goes
+        by the number of axes, treats both alike.
+        """
+        blocks = self.blocks()
+        kept = [1 if axis in blocks.shared else n for axis, n in enumerate(blocks.shape)]
+        outputs = len(blocks.outputs)
+        return ((prod(kept[:outputs]), *kept[outputs:]),)
 
     def forward(self, *free: Tensor) -> Tensor:
         """Expand the base along the shared axes."""
         (base,) = free
-        shape, shared = self.blocks()
+        shape, shared = self.blocks().shape, self.blocks().shared
         layout = self.bound_layout
         kept = [1 if axis in shared else size for axis, size in enumerate(shape)]
         return layout.native(base.reshape(kept).expand(shape).reshape(layout.canonical_shape))
@@ -43,7 +128,7 @@ class Broadcast(Rule):
         values, first = self._members(weight)
         wide = torch.promote_types(weight.dtype, torch.float32)
         values, first = values.to(wide), first.to(wide)
-        _, shared = self.blocks()
+        shared = self.blocks().shared
         # where: equal infinities differ by 0, not by nan
         difference = torch.where(values == first, 0, values - first)
         mean = first + difference.mean(shared, keepdim=True)
@@ -59,13 +144,13 @@ class Broadcast(Rule):
 
     def multiplicities(self) -> tuple[Tensor, ...]:
         """The product of the shared sizes, everywhere."""
-        shape, shared = self.blocks()
+        shape, shared = self.blocks().shape, self.blocks().shared
         copies = prod(shape[axis] for axis in shared)
         return tuple(torch.full(s, copies, dtype=torch.float64) for s in self.free_shapes())
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The weight with its entries moved by one along each shared axis."""
-        shape, shared = self.blocks()
+        shape, shared = self.blocks().shape, self.blocks().shared
         layout = self.bound_layout
         blocked = layout.canonical(weight).reshape(shape)
         for axis in shared:
@@ -73,7 +158,7 @@ class Broadcast(Rule):
 
     def _members(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The blocked weight, and its first member along every shared axis."""
-        shape, shared = self.blocks()
+        shape, shared = self.blocks().shape, self.blocks().shared
         values = self.bound_layout.canonical(weight).reshape(shape)
         first = values
         for axis in shared:

@@ -144,8 +144,8 @@ def accept(
 ) -> None:
     """Turn the dense entries of one layer into tied ones, before torch loads the layer.
 
-    What does not fit is reported through ``error_msgs`` and taken out, so that the tied
-    tensor keeps all of its old values.
+    What does not fit is reported through ``error_msgs``, and the tied tensor keeps all of its
+    old values: torch is given those to load, so that it does not complain of missing keys.
     """
     signatures = local_metadata.get(_SIGNATURE, {})
     for name, rule in ties_of(layer).items():
@@ -170,8 +170,7 @@ def accept(
             problem = _unfit_free(layer, name, rule, key, keys, state_dict, signatures)
         if problem is not None:
             error_msgs.append(problem)
-            for k in keys:
-                state_dict.pop(k, None)
+            state_dict.update(zip(keys, free_values(layer, name), strict=True))
 
 
 def sign(layer: nn.Module, destination: Any, prefix: str) -> None:

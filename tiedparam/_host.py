@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tiedparam import _checkpoint, _values
+from tiedparam import _checkpoint, _structured, _values
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
 from tiedparam._stock import effective, parametrization_list, parametrization_lists
@@ -91,14 +91,19 @@ def host_class(stock: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
 
 def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
     """What a host class overrides."""
+    structured = _structured.computation(stock) if "weight" in names else None
+
+    def compute(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = structured(self, *args, **kwargs) if structured is not None else None
+        return stock.forward(self, *args, **kwargs) if result is None else result
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return stock.forward(self, *args, **kwargs)
+            return compute(self, *args, **kwargs)
         outer = getattr(_inside, "layer", None)
         _inside.layer = self
         try:
-            return stock.forward(self, *args, **kwargs)
+            return compute(self, *args, **kwargs)
         finally:
             _inside.layer = outer
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from tiedparam._rule import Rule
 
@@ -154,6 +154,11 @@ def plan_moves(
             raise ValueError(
                 f"the {type(optimizer).__name__} holds its free values in several groups, or "
                 "only some of them. Put them into one group"
+            )
+        if isinstance(optimizer, LBFGS) and optimizer.state:
+            raise ValueError(
+                "LBFGS holds one history for all of its parameters, which cannot follow. Build "
+                "the optimizer after tying"
             )
         group = groups[0]
         positions = [i for i, p in enumerate(group["params"]) if _among(p, old)]

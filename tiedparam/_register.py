@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from tiedparam import _host, _optimizer, _optimizer_guard
+from tiedparam import _host, _optimizer, _optimizer_guard, _structured
 from tiedparam._checkpoint import unwatch_source, watch_source
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
@@ -89,6 +89,7 @@ def register_tie(
         _host.remember_order(layer)
         parametrize.register_parametrization(layer, tensor_name, made)
         _host.adopt(layer)
+        _structured.prepare(layer, tensor_name, made)
         stored = free_values(layer, tensor_name)
         with torch.no_grad():
             for parameter, value in zip(stored, free, strict=True):
@@ -320,22 +321,20 @@ def _initial_free_values(
     with torch.no_grad():
         dense = weight.detach()
         try:
+            # the shape first: what follows from a wrong forward would be hard to read
+            zeros = [dense.new_zeros(shape) for shape in rule.free_shapes()]
+            _refuse_misshapen(rule(*zeros), dense, refuse)
             free = list(rule.right_inverse(dense))
             lawful = rule(*free)
         except TieError:
             raise
         except Exception as error:
             raise refuse(f"the rule raised {type(error).__name__}: {error}") from error
-        if not isinstance(lawful, Tensor) or lawful.shape != dense.shape:
-            shape = tuple(lawful.shape) if isinstance(lawful, Tensor) else type(lawful).__name__
-            raise refuse(
-                f"its forward returns {shape}, and the tensor is {tuple(dense.shape)}. "
-                "Correct the rule."
-            )
-        if lawful.dtype != dense.dtype or any(value.dtype != dense.dtype for value in free):
-            raise refuse(f"its free values or its weight are not {dense.dtype}. Correct the rule.")
+        if any(value.dtype != dense.dtype for value in free):
+            raise refuse(f"its free values are not {dense.dtype}. Correct the rule.")
         if any(value.numel() == 0 for value in free):
             raise refuse("one of its free values is empty. Leave it out of free_shapes.")
+        _refuse_misshapen(lawful, dense, refuse)
         if init == "exact" and not torch.equal(lawful, dense):
             raise refuse(
                 f"the weight breaks the law {rule.law} (residual {rule.residual(dense):.2e}). "
@@ -350,6 +349,17 @@ def _initial_free_values(
                 for value, count in zip(free, counts, strict=True)
             ]
         return free
+
+
+def _refuse_misshapen(value: object, dense: Tensor, refuse: Callable[[str], TieError]) -> None:
+    if not isinstance(value, Tensor) or value.shape != dense.shape:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise refuse(
+            f"its forward returns {shape}, and the tensor is {tuple(dense.shape)}. "
+            "Correct the rule."
+        )
+    if value.dtype != dense.dtype:
+        raise refuse(f"its forward returns {value.dtype}, not {dense.dtype}. Correct the rule.")
 
 
 def _roots(rule: Rule) -> Iterator[tuple[nn.Module, str]]:

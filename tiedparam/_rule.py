@@ -167,9 +167,16 @@ class Rule(nn.Module):
     def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
         """One member of each orbit of ``weight``, as free values in storage of their own."""
         labels = self.orbit_labels().flatten()
+        if (labels == 0).any():
+            raise NotImplementedError(
+                "an entry of the weight is always zero and belongs to no orbit; override "
+                "right_inverse and representatives"
+            )
         first = torch.full((self.free_count,), labels.numel())
         position = torch.arange(labels.numel())
         first.scatter_reduce_(0, labels.abs() - 1, position, "amin")
+        if (first == labels.numel()).any():
+            raise NotImplementedError("a free value reaches no entry of the weight; leave it out")
         sign = labels[first].sign().to(device=weight.device, dtype=weight.dtype)
         chosen = weight.detach().reshape(-1)[first.to(weight.device)] * sign
         shapes = self.free_shapes()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tiedparam._broadcast import Broadcast
+from tiedparam._broadcast import Blocks, Broadcast
 from tiedparam._layout import Layout
 from tiedparam._registry import register_rule
 from tiedparam._rule import Example
@@ -27,9 +27,9 @@ class ChannelShared(Broadcast):
     ====================  ==============================  =======================
     ``over``              law                             free values
     ====================  ==============================  =======================
-    ``"in"``              ``W[o, c, x] = w[o, x]``        ``(O, *kernel)``
-    ``"out"``             ``W[o, c, x] = w[c, x]``        ``(C/g, *kernel)``
-    ``"all"``             ``W[o, c, x] = w[x]``           ``kernel``, or ``(1,)``
+    ``"in"``              ``W[o, c, x] = w[o, x]``        ``(O, 1, *kernel)``
+    ``"out"``             ``W[o, c, x] = w[c, x]``        ``(1, C/g, *kernel)``
+    ``"all"``             ``W[o, c, x] = w[x]``           ``(1, 1, *kernel)``
     ``"groups"``          ``W[g·m+r, c, x] = w[r, c, x]``  ``(O/g, C/g, *kernel)``
     ====================  ==============================  =======================
 
@@ -50,8 +50,8 @@ class ChannelShared(Broadcast):
 
     law = "W[o, c, x] = w[o, x]  (over='in'; also 'out', 'all', 'groups')"
 
-    def __init__(self, over: str = "in") -> None:
-        super().__init__()
+    def __init__(self, over: str = "in", compute: str = "auto") -> None:
+        super().__init__(compute)
         self.over = over
         self.law = _LAWS.get(over, type(self).law) if isinstance(over, str) else type(self).law
 
@@ -73,16 +73,14 @@ class ChannelShared(Broadcast):
             )
         return None
 
-    def blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def blocks(self) -> Blocks:
         """The canonical axes, outputs split by group for ``over="groups"``."""
         layout = self.bound_layout
         out, *rest = layout.canonical_shape
         if self.over == "groups":
-            return (layout.groups, out // layout.groups, *rest), (0,)
-        if self.over == "all" and not layout.kernel:
-            # a kernel axis of one position, so that the free value is a vector, not a scalar
-            return (out, *rest, 1), (0, 1)
-        return layout.canonical_shape, {"in": (1,), "out": (0,), "all": (0, 1)}[self.over]
+            return Blocks((layout.groups, out // layout.groups), tuple(rest), shared=(0,))
+        shared = {"in": (1,), "out": (0,), "all": (0, 1)}[self.over]
+        return Blocks((out,), tuple(rest), shared)
 
     @classmethod
     def examples(cls) -> Sequence[Example]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tiedparam._broadcast import Broadcast
+from tiedparam._broadcast import Blocks, Broadcast
 from tiedparam._layout import Layout
 from tiedparam._registry import register_rule
 from tiedparam._rule import Example
@@ -34,8 +34,8 @@ class RowRepeat(Broadcast):
 
     law = "W[o] = w[o // (out/groups)]"
 
-    def __init__(self, groups: int = 1) -> None:
-        super().__init__()
+    def __init__(self, groups: int = 1, compute: str = "auto") -> None:
+        super().__init__(compute)
         self.groups = groups
 
     def options(self) -> dict[str, Any]:
@@ -56,10 +56,10 @@ class RowRepeat(Broadcast):
             )
         return None
 
-    def blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def blocks(self) -> Blocks:
         """``(groups, out/groups, *rest)``, shared along the rows of a block."""
         out, *rest = self.bound_layout.canonical_shape
-        return (self.groups, out // self.groups, *rest), (1,)
+        return Blocks((self.groups, out // self.groups), tuple(rest), shared=(1,))
 
     @classmethod
     def examples(cls) -> Sequence[Example]:

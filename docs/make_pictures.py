@@ -1,0 +1,215 @@
+"""Draw the tying pattern of every rule into docs/images: ``python docs/make_pictures.py``.
+
+One SVG file for each law. Every square is an entry of a small weight; entries of one colour
+share one stored value and carry its number. A dark frame marks the first entry of each
+orbit. A rule of copies has no stored values: its source is drawn beside it, filled with
+1, 2, 3, …, and the copy shows what ``fn`` makes of them.
+
+The files depend on the rules alone, so `tests/test_docs.py` can compare them to the byte.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Callable, Iterator
+from html import escape
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from make_tables import bound_examples, shipped_rules
+from torch import Tensor, nn
+
+import tiedparam as tp
+
+IMAGES = Path(__file__).resolve().parent / "images"
+COMMAND = "python docs/make_pictures.py"
+CELL, GAP, MARGIN, HEAD = 22, 8, 10, 24
+
+Case = tuple[Callable[[], nn.Module], str, dict[str, Any]]  # build, path of the layer, options
+
+# What to draw where the first example would not show the pattern well.
+CASES: dict[str, dict[str, Case]] = {
+    "flip_sym": {
+        "flip_sym": (lambda: nn.Conv2d(3, 3, 3), "", {}),
+        "flip_sym-even": (lambda: nn.Conv2d(2, 2, 2), "", {}),
+        "flip_sym-linear": (lambda: nn.Linear(5, 5), "", {}),
+    },
+    "row_repeat": {
+        "row_repeat": (lambda: nn.Linear(6, 4), "", {}),
+        "row_repeat-groups": (lambda: nn.Linear(6, 4), "", {"groups": 2}),
+    },
+    "channel_shared": {
+        "channel_shared-in": (lambda: nn.Conv2d(3, 2, 3), "", {"over": "in"}),
+        "channel_shared-out": (lambda: nn.Conv2d(3, 2, 3), "", {"over": "out"}),
+        "channel_shared-all": (lambda: nn.Conv2d(3, 2, 3), "", {"over": "all"}),
+        "channel_shared-groups": (
+            lambda: nn.Conv1d(3, 6, 5, groups=3),
+            "",
+            {"over": "groups"},
+        ),
+    },
+    "copy": {
+        "copy": (
+            lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)),
+            "1",
+            {"source": "0", "fn": torch.t},
+        ),
+    },
+    "squared_copy": {
+        "squared_copy": (
+            lambda: nn.Sequential(nn.Conv1d(2, 2, 3), nn.Conv1d(2, 2, 3)),
+            "1",
+            {"source": "0"},
+        ),
+    },
+}
+
+
+def pictures() -> Iterator[tuple[str, str]]:
+    """File names and contents of all pictures."""
+    for name, rule in shipped_rules().items():
+        if name in CASES:
+            for title, (build, path, options) in CASES[name].items():
+                model = build()
+                layer = model.get_submodule(path)
+                tp.register_tie(layer, rule, root=model, **options)
+                yield f"{title}.svg", picture(tp.get_tie(layer))
+        else:
+            yield f"{name}.svg", picture(next(bound_examples(rule)))
+
+
+def picture(rule: tp.Rule) -> str:
+    """The pattern of one bound rule as SVG."""
+    shape = rule.bound_layout.shape
+    if rule.free_count:
+        labels = rule.orbit_labels()
+        head = f"{rule}, weight {shape}: {rule.free_count} of {prod(shape)} values stored"
+        return _svg(head, [("", _Grid(labels.abs(), labels, _first_of_each(labels)))])
+    ((source, name),) = rule.sources()
+    stored = getattr(source, name).detach()
+    numbers = torch.arange(1.0, stored.numel() + 1).reshape(stored.shape)
+    with torch.no_grad():
+        getattr(source, name).copy_(numbers)
+        copied = rule()
+    every = torch.ones(stored.shape, dtype=torch.bool)
+    none = torch.zeros(copied.shape, dtype=torch.bool)
+    parts = [
+        ("source", _Grid(numbers.long(), numbers.long(), every)),
+        ("copy", _Grid(_origins(rule, source, name), copied.long(), none)),
+    ]
+    return _svg(f"{rule}, weight {shape}: nothing stored", parts)
+
+
+class _Grid:
+    """A weight as rows of blocks: outputs down, inputs across, a kernel in every block.
+
+    Args:
+        colours: for each entry the number of the stored value that it comes from.
+        texts: the number to print on it.
+        marked: whether it gets the dark frame.
+    """
+
+    def __init__(self, colours: Tensor, texts: Tensor, marked: Tensor) -> None:
+        while colours.dim() < 4:  # (out, in) and (out, in, length) have one row to a block
+            axis = 2 if colours.dim() > 2 else colours.dim()
+            colours, texts, marked = (t.unsqueeze(axis) for t in (colours, texts, marked))
+        self.colours, self.texts, self.marked = (t.flatten(3) for t in (colours, texts, marked))
+        self.outputs, self.inputs, self.height, self.length = self.colours.shape
+        # a matrix is drawn without gaps
+        self.gap = GAP if self.height * self.length > 1 else 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        width = self.inputs * (self.length * CELL + self.gap) - self.gap
+        return width, self.outputs * (self.height * CELL + self.gap) - self.gap
+
+    def cells(self, left: int, top: int) -> Iterator[str]:
+        """One square and its number for every entry; frames last, so that they lie on top."""
+        frames = []
+        for o, c, y, x in torch.cartesian_prod(
+            *(torch.arange(n) for n in self.colours.shape)
+        ).tolist():
+            px = left + c * (self.length * CELL + self.gap) + x * CELL
+            py = top + o * (self.height * CELL + self.gap) + y * CELL
+            fill = _colour(int(self.colours[o, c, y, x]))
+            yield f'<rect x="{px}" y="{py}" width="{CELL}" height="{CELL}" fill="{fill}"/>'
+            yield (f'<text x="{px + CELL // 2}" y="{py + 15}">{int(self.texts[o, c, y, x])}</text>')
+            if self.marked[o, c, y, x]:
+                frames.append(
+                    f'<rect x="{px + 1}" y="{py + 1}" width="{CELL - 2}" height="{CELL - 2}" '
+                    'class="free"/>'
+                )
+        yield from frames
+
+
+def _svg(head: str, parts: list[tuple[str, _Grid]]) -> str:
+    body, left, bottom = [], MARGIN, 0
+    for caption, grid in parts:
+        top = MARGIN + HEAD
+        if caption:
+            body.append(f'<text x="{left}" y="{top + 12}" class="left">{escape(caption)}</text>')
+            top += HEAD
+        body += grid.cells(left, top)
+        width, height = grid.size
+        left, bottom = left + width + 4 * MARGIN, max(bottom, top + height)
+    width = max(left - 3 * MARGIN, 2 * MARGIN + 7 * len(head))
+    height = bottom + MARGIN
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            f'viewBox="0 0 {width} {height}" role="img">',
+            f"<title>{escape(head)}</title>",
+            "<style>text{font:11px sans-serif;text-anchor:middle;fill:#222}"
+            "text.left{font-size:13px;text-anchor:start}"
+            "rect{stroke:#fff;stroke-width:1}"
+            "rect.free{fill:none;stroke:#222;stroke-width:2}</style>",
+            f'<rect width="{width}" height="{height}" fill="#fff"/>',
+            f'<text x="{MARGIN}" y="{MARGIN + 12}" class="left">{escape(head)}</text>',
+            *body,
+            "</svg>\n",
+        ]
+    )
+
+
+def _colour(number: int) -> str:
+    # the golden ratio spreads neighbours around the colour circle
+    hue = number * 0.618034 % 1
+    red, green, blue = colorsys.hls_to_rgb(hue, (0.68, 0.76, 0.84)[number % 3], 0.65)
+    return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
+
+
+def _first_of_each(labels: Tensor) -> Tensor:
+    seen: set[int] = set()
+    first = [not (n in seen or seen.add(n)) for n in labels.abs().flatten().tolist()]
+    return torch.tensor(first).reshape(labels.shape)
+
+
+def _origins(rule: tp.Rule, source: nn.Module, name: str) -> Tensor:
+    """For each entry of a copy the number of the source's entry that it depends on most."""
+    with torch.enable_grad():
+        values = rule().flatten()
+        rows = [
+            torch.autograd.grad(value, getattr(source, name), retain_graph=True)[0]
+            for value in values
+        ]
+    dependence = torch.stack(rows).flatten(1).abs().argmax(1) + 1
+    return dependence.reshape(rule.bound_layout.shape)
+
+
+def main() -> None:
+    """Rewrite all pictures, and remove those that no rule has any more."""
+    IMAGES.mkdir(exist_ok=True)
+    drawn = dict(pictures())
+    for old in IMAGES.glob("*.svg"):
+        if old.name not in drawn:
+            old.unlink()
+    for name, content in drawn.items():
+        (IMAGES / name).write_text(content, encoding="utf-8")
+    print(f"drew {len(drawn)} pictures in {IMAGES}")
+
+
+if __name__ == "__main__":
+    main()

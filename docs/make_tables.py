@@ -1,0 +1,166 @@
+"""Write the tables of rules in README.md and docs/rules.md: ``python docs/make_tables.py``.
+
+Every row comes from the registry, so a new rule has its row without an edit here. A rule whose
+options change its law has one row for each law among its examples. The formulas of `FORMULAS`
+are the only thing written by hand; `tests/test_docs.py` checks them against the rules.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import tiedparam as tp
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/rules.md")
+COMMAND = "python docs/make_tables.py"
+_BEGIN, _END = "<!-- table of rules: begin -->", "<!-- table of rules: end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One law: a rule, and the options of one of its examples.
+
+    Attributes:
+        name: the registered name.
+        rule: the rule, bound to the example's tensor.
+        varies: whether the rule has more laws than this one.
+    """
+
+    name: str
+    rule: tp.Rule
+    varies: bool
+
+    @property
+    def key(self) -> str:
+        """``flip_sym``, or ``channel_shared(over='in')`` where the options choose the law."""
+        return str(self.rule) if self.varies else self.name
+
+    @property
+    def options(self) -> str:
+        """All options with their defaults; where they choose the law, with the chosen values."""
+        chosen = self.rule.options() if self.varies else {}
+        parameters = list(inspect.signature(type(self.rule).__init__).parameters.values())[1:]
+        return ", ".join(_option(parameter, chosen) for parameter in parameters) or "–"
+
+
+# Free values by law. O outputs, C inputs, g groups of the convolution, P kernel positions;
+# the functions take a bound rule and give the same number.
+FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
+    "flip_sym": (
+        "`g·(c²P + f)/2`, `c = C/g`, `f = c` if all kernel sizes are odd, else 0",
+        lambda r: _groups(r) * (_inputs(r) ** 2 * _positions(r) + _odd(r) * _inputs(r)) // 2,
+    ),
+    "row_repeat": (
+        "`groups` × the values of one row",
+        lambda r: r.groups * prod(_canonical(r)[1:]),
+    ),
+    "channel_shared(over='in')": ("`O·P`", lambda r: _canonical(r)[0] * _positions(r)),
+    "channel_shared(over='out')": ("`(C/g)·P`", lambda r: _inputs(r) * _positions(r)),
+    "channel_shared(over='all')": ("`P`", lambda r: _positions(r)),
+    "channel_shared(over='groups')": (
+        "`(O/g)·(C/g)·P`",
+        lambda r: _canonical(r)[0] // _groups(r) * _inputs(r) * _positions(r),
+    ),
+    "copy": ("0", lambda r: 0),
+    "squared_copy": ("0", lambda r: 0),
+}
+
+
+def shipped_rules() -> dict[str, type[tp.Rule]]:
+    """The library's own rules; a process may know more that a user has registered."""
+    known = tp.available_rules()
+    return {n: rule for n, rule in known.items() if rule.__module__.startswith("tiedparam.rules.")}
+
+
+def bound_examples(rule: type[tp.Rule]) -> Iterator[tp.Rule]:
+    """The rule, tied to each of its examples."""
+    for example in rule.examples():
+        model = example.build()
+        layer = model.get_submodule(example.path)
+        tp.register_tie(layer, rule, example.tensor_name, root=model, **example.options)
+        yield tp.get_tie(layer, example.tensor_name)
+
+
+def rows() -> list[Row]:
+    """One row for each law, in the order of the names and of the examples."""
+    result = []
+    for name, rule in shipped_rules().items():
+        laws: dict[str, tp.Rule] = {}
+        for bound in bound_examples(rule):
+            laws.setdefault(bound.law, bound)
+        result += [Row(name, bound, len(laws) > 1) for bound in laws.values()]
+    return result
+
+
+def table() -> str:
+    """The table in Markdown."""
+    lines = [
+        "| rule | law | options | free values | for example |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows():
+        shape = row.rule.bound_layout.shape
+        formula = FORMULAS[row.key][0] if row.key in FORMULAS else "see its docstring"
+        lines.append(
+            f"| `{row.name}` | `{row.rule.law}` | {row.options} | {formula} "
+            f"| {row.rule.free_count} of {prod(shape)}, weight `{shape}` |"
+        )
+    return "\n".join(lines)
+
+
+def with_table(page: str) -> str:
+    """The text of a page with its table brought up to date.
+
+    Raises:
+        ValueError: if the page has no place for it.
+    """
+    pattern = re.compile(re.escape(_BEGIN) + r"\n.*?" + re.escape(_END), re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise ValueError(f"the page must have one place between {_BEGIN!r} and {_END!r}")
+    return pattern.sub(lambda _: f"{_BEGIN}\n{table()}\n{_END}", page)
+
+
+def _option(parameter: inspect.Parameter, chosen: dict[str, Any]) -> str:
+    value = chosen.get(parameter.name, parameter.default)
+    if value is inspect.Parameter.empty:
+        return f"`{parameter.name}=`"
+    return f"`{parameter.name}={getattr(value, '__name__', repr(value))}`"
+
+
+def _canonical(rule: tp.Rule) -> tuple[int, ...]:
+    return rule.bound_layout.canonical_shape
+
+
+def _groups(rule: tp.Rule) -> int:
+    return rule.bound_layout.groups
+
+
+def _inputs(rule: tp.Rule) -> int:
+    return _canonical(rule)[1]
+
+
+def _positions(rule: tp.Rule) -> int:
+    return prod(rule.bound_layout.kernel)
+
+
+def _odd(rule: tp.Rule) -> int:
+    return _positions(rule) % 2
+
+
+def main() -> None:
+    """Rewrite the tables in place."""
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"wrote the table of rules in {name}")
+
+
+if __name__ == "__main__":
+    main()
