@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from test_contract import COMPUTE, DTYPES, assert_refused, canonical_entries
+from test_contract import COMPUTE, DTYPES, assert_refused, canonical_entries, layer_id
 from torch import Tensor, nn
 
 import tiedparam as tp
@@ -373,6 +373,7 @@ def test_refuses_an_unknown_over(over):
 @pytest.mark.parametrize(
     "build",
     [lambda: nn.Conv1d(4, 4, 3), lambda: nn.Linear(4, 4), lambda: nn.ConvTranspose1d(2, 2, 1)],
+    ids=layer_id,
 )
 def test_refuses_streams_without_groups(build):
     assert_refused(

@@ -33,6 +33,14 @@ pytestmark = pytest.mark.filterwarnings("error::tiedparam.TieWarning")
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+INTEGERS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+"""Integers of the same size, to compare bits."""
+
 COMPUTE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -166,11 +174,25 @@ def assert_satisfies(rule: tp.Rule, weight: Tensor) -> None:
         assert torch.equal(image, weight)
 
 
+def distinct_values(count: int, dtype: torch.dtype) -> Tensor:
+    """Neighbours of 1 in random order: all different, also in half precision."""
+    one = torch.ones(1, dtype=dtype).view(INTEGERS[dtype])
+    return (one + torch.randperm(count).to(one.dtype)).view(dtype)
+
+
+def layer_id(value: Any) -> str | None:
+    """How pytest names a parameter that builds a layer."""
+    if not callable(value):
+        return None
+    layer = value()
+    return "-".join([type(layer).__name__, "x".join(map(str, layer.weight.shape))])
+
+
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Equal to the bit: the sign of zero counts."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
+    integer = INTEGERS[left.dtype]
     return torch.equal(left.contiguous().view(integer), right.contiguous().view(integer))
 
 
@@ -602,9 +624,7 @@ def representatives_are_members_of_their_orbits(case: Case) -> None:
     rule = case.tied().rule
     labels = rule.orbit_labels().flatten()
     for dtype in DTYPES:
-        # all different, also in bfloat16, and exact in each dtype
-        order = torch.randperm(labels.numel())
-        weight = (order + 1).to(dtype).reshape(rule.bound_layout.shape)
+        weight = distinct_values(labels.numel(), dtype).reshape(rule.bound_layout.shape)
         assert weight.unique().numel() == weight.numel()
         for chosen in (rule.representatives(weight), tp.Rule.representatives(rule, weight)):
             values = flat(chosen)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import safetensors.torch
+import test_contract as contract
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -71,6 +72,84 @@ def test_law_by_loops_and_closed_form_count(layer):
         assert value == pytest.approx(mean, rel=eps, abs=eps / 2)
 
 
+MANY_CHANNELS = [
+    lambda: nn.Linear(34, 34),
+    lambda: nn.Linear(68, 68),
+    lambda: nn.Linear(33, 33),
+    lambda: nn.Linear(128, 128),
+    lambda: nn.Conv1d(34, 34, 3),
+    lambda: nn.Conv1d(68, 68, 2),
+    lambda: nn.Conv2d(36, 36, (3, 2)),
+    lambda: nn.Conv1d(136, 136, 3, groups=2),
+    lambda: nn.ConvTranspose1d(72, 72, 3, groups=2),
+]
+
+
+@pytest.mark.parametrize("build", MANY_CHANNELS, ids=contract.layer_id)
+def test_law_by_loops_for_many_channels(build):
+    """Large kernels are cut into blocks, which small examples never reach."""
+    layer = build()
+    dense = layer.weight.detach().clone()
+    c, groups, kernel = dense.shape[1], getattr(layer, "groups", 1), dense.shape[2:]
+    tp.register_tie(layer, "flip_sym")
+    assert_flip_symmetric(layer)
+    rule = tp.get_tie(layer)
+    f = c if all(size % 2 for size in kernel) else 0
+    assert stored(layer) == groups * (c * c * math.prod(kernel) + f) // 2 == rule.free_count
+    # the law, and the nearest weight that keeps it: what is left over is antisymmetric
+    weight = layer.weight.detach().clone()
+    (mirrored,) = rule.symmetries(dense)
+    torch.testing.assert_close(weight, (dense + mirrored) / 2, rtol=1e-6, atol=1e-7)
+    for values, derived in zip(
+        rule.right_inverse(weight), tp.Rule.right_inverse(rule, weight), strict=True
+    ):
+        assert torch.equal(values, derived)
+    for parameter, value in zip(
+        layer.parametrizations.weight.parameters(), rule.right_inverse(weight), strict=True
+    ):
+        assert torch.equal(parameter, value)
+
+
+@pytest.mark.parametrize("build", MANY_CHANNELS, ids=contract.layer_id)
+def test_gradients_for_many_channels(build):
+    rule = tp.get_tie(tp.register_tie(build(), "flip_sym"))
+    free = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in rule.free_shapes()]
+    cotangent = torch.randn(rule.bound_layout.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad(rule(*free), free, cotangent)
+    labels = rule.orbit_labels().flatten()
+    assert labels.unique().tolist() == list(range(1, rule.free_count + 1))
+    sums = torch.zeros(rule.free_count, dtype=torch.float64)
+    sums.index_add_(0, labels - 1, cotangent.flatten())
+    found = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.testing.assert_close(found, sums, rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(rule, free, fast_mode=True)
+    assert torch.autograd.gradgradcheck(rule, free, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        contract.law_says_something,
+        contract.law_holds_after_loading,
+        contract.right_inverse_undoes_forward,
+        contract.projection_is_idempotent,
+        contract.registration_is_the_least_squares_projection,
+        contract.no_value_is_stored_that_is_not_needed,
+        contract.free_values_own_their_bytes,
+        contract.labels_number_the_orbits,
+        contract.multiplicities_count_the_copies,
+        contract.representatives_are_members_of_their_orbits,
+        contract.gradient_is_the_sum_over_each_orbit,
+        contract.saved_files_hold_the_free_values_to_the_byte,
+        contract.compiled_layer_equals_the_eager_one,
+    ],
+    ids=contract.statement_name,
+)
+def test_contract_for_many_channels(statement):
+    rule = tp.available_rules()["flip_sym"]
+    statement(contract.Case("flip_sym", rule, tp.Example(lambda: nn.Linear(34, 34))))
+
+
 @pytest.mark.parametrize(
     ("channels", "kernel", "count", "dense"),
     [(3, 3, 42, 81), (64, 3, 18_464, 36_864), (256, 3, 295_040, 589_824)],
@@ -102,6 +181,7 @@ def test_counts_of_the_stories_to_the_byte(channels, kernel, count, dense):
         (lambda: nn.Linear(3, 3), 6),
         (lambda: nn.Linear(1, 1), 1),
     ],
+    ids=contract.layer_id,
 )
 def test_counts_by_hand(build, count):
     layer = tp.register_tie(build(), "flip_sym")
@@ -360,6 +440,7 @@ def test_s26b_attention_projection():
         (lambda: nn.Linear(5, 4), 5, 4),
         (lambda: nn.Embedding(7, 4), 4, 7),
     ],
+    ids=contract.layer_id,
 )
 def test_refuses_layers_that_are_not_square(build, inputs, outputs):
     layer = build()

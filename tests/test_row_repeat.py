@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_contract import COMPUTE, DTYPES, assert_refused, canonical_entries
+from test_contract import COMPUTE, DTYPES, assert_refused, canonical_entries, layer_id
 from torch import Tensor, nn
 
 import tiedparam as tp
@@ -239,6 +239,7 @@ def test_residual_of_a_fresh_layer(groups):
         (lambda: nn.Conv2d(4, 6, 3, groups=2), 4),
         (lambda: nn.ConvTranspose2d(6, 4, 3, groups=2), 3),
     ],
+    ids=layer_id,
 )
 def test_refuses_groups_that_do_not_divide(build, groups):
     layer = build()

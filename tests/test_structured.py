@@ -101,7 +101,12 @@ def convolutions(draw):
 @given(case=convolutions(), forced=st.sampled_from(["reduced", "columns"]))
 def test_convolutions_equal_the_dense_layer(case, forced):
     layer, (rule, options), x, double = case
-    usable = rule == "channel_shared" and options["over"] == "in" and not layer.transposed
+    usable = (
+        rule == "channel_shared"
+        and options["over"] == "in"
+        and not layer.transposed
+        and layer.in_channels > layer.groups
+    )
     if forced == "columns" and not usable:
         forced = "reduced"
     if double:
@@ -466,3 +471,60 @@ def test_streams_without_gradients_equal_the_dense_layer(case, block):
 def test_streams_in_training_are_dense_and_equal():
     layer, dense = twins(nn.Conv1d(8, 32, 3, groups=8, padding=1), "channel_shared", over="groups")
     assert_equal_to_dense(layer, dense, torch.randn(2, 8, 16))
+
+
+def chosen(layer, rule, grad=True, **options):
+    tie = tp.get_tie(tp.register_tie(layer, rule, **options))
+    return _structured.choose_form(
+        tie.reduction(), tie.layout, convolution=not isinstance(layer, nn.Linear), grad=grad
+    )
+
+
+def test_the_choice_of_form_at_its_edges():
+    conv = lambda c, o, k=3, **options: nn.Conv2d(c, o, k, **options)  # noqa: E731
+    shared = "channel_shared"
+    assert chosen(conv(3, 3), shared) == "dense"  # too little is saved
+    assert chosen(conv(4, 4), shared) == "reduced"
+    assert chosen(conv(64, 63), shared) == "reduced"
+    assert chosen(conv(64, 64), shared) == "columns"
+    assert chosen(conv(64, 64, 5), shared) == "reduced"  # windows of 25 values
+    assert chosen(conv(64, 64, groups=8), shared) == "dense"
+    assert chosen(conv(64, 64, groups=4), shared) == "reduced"
+    assert chosen(nn.ConvTranspose2d(64, 64, 3), shared) == "reduced"
+    assert chosen(nn.Conv1d(64, 64, 3), shared) == "reduced"
+    assert chosen(conv(64, 64), shared, over="out") == "reduced"
+    assert chosen(conv(64, 64), "row_repeat", groups=32) == "dense"
+    assert chosen(conv(64, 64), "row_repeat", groups=16) == "reduced"
+    assert chosen(nn.Linear(8, 8), "row_repeat", groups=8) == "dense"
+    assert chosen(nn.Linear(8, 8), "row_repeat", groups=4) == "reduced"
+    streams = nn.Conv1d(8, 32, 16, groups=8)
+    assert chosen(streams, shared, over="groups") == "dense"
+    assert (
+        chosen(copy.deepcopy(tp.remove_tie(streams)), shared, over="groups", grad=False) == "shift"
+    )
+    wide = nn.Conv1d(8, 32, 17, groups=8)
+    assert chosen(wide, shared, over="groups", grad=False) == "dense"
+
+
+def test_a_form_that_does_not_apply_is_refused_and_nothing_changes():
+    layer = nn.Linear(8, 8)
+    weight = layer.weight
+    with pytest.raises(tp.TieError, match="Choose 'auto' or one of 'dense', 'reduced'"):
+        tp.register_tie(layer, "row_repeat", compute="columns")
+    assert type(layer) is nn.Linear
+    assert layer.weight is weight
+
+
+def test_forced_forms_compute_the_same():
+    layers = {
+        form: tp.register_tie(nn.Conv2d(64, 64, 3), "channel_shared", compute=form)
+        for form in ("dense", "reduced", "columns", "auto")
+    }
+    x = torch.randn(2, 64, 6, 6)
+    for layer in layers.values():
+        layer.load_state_dict(layers["dense"].state_dict())
+        torch.testing.assert_close(layer(x), layers["dense"](x), rtol=1e-4, atol=1e-4)
+    streams = tp.register_tie(
+        nn.Conv1d(8, 16, 3, groups=8), "channel_shared", over="groups", compute="shift"
+    )
+    streams(torch.randn(1, 8, 9)).sum().backward()  # with gradients it is the dense form

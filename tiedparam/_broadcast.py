@@ -49,6 +49,17 @@ class Reduction:
     shared_banks: bool
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Shapes on the way from the base to the full and to the reduced weight."""
+
+    kept: tuple[int, ...]
+    full: tuple[int, ...]
+    reduced: tuple[int, ...]
+    smaller: tuple[int, ...]
+    smaller_layout: Layout | None
+
+
 class Broadcast(Rule):
     """A base, repeated along the shared axes of a blocked view of the canonical weight.
 
@@ -62,6 +73,7 @@ class Broadcast(Rule):
     """
 
     complex_valued = True
+    _sizes: _Sizes
 
     def __init__(self, compute: str = "auto") -> None:
         super().__init__()
@@ -75,7 +87,7 @@ class Broadcast(Rule):
     def reduction(self) -> Reduction:
         """What the law lets the layer save."""
         blocks, layout = self.blocks(), self.bound_layout
-        outputs, inputs = layout.canonical_shape[:2]
+        outputs, inputs = (*layout.canonical_shape, 1)[:2]  # a bias has no input axis
         last = len(blocks.outputs) - 1
         # a run of equal rows must end where a block of rows or a group of the layer ends
         run = gcd(blocks.outputs[last], outputs // layout.groups) if last in blocks.shared else 1
@@ -87,21 +99,10 @@ class Broadcast(Rule):
 
     def reduced(self, base: Tensor) -> Tensor:
         """The weight of the smaller layer: one row per run, one column if inputs are summed."""
-        blocks, layout, reduction = self.blocks(), self.bound_layout, self.reduction()
-        shape, last = list(blocks.shape), len(blocks.outputs) - 1
-        kept = [1 if axis in blocks.shared else size for axis, size in enumerate(shape)]
-        shape[last] //= reduction.run
-        if reduction.summed:
-            shape[last + 1] = 1
-        _, inputs, *kernel = layout.canonical_shape
-        rows = prod(blocks.outputs) // reduction.run
-        columns = 1 if reduction.summed else inputs
-        canonical = base.reshape(kept).expand(shape).reshape(rows, columns, *kernel)
-        if not layout.transposed:
-            return canonical
-        groups = layout.groups
-        smaller = Layout((groups * columns, rows // groups, *kernel), groups, True)
-        return smaller.native(canonical)
+        sizes = self._sizes
+        canonical = base.reshape(sizes.kept).expand(sizes.reduced).reshape(sizes.smaller)
+        layout = sizes.smaller_layout
+        return canonical if layout is None else layout.native(canonical)
 
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """One base: the different outputs, and the other axes with 1 where they are shared.
@@ -117,10 +118,36 @@ class Broadcast(Rule):
     def forward(self, *free: Tensor) -> Tensor:
         """Expand the base along the shared axes."""
         (base,) = free
-        shape, shared = self.blocks().shape, self.blocks().shared
-        layout = self.bound_layout
-        kept = [1 if axis in shared else size for axis, size in enumerate(shape)]
-        return layout.native(base.reshape(kept).expand(shape).reshape(layout.canonical_shape))
+        sizes, layout = self._sizes, self.bound_layout
+        canonical = base.reshape(sizes.kept).expand(sizes.full).reshape(layout.canonical_shape)
+        return layout.native(canonical)
+
+    def _bind_layout(self, layout: Layout, dtype: torch.dtype) -> str | None:
+        reason = super()._bind_layout(layout, dtype)
+        if reason is None:
+            self._sizes = self._measure()
+        return reason
+
+    def _measure(self) -> _Sizes:
+        """The sizes that every forward needs, counted once."""
+        blocks, layout, reduction = self.blocks(), self.bound_layout, self.reduction()
+        full, last = blocks.shape, len(blocks.outputs) - 1
+        reduced = list(full)
+        reduced[last] //= reduction.run
+        if reduction.summed:
+            reduced[last + 1] = 1
+        rows = prod(blocks.outputs) // reduction.run
+        columns, *kernel = reduced[last + 1 :] or [1]
+        groups = layout.groups
+        return _Sizes(
+            kept=tuple(1 if axis in blocks.shared else n for axis, n in enumerate(full)),
+            full=full,
+            reduced=tuple(reduced),
+            smaller=(rows, *reduced[last + 1 :]),
+            smaller_layout=Layout((groups * columns, rows // groups, *kernel), groups, True)
+            if layout.transposed
+            else None,
+        )
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The mean over the shared axes, taken relative to the first member of each orbit."""
@@ -133,7 +160,7 @@ class Broadcast(Rule):
         difference = torch.where(values == first, 0, values - first)
         mean = first + difference.mean(shared, keepdim=True)
         (shape,) = self.free_shapes()
-        return (mean.to(weight.dtype).reshape(shape),)
+        return (mean.to(weight.dtype).reshape(shape).contiguous(),)
 
     def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The first member of each orbit."""
@@ -144,9 +171,10 @@ class Broadcast(Rule):
 
     def multiplicities(self) -> tuple[Tensor, ...]:
         """The product of the shared sizes, everywhere."""
-        shape, shared = self.blocks().shape, self.blocks().shared
-        copies = prod(shape[axis] for axis in shared)
-        return tuple(torch.full(s, copies, dtype=torch.float64) for s in self.free_shapes())
+        blocks = self.blocks()
+        copies = prod(blocks.shape[axis] for axis in blocks.shared)
+        (shape,) = self.free_shapes()
+        return (torch.full(shape, copies, dtype=torch.float64, device="cpu"),)
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The weight with its entries moved by one along each shared axis."""
@@ -159,7 +187,8 @@ class Broadcast(Rule):
     def _members(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The blocked weight, and its first member along every shared axis."""
         shape, shared = self.blocks().shape, self.blocks().shared
-        values = self.bound_layout.canonical(weight).reshape(shape)
+        # contiguous: how a mean is rounded must not depend on the memory format
+        values = self.bound_layout.canonical(weight).reshape(shape).contiguous()
         first = values
         for axis in shared:
             first = first.narrow(axis, 0, 1)

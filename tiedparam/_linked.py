@@ -178,6 +178,10 @@ class Linked(Rule):
                 "register_tie again, with the new layer as source=."
             )
 
+    def allow_exchanged_source(self) -> None:
+        """Read the old source even if another module has taken its place, to untie."""
+        self._meeting = None
+
     def refuse_partial_copy(self, memo: dict[int, Any], where: str) -> None:
         """Raise if a deepcopy in progress would leave the source behind (S13).
 

@@ -149,6 +149,8 @@ def remove_tie(
     _refuse_sharded(free_values(layer, tensor_name), where, "untie")
     optimizers = _optimizer.as_optimizers(optimizer)
     stored = free_values(layer, tensor_name)
+    if isinstance(rule, Linked):
+        rule.allow_exchanged_source()
     with torch.enable_grad():
         weight = effective(layer, tensor_name)
     dense = _host.plain_parameter(weight, weight.requires_grad)

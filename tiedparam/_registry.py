@@ -36,7 +36,7 @@ def register_rule(name: str) -> Callable[[R], R]:
             raise TypeError(f"register_rule('{name}') decorates a subclass of tiedparam.Rule")
         known = _RULES.get(name)
         # a reloaded module defines the same rule once more: that is a replacement
-        if known is not None and known.__qualname__ != rule.__qualname__:
+        if known is not None and _place(known) != _place(rule):
             raise TieError(
                 f"the name '{name}' belongs to {known.__module__}.{known.__qualname__}. "
                 "Choose another name for your rule."
@@ -46,6 +46,10 @@ def register_rule(name: str) -> Callable[[R], R]:
         return rule
 
     return enrol
+
+
+def _place(rule: type[Rule]) -> tuple[str, str]:
+    return rule.__module__, rule.__qualname__
 
 
 def available_rules() -> dict[str, type[Rule]]:

@@ -145,7 +145,8 @@ class Rule(nn.Module):
     def multiplicities(self) -> tuple[Tensor, ...]:
         """How many entries share each free value, as float64 tensors shaped like them."""
         # BᵀB1: the signs of signed orbits cancel
-        ones = [torch.ones(shape, dtype=torch.float64) for shape in self.free_shapes()]
+        cpu = torch.device("cpu")  # whatever the default device is
+        ones = [torch.ones(s, dtype=torch.float64, device=cpu) for s in self.free_shapes()]
         return self.adjoint(self.forward(*ones)) if ones else ()
 
     def orbit_labels(self) -> Tensor:
@@ -158,7 +159,7 @@ class Rule(nn.Module):
         for shape in self.free_shapes():
             count = prod(shape)
             # float64 counts exactly up to 2^53, and expansions need not take integers
-            values = torch.arange(start, start + count, dtype=torch.float64)
+            values = torch.arange(start, start + count, dtype=torch.float64, device="cpu")
             numbers.append(values.reshape(shape))
             start += count
         with torch.no_grad():
@@ -172,8 +173,8 @@ class Rule(nn.Module):
                 "an entry of the weight is always zero and belongs to no orbit; override "
                 "right_inverse and representatives"
             )
-        first = torch.full((self.free_count,), labels.numel())
-        position = torch.arange(labels.numel())
+        first = torch.full((self.free_count,), labels.numel(), device=labels.device)
+        position = torch.arange(labels.numel(), device=labels.device)
         first.scatter_reduce_(0, labels.abs() - 1, position, "amin")
         if (first == labels.numel()).any():
             raise NotImplementedError("a free value reaches no entry of the weight; leave it out")

@@ -35,10 +35,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiedparam._broadcast import Broadcast, Reduction
+from tiedparam._errors import TieError
 from tiedparam._layout import Layout
 from tiedparam._rule import Rule
-from tiedparam._stock import effective, parametrization_list, parametrization_lists
-from tiedparam._values import free_values, is_stacked
+from tiedparam._stock import effective
 from tiedparam._write_guard import guarding_is_off
 
 Compute = Callable[..., Tensor | None]
@@ -55,31 +55,31 @@ def choose_form(
         convolution: whether the layer is a convolution or a transposed one, not a Linear.
         grad: whether gradients are being recorded.
 
-    The grounds are the grid of ``python -m benchmarks --case forms``; the thresholds stand
-    where the cheap form has won in every measured shape.
+    The grounds are the measurements of ``python -m benchmarks --case forms``, at batch 1 and
+    32: a form stands here where it lost in no measured shape, or lost little at batch 1 and
+    won more at batch 32.
     """
     outputs, inputs = layout.canonical_shape[:2]
     positions = math.prod(layout.kernel)
     saved = (inputs if reduction.summed else 1) * reduction.run
     if reduction.shared_banks:
-        one_channel = inputs == 1 and not layout.transposed
-        return "shift" if one_channel and not grad and positions <= _SHIFT_POSITIONS else "dense"
+        shifts = inputs == 1 and not layout.transposed and positions <= _SHIFT_POSITIONS
+        return "shift" if shifts and not grad else "dense"
     if not convolution:
-        return "reduced" if outputs * inputs >= _LINEAR_ENTRIES and saved > 1 else "dense"
-    if saved < _SAVED_WORK:
+        return "reduced" if saved > 1 else "dense"
+    if saved < (_SAVED if layout.groups == 1 else _SAVED_IN_GROUPS):
         return "dense"
-    if (
-        reduction.summed
-        and reduction.run == 1
-        and not layout.transposed
-        and (positions * layout.groups <= inputs * layout.groups)
-    ):
-        return "columns"
-    return "reduced"
+    plain = layout.groups == 1 and reduction.run == 1 and not layout.transposed
+    if not (reduction.summed and plain and len(layout.kernel) == 2):
+        return "reduced"
+    # the stock kernel is better at few outputs, and at windows of many values
+    wide = outputs >= _COLUMN_OUTPUTS and positions <= _COLUMN_POSITIONS
+    return "columns" if wide else "reduced"
 
 
-_SAVED_WORK = 8
-_LINEAR_ENTRIES = 64 * 64
+_SAVED = 4  # multiplications per one that is left
+_SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
+_COLUMN_OUTPUTS, _COLUMN_POSITIONS = 64, 9
 _SHIFT_POSITIONS = 16
 _BLOCK_BYTES = 1 << 20  # of output: half of what a core's second-level cache holds today
 
@@ -102,13 +102,28 @@ def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
         return
     reduction = rule.reduction()
     convolution = not isinstance(layer, nn.Linear)
+    if rule.compute == "auto":
+        forms = [
+            choose_form(reduction, layout, convolution=convolution, grad=g) for g in (True, False)
+        ]
+    elif rule.compute in _applicable(reduction, layout, convolution):
+        forms = ["dense" if rule.compute == "shift" else rule.compute, rule.compute]
+    else:
+        raise TieError(
+            f"compute={rule.compute!r} is no form of '{rule}' on this layer. Choose 'auto' or one "
+            f"of {', '.join(map(repr, _applicable(reduction, layout, convolution)))}."
+        )
+    rule.plan = Plan(form=forms[0], form_without_grad=forms[1], reduction=reduction)
 
-    def chosen(grad: bool) -> str:
-        if rule.compute != "auto":
-            return rule.compute
-        return choose_form(reduction, layout, convolution=convolution, grad=grad)
 
-    rule.plan = Plan(chosen(True), chosen(False), reduction)
+def _applicable(reduction: Reduction, layout: Layout, convolution: bool) -> list[str]:
+    forms = ["dense", "reduced"]
+    if convolution and not layout.transposed:
+        if reduction.summed and reduction.run == 1:
+            forms.append("columns")
+        if reduction.shared_banks and layout.canonical_shape[1] == 1:
+            forms.append("shift")
+    return forms
 
 
 def computation(stock: type[nn.Module]) -> Compute | None:
@@ -197,18 +212,19 @@ _COMPUTATIONS: dict[type[nn.Module], Compute] = {
 
 def _planned(layer: nn.Module, input: Any) -> tuple[Broadcast, Plan, Tensor] | None:
     """The rule, plan and free values of a layer that a cheap form computes now."""
-    if not isinstance(input, Tensor):
+    weight = layer._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
+    if weight is None or len(weight._modules) > 1 or not isinstance(input, Tensor):
+        return None  # not tied, or another parametrization on top
+    rule: Any = weight._modules["0"]
+    plan: Plan | None = getattr(rule, "plan", None)
+    if plan is None or plan.form_without_grad == "dense":
         return None
-    lists = parametrization_lists(layer)
-    if "weight" not in lists or is_stacked(layer, "weight"):
-        return None
-    rule = parametrization_list(layer, "weight")[0]
-    if not isinstance(rule, Broadcast) or rule.plan is None:
-        return None
-    plan: Plan = rule.plan
-    (free,) = free_values(layer, "weight")
-    grad = torch.is_grad_enabled() and (input.requires_grad or free.requires_grad)
-    if (plan.form if grad else plan.form_without_grad) == "dense":
+    free: Any = weight._parameters["original0"]
+    if (
+        plan.form == "dense"
+        and torch.is_grad_enabled()
+        and (input.requires_grad or free.requires_grad)
+    ):
         return None
     return rule, plan, free
 
@@ -253,18 +269,22 @@ def _spread(y: Tensor, run: int, bias: Tensor | None, axes: int) -> Tensor:
 def _columns(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axes: int) -> Tensor:
     """The convolution of one channel per group as a product with its unfolded windows."""
     batched = _padded(layer, x if x.dim() == axes + 2 else x.unsqueeze(0))
-    windows = torch.stack(list(_windows(layer, batched)), 2)
-    sizes = windows.shape[3:]
-    count, groups = windows.shape[:2]
-    positions = windows.shape[2]
+    windows = batched
+    for axis in range(axes):
+        size, dilation = layer.kernel_size[axis], layer.dilation[axis]
+        spread = windows.unfold(2 + axis, dilation * (size - 1) + 1, layer.stride[axis])
+        windows = spread[..., ::dilation]
+    count, groups, *sizes = windows.shape[: 2 + axes]
+    positions = math.prod(layer.kernel_size)
+    kernel_first = (0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
+    columns = windows.permute(kernel_first).reshape(count * groups, positions, math.prod(sizes))
     filters = weight.reshape(1, groups, -1, positions).expand(count, -1, -1, -1).flatten(0, 1)
-    columns = windows.flatten(3).flatten(0, 1)
-    if bias is None:
-        y = torch.bmm(filters, columns)
-    else:
-        shaped = bias.reshape(1, groups, -1, 1).expand(count, -1, -1, -1).flatten(0, 1)
-        y = torch.baddbmm(shaped, filters, columns)
+    y = torch.bmm(filters, columns)
     y = y.reshape(count, layer.out_channels, *sizes)
+    if bias is not None:
+        shaped = bias.to(y.dtype).reshape(-1, *(1,) * axes)
+        # in place: a second output-sized tensor would cost more than the product
+        y = y + shaped if guarding_is_off() else y.add_(shaped)
     return y if x.dim() == axes + 2 else y.squeeze(0)
 
 

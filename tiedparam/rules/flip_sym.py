@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiedparam._layout import Layout
@@ -65,7 +66,8 @@ class FlipSym(Rule):
         if positions % 2:
             parts.insert(1, _unpack_symmetric(free[-1], c).unsqueeze(-1))
         layout = self.bound_layout
-        return layout.native(torch.cat(parts, -1).reshape(layout.canonical_shape))
+        kernels = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        return layout.native(kernels.reshape(layout.canonical_shape))
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The mean of the weight and its flip-transpose, cut to the free half."""
@@ -138,12 +140,10 @@ def _unpack_symmetric(packed: Tensor, n: int) -> Tensor:
     first, second = (n + 1) // 2, n // 2
     even = 1 - n % 2  # an even order needs one more row, an odd one shifts Dᵀ by a column
     rectangle = packed.reshape(*packed.shape[:-1], n + even, first)
-    top = rectangle[..., even : even + first, :].tril()
-    corner = rectangle[..., :second, 1 - even :].triu().transpose(-1, -2)
-    below = rectangle[..., even + first :, :]
-    upper = torch.cat([top + top.tril(-1).transpose(-1, -2), below.transpose(-1, -2)], -1)
-    lower = torch.cat([below, corner + corner.tril(-1).transpose(-1, -2)], -1)
-    return torch.cat([upper, lower], -2)
+    corner = rectangle[..., :second, 1 - even :].transpose(-1, -2)
+    # above its diagonal this holds what the format has put there, and tril takes it away
+    lower = torch.cat([rectangle[..., even:, :], F.pad(corner, (0, 0, first, 0))], -1)
+    return lower.tril() + lower.tril(-1).transpose(-1, -2)
 
 
 def _pack_symmetric(matrices: Tensor) -> Tensor:

@@ -1,0 +1,214 @@
+"""``python -m benchmarks``: measure, write results, and generate docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+# glibc's allocator maps large outputs anew at every call, and the page faults drown the
+# compute; these keep freed memory in the process. Read at start-up, hence the re-exec.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = _parser().parse_args(arguments)
+    if options.report:
+        from benchmarks import report
+
+        report.write(options.out or RESULTS, options.docs)
+        return 0
+    if options.list:
+        from benchmarks.cases import CASES
+
+        for case in CASES.values():
+            print(f"{case.name:20} {case.title}")
+        return 0
+    threads = {"OMP_NUM_THREADS": str(options.threads)}
+    wanted = threads if options.default_allocator else {**ALLOCATOR, **threads}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        command = [sys.executable, "-m", "benchmarks", *(arguments or sys.argv[1:])]
+        os.execve(sys.executable, command, {**os.environ, **wanted, **_path()})
+    return _measure(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from_here = RESULTS.relative_to(ROOT)
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small shapes, rough figures")
+    parser.add_argument("--case", action="append", metavar="NAME", help="only this; repeatable")
+    parser.add_argument("--list", action="store_true", help="the cases")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--out", type=Path, help=f"where results go: {from_here}, with --quick {from_here}/quick"
+    )
+    parser.add_argument("--report", action="store_true", help="results to docs/benchmarks.md")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md",
+                        help="the page that --report writes")  # fmt: skip
+    parser.add_argument("--default-allocator", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _measure(options: argparse.Namespace) -> int:
+    import torch
+
+    from benchmarks.cases import CASES
+
+    names = options.case or [c.name for c in CASES.values() if c.in_quick or not options.quick]
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        print(f"no case {', '.join(unknown)}; there are: {', '.join(CASES)}", file=sys.stderr)
+        return 2
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("this torch sees no CUDA device", file=sys.stderr)
+        return 2
+    out = options.out or (RESULTS / "quick" if options.quick else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
+    for name in names:
+        started = time.perf_counter()
+        case = CASES[name]
+        comparisons = measure(name, options.quick, options.device, options.default_allocator)
+        path = out / f"{options.device}-{name}.json"
+        if options.default_allocator:  # the second column: the parent process reads this
+            write(path, {"comparisons": comparisons})
+            continue
+        if case.default_allocator and options.device == "cpu":
+            _merge(comparisons, _with_default_allocator(name, options))
+        goals = [goal.evaluate(comparisons) for goal in case.goals]
+        write(
+            path,
+            {
+                "case": name,
+                "title": case.title,
+                "quick": options.quick,
+                **surroundings(options.device, options.threads),
+                "seconds": round(time.perf_counter() - started, 1),
+                "goals": goals,
+                "comparisons": comparisons,
+            },
+        )
+        if name == "scaling":
+            from benchmarks import plots
+
+            plots.scaling(path, out / f"{options.device}-scaling.png")
+        met = [goal["met"] for goal in goals if goal["met"] is not None]
+        print(f"{name}: {time.perf_counter() - started:.0f} s, {len(comparisons)} comparisons, "
+              f"{sum(met)} of {len(met)} goals met", flush=True)  # fmt: skip
+    return 0
+
+
+def measure(name: str, quick: bool, device: str, times_only: bool = False) -> list[dict[str, Any]]:
+    """Run one case in this process; its comparisons."""
+    import torch
+
+    from benchmarks.cases import CASES
+    from benchmarks.measuring import Run, Setting
+
+    torch.manual_seed(0)
+    setting = Setting.quick() if quick else Setting()
+    run = Run(quick, torch.device(device), setting, times_only=times_only)
+    gc.collect()
+    gc.freeze()  # the modules of torch, which every collection would walk through
+    try:
+        CASES[name].measure(run)
+    finally:
+        gc.unfreeze()
+    return run.comparisons
+
+
+def _with_default_allocator(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k not in ALLOCATOR} | _path()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks", "--case", name, "--out", folder,
+                   "--threads", str(options.threads), "--default-allocator"]  # fmt: skip
+        command += ["--quick"] if options.quick else []
+        subprocess.run(command, env=environment, check=True)
+        found = json.loads((Path(folder) / f"cpu-{name}.json").read_text())
+    comparisons: list[dict[str, Any]] = found["comparisons"]
+    return comparisons
+
+
+def _merge(fixed: list[dict[str, Any]], default: list[dict[str, Any]]) -> None:
+    timed = [c for c in fixed if all("ms" in f["fixed"] for f in c["contenders"].values())]
+    for mine, other in zip(timed, default, strict=True):
+        assert (mine["shapes"], mine["mode"]) == (other["shapes"], other["mode"])
+        for name, figures in mine["contenders"].items():
+            figures["default"] = other["contenders"][name]["fixed"]
+
+
+def surroundings(device: str, threads: int) -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    import torch
+
+    import tiedparam
+
+    return {
+        "device": device,
+        "machine": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": threads,
+        "allocator": {"fixed": ALLOCATOR, "default": "glibc's default"},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "tiedparam": tiedparam.__version__,
+        },
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _commit() -> str | None:
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _path() -> dict[str, str]:
+    """So that child processes find this package from any folder."""
+    found = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{ROOT}{os.pathsep}{found}" if found else str(ROOT)}
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """JSON with one line for each comparison and goal: small, and readable in a diff."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, list):
+            rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in value)
+            text = f"[\n{rows}\n ]" if value else "[]"
+        else:
+            text = json.dumps(value, ensure_ascii=False)
+        lines.append(f" {json.dumps(key)}: {text}")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
