@@ -31,9 +31,9 @@ class Setting:
         slice_ms: calls faster than this are repeated within a round.
     """
 
-    seconds: float = 8.0
+    seconds: float = 2.0
     rounds: tuple[int, int] = (9, 61)
-    slice_ms: float = 3.0
+    slice_ms: float = 0.5
 
     @classmethod
     def quick(cls) -> Setting:

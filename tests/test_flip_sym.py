@@ -87,7 +87,7 @@ MANY_CHANNELS = [
 
 @pytest.mark.parametrize("build", MANY_CHANNELS, ids=contract.layer_id)
 def test_law_by_loops_for_many_channels(build):
-    """Large kernels are cut into blocks, which small examples never reach."""
+    """An expansion may cut large kernels into blocks, which small examples would not reach."""
     layer = build()
     dense = layer.weight.detach().clone()
     c, groups, kernel = dense.shape[1], getattr(layer, "groups", 1), dense.shape[2:]
@@ -245,7 +245,7 @@ def test_literal_2d_kernel_is_turned_by_180_degrees():
 
 
 def test_the_mean_of_the_largest_values_does_not_overflow():
-    most = 2.0**127
+    most = 1.5 * 2.0**127  # the largest float32 is not quite 2**128
     layer = with_weight(
         nn.Linear(3, 3), [[most, most, most], [most / 2, -most, 1.0], [-most, 3.0, most]]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -292,3 +293,15 @@ def test_refuses_scalars():
             self.weight = nn.Parameter(torch.tensor(2.0))
 
     assert_refused(Scale(), "row_repeat", "without axes has no rows", "Tie a weight or a bias")
+
+
+def test_the_mean_of_large_opposite_values_does_not_overflow():
+    most = 1.5 * 2.0**127
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[most, most], [-most, most]]))
+    rule = tp.get_tie(tp.register_tie(copy.deepcopy(layer), "row_repeat"))
+    expected = torch.tensor([[0.0, most], [0.0, most]])
+    assert torch.equal(rule.project(layer.weight), expected)
+    (generic,) = tp.Rule.right_inverse(rule, layer.weight)
+    assert torch.equal(generic, expected[:1])

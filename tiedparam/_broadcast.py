@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiedparam._layout import Layout
-from tiedparam._rule import Rule
+from tiedparam._rule import Rule, halved_difference
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ class Broadcast(Rule):
         wide = torch.promote_types(weight.dtype, torch.float32)
         values, first = values.to(wide), first.to(wide)
         shared = self.blocks().shared
-        # where: equal infinities differ by 0, not by nan
-        difference = torch.where(values == first, 0, values - first)
-        mean = first + difference.mean(shared, keepdim=True)
+        # halves, so that the difference of large values cannot overflow
+        difference = halved_difference(values, first)
+        mean = first + 2 * difference.mean(shared, keepdim=True)
         (shape,) = self.free_shapes()
         return (mean.to(weight.dtype).reshape(shape).contiguous(),)
 

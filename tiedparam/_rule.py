@@ -108,11 +108,11 @@ class Rule(nn.Module):
         representatives = self.representatives(weight)
         wide = torch.promote_types(weight.dtype, torch.float32)
         exact = [value.to(wide) for value in representatives]
-        difference = _difference(weight.to(wide), self.forward(*exact))
+        difference = halved_difference(weight.to(wide), self.forward(*exact))
         sums = self.adjoint(difference)
         counts = self.multiplicities()
         return tuple(
-            (value + total / count.to(total.device)).to(weight.dtype)
+            (value + 2 * (total / count.to(total.device))).to(weight.dtype)
             for value, total, count in zip(exact, sums, counts, strict=True)
         )
 
@@ -125,10 +125,11 @@ class Rule(nn.Module):
         with torch.no_grad():
             wide = torch.promote_types(weight.dtype, torch.float32)
             values = weight.to(wide)
-            distance = torch.linalg.vector_norm(_difference(values, self.project(weight).to(wide)))
+            projected = self.project(weight).to(wide)
+            distance = torch.linalg.vector_norm(halved_difference(values, projected))
             if distance == 0:
                 return 0.0
-            return float(distance / torch.linalg.vector_norm(values))
+            return float(distance / torch.linalg.vector_norm(values / 2))
 
     def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
         """``BᵀW``: the (signed) sum of ``weight`` over each orbit, as free values."""
@@ -248,6 +249,6 @@ class Rule(nn.Module):
         return f"{self}: {self.law}; {self.free_count} of {prod(self.layout.shape)} values"
 
 
-def _difference(left: Tensor, right: Tensor) -> Tensor:
-    """``left − right``, with 0 where they are equal infinities."""
-    return torch.where(left == right, 0, left - right)
+def halved_difference(left: Tensor, right: Tensor) -> Tensor:
+    """``(left − right) / 2``, which cannot overflow; 0 where they are equal infinities."""
+    return torch.where(left == right, 0, left / 2 - right / 2)
