@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks import report
 
         report.write(options.out or RESULTS, options.docs)
+        if options.out is None:
+            report.write_readme(RESULTS, ROOT / "README.md")
         return 0
     if options.list:
         from benchmarks.cases import CASES
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help=f"where results go: {from_here}, with --quick {from_here}/quick"
     )
-    parser.add_argument("--report", action="store_true", help="results to docs/benchmarks.md")
+    parser.add_argument("--report", action="store_true", help="results to docs/benchmarks.md and README")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md",
                         help="the page that --report writes")  # fmt: skip
     parser.add_argument("--default-allocator", action="store_true", help=argparse.SUPPRESS)

@@ -32,7 +32,7 @@ class Setting:
     """
 
     seconds: float = 2.0
-    rounds: tuple[int, int] = (9, 61)
+    rounds: tuple[int, int] = (5, 41)
     slice_ms: float = 0.5
 
     @classmethod

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.cases import CASES
 
 COMMAND = "python -m benchmarks --report"
+FIGURES_BEGIN, FIGURES_END = "<!-- figures: begin -->", "<!-- figures: end -->"
 Result = dict[str, Any]
 Comparison = dict[str, Any]
 
@@ -48,6 +49,14 @@ def write(results: Path, page: Path) -> None:
     """Write the page."""
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(render(load(results), results, page), encoding="utf-8")
+
+
+def write_readme(results: Path, readme: Path) -> None:
+    """Write the figures between the README's two marks."""
+    before, rest = readme.read_text(encoding="utf-8").split(FIGURES_BEGIN)
+    _, after = rest.split(FIGURES_END)
+    block = f"{FIGURES_BEGIN}\n{readme_table(results)}\n{FIGURES_END}"
+    readme.write_text(before + block + after, encoding="utf-8")
 
 
 def load(results: Path) -> list[Result]:

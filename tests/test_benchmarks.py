@@ -257,6 +257,13 @@ def test_the_page_names_cases_that_exist():
     assert named <= set(CASES)
 
 
+def test_the_readme_figures_are_those_of_the_result_files():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split(report.FIGURES_BEGIN)[1].split(report.FIGURES_END)[0].strip()
+    assert block == report.readme_table(command.RESULTS).strip(), f"run {report.COMMAND}"
+    assert block.count("×") >= 10
+
+
 def test_an_unknown_case_is_named(capsys):
     options = command._parser().parse_args(["--case", "nonsense"])
     assert command._measure(options) == 2

@@ -468,6 +468,22 @@ def test_streams_without_gradients_equal_the_dense_layer(case, block):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("over", ["in", "out", "all", "groups"])
+def test_inputs_smaller_than_the_kernel_raise(over):
+    for length in (1, 3, 4):
+        layer = nn.Conv1d(8, 32, 5, groups=8 if over == "groups" else 1)
+        layer, dense = twins(layer, "channel_shared", over=over)
+        x = torch.randn(2, 8, length)
+        with torch.no_grad():
+            with pytest.raises(RuntimeError):
+                dense(x)
+            with pytest.raises(RuntimeError):
+                layer(x)
+    layer = tp.register_tie(nn.Conv2d(64, 64, 3), "channel_shared")
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(1, 64, 2, 2))
+
+
 def test_streams_in_training_are_dense_and_equal():
     layer, dense = twins(nn.Conv1d(8, 32, 3, groups=8, padding=1), "channel_shared", over="groups")
     assert_equal_to_dense(layer, dense, torch.randn(2, 8, 16))

@@ -295,8 +295,9 @@ def _windows(layer: Any, x: Tensor) -> Iterator[Tensor]:
     for size, k, s, d in zip(
         x.shape[-axes:], layer.kernel_size, layer.stride, layer.dilation, strict=True
     ):
-        count = (size - d * (k - 1) - 1) // s + 1
-        slices.append([slice(o * d, o * d + (count - 1) * s + 1, s) for o in range(k)])
+        count = max(0, (size - d * (k - 1) - 1) // s + 1)
+        length = (count - 1) * s + 1 if count else 0
+        slices.append([slice(o * d, o * d + length, s) for o in range(k)])
     for position in itertools.product(*slices):
         yield x[(..., *position)]  # type: ignore[index]
 
@@ -325,6 +326,8 @@ def _shift(layer: Any, rule: Broadcast, base: Tensor, input: Tensor) -> Tensor |
         return None
     x = _padded(layer, input if input.dim() == axes + 2 else input.unsqueeze(0))
     sizes = next(_windows(layer, x)).shape[-axes:]
+    if 0 in sizes:
+        return None  # smaller than the kernel: the stock layer says so
     filters = base.detach().reshape(base.shape[0], -1, *(1,) * axes)  # (m, positions, 1, …)
     bias = effective(layer, "bias")
     shaped = None if bias is None else bias.detach().reshape(groups, -1, *(1,) * axes)
