@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help=f"where results go: {from_here}, with --quick {from_here}/quick"
     )
-    parser.add_argument("--report", action="store_true", help="results to docs/benchmarks.md and README")
+    parser.add_argument("--report", action="store_true", help="results to docs and README")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md",
                         help="the page that --report writes")  # fmt: skip
     parser.add_argument("--default-allocator", action="store_true", help=argparse.SUPPRESS)

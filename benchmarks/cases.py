@@ -144,13 +144,14 @@ def streams(run: Run) -> None:
     if run.quick:
         shapes = [(16, 3, 4)]
     else:
-        shapes += [(64, 3, 32), (1024, 3, 8)]
+        shapes += [(64, 3, 32), (1024, 3, 2)]
     for channels, kernel, batch in shapes:
         label = f"Conv1d({channels}, {4 * channels}, {kernel}, groups={channels})"
         layer = _to(run, memory.streams_layer(channels, kernel))
         found = made.streams(layer)
         measured = found[:2] if run.quick else found
-        run.compare(label, found, torch.randn(batch, channels, 1024))
+        # weight gradients sum millions of float32 products, in another order per contender
+        run.compare(label, found, torch.randn(batch, channels, 1024), tolerance=5e-4)
         if (channels == 256 or run.quick) and not run.times_only:
             for mode in ("inference", "training"):
                 target = f"streams:{channels}:{kernel}:{batch}"
@@ -410,15 +411,13 @@ _LAYERS: tuple[Layer, ...] = (
     default_allocator=False,
 )
 def forms(run: Run) -> None:
-    channels = (8, 32) if run.quick else (4, 8, 16, 32, 64, 128, 256)
-    setting = dataclasses.replace(run.setting, seconds=min(0.6, run.setting.seconds / 4))
+    channels = (8, 32) if run.quick else (4, 16, 64, 256)
+    setting = dataclasses.replace(run.setting, seconds=min(0.3, run.setting.seconds / 4))
     for kind, build, sizes in _LAYERS[:1] if run.quick else _LAYERS:
         for c in channels:
             for rule, options in _laws_for_forms(kind):
                 layer = _to(run, build(c))
                 offered = ["dense", "reduced"]
-                if options.get("over") == "in" and "conv" in kind and "transpose" not in kind:
-                    offered.append("columns")
                 for batch in (1,) if run.quick else (1, 32):
                     x = torch.randn(batch, c, *sizes)
                     label = f"{kind}, {c} channels, {models.label(rule, options)}"

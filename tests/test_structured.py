@@ -98,21 +98,13 @@ def convolutions(draw):
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(case=convolutions(), forced=st.sampled_from(["reduced", "columns"]))
-def test_convolutions_equal_the_dense_layer(case, forced):
+@given(case=convolutions())
+def test_convolutions_equal_the_dense_layer(case):
     layer, (rule, options), x, double = case
-    usable = (
-        rule == "channel_shared"
-        and options["over"] == "in"
-        and not layer.transposed
-        and layer.in_channels > layer.groups
-    )
-    if forced == "columns" and not usable:
-        forced = "reduced"
     if double:
         layer, x = layer.double(), x.double()
-    layer, dense = twins(layer, rule, **options, compute=forced)
-    assert form_of(layer) == forced
+    layer, dense = twins(layer, rule, **options, compute="reduced")
+    assert form_of(layer) == "reduced"
     assert_equal_to_dense(layer, dense, x)
 
 
@@ -289,7 +281,7 @@ def weight_sizes(program) -> set[int]:
     return {
         node.args[1].meta["val"].numel()
         for node in program.graph.nodes
-        if any(word in str(node.target) for word in ("conv", "linear", "bmm", "mm"))
+        if any(word in str(node.target) for word in ("conv", "linear", "mm", "matmul", "mv"))
     }
 
 
@@ -413,10 +405,7 @@ def test_training_keeps_the_summed_input_only():
 
     layer, dense = twins(nn.Conv2d(64, 64, 3, padding=1), "channel_shared")
     x = torch.randn(8, 64, 16, 16, requires_grad=True)
-    columns = 9 * x.numel() // 64 * 4
-    assert saved_bytes(layer, x) < columns + 20_000
     assert saved_bytes(dense, x) >= x.numel() * 4
-    layer, dense = twins(nn.Conv2d(64, 64, 3, padding=1), "channel_shared", compute="reduced")
     assert saved_bytes(layer, x) < x.numel() // 64 * 4 + 20_000
 
 
@@ -501,9 +490,7 @@ def test_the_choice_of_form_at_its_edges():
     shared = "channel_shared"
     assert chosen(conv(3, 3), shared) == "dense"  # too little is saved
     assert chosen(conv(4, 4), shared) == "reduced"
-    assert chosen(conv(64, 63), shared) == "reduced"
-    assert chosen(conv(64, 64), shared) == "columns"
-    assert chosen(conv(64, 64, 5), shared) == "reduced"  # windows of 25 values
+    assert chosen(conv(64, 64), shared) == "reduced"
     assert chosen(conv(64, 64, groups=8), shared) == "dense"
     assert chosen(conv(64, 64, groups=4), shared) == "reduced"
     assert chosen(nn.ConvTranspose2d(64, 64, 3), shared) == "reduced"
@@ -526,7 +513,7 @@ def test_a_form_that_does_not_apply_is_refused_and_nothing_changes():
     layer = nn.Linear(8, 8)
     weight = layer.weight
     with pytest.raises(tp.TieError, match="Choose 'auto' or one of 'dense', 'reduced'"):
-        tp.register_tie(layer, "row_repeat", compute="columns")
+        tp.register_tie(layer, "row_repeat", compute="shift")
     assert type(layer) is nn.Linear
     assert layer.weight is weight
 
@@ -534,7 +521,7 @@ def test_a_form_that_does_not_apply_is_refused_and_nothing_changes():
 def test_forced_forms_compute_the_same():
     layers = {
         form: tp.register_tie(nn.Conv2d(64, 64, 3), "channel_shared", compute=form)
-        for form in ("dense", "reduced", "columns", "auto")
+        for form in ("dense", "reduced", "auto")
     }
     x = torch.randn(2, 64, 6, 6)
     for layer in layers.values():

@@ -68,8 +68,7 @@ class Broadcast(Rule):
 
     Args:
         compute: the form of `tiedparam._structured` that computes the layer: ``"auto"`` picks
-            the fastest; ``"dense"``, ``"reduced"``, ``"columns"`` or ``"shift"`` force one,
-            for measuring.
+            the fastest; ``"dense"``, ``"reduced"`` or ``"shift"`` force one, for measuring.
     """
 
     complex_valued = True

@@ -12,9 +12,6 @@ double backward need nothing special. They equal the dense form up to rounding:
 ``reduced``
     Sum the inputs that share, run the stock operation with the base as weight, spread the
     outputs that are equal.
-``columns``
-    The same with the stock convolution of the one summed channel written as a matrix product
-    over unfolded windows.
 ``shift``
     Streams (``groups`` that share one bank of one-channel filters), without gradients: add
     the shifted input once per kernel position, block by block in cache.
@@ -47,7 +44,7 @@ Compute = Callable[..., Tensor | None]
 def choose_form(
     reduction: Reduction, layout: Layout, *, convolution: bool, grad: bool = True
 ) -> str:
-    """Which form computes a layer fastest: "dense", "reduced", "columns" or "shift".
+    """Which form computes a layer fastest: "dense", "reduced" or "shift".
 
     Args:
         reduction: what the law lets the layer save.
@@ -56,30 +53,20 @@ def choose_form(
         grad: whether gradients are being recorded.
 
     The grounds are the measurements of ``python -m benchmarks --case forms``, at batch 1 and
-    32: a form stands here where it lost in no measured shape, or lost little at batch 1 and
-    won more at batch 32.
+    32: the cheap form stands where it lost in no measured shape.
     """
-    outputs, inputs = layout.canonical_shape[:2]
-    positions = math.prod(layout.kernel)
+    inputs, positions = layout.canonical_shape[1], math.prod(layout.kernel)
     saved = (inputs if reduction.summed else 1) * reduction.run
     if reduction.shared_banks:
         shifts = inputs == 1 and not layout.transposed and positions <= _SHIFT_POSITIONS
         return "shift" if shifts and not grad else "dense"
     if not convolution:
         return "reduced" if saved > 1 else "dense"
-    if saved < (_SAVED if layout.groups == 1 else _SAVED_IN_GROUPS):
-        return "dense"
-    plain = layout.groups == 1 and reduction.run == 1 and not layout.transposed
-    if not (reduction.summed and plain and len(layout.kernel) == 2):
-        return "reduced"
-    # the stock kernel is better at few outputs, and at windows of many values
-    wide = outputs >= _COLUMN_OUTPUTS and positions <= _COLUMN_POSITIONS
-    return "columns" if wide else "reduced"
+    return "reduced" if saved >= (_SAVED if layout.groups == 1 else _SAVED_IN_GROUPS) else "dense"
 
 
 _SAVED = 4  # multiplications per one that is left
 _SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
-_COLUMN_OUTPUTS, _COLUMN_POSITIONS = 64, 9
 _SHIFT_POSITIONS = 16
 _BLOCK_BYTES = 1 << 20  # of output: half of what a core's second-level cache holds today
 
@@ -117,13 +104,8 @@ def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
 
 
 def _applicable(reduction: Reduction, layout: Layout, convolution: bool) -> list[str]:
-    forms = ["dense", "reduced"]
-    if convolution and not layout.transposed:
-        if reduction.summed and reduction.run == 1:
-            forms.append("columns")
-        if reduction.shared_banks and layout.canonical_shape[1] == 1:
-            forms.append("shift")
-    return forms
+    one_channel = convolution and not layout.transposed and layout.canonical_shape[1] == 1
+    return ["dense", "reduced", *(["shift"] if one_channel and reduction.shared_banks else [])]
 
 
 def computation(stock: type[nn.Module]) -> Compute | None:
@@ -148,7 +130,9 @@ def _linear(layer: nn.Linear, input: Tensor) -> Tensor | None:
             x = x.sum(-1, keepdim=True)
         if plan.reduction.run == 1:
             return precision.leave(F.linear(x, weight, bias))
-        return precision.leave(_spread(F.linear(x, weight), plan.reduction.run, bias, 0))
+        # one row is a matrix-vector product, which the general product does not notice
+        y = (x @ weight[0]).unsqueeze(-1) if len(weight) == 1 else F.linear(x, weight)
+        return precision.leave(_spread(y, plan.reduction.run, bias, 0))
 
 
 def _conv(layer: Any, input: Tensor) -> Tensor | None:
@@ -160,17 +144,14 @@ def _conv(layer: Any, input: Tensor) -> Tensor | None:
     if plan.form_without_grad == "shift":
         return _shift(layer, rule, free, input)
     run = plan.reduction.run
-    channels_last = _is_channels_last(input)
     with _Precision(input, plan.reduction.summed) as precision:
         x, weight, bias = precision.enter(input, rule.reduced(free), effective(layer, "bias"))
         if plan.reduction.summed:
             x = _sum_inputs(x, layer.groups, axes)
-        if plan.form == "columns" and not channels_last:
-            return precision.leave(_columns(layer, x, weight, bias, axes))
         y = layer._conv_forward(x, weight, bias if run == 1 else None)
         if run > 1:
             y = _spread(y, run, bias, axes)
-        return precision.leave(_formatted(y, input, channels_last))
+        return precision.leave(_formatted(y, input))
 
 
 def _conv_transpose(
@@ -196,7 +177,7 @@ def _conv_transpose(
         )  # fmt: skip
         if run > 1:
             y = _spread(y, run, bias, axes)
-        return precision.leave(_formatted(y, input, _is_channels_last(input)))
+        return precision.leave(_formatted(y, input))
 
 
 _COMPUTATIONS: dict[type[nn.Module], Compute] = {
@@ -264,28 +245,6 @@ def _spread(y: Tensor, run: int, bias: Tensor | None, axes: int) -> Tensor:
     outputs = y.shape[channel]
     shaped = bias.to(y.dtype).reshape(outputs, run, *(1,) * axes)
     return (y.unsqueeze(channel) + shaped).flatten(channel - 1, channel)
-
-
-def _columns(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axes: int) -> Tensor:
-    """The convolution of one channel per group as a product with its unfolded windows."""
-    batched = _padded(layer, x if x.dim() == axes + 2 else x.unsqueeze(0))
-    windows = batched
-    for axis in range(axes):
-        size, dilation = layer.kernel_size[axis], layer.dilation[axis]
-        spread = windows.unfold(2 + axis, dilation * (size - 1) + 1, layer.stride[axis])
-        windows = spread[..., ::dilation]
-    count, groups, *sizes = windows.shape[: 2 + axes]
-    positions = math.prod(layer.kernel_size)
-    kernel_first = (0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
-    columns = windows.permute(kernel_first).reshape(count * groups, positions, math.prod(sizes))
-    filters = weight.reshape(1, groups, -1, positions).expand(count, -1, -1, -1).flatten(0, 1)
-    y = torch.bmm(filters, columns)
-    y = y.reshape(count, layer.out_channels, *sizes)
-    if bias is not None:
-        shaped = bias.to(y.dtype).reshape(-1, *(1,) * axes)
-        # in place: a second output-sized tensor would cost more than the product
-        y = y + shaped if guarding_is_off() else y.add_(shaped)
-    return y if x.dim() == axes + 2 else y.squeeze(0)
 
 
 def _windows(layer: Any, x: Tensor) -> Iterator[Tensor]:
@@ -359,9 +318,9 @@ def _strided_as(x: Tensor, memory_format: torch.memory_format) -> bool:
     return x.is_contiguous(memory_format=memory_format) and not x.is_contiguous()
 
 
-def _formatted(y: Tensor, input: Tensor, channels_last: bool) -> Tensor:
+def _formatted(y: Tensor, input: Tensor) -> Tensor:
     """The memory format that the dense layer gives its output."""
-    if not channels_last:
+    if not _is_channels_last(input):
         return y.contiguous()
     last = torch.channels_last if input.dim() == 4 else torch.channels_last_3d
     return y.contiguous(memory_format=last)
