@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -257,8 +258,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Nanoseconds per call, for each call and round.
 
-    All calls take turns in every round, and each round begins with another one, so that what
-    disturbs the machine disturbs all of them.
+    All calls take turns in every round, so that what disturbs the machine disturbs all of them,
+    and in a new order each time: who follows a large computation finds the input out of cache.
     """
 
     def timed(call: Callable[[], Any], repeats: int) -> float:
@@ -275,7 +276,7 @@ def interleave(
         more = max(1, min(20, int(setting.slice_ms * 1e6 / max(once, 1))))
         once = timed(call, more)
         repeats[name] = max(1, math.ceil(setting.slice_ms * 1e6 / max(once, 1)))
-    names = list(calls)
+    names, order = list(calls), random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in names}
     lowest, highest = setting.rounds
     collecting = gc.isenabled()
@@ -284,8 +285,8 @@ def interleave(
     try:
         begin = time.perf_counter()
         for index in range(highest):
-            first = index % len(names)
-            for name in names[first:] + names[:first]:
+            order.shuffle(names)
+            for name in names:
                 samples[name].append(timed(calls[name], repeats[name]))
             if index + 1 >= lowest and time.perf_counter() - begin > setting.seconds:
                 break

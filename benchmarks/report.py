@@ -30,7 +30,8 @@ python -m benchmarks --device cuda        # the same on a GPU
 - Agreement first: every contender's output, weight, and gradients of input, weight and bias
   are compared with the dense layer's, in the Frobenius norm, to 2e-5; of whole models the
   output and the input's gradient, in float64, to 1e-6. One that disagrees stops the case.
-- All contenders run in one process and take turns in every round, after a warm-up. Fast calls
+- All contenders run in one process and take turns in every round, in random order,
+  after a warm-up. Fast calls
   are repeated within a round. The garbage collector is off.
 - A figure is the time relative to the dense layer's (the first row) in the same round: the
   median over the rounds, with the lower and upper quartile in brackets. Below 1 is faster.
