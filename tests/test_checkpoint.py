@@ -342,3 +342,11 @@ def test_s15_a_saved_checkpoint_holds_no_dense_sized_tensor():
     torch.save(layer.state_dict(), buffer)
     assert buffer.tell() < 64 * 9 * 4 + 3000  # the zip container's own overhead
     assert len(safetensors.torch.save(dict(layer.state_dict()))) < 64 * 9 * 4 + 200
+
+
+def test_dense_order_where_a_layer_has_no_key_left_of_its_own():
+    stock = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(3)], nn.BatchNorm1d(4))
+    model = copy.deepcopy(stock)
+    tp.register_tie(model[1], "copy", source="0", root=model)
+    assert list(tp.dense_state_dict(model)) == list(stock.state_dict())
+    assert list(tp.untie_state_dict(model, model.state_dict())) == list(stock.state_dict())

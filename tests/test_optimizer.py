@@ -370,3 +370,43 @@ def test_the_guard_lets_a_compiled_step_through():
     expected = free.detach() - 0.1 * free.grad
     torch.compile(optimizer.step, backend="eager")()
     torch.testing.assert_close(free.detach(), expected)
+
+
+def test_an_untied_copy_joins_the_group_that_holds_its_source_tensor_and_no_other():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    tp.register_tie(model[1], "copy", source=model[0])
+    tp.register_tie(model[2], "copy", source=model[1])
+    groups = [{"params": [model[0].bias, model[1].bias]}, {"params": [model[0].weight]}]
+    holds = torch.optim.AdamW(groups)
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    tp.remove_tie(model[2], optimizer=[other, holds])
+    assert holds.param_groups[1]["params"][-1] is model[2].weight
+    assert len(other.param_groups[0]["params"]) == 1
+    with pytest.raises(tp.TieError, match="none holds its source"):
+        tp.remove_tie(model[1], optimizer=[other, torch.optim.SGD(model[1].parameters(), lr=1)])
+    assert tp.is_tied(model[1])
+
+
+def test_a_failed_untying_changes_nothing():
+    basis = torch.linalg.qr(torch.randn(4, 4))[0]  # float32: the float64 counts do not fit it
+
+    class Basis(tp.Rule):
+        def free_shapes(self):
+            return (self.bound_layout.shape,)
+
+        def forward(self, a):
+            return a @ basis
+
+        def right_inverse(self, weight):
+            return ((weight @ basis.t()).contiguous(),)
+
+    layer = tp.register_tie(nn.Linear(4, 4), Basis)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 4)).sum().backward()
+    with pytest.raises(RuntimeError):
+        tp.remove_tie(layer, optimizer=optimizer)
+    assert tp.is_tied(layer)
+    (free,) = layer.parametrizations.weight.parameters()
+    assert free.grad is not None
+    assert any(free is p for p in optimizer.param_groups[0]["params"])
+    optimizer.step()

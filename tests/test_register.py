@@ -548,3 +548,55 @@ def test_a_deep_copied_rule_is_independent():
     with torch.no_grad():
         twin.parametrizations.weight.original0.zero_()
     assert layer.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"padding_idx": 0}, "padding_idx keeps one row at zero"),
+        ({"max_norm": 1.0}, "max_norm writes into single rows"),
+        ({"sparse": True}, "its gradients are sparse"),
+    ],
+)
+def test_embedding_options_that_a_law_cannot_keep_are_refused(options, text):
+    layer = nn.Embedding(6, 4, **options)
+    with pytest.raises(tp.TieError, match=text):
+        tp.register_tie(layer, "row_repeat", groups=3)
+    assert type(layer) is nn.Embedding
+
+
+def test_a_function_that_works_in_place_is_refused_and_spares_the_source():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    before = model[0].weight.detach().clone()
+    for call in (tp.register_tie, tp.residual):
+        with pytest.raises(tp.TieError, match="fn changes the source's tensor in place"):
+            call(model[1], "copy", source=model[0], fn=lambda w: w.mul_(2))
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_failed_untying_keeps_a_copy_guarded():
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+    tp.register_tie(model[1], "copy", source=model[0], root=model)
+    optimizer = torch.optim.SGD([{"params": model[2].weight}, {"params": model[2].bias}], lr=0.1)
+    with pytest.raises(tp.TieError, match="none holds its source"):
+        tp.remove_tie(model[1], optimizer=optimizer)
+    with pytest.raises(tp.TieError, match="cannot copy"):
+        copy.deepcopy(nn.Sequential(model[1]))
+    model[0] = nn.Linear(4, 4)
+    with pytest.raises(tp.TieError, match="was exchanged"):
+        model(torch.ones(1, 4))
+
+
+def test_an_instance_survives_a_look_and_every_refusal():
+    from tiedparam.rules.flip_sym import FlipSym
+
+    rule, layer = FlipSym(), nn.Linear(4, 4)
+    tp.residual(layer, rule)
+    with pytest.raises(TypeError):
+        tp.register_tie(layer, rule, optimizer="adam")
+    optimizer = torch.optim.Rprop(layer.parameters())
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    with pytest.raises(tp.TieError, match="how it follows"):
+        tp.register_tie(layer, rule, optimizer=optimizer)
+    tp.register_tie(layer, rule)

@@ -202,9 +202,9 @@ def watch_source(rule: Linked) -> None:
     rule.source.register_load_state_dict_post_hook(rule.watch)
 
 
-def unwatch_source(rule: Linked) -> None:
-    """Take the `SourceWatch` of ``rule`` away again."""
-    hooks = rule.source._load_state_dict_post_hooks
+def unwatch_source(rule: Linked, source: nn.Module) -> None:
+    """Take the `SourceWatch` of ``rule`` away from its source again."""
+    hooks = source._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is rule.watch]:
         del hooks[key]
 
@@ -367,32 +367,27 @@ def _untie(
     tied: Mapping[str, Tensor],
     effective_weight: Callable[[nn.Module, str, Rule], Tensor],
 ) -> OrderedDict[str, Tensor]:
-    dense: dict[str, Tensor] = {}
-    free: set[str] = set()
-    order: dict[str, list[str]] = {}
+    available: dict[str, Tensor] = dict(tied)
     for prefix, layer, name, rule in named_ties(model):
-        key = prefix + name
-        names = layer.__dict__.get("_parameter_order", (name,))
-        order[prefix] = [prefix + n for n in names]
-        if key in tied:
+        if prefix + name in tied:
             continue
         with torch.no_grad():
             weight = effective_weight(layer, name, rule)
-        dense[key] = weight.detach().clone(memory_format=torch.contiguous_format)
-        free.update(free_keys(layer, name, prefix))
-    available = {**{key: value for key, value in tied.items() if key not in free}, **dense}
+        dense = weight.detach().clone(memory_format=torch.contiguous_format)
+        for key in free_keys(layer, name, prefix):
+            available.pop(key, None)
+        available[prefix + name] = dense
+    # in the order of the dense model; what the modules do not name keeps its place behind
     result: OrderedDict[str, Tensor] = OrderedDict()
-    for key in (*tied, *dense):
-        layer_prefix = key.split("parametrizations.")[0] if key in free else _parent(key)
-        for sibling in (*order.pop(layer_prefix, ()), key):
-            if sibling in available:
-                result[sibling] = available.pop(sibling)
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        parameters = module.__dict__.get("_parameter_order", module._parameters)
+        for name in (*parameters, *ties_of(module), *module._buffers, "_extra_state"):
+            if prefix + name in available:
+                result[prefix + name] = available.pop(prefix + name)
+    result.update(available)
     _copy_metadata(tied, result)
     return result
-
-
-def _parent(key: str) -> str:
-    return key[: key.rfind(".") + 1]
 
 
 def _copy_metadata(source: Any, target: Any) -> None:

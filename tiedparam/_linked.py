@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -114,12 +115,15 @@ class Linked(Rule):
         weight = getattr(layer, tensor_name)
         try:
             with torch.no_grad():
-                result = self.fn(effective(source, name).detach())
+                probe = effective(source, name).detach().clone()
+                result = self.fn(probe)
         except Exception as error:
             return (
                 f"fn raised {type(error).__name__} on the source's shape {tuple(present.shape)}: "
                 f"{error}. Correct fn=."
             )
+        if probe._version:
+            return "fn changes the source's tensor in place. Let it return a new tensor."
         reason = _misfit(result, present, weight)
         if reason:
             return reason
@@ -178,9 +182,14 @@ class Linked(Rule):
                 "register_tie again, with the new layer as source=."
             )
 
-    def allow_exchanged_source(self) -> None:
+    @contextmanager
+    def old_source_allowed(self) -> Iterator[None]:
         """Read the old source even if another module has taken its place, to untie."""
-        self._meeting = None
+        meeting, self._meeting = self._meeting, None
+        try:
+            yield
+        finally:
+            self._meeting = meeting
 
     def refuse_partial_copy(self, memo: dict[int, Any], where: str) -> None:
         """Raise if a deepcopy in progress would leave the source behind (S13).

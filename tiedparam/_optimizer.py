@@ -176,20 +176,35 @@ def plan_moves(
 def plan_addition(
     optimizers: Sequence[Optimizer], new: nn.Parameter, beside: list[nn.Parameter]
 ) -> list[Move]:
-    """Plan to add a parameter that no optimizer held, to the group that holds its source."""
+    """Plan to add a parameter that no optimizer held, to the group that holds its source.
+
+    Args:
+        optimizers: the optimizers to look through.
+        new: the parameter.
+        beside: what its source is computed from.
+
+    Raises:
+        ValueError: with the reason, if no optimizer holds the source and there is a choice.
+    """
     moves = []
     for optimizer in optimizers:
-        groups = optimizer.param_groups
-        near = [g for g in groups if any(_among(p, g["params"]) for p in beside)]
-        if not near and len(groups) > 1:
+        for group in optimizer.param_groups:
+            if any(_among(p, group["params"]) for p in beside):
+                moves.append(_addition(optimizer, group, new))
+                break
+    if optimizers and not moves:
+        if len(optimizers) > 1 or len(optimizers[0].param_groups) > 1:
             raise ValueError(
-                f"the {type(optimizer).__name__} has several groups and none holds its source. "
-                "Call remove_tie without optimizer= and add the parameter to the group you want"
+                "there are several groups and none holds its source. Call remove_tie without "
+                "optimizer= and add the parameter to the group you want"
             )
-        group = (near or groups)[0]
-        names = [*group["param_names"], "untied"] if "param_names" in group else None
-        moves.append(Move(optimizer, group, len(group["params"]), [], [new], [{}], names))
+        moves.append(_addition(optimizers[0], optimizers[0].param_groups[0], new))
     return moves
+
+
+def _addition(optimizer: Optimizer, group: dict[str, Any], new: nn.Parameter) -> Move:
+    names = [*group["param_names"], "untied"] if "param_names" in group else None
+    return Move(optimizer, group, len(group["params"]), [], [new], [{}], names)
 
 
 def move_gradient(old: Sequence[nn.Parameter], new: Sequence[nn.Parameter], maps: Maps) -> None:

@@ -8,7 +8,7 @@ refuses midway.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -74,18 +74,15 @@ def register_tie(
         return TieError(f"cannot tie {where} by '{made}': {reason}")
 
     weight = _weight_to_tie(layer, tensor_name, root, refuse)
-    found = dict(made.__dict__)
-    try:
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+        _refuse_embedding_options(layer, made, refuse)
+    optimizers = _optimizer.as_optimizers(optimizer)
+
+    with _unbound_on_error(made), _rolled_back_on_error(layer, weight, optimizers):
         reason = made.bind(layer, tensor_name, root)
         if reason is not None:
             raise refuse(reason)
         free = _initial_free_values(made, weight, init, refuse)
-    except BaseException:
-        made.__dict__.update(found)  # a rule that did not fit here may fit elsewhere
-        raise
-    optimizers = _optimizer.as_optimizers(optimizer)
-
-    with _rolled_back_on_error(layer, weight, optimizers):
         _host.remember_order(layer)
         parametrize.register_parametrization(layer, tensor_name, made)
         _host.adopt(layer)
@@ -111,7 +108,8 @@ def register_tie(
     _optimizer_guard.retire(
         [weight],
         f"the dense parameter of {where}",
-        "Pass optimizer= to register_tie, or build the optimizer after tying.",
+        "Pass optimizer= to register_tie, or build the optimizer after tying. If another layer "
+        "shares that parameter, register_tie finds it with root=model.",
     )
     _optimizer_guard.watch_free_values(stored, where)
     return layer
@@ -149,29 +147,26 @@ def remove_tie(
     _refuse_sharded(free_values(layer, tensor_name), where, "untie")
     optimizers = _optimizer.as_optimizers(optimizer)
     stored = free_values(layer, tensor_name)
-    if isinstance(rule, Linked):
-        rule.allow_exchanged_source()
-    with torch.enable_grad():
-        weight = effective(layer, tensor_name)
-    dense = _host.plain_parameter(weight, weight.requires_grad)
-    try:
-        if stored:
-            maps = _optimizer.maps_to_dense(rule)
-            moves = _optimizer.plan_moves(optimizers, stored, [dense], maps, tensor_name)
-        else:
-            maps = {}
-            beside = [p for source, _ in _roots(rule) for p in source.parameters()]
-            moves = _optimizer.plan_addition(optimizers, dense, beside)
-    except ValueError as error:
-        raise TieError(f"cannot move the optimizer of {where}: {error}.") from error
+    with rule.old_source_allowed() if isinstance(rule, Linked) else nullcontext():
+        with torch.enable_grad():
+            weight = effective(layer, tensor_name)
+        dense = _host.plain_parameter(weight, weight.requires_grad)
+        try:
+            if stored:
+                maps = _optimizer.maps_to_dense(rule)
+                moves = _optimizer.plan_moves(optimizers, stored, [dense], maps, tensor_name)
+                _optimizer.move_gradient(stored, [dense], maps)
+            else:
+                moves = _optimizer.plan_addition(optimizers, dense, list(_origins(rule)))
+        except ValueError as error:
+            raise TieError(f"cannot move the optimizer of {where}: {error}.") from error
+        source = rule.source if isinstance(rule, Linked) else None
 
-    if isinstance(rule, Linked) and rule.watch is not None:
-        unwatch_source(rule)
+    if isinstance(rule, Linked) and source is not None:
+        unwatch_source(rule, source)
     for parameter in stored:
         dense.__dict__.update(parameter.__dict__)
     _host.release(layer, tensor_name, dense)
-    if stored:
-        _optimizer.move_gradient(stored, [dense], maps)
     for move in moves:
         move.apply()
     _optimizer_guard.retire(
@@ -215,10 +210,15 @@ def residual(
         raise TieError(
             f"{where} has no values to compare with '{made}'. Name a tensor that it has."
         )
-    reason = made.bind(layer, tensor_name, root)
-    if reason is not None:
-        raise TieError(f"cannot compare {where} with '{made}': {reason}")
-    return made.residual(unguard(weight).detach())
+    found = dict(made.__dict__)
+    try:
+        reason = made.bind(layer, tensor_name, root)
+        if reason is not None:
+            raise TieError(f"cannot compare {where} with '{made}': {reason}")
+        return made.residual(unguard(weight).detach())
+    finally:
+        made.__dict__.clear()  # an instance that was only looked through can still tie
+        made.__dict__.update(found)
 
 
 def _check_arguments(layer: object, tensor_name: object, init: object, root: object) -> None:
@@ -282,6 +282,17 @@ def _weight_to_tie(
             "Parameter of its own, and tie the second to the first by 'copy'."
         )
     return weight
+
+
+def _refuse_embedding_options(
+    layer: nn.Embedding | nn.EmbeddingBag, rule: Rule, refuse: Callable[[str], TieError]
+) -> None:
+    if layer.sparse:
+        raise refuse("its gradients are sparse. Build the embedding with sparse=False.")
+    if layer.max_norm is not None:
+        raise refuse("max_norm writes into single rows of the weight. Build it without max_norm.")
+    if layer.padding_idx is not None and not isinstance(rule, Linked):
+        raise refuse("padding_idx keeps one row at zero, which the law does not. Leave it out.")
 
 
 def _why_no_parameter(layer: nn.Module, tensor_name: str) -> str:
@@ -364,13 +375,28 @@ def _refuse_misshapen(value: object, dense: Tensor, refuse: Callable[[str], TieE
         raise refuse(f"its forward returns {value.dtype}, not {dense.dtype}. Correct the rule.")
 
 
-def _roots(rule: Rule) -> Iterator[tuple[nn.Module, str]]:
-    """The layers at the end of a chain of copies."""
+def _origins(rule: Rule) -> Iterator[nn.Parameter]:
+    """The Parameters that a copy is computed from, at the end of its chain."""
     for source, name in rule.sources():
-        if is_tied(source, name) and isinstance(get_tie(source, name), Linked):
-            yield from _roots(get_tie(source, name))
+        if not is_tied(source, name):
+            parameter = source._parameters.get(name)
+            yield from [parameter] if parameter is not None else []
+        elif isinstance(get_tie(source, name), Linked):
+            yield from _origins(get_tie(source, name))
         else:
-            yield source, name
+            yield from free_values(source, name)
+
+
+@contextmanager
+def _unbound_on_error(rule: Rule) -> Iterator[None]:
+    """A rule that did not fit here may fit elsewhere: give it back as it was."""
+    found = dict(rule.__dict__)
+    try:
+        yield
+    except BaseException:
+        rule.__dict__.clear()
+        rule.__dict__.update(found)
+        raise
 
 
 @contextmanager
