@@ -37,12 +37,6 @@ def retire(parameters: list[nn.Parameter], where: str, remedy: str) -> None:
         _retired[parameter] = f"{where}, which was replaced. {remedy}"
 
 
-def reinstate(parameters: list[nn.Parameter]) -> None:
-    """Take `retire` back, when a registration is rolled back."""
-    for parameter in parameters:
-        _retired.pop(parameter, None)
-
-
 def watch_free_values(parameters: list[nn.Parameter], where: str) -> None:
     """Compare loaded optimizer state with these parameters' shapes before a step uses it."""
     _install()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from typing import Any, TypeVar
 
 import torch
@@ -210,15 +211,11 @@ def residual(
         raise TieError(
             f"{where} has no values to compare with '{made}'. Name a tensor that it has."
         )
-    found = dict(made.__dict__)
-    try:
-        reason = made.bind(layer, tensor_name, root)
-        if reason is not None:
-            raise TieError(f"cannot compare {where} with '{made}': {reason}")
-        return made.residual(unguard(weight).detach())
-    finally:
-        made.__dict__.clear()  # an instance that was only looked through can still tie
-        made.__dict__.update(found)
+    looked_through = copy(made)  # an instance that was given can still tie
+    reason = looked_through.bind(layer, tensor_name, root)
+    if reason is not None:
+        raise TieError(f"cannot compare {where} with '{made}': {reason}")
+    return looked_through.residual(unguard(weight).detach())
 
 
 def _check_arguments(layer: object, tensor_name: object, init: object, root: object) -> None:

@@ -52,8 +52,8 @@ def choose_form(
         convolution: whether the layer is a convolution or a transposed one, not a Linear.
         grad: whether gradients are being recorded.
 
-    The grounds are the measurements of ``python -m benchmarks --case forms``, at batch 1 and
-    32: the cheap form stands where it lost in no measured shape.
+    The thresholds come from measurements at batch 1 and 32, which ``python -m benchmarks
+    --case forms`` repeats: the cheap form stands where it lost in no measured shape.
     """
     inputs, positions = layout.canonical_shape[1], math.prod(layout.kernel)
     saved = (inputs if reduction.summed else 1) * reduction.run
