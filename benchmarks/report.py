@@ -187,32 +187,34 @@ def _times(comparisons: Sequence[Comparison]) -> str:
     for mode in modes:
         head += [mode, "ms"] + (["default allocator"] if defaults else [])
     rows = []
+    for name, row, group in _contender_rows(comparisons):
+        for mode in modes:
+            figures = group[mode]["contenders"].get(name, {}) if mode in group else {}
+            row += [_spread(figures.get("fixed")), _time(figures.get("fixed"))]
+            if defaults:
+                row.append(_spread(figures.get("default")))
+        rows.append(row)
+    return _table(head, rows)
+
+
+def _contender_rows(
+    comparisons: Sequence[Comparison],
+) -> Iterator[tuple[str, list[str], dict[str, Comparison]]]:
+    """Each contender, the beginning of its row, and the comparisons of its group by mode."""
     for (shapes, batch), group in _grouped(comparisons):
         names = dict.fromkeys(name for c in group.values() for name in c["contenders"])
         for i, name in enumerate(names):
-            row = [shapes, batch] if i == 0 else ["", ""]
-            row.append(name)
-            for mode in modes:
-                figures = group[mode]["contenders"].get(name, {}) if mode in group else {}
-                row += [_spread(figures.get("fixed")), _time(figures.get("fixed"))]
-                if defaults:
-                    row.append(_spread(figures.get("default")))
-            rows.append(row)
-    return _table(head, rows)
+            yield name, [*((shapes, batch) if i == 0 else ("", "")), name], group
 
 
 def _sizes(comparisons: Sequence[Comparison]) -> str:
     modes = list(dict.fromkeys(c["mode"] for c in comparisons))
     rows = []
-    for (shapes, batch), group in _grouped(comparisons):
-        names = dict.fromkeys(name for c in group.values() for name in c["contenders"])
-        for i, name in enumerate(names):
-            row = [shapes, batch] if i == 0 else ["", ""]
-            row.append(name)
-            for mode in modes:
-                figures = group[mode]["contenders"].get(name) if mode in group else None
-                row.append(_size(figures["fixed"]["bytes"]) if figures else "–")
-            rows.append(row)
+    for name, row, group in _contender_rows(comparisons):
+        for mode in modes:
+            figures = group[mode]["contenders"].get(name) if mode in group else None
+            row.append(_size(figures["fixed"]["bytes"]) if figures else "–")
+        rows.append(row)
     return _table(["shapes", "batch", "contender", *modes], rows)
 
 
