@@ -11,7 +11,8 @@ from tiedparam._layout import Layout
 from tiedparam._register import register_tie, remove_tie, residual
 from tiedparam._registry import available_rules, register_rule
 from tiedparam._rule import Example, Rule
-from tiedparam._values import assign_, get_tie, init_, is_tied
+from tiedparam._ties import get_tie, is_tied
+from tiedparam._values import assign_, init_
 from tiedparam._version import __version__
 
 del _rules

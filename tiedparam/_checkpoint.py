@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from tiedparam._errors import TieError, TieWarning
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
 from tiedparam._stock import effective, parametrization_list
-from tiedparam._values import free_values, is_tied, ties_of
+from tiedparam._ties import free_values, is_tied, named_ties, ties_of
 from tiedparam._write_guard import unguard
 
 RESIDUAL_TO_WARN = 1e-3
@@ -117,13 +117,6 @@ def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict
         raise TieError("the dense state dict does not fit the tied model:\n" + "\n".join(problems))
     _warn_projected(projected)
     return result
-
-
-def named_ties(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Rule]]:
-    """Every tied tensor: key prefix of its layer, layer, tensor name, rule."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, rule in ties_of(module).items():
-            yield (f"{path}." if path else ""), module, name, rule
 
 
 def free_keys(layer: nn.Module, name: str, prefix: str = "") -> list[str]:

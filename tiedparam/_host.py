@@ -28,6 +28,7 @@ from tiedparam import _checkpoint, _structured, _values
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
 from tiedparam._stock import effective, parametrization_list, parametrization_lists
+from tiedparam._ties import is_tied, ties_of
 from tiedparam._write_guard import guard, guarding_is_off, unguard
 
 _inside = threading.local()  # .layer: whose own forward this thread is running
@@ -162,7 +163,7 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
         _checkpoint.sign(self, destination, prefix)
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
-        for name, rule in _values.ties_of(self).items():
+        for name, rule in ties_of(self).items():
             if isinstance(rule, Linked):
                 rule.refuse_partial_copy(memo, describe(self, name))
         inherited = getattr(stock, "__deepcopy__", None)
@@ -229,13 +230,13 @@ def _property(name: str) -> property:
             ) from error
         if guarding_is_off() or getattr(_inside, "layer", None) is self:
             return weight
-        return guard(weight, self, name) if _values.is_tied(self, name) else weight
+        return guard(weight, self, name) if is_tied(self, name) else weight
 
     return property(read, lambda self, value: _set(self, name, value))
 
 
 def _set(layer: nn.Module, name: str, value: Tensor) -> None:
-    if _values.is_tied(layer, name):
+    if is_tied(layer, name):
         _values.assign_(layer, value, name)
     else:
         parametrization_list(layer, name).right_inverse(value)

@@ -24,7 +24,7 @@ from tiedparam._linked import Linked
 from tiedparam._registry import find_rule
 from tiedparam._rule import Rule
 from tiedparam._stock import effective
-from tiedparam._values import free_values, get_tie, is_stacked, is_tied
+from tiedparam._ties import free_values, get_tie, is_stacked, is_tied
 from tiedparam._write_guard import unguard
 
 Layer = TypeVar("Layer", bound=nn.Module)

@@ -3,57 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
-from tiedparam._rule import Rule
-from tiedparam._stock import effective, parametrization_list, parametrization_lists
+from tiedparam._stock import effective, parametrization_lists
+from tiedparam._ties import free_values, get_tie, is_stacked, ties_of
 from tiedparam._write_guard import unguard
-
-
-def is_tied(module: nn.Module, tensor_name: str | None = None) -> bool:
-    """Whether the tensor (or, without a name, any tensor of this very layer) is tied."""
-    if not parametrize.is_parametrized(module, tensor_name):
-        return False
-    names = parametrization_lists(module) if tensor_name is None else [tensor_name]
-    return any(isinstance(parametrization_list(module, name)[0], Rule) for name in names)
-
-
-def get_tie(layer: nn.Module, tensor_name: str = "weight") -> Rule:
-    """The rule that ties a tensor.
-
-    Raises:
-        TieError: if the tensor is not tied.
-    """
-    if not is_tied(layer, tensor_name):
-        raise TieError(
-            f"{describe(layer, tensor_name)} is not tied. Tie it with register_tie first."
-        )
-    return cast(Rule, parametrization_list(layer, tensor_name)[0])
-
-
-def free_values(layer: nn.Module, tensor_name: str) -> list[nn.Parameter]:
-    """The Parameters that a tied tensor is computed from; none for a copy."""
-    values = parametrization_list(layer, tensor_name)
-    return [getattr(values, f"original{index}") for index in range(values.ntensors)]
-
-
-def is_stacked(layer: nn.Module, tensor_name: str) -> bool:
-    """Whether another parametrization works on what the tie gives."""
-    return len(parametrization_list(layer, tensor_name)) > 1
-
-
-def ties_of(layer: nn.Module) -> dict[str, Rule]:
-    """The tied tensors of one layer and their rules."""
-    if not is_tied(layer):
-        return {}
-    names = parametrization_lists(layer)
-    return {name: get_tie(layer, name) for name in names if is_tied(layer, name)}
 
 
 def assign_(

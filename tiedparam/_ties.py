@@ -1,0 +1,60 @@
+"""What is tied, and by which rule: the questions that every other part asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tiedparam._errors import TieError, describe
+from tiedparam._rule import Rule
+from tiedparam._stock import parametrization_list, parametrization_lists
+
+
+def is_tied(module: nn.Module, tensor_name: str | None = None) -> bool:
+    """Whether the tensor (or, without a name, any tensor of this very layer) is tied."""
+    if not parametrize.is_parametrized(module, tensor_name):
+        return False
+    names = parametrization_lists(module) if tensor_name is None else [tensor_name]
+    return any(isinstance(parametrization_list(module, name)[0], Rule) for name in names)
+
+
+def get_tie(layer: nn.Module, tensor_name: str = "weight") -> Rule:
+    """The rule that ties a tensor.
+
+    Raises:
+        TieError: if the tensor is not tied.
+    """
+    if not is_tied(layer, tensor_name):
+        raise TieError(
+            f"{describe(layer, tensor_name)} is not tied. Tie it with register_tie first."
+        )
+    return cast(Rule, parametrization_list(layer, tensor_name)[0])
+
+
+def free_values(layer: nn.Module, tensor_name: str) -> list[nn.Parameter]:
+    """The Parameters that a tied tensor is computed from; none for a copy."""
+    values = parametrization_list(layer, tensor_name)
+    return [getattr(values, f"original{index}") for index in range(values.ntensors)]
+
+
+def is_stacked(layer: nn.Module, tensor_name: str) -> bool:
+    """Whether another parametrization works on what the tie gives."""
+    return len(parametrization_list(layer, tensor_name)) > 1
+
+
+def ties_of(layer: nn.Module) -> dict[str, Rule]:
+    """The tied tensors of one layer and their rules."""
+    if not is_tied(layer):
+        return {}
+    names = parametrization_lists(layer)
+    return {name: get_tie(layer, name) for name in names if is_tied(layer, name)}
+
+
+def named_ties(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Rule]]:
+    """Every tied tensor: key prefix of its layer, layer, tensor name, rule."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, rule in ties_of(module).items():
+            yield (f"{path}." if path else ""), module, name, rule
