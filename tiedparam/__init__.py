@@ -5,6 +5,7 @@ for bit through training, loading, copying and compiling. See `register_tie`.
 """
 
 from tiedparam import rules as _rules
+from tiedparam._cache import frozen
 from tiedparam._checkpoint import dense_state_dict, tie_state_dict, untie_state_dict
 from tiedparam._errors import TieError, TieWarning
 from tiedparam._layout import Layout
@@ -27,6 +28,7 @@ __all__ = [
     "assign_",
     "available_rules",
     "dense_state_dict",
+    "frozen",
     "get_tie",
     "init_",
     "is_tied",

@@ -72,6 +72,7 @@ class Broadcast(Rule):
     """
 
     complex_valued = True
+    gains_from_cache = False  # expanding is a view
     _sizes: _Sizes
 
     def __init__(self, compute: str = "auto") -> None:

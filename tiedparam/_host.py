@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tiedparam import _checkpoint, _structured, _values
+from tiedparam import _cache, _checkpoint, _structured, _values
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
 from tiedparam._stock import effective, parametrization_list, parametrization_lists
@@ -101,6 +101,7 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return compute(self, *args, **kwargs)
+        _cache.refuse_training_forward(self)
         outer = getattr(_inside, "layer", None)
         _inside.layer = self
         try:
@@ -162,6 +163,15 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
         stock._save_to_state_dict(self, destination, prefix, keep_vars)
         _checkpoint.sign(self, destination, prefix)
 
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        if mode:
+            _cache.refuse_if_frozen(self, "train()")
+        return stock.train(self, mode)
+
+    def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        _cache.refuse_if_frozen(self, "casting or moving")
+        return cast(nn.Module, stock._apply(self, fn, recurse))
+
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
         for name, rule in ties_of(self).items():
             if isinstance(rule, Linked):
@@ -187,6 +197,8 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
         "register_buffer": register_buffer,
         "_load_from_state_dict": load_from_state_dict,
         "_save_to_state_dict": save_to_state_dict,
+        "train": functools.wraps(stock.train)(train),
+        "_apply": apply,
         "__deepcopy__": deepcopy,
         "__reduce_ex__": reduce,
     }
@@ -221,14 +233,18 @@ def _property(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
         if not _is_parametrized(self, name):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        traced = guarding_is_off()
+        own_forward = not traced and getattr(_inside, "layer", None) is self
+        weight = None if traced else _cache.recall(self, name, own_forward=own_forward)
         try:
-            weight = effective(self, name)
+            if weight is None:
+                weight = effective(self, name)
         except AttributeError as error:
             # Module.__getattr__ would turn it into "no attribute 'weight'" (S26)
             raise TieError(
                 f"computing the tied {describe(self, name)} raised AttributeError: {error}"
             ) from error
-        if guarding_is_off() or getattr(_inside, "layer", None) is self:
+        if traced or own_forward:
             return weight
         return guard(weight, self, name) if is_tied(self, name) else weight
 

@@ -29,6 +29,7 @@ class Linked(Rule):
     """
 
     complex_valued = True
+    gains_from_cache = False  # the numbers are the source's: checking costs what computing does
 
     def __init__(
         self, source: nn.Module | str, source_name: str | None, fn: Callable[[Tensor], Tensor]

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from tiedparam._errors import TieError
 from tiedparam._optimizer import PARAMETER_SHAPED
 
-_retired: Any = WeakIdKeyDictionary()  # replaced parameter → why no optimizer may hold it
-_free: Any = WeakIdKeyDictionary()  # free value → name of its tensor
+# Marks are attributes of the Parameters: a weak reference to one would keep torch from
+# swapping its contents (`torch.utils.swap_tensors`), as it does when it converts some models.
+_RETIRED = "_tiedparam_retired"  # on a replaced parameter: why no optimizer may hold it
+_FREE = "_tiedparam_free"  # on a free value: the name of its tensor
 _checked_state: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
+_forbidden: dict[Any, tuple[list[Tensor], str]] = {}  # who forbids → parameters, and why
 _installed = False
 
 
@@ -33,15 +35,33 @@ def retire(parameters: list[nn.Parameter], where: str, remedy: str) -> None:
     """From now on, stepping an optimizer that holds one of these raises."""
     _install()
     for parameter in parameters:
-        _free.pop(parameter, None)
-        _retired[parameter] = f"{where}, which was replaced. {remedy}"
+        parameter.__dict__.pop(_FREE, None)
+        setattr(parameter, _RETIRED, f"{where}, which was replaced. {remedy}")
 
 
 def watch_free_values(parameters: list[nn.Parameter], where: str) -> None:
     """Compare loaded optimizer state with these parameters' shapes before a step uses it."""
     _install()
     for parameter in parameters:
-        _free[parameter] = where
+        setattr(parameter, _FREE, where)
+
+
+def carry_attributes(old: nn.Parameter, new: nn.Parameter) -> None:
+    """What users have written on a parameter (a learning rate, say) goes to its successor."""
+    for name, value in old.__dict__.items():
+        if name not in (_RETIRED, _FREE):
+            new.__dict__[name] = value
+
+
+def forbid_steps(owner: object, parameters: list[Tensor], where: str) -> None:
+    """Until `allow_steps`, stepping an optimizer that holds one of these raises."""
+    _install()
+    _forbidden[owner] = (parameters, where)
+
+
+def allow_steps(owner: object) -> None:
+    """End what ``owner`` forbade."""
+    _forbidden.pop(owner, None)
 
 
 def _install() -> None:
@@ -54,20 +74,24 @@ def _install() -> None:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    if len(_retired):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in _retired:
-                    raise TieError(
-                        f"the {type(optimizer).__name__} still holds {_retired[parameter]}"
-                    )
-    if len(_free) and _checked_state.get(optimizer) is not optimizer.state:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            why = getattr(parameter, _RETIRED, None)
+            if why is not None:
+                raise TieError(f"the {type(optimizer).__name__} still holds {why}")
+    if _forbidden:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for parameters, where in list(_forbidden.values()):
+            if any(id(parameter) in held for parameter in parameters):
+                raise TieError(f"the {type(optimizer).__name__} would step {where}")
+    if _checked_state.get(optimizer) is not optimizer.state:
         _check_state(optimizer)
         _checked_state[optimizer] = optimizer.state
 
 
 def _check_state(optimizer: Optimizer) -> None:
-    involved = [_free[p] for group in optimizer.param_groups for p in group["params"] if p in _free]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    involved = [getattr(p, _FREE) for p in held if hasattr(p, _FREE)]
     if not involved:
         return
     for group in optimizer.param_groups:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from tiedparam import _host, _optimizer, _optimizer_guard, _structured
+from tiedparam import _cache, _host, _optimizer, _optimizer_guard, _structured
 from tiedparam._checkpoint import unwatch_source, watch_source
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
@@ -38,6 +38,7 @@ def register_tie(
     tensor_name: str = "weight",
     *,
     init: str = "project",
+    cache: bool = False,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     root: nn.Module | None = None,
     **options: Any,
@@ -52,6 +53,11 @@ def register_tie(
             lawful weight (for trained weights); ``"rescale"``, the projection times the
             square root of each orbit's multiplicity (for fresh i.i.d. ones, whose standard
             deviation it keeps); ``"exact"``, raise unless the weight is lawful already.
+        cache: keep the computed weight between calls in eval mode without gradients. The
+            free values are compared, bit for bit, before it is used again, which takes a
+            fraction of computing it (on a GPU it waits for the device). Laws that compute
+            their weight for next to nothing ignore it: see `Rule.gains_from_cache`, and
+            `frozen` for whole models.
         optimizer: the optimizer or optimizers that hold the dense parameter; they are
             moved to the free values, state included. A stepping optimizer that was left
             out raises.
@@ -74,6 +80,7 @@ def register_tie(
     def refuse(reason: str) -> TieError:
         return TieError(f"cannot tie {where} by '{made}': {reason}")
 
+    _cache.refuse_if_frozen(layer, "register_tie")
     weight = _weight_to_tie(layer, tensor_name, root, refuse)
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         _refuse_embedding_options(layer, made, refuse)
@@ -88,11 +95,12 @@ def register_tie(
         parametrize.register_parametrization(layer, tensor_name, made)
         _host.adopt(layer)
         _structured.prepare(layer, tensor_name, made)
+        _cache.remember(made, cache)
         stored = free_values(layer, tensor_name)
         with torch.no_grad():
             for parameter, value in zip(stored, free, strict=True):
                 parameter.copy_(value)
-                parameter.__dict__.update(weight.__dict__)
+                _optimizer_guard.carry_attributes(weight, parameter)
         if stored:
             maps = _optimizer.maps_to_free(made)
         else:
@@ -140,6 +148,7 @@ def remove_tie(
     """
     rule = get_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
+    _cache.refuse_if_frozen(layer, "remove_tie")
     if is_stacked(layer, tensor_name):
         raise TieError(
             f"cannot untie {where}: another parametrization is stacked on '{rule}'. Remove that "
@@ -166,7 +175,7 @@ def remove_tie(
     if isinstance(rule, Linked) and source is not None:
         unwatch_source(rule, source)
     for parameter in stored:
-        dense.__dict__.update(parameter.__dict__)
+        _optimizer_guard.carry_attributes(parameter, dense)
     _host.release(layer, tensor_name, dense)
     for move in moves:
         move.apply()

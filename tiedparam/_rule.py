@@ -60,12 +60,15 @@ class Rule(nn.Module):
     """The equation in one line, as tables and ``repr`` show it."""
     complex_valued: ClassVar[bool] = False
     """Whether the law has a meaning for complex weights."""
+    gains_from_cache: ClassVar[bool] = True
+    """Whether keeping the weight saves time; if not, ``cache=True`` is ignored."""
 
     layout: Layout | None
 
     def __init__(self) -> None:
         super().__init__()
         self.layout = None
+        self.memory: Any = None  # what `tiedparam._cache` keeps of the weight
 
     # The law ------------------------------------------------------------------------
 

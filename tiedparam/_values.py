@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedparam import _cache
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
 from tiedparam._stock import effective, parametrization_lists
@@ -35,6 +36,7 @@ def assign_(
     """
     rule = get_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
+    _cache.refuse_if_frozen(layer, "assigning")
     if not isinstance(value, Tensor):
         raise TypeError(f"assign_ takes a tensor, not {type(value).__name__}")
     if isinstance(rule, Linked):
@@ -88,6 +90,7 @@ def init_(
         TieError: if the tensor is not tied.
     """
     rule = get_tie(layer, tensor_name)
+    _cache.refuse_if_frozen(layer, "initialising")
     if isinstance(rule, Linked):
         return layer
     with torch.no_grad():
@@ -114,6 +117,7 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     Everything else that it resets (a bias, running statistics) is the layer's own. A
     copy-tied tensor is left alone: its source is not re-initialised behind its back (S23).
     """
+    _cache.refuse_if_frozen(layer, "reset_parameters()")
     stand_in = stock_class.__new__(stock_class)
     stand_in.__dict__.update(layer.__dict__)
     stand_in._parameters = dict(layer._parameters)

@@ -140,10 +140,27 @@ def _unpack_symmetric(packed: Tensor, n: int) -> Tensor:
     first, second = (n + 1) // 2, n // 2
     even = 1 - n % 2  # an even order needs one more row, an odd one shifts Dᵀ by a column
     rectangle = packed.reshape(*packed.shape[:-1], n + even, first)
-    corner = rectangle[..., :second, 1 - even :].transpose(-1, -2)
-    # above its diagonal this holds what the format has put there, and tril takes it away
-    lower = torch.cat([rectangle[..., even:, :], F.pad(corner, (0, 0, first, 0))], -1)
-    return lower.tril() + lower.tril(-1).transpose(-1, -2)
+    corner = rectangle[..., :second, 1 - even :]
+    if n < _LARGE:
+        right = F.pad(corner.transpose(-1, -2), (0, 0, first, 0))
+        # above its diagonal this holds what the format has put there, and tril takes it away
+        lower = torch.cat([rectangle[..., even:, :], right], -1)
+        return lower.tril() + _transposed(lower.tril(-1))
+    # transposing long rows misses the cache at every entry: by blocks it is twice as fast
+    block, below = rectangle[..., even : even + first, :], rectangle[..., even + first :, :]
+    top = torch.cat([block.tril() + _transposed(block.tril(-1)), _transposed(below)], -1)
+    bottom = torch.cat([below, corner.triu() + _transposed(corner.triu(1))], -1)
+    return torch.cat([top, bottom], -2)
+
+
+_LARGE = 128  # below, more operations cost more than they save
+
+
+def _transposed(matrices: Tensor) -> Tensor:
+    if len(matrices) > 1:
+        return matrices.transpose(-1, -2).contiguous()
+    # torch transposes by tiles in two dimensions only
+    return matrices[0].t().contiguous().unsqueeze(0)
 
 
 def _pack_symmetric(matrices: Tensor) -> Tensor:

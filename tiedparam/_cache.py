@@ -1,0 +1,393 @@
+"""Weights that need not be computed at every call: `frozen`, and ``cache=True``.
+
+Both serve inference. `frozen` computes every tied weight of a model once and refuses, until
+it ends, whatever would make that weight stale. ``register_tie(..., cache=True)`` keeps the
+last weight of one layer and compares the free values, bit for bit, before it is used again:
+no metadata tells whether a tensor was written (fused optimizers, ``.data``, NumPy and other
+processes leave no trace).
+
+What is kept hangs on the rule, in a `Memory`: it goes with the tie, is in no state dict, and
+copies and pickles start with an empty one (S1). While somebody compiles, exports, traces or
+transforms (S7, S33), and for tensors put in by ``functional_call``, weights are computed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ContextDecorator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tiedparam import _optimizer_guard
+from tiedparam._errors import TieError, describe
+from tiedparam._rule import Rule
+from tiedparam._stock import effective, parametrization_list
+from tiedparam._ties import is_stacked, is_tied, named_ties, ties_of
+
+_lock = threading.RLock()
+_sessions: list[_Session] = []  # what is frozen now, in all threads
+
+
+class Memory:
+    """What is kept of one tied weight. Belongs to one rule; copies start empty.
+
+    Attributes:
+        checked: whether ``cache=True`` was asked for.
+        kept: free values and the weight computed from them, always replaced together, so
+            that no thread can see the one without the other.
+        frozen: the weight that a `frozen` block holds.
+    """
+
+    __slots__ = ("checked", "frozen", "kept")
+
+    def __init__(self, checked: bool) -> None:
+        self.checked = checked
+        self.kept: tuple[tuple[Any, ...], Tensor] | None = None
+        self.frozen: _Frozen | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        return Memory(self.checked)
+
+    def __reduce__(self) -> Any:
+        return Memory, (self.checked,)
+
+
+def remember(rule: Rule, cache: bool) -> None:
+    """Give a rule that was just tied its `Memory`; a rule that gains nothing ignores ``cache``."""
+    rule.memory = Memory(cache and rule.gains_from_cache)
+
+
+def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor | None:
+    """The kept weight if it may be used now; None if the weight must be computed.
+
+    Args:
+        layer: a tied layer.
+        tensor_name: which tensor.
+        own_forward: whether the layer itself reads, in its forward. A cached weight is
+            handed to nobody else, since a write that torch does not see would stay in it.
+
+    Raises:
+        TieError: if the weight is frozen and gradients for it are being recorded.
+    """
+    rule = layer._modules["parametrizations"]._modules[tensor_name]._modules["0"]  # type: ignore[union-attr]
+    memory: Memory | None = getattr(rule, "memory", None)
+    if memory is None or not (memory.checked or memory.frozen is not None):
+        return None
+    frozen = memory.frozen
+    if frozen is not None:
+        if not frozen.holds():
+            return None  # functional_call has put other tensors in
+        frozen.refuse_gradients()
+        return frozen.weight
+    if layer.training or torch.is_grad_enabled():
+        memory.kept = None
+        return None
+    if not own_forward or is_stacked(layer, tensor_name):
+        return None
+    return _checked(rule, memory, parametrization_list(layer, tensor_name))  # type: ignore[arg-type]
+
+
+# The checked cache ------------------------------------------------------------------------
+
+
+def _checked(rule: Rule, memory: Memory, values: nn.Module) -> Tensor | None:
+    present = (*values._parameters.values(), *rule.buffers())
+    if any(type(t) is not nn.Parameter and type(t) is not Tensor for t in present):
+        return None  # sharded or fake tensors, whose values cannot be compared
+    first = present[0]
+    if first is None or first.device.type == "meta":
+        return None
+    autocast = torch.is_autocast_enabled(first.device.type)
+    precision = torch.get_autocast_dtype(first.device.type) if autocast else None
+    kept = memory.kept
+    if kept is not None:
+        (snapshot, precision_then), weight = kept
+        if precision is precision_then and _same_bits(snapshot, present):
+            return weight
+    with torch.inference_mode(False), torch.no_grad():
+        # computed from the snapshot, not from values that another thread may be writing
+        snapshot = tuple(t.detach().clone() for t in present if t is not None)
+        weight = rule(*snapshot[: len(values._parameters)])
+    memory.kept = ((snapshot, precision), weight)
+    return weight  # type: ignore[no-any-return]
+
+
+def _same_bits(kept: tuple[Tensor, ...], present: tuple[Tensor | None, ...]) -> bool:
+    return len(kept) == len(present) and all(
+        now is not None
+        and then.dtype is now.dtype
+        and then.device == now.device
+        and then.shape == now.shape
+        and torch.equal(*_as_integers(then, now))
+        for then, now in zip(kept, present, strict=True)
+    )
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _as_integers(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same bits as integers: a NaN equals itself, and zeros of different sign do not."""
+    left, right = left.detach(), right.detach()
+    if left.is_complex():
+        left, right = torch.view_as_real(left), torch.view_as_real(right)
+    size = left.element_size()
+    if left.is_contiguous() and right.is_contiguous() and left.numel() * size % 8 == 0:
+        size = 8  # the widest integers are compared fastest
+        left, right = left.reshape(-1), right.reshape(-1)
+    return left.view(_INTEGERS[size]), right.view(_INTEGERS[size])
+
+
+# frozen -----------------------------------------------------------------------------------
+
+
+class frozen(ContextDecorator):  # noqa: N801 — used like a function, as torch.no_grad is
+    """A block in which every tied weight of a model is computed once, for inference.
+
+    Inside, layers run at the speed of plain dense ones, or of their structured form where that
+    is faster. Blocks may be nested, shared by threads, and entered again. The state dict is
+    the same inside and outside; copies and pickles that are made inside are not frozen.
+
+    Args:
+        model: a model, or a part of one, in eval mode.
+
+    Raises:
+        TieError: on entering, if a tied layer is in training mode or sharded. Inside, for
+            what a fixed weight cannot follow, before anything has changed: ``train()``,
+            reading a tied weight while gradients for it are recorded, a backward pass that
+            reaches its free values, an optimizer step on them, loading, ``assign_``,
+            ``init_``, tying, untying, casting and moving. On leaving, if the free values
+            were written all the same in a way that torch does not show (``.data``, NumPy):
+            outputs of the block may come from old values.
+
+    Example::
+
+        model.eval()
+        with tiedparam.frozen(model), torch.inference_mode():
+            for images in loader:
+                model(images)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"frozen takes a model, not {type(model).__name__}")
+        self._model = model
+        self._entered: list[_Session] = []
+
+    def __enter__(self) -> nn.Module:
+        with _lock:
+            session = _Session(self._model)
+            self._entered.append(session)
+            _sessions.append(session)
+        return self._model
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        with _lock:
+            session = self._entered.pop()
+            _sessions.remove(session)
+            changed = session.end()
+        if changed and error is None:
+            raise TieError(
+                f"{', '.join(changed)} changed inside frozen, in a way that torch does not "
+                "show. Outputs that were computed inside may come from the old values. Write "
+                "weights outside of the block."
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> frozen:
+        raise TypeError("a frozen block cannot be copied: make one for the copied model")
+
+
+def refuse_if_frozen(layer: nn.Module, action: str) -> None:
+    """Raise if ``layer`` belongs to a model that is frozen, undoing what led to this call.
+
+    Args:
+        layer: the layer that is about to change.
+        action: what is about to happen, as the message names it.
+
+    Raises:
+        TieError: if the layer is part of a frozen model.
+    """
+    if not _sessions:
+        return
+    with _lock:
+        concerned = [session for session in _sessions if session.contains(layer)]
+        for session in concerned:
+            session.undo()
+    if concerned:
+        raise TieError(
+            f"{action} inside frozen would leave {describe(layer, 'weight')} with an old "
+            "weight. Do it outside of the block."
+        )
+
+
+def refuse_training_forward(layer: nn.Module) -> None:
+    """Raise if a frozen layer runs in training mode or while its gradients are recorded."""
+    if not _sessions:
+        return
+    for rule in ties_of(layer).values():
+        held: _Frozen | None = rule.memory.frozen if rule.memory is not None else None
+        if held is None or not held.holds():
+            continue
+        if layer.training:
+            raise TieError(
+                f"{held.where} is frozen, and its layer is in training mode. Call model.eval(), "
+                "or train outside of the block."
+            )
+        held.refuse_gradients()
+
+
+class _Frozen:
+    """One weight, computed once for all blocks that hold it."""
+
+    def __init__(self, layer: nn.Module, tensor_name: str, where: str) -> None:
+        self.where = where
+        self.holders = 0
+        self.layer, self.tensor_name = layer, tensor_name
+        self.origins = list(_origins(layer, tensor_name))
+        for _, _, tensor in self.origins:
+            if hasattr(tensor, "device_mesh"):
+                raise TieError(
+                    f"cannot freeze {where}: it is sharded. Freeze the model before fully_shard."
+                )
+        self.weight = self._compute()
+        self.hooks: list[Any] = []
+
+    def _compute(self) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            weight = effective(self.layer, self.tensor_name).detach()
+        plan = getattr(parametrization_list(self.layer, self.tensor_name)[0], "plan", None)
+        if plan is not None and plan.form_without_grad != "dense":
+            return weight  # an expanded view: nobody reads it where the structured form runs
+        return weight.contiguous()
+
+    def holds(self) -> bool:
+        """Whether the layer still has the tensors that the weight was computed from."""
+        return all(table.get(name) is tensor for table, name, tensor in self.origins)
+
+    def refuse_gradients(self) -> None:
+        """Raise if a read of the weight would have to carry gradients."""
+        if torch.is_grad_enabled() and any(t.requires_grad for _, _, t in self.origins):
+            raise TieError(
+                f"{self.where} is frozen and carries no gradients. Run inference under "
+                "torch.no_grad() or torch.inference_mode(), and train outside of the block."
+            )
+
+    def guard(self) -> None:
+        """Make backward passes and optimizer steps raise."""
+        leaves = [t for _, _, t in self.origins if t.requires_grad and t.is_leaf]
+        self.hooks = [t.register_hook(self._refuse_backward) for t in leaves]
+        _optimizer_guard.forbid_steps(
+            self, [t for _, _, t in self.origins],
+            f"{self.where}, which is frozen. Step outside of the block.",
+        )  # fmt: skip
+
+    def release(self) -> None:
+        """Take the guards off again."""
+        for hook in self.hooks:
+            hook.remove()
+        _optimizer_guard.allow_steps(self)
+
+    def changed(self) -> bool:
+        """Whether the free values give another weight now."""
+        if not is_tied(self.layer, self.tensor_name) or not self.holds():
+            return True
+        if self.weight.device.type == "meta":
+            return False
+        return not _same_bits((self.weight,), (self._compute(),))
+
+    def _refuse_backward(self, gradient: Tensor) -> None:
+        raise TieError(
+            f"a backward pass reached {self.where}, which is frozen. Train outside of the block."
+        )
+
+
+def _origins(layer: nn.Module, tensor_name: str) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """The tensors that a weight is computed from, and where the modules hold them."""
+    if not parametrize.is_parametrized(layer, tensor_name):
+        table = layer._parameters if tensor_name in layer._parameters else layer._buffers
+        tensor = table.get(tensor_name)
+        if tensor is not None:
+            yield table, tensor_name, tensor
+        return
+    for module in parametrization_list(layer, tensor_name).modules():
+        for table in (module._parameters, module._buffers):
+            yield from (
+                (table, name, tensor) for name, tensor in table.items() if tensor is not None
+            )
+        if isinstance(module, Rule):
+            for source, source_name in module.sources():
+                yield from _origins(source, source_name)
+
+
+class _Session:
+    """One entered `frozen` block: the weights it holds, and how the model was before."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.members = dict.fromkeys(model.modules())
+        held: list[tuple[Rule, _Frozen]] = []
+        seen: set[int] = set()
+        for prefix, layer, name, rule in named_ties(model):
+            if id(rule) in seen or rule.memory is None:  # given to torch directly: computed
+                continue
+            seen.add(id(rule))
+            where = f"'{prefix}{name}'"
+            if layer.training:
+                raise TieError(
+                    f"cannot freeze {where}: its layer is in training mode. Call model.eval()."
+                )
+            held.append((rule, rule.memory.frozen or _Frozen(layer, name, where)))
+        # nothing was changed so far
+        self.held = held
+        for rule, weight in held:
+            if weight.holders == 0:
+                rule.memory.frozen = weight
+                weight.guard()
+            weight.holders += 1
+        self.modes = [(module, module.training) for module in self.members]
+        self.data = [(p, p.data, p.grad, p.grad.data if p.grad is not None else None)
+                     for p in model.parameters()]  # fmt: skip
+        self.buffers = [(module, dict(module._buffers)) for module in self.members]
+        self.hooks = [
+            module.register_load_state_dict_pre_hook(_refuse_loading) for module in self.members
+        ]
+
+    def contains(self, layer: nn.Module) -> bool:
+        return layer in self.members
+
+    def undo(self) -> None:
+        """Bring modes, dtypes and places back to what they were on entering."""
+        for module, training in self.modes:
+            module.training = training
+        for parameter, data, gradient, gradient_data in self.data:
+            now = parameter.data
+            if now.dtype != data.dtype or now.device != data.device:
+                parameter.grad = None  # torch wants both of one kind at any time
+                parameter.data = data
+                if gradient is not None and gradient_data is not None:
+                    gradient.data = gradient_data
+                    parameter.grad = gradient
+        for module, buffers in self.buffers:
+            module._buffers.update(buffers)
+
+    def end(self) -> list[str]:
+        """Let go of the weights. Returns the names of those whose values were changed."""
+        for hook in self.hooks:
+            hook.remove()
+        changed = []
+        for rule, weight in self.held:
+            weight.holders -= 1
+            if weight.holders == 0:
+                rule.memory.frozen = None
+                weight.release()
+                if weight.changed():
+                    changed.append(weight.where)
+        return changed
+
+
+def _refuse_loading(module: nn.Module, *rest: Any) -> None:
+    """A load hook of a frozen model; copies of the model that carry it are not frozen."""
+    refuse_if_frozen(module, "loading")
