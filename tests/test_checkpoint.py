@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import tiedparam as tp
 
@@ -350,3 +351,52 @@ def test_dense_order_where_a_layer_has_no_key_left_of_its_own():
     tp.register_tie(model[1], "copy", source="0", root=model)
     assert list(tp.dense_state_dict(model)) == list(stock.state_dict())
     assert list(tp.untie_state_dict(model, model.state_dict())) == list(stock.state_dict())
+
+
+def spectral(model, index):
+    parametrizations.spectral_norm(model[index], "weight")
+    return model.eval()
+
+
+@pytest.mark.parametrize("path", ["0", "1"])
+def test_dense_and_untied_dictionaries_agree_with_a_parametrization_on_top(path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tp.register_tie(model[0], "flip_sym")
+    tp.register_tie(model[1], "squared_copy", source=model[0], root=model)
+    spectral(model, int(path))
+    dense = tp.dense_state_dict(model)
+    assert list(dense) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert torch.equal(dense["0.weight"], model[0].weight)
+    assert torch.equal(dense["1.weight"], model[1].weight)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    untied = tp.untie_state_dict(model, model.state_dict())
+    assert list(untied) == list(dense)
+    for key, value in dense.items():
+        torch.testing.assert_close(untied[key], value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(tp.TieError, match=f"'{path}.weight' is dense.*Remove that one first"):
+        tp.tie_state_dict(model, {f"{path}.weight": dense[f"{path}.weight"]})
+    with pytest.raises(RuntimeError, match=f"'{path}.weight' is dense"):
+        model.load_state_dict(dense)
+
+
+@pytest.mark.parametrize("how", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_a_copy_reads_a_source_under_a_parametrization_of_torch(how):
+    model = nn.Sequential(how(nn.Linear(3, 3)), nn.Linear(3, 3)).eval()
+    tp.register_tie(model[1], "squared_copy", source=model[0], root=model)
+    untied = tp.untie_state_dict(model, model.state_dict())
+    torch.testing.assert_close(untied["1.weight"], model[0].weight.square())
+    partial = {k: v for k, v in model.state_dict().items() if "original0" not in k}
+    partial.pop("0.parametrizations.weight.original", None)
+    with pytest.raises(tp.TieError, match="has no '0.parametrizations.weight.original"):
+        tp.untie_state_dict(model, partial)
+
+
+def test_keys_under_a_foreign_prefix_are_named():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    dense = model.state_dict()
+    tp.register_tie(model[0], "flip_sym")
+    wrapped = {f"module.{key}": value for key, value in dense.items()}
+    with pytest.raises(tp.TieError, match=r"begin with 'module\.', as in 'module\.0\.weight'"):
+        tp.tie_state_dict(model, wrapped)
+    assert list(tp.tie_state_dict(model, {"1.bias": dense["1.bias"]})) == ["1.bias"]

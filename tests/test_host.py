@@ -391,3 +391,25 @@ def test_a_class_with_slots_of_its_own_survives_copies():
     twin = copy.copy(layer)
     assert twin.extra == {"a": 2}
     assert lawful(twin)
+
+
+def test_a_tied_tensor_cannot_be_deleted():
+    layer = tp.register_tie(nn.Linear(3, 3), "flip_sym")
+    with pytest.raises(tp.TieError, match=r"cannot delete the tied 'weight'.*remove_tie"):
+        del layer.weight
+    assert tp.is_tied(layer)
+    tp.remove_tie(layer)
+    del layer.weight
+
+
+def test_contents_of_free_values_can_be_swapped():
+    """As ``Module.to`` does where torch is told to swap; a weak reference would forbid it."""
+    layer = tp.register_tie(nn.Linear(3, 3), "flip_sym")
+    parameter = layer.parametrizations.weight.original0
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert layer.parametrizations.weight.original0 is parameter
+    assert layer.weight.dtype is torch.float64

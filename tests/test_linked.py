@@ -651,3 +651,19 @@ def test_s30_the_way_out_works():
     tp.remove_tie(model[1])
     tp.register_tie(model[1], "copy", source="0", root=model)
     assert torch.equal(values(model[1]), values(model[0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda source: setattr(source, "weight", nn.Parameter(torch.ones(5, 3))),
+         r"\(5, 3\) now, and 'copy' ties a tensor \(3, 3\)\. Tie again"),
+        (lambda source: setattr(source, "weight", None), "has lost its 'weight'"),
+    ],
+)  # fmt: skip
+def test_a_source_that_changed_is_named(change, message):
+    source, layer = nn.Linear(3, 3), nn.Linear(3, 3)
+    tp.register_tie(layer, "copy", source=source)
+    change(source)
+    with pytest.raises(tp.TieError, match=message):
+        layer(torch.ones(1, 3))

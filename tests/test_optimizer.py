@@ -410,3 +410,58 @@ def test_a_failed_untying_changes_nothing():
     assert free.grad is not None
     assert any(free is p for p in optimizer.param_groups[0]["params"])
     optimizer.step()
+
+
+class Exponential(tp.Rule):
+    """Positive rows: not linear in what it stores."""
+
+    law = "W[o] = exp(w)"
+
+    def free_shapes(self):
+        return ((1, self.bound_layout.shape[1]),)
+
+    def forward(self, w):
+        return w.exp().expand(self.bound_layout.shape)
+
+    def right_inverse(self, weight):
+        self.bind_shape(weight)
+        return (weight.abs().mean(0, keepdim=True).log(),)
+
+    def symmetries(self, weight):
+        yield weight.roll(1, 0)
+
+
+@pytest.mark.parametrize("pending", ["gradient", "state"])
+def test_what_a_nonlinear_rule_cannot_move_is_refused(pending):
+    def stepped(layer, values):
+        optimizer = torch.optim.Adam(layer.parameters())
+        layer(torch.ones(1, 3)).sum().backward()
+        if pending == "state":
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer
+
+    what = "optimizer state" if pending == "state" else "a pending gradient"
+    layer = nn.Linear(3, 4)
+    optimizer = stepped(layer, [layer.weight])
+    with pytest.raises(tp.TieError, match=f"not linear, and how {what} follows"):
+        tp.register_tie(layer, Exponential(), optimizer=optimizer)
+    assert not tp.is_tied(layer)
+    layer = tp.register_tie(nn.Linear(3, 4), Exponential())
+    optimizer = stepped(layer, list(layer.parametrizations.parameters()))
+    with pytest.raises(tp.TieError, match=f"not linear, and how {what} follows"):
+        tp.remove_tie(layer, optimizer=optimizer)
+    assert tp.is_tied(layer)
+    layer = tp.register_tie(nn.Linear(3, 4), Exponential())
+    tp.remove_tie(layer, optimizer=torch.optim.Adam(layer.parameters()))
+
+
+def test_untied_copies_have_names_of_their_own_in_an_optimizer():
+    model = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+    tp.register_tie(model[1], "copy", source=model[0])
+    tp.register_tie(model[2], "copy", source=model[0])
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    tp.remove_tie(model[1], optimizer=optimizer)
+    tp.remove_tie(model[2], optimizer=optimizer)
+    names = optimizer.param_groups[0]["param_names"]
+    assert len(set(names)) == len(names) == len(optimizer.param_groups[0]["params"])

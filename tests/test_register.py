@@ -600,3 +600,29 @@ def test_an_instance_survives_a_look_and_every_refusal():
     with pytest.raises(tp.TieError, match="how it follows"):
         tp.register_tie(layer, rule, optimizer=optimizer)
     tp.register_tie(layer, rule)
+
+
+@pytest.mark.parametrize("rule", ["flip_sym", "copy"])
+def test_tying_and_untying_in_inference_mode_leave_parameters_that_train(rule):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    options = {"source": model[1]} if rule == "copy" else {}
+    with torch.inference_mode():
+        tp.register_tie(model[0], rule, **options)
+    model(torch.ones(1, 3)).sum().backward()
+    assert all(p.grad is not None and not p.is_inference() for p in model.parameters())
+    with torch.inference_mode():
+        tp.remove_tie(model[0])
+    assert not model[0].weight.is_inference()
+    model(torch.ones(1, 3)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_untying_refuses_to_lose_gradient_hooks(kind):
+    layer = tp.register_tie(nn.Linear(3, 3), "flip_sym")
+    handle = getattr(layer.parametrizations.weight.original0, kind)(lambda value: None)
+    with pytest.raises(tp.TieError, match=r"gradient hooks.*Remove them first"):
+        tp.remove_tie(layer)
+    assert tp.is_tied(layer)
+    handle.remove()
+    tp.remove_tie(layer)

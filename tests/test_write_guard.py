@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -233,3 +235,18 @@ def test_multihead_attention_reads_guarded_weights():
     layer(x, x, x)[0].sum().backward()
     assert layer.out_proj.parametrizations.weight.original0.grad is not None
     assert layer.parametrizations.in_proj_weight.original0.grad is not None
+
+
+def test_a_weight_that_was_read_keeps_no_layer_alive():
+    layer = tp.register_tie(nn.Linear(3, 3), "flip_sym")
+    kept = [layer.weight.detach(), layer.weight.data, layer.weight.detach()[0]]
+    alive = weakref.ref(layer)
+    gc.disable()
+    try:
+        del layer
+        assert alive() is None
+    finally:
+        gc.enable()
+    for weight in kept:
+        with pytest.raises(tp.TieError, match="'zero_' on the tied 'weight' would be lost"):
+            weight.zero_()

@@ -12,16 +12,17 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tiedparam._errors import TieError, TieWarning
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
 from tiedparam._stock import effective, parametrization_list
-from tiedparam._ties import free_values, is_tied, named_ties, ties_of
+from tiedparam._ties import free_values, is_stacked, is_tied, named_ties, ties_of
 from tiedparam._write_guard import unguard
 
 RESIDUAL_TO_WARN = 1e-3
@@ -91,7 +92,7 @@ def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict
         key = prefix + name
         if key not in dense:
             continue
-        problem = _unfit(rule, key, dense[key])
+        problem = _unfit(layer, name, rule, key, dense[key])
         if problem is None and isinstance(rule, Linked):
             try:
                 entry = _Expander(model, dense).effective(layer, name, rule)
@@ -113,6 +114,7 @@ def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict
         with torch.no_grad():
             free = rule.right_inverse(value)
         result.update(zip(free_keys(layer, name, prefix), free, strict=True))
+    problems += _foreign_prefix(model, dense)
     if problems:
         raise TieError("the dense state dict does not fit the tied model:\n" + "\n".join(problems))
     _warn_projected(projected)
@@ -147,7 +149,7 @@ def accept(
         problem = None
         if key in state_dict:
             value = state_dict.pop(key)
-            problem = _unfit(rule, key, value)
+            problem = _unfit(layer, name, rule, key, value)
             if present:
                 problem = f"'{key}' stands in it both dense and tied. Remove one of the two."
             elif problem is None and isinstance(rule, Linked):
@@ -242,8 +244,13 @@ def _judge_now_and_later(
 # What fits ---------------------------------------------------------------------------------
 
 
-def _unfit(rule: Rule, key: str, value: Any) -> str | None:
+def _unfit(layer: nn.Module, name: str, rule: Rule, key: str, value: Any) -> str | None:
     shape = rule.bound_layout.shape
+    if is_stacked(layer, name):
+        return (
+            f"'{key}' is dense, and another parametrization is stacked on '{rule}' here. Remove "
+            "that one first."
+        )
     if not isinstance(value, Tensor):
         return f"'{key}' is a {type(value).__name__}, not a tensor."
     if tuple(value.shape) != shape:
@@ -276,6 +283,22 @@ def _unfit_free(
                 f"{tuple(parameter.shape)} here."
             )
     return None
+
+
+def _foreign_prefix(model: nn.Module, entries: Mapping[str, Tensor]) -> list[str]:
+    """A complaint if no tied tensor is in ``entries``, but all under one prefix (DDP's, say)."""
+    keys = [
+        {prefix + name, *free_keys(layer, name, prefix)}
+        for prefix, layer, name, _ in named_ties(model)
+    ]
+    if not keys or any(k in entries for wanted in keys for k in wanted):
+        return []
+    for entry in entries:
+        found = next((k for k in keys[0] if entry.endswith(f".{k}")), None)
+        if found is not None:
+            prefix = entry.removesuffix(found)
+            return [f"its keys begin with '{prefix}', as in '{entry}'. Take that away first."]
+    return []
 
 
 def _agree(entry: Tensor, computed: Tensor) -> bool:
@@ -327,14 +350,45 @@ class _Expander:
 
     def effective(self, layer: nn.Module, name: str, rule: Rule | None) -> Tensor:
         """The tensor ``name`` of ``layer``, tied by ``rule`` or not at all."""
+        if not parametrize.is_parametrized(layer, name):
+            return self._entry(self.prefixes[id(layer)] + name)
+        first, *others = parametrization_list(layer, name)
+        weight = self._tied(layer, name, rule) if rule is not None else None
+        if weight is None:  # a parametrization of torch's, or of the user's
+            originals = [k for k in self._own(layer, name) if k.startswith("original")]
+            tensors = [self._own(layer, name)[k] for k in originals]
+            weight = self._through(layer, name, 0, first, *tensors)
+        for index, module in enumerate(others, start=1):
+            weight = self._through(layer, name, index, module, weight)
+        return weight
+
+    def _entry(self, key: str) -> Tensor:
+        if key not in self.entries:
+            raise TieError(f"the state dict has no '{key}', which a copy reads.")
+        return self.entries[key]
+
+    def _own(self, layer: nn.Module, name: str) -> dict[str, Tensor]:
+        """The entries of one tensor's parametrizations."""
+        prefix = f"{self.prefixes[id(layer)]}parametrizations.{name}."
+        return {k: self._entry(prefix + k) for k in parametrization_list(layer, name).state_dict()}
+
+    def _through(
+        self, layer: nn.Module, name: str, index: int, module: nn.Module, *values: Tensor
+    ) -> Tensor:
+        prefix = f"{index}."
+        # copies: spectral_norm, say, writes into its buffers in training mode
+        own = {
+            k.removeprefix(prefix): v.clone()
+            for k, v in self._own(layer, name).items()
+            if k.startswith(prefix)
+        }
+        return cast(Tensor, torch.func.functional_call(module, own, values))
+
+    def _tied(self, layer: nn.Module, name: str, rule: Rule) -> Tensor:
         if isinstance(rule, Linked):
             ((source, source_name),) = rule.sources()
             return rule.fn(self._source(source, source_name))
         prefix = self.prefixes[id(layer)]
-        if rule is None:
-            if prefix + name not in self.entries:
-                raise TieError(f"the state dict has no '{prefix + name}', which a copy reads.")
-            return self.entries[prefix + name]
         keys = free_keys(layer, name, prefix)
         problem = _unfit_free(layer, name, rule, prefix + name, keys, self.entries, {})
         if problem is not None:
@@ -367,8 +421,8 @@ def _untie(
         with torch.no_grad():
             weight = effective_weight(layer, name, rule)
         dense = weight.detach().clone(memory_format=torch.contiguous_format)
-        for key in free_keys(layer, name, prefix):
-            available.pop(key, None)
+        for key in [k for k in available if k.startswith(f"{prefix}parametrizations.{name}.")]:
+            del available[key]
         available[prefix + name] = dense
     # in the order of the dense model; what the modules do not name keeps its place behind
     result: OrderedDict[str, Tensor] = OrderedDict()

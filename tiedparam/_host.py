@@ -117,6 +117,11 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
             stock.__setattr__(self, name, value)
 
     def delete_attribute(self: nn.Module, name: str) -> None:
+        if name in names and _is_parametrized(self, name):
+            raise TieError(
+                f"cannot delete the tied {describe(self, name)}: it is computed. Call remove_tie "
+                "first."
+            )
         if name in self._parameters or name in self._buffers:
             # torch is about to parametrize this tensor too and will inject a property into
             # the class: give way to a private one. The next `adopt` brings the layer back.

@@ -75,7 +75,19 @@ class Linked(Rule):
     def forward(self, *free: Tensor) -> Tensor:
         """Apply the function to the source's effective tensor."""
         ((source, name),) = self.sources()
-        return self.fn(effective(source, name))
+        present = effective(source, name)
+        if not isinstance(present, Tensor):
+            raise TieError(
+                f"the source {describe_layer(source)} of a '{self}' tie has lost its '{name}'. "
+                "Give it one again, or call remove_tie."
+            )
+        weight = self.fn(present)
+        if self.layout is not None and weight.shape != self.layout.shape:
+            raise TieError(
+                f"the source '{name}' of {describe_layer(source)} is {tuple(present.shape)} now, "
+                f"and '{self}' ties a tensor {self.layout.shape}. Tie again with source=."
+            )
+        return weight
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Nothing to store; binds a rule that was given to torch directly."""

@@ -21,6 +21,7 @@ Second moments have no sign: ``|B|`` adds where a signed orbit subtracts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,33 @@ def maps_to_free(rule: Rule) -> Maps:
         return list(rule.right_inverse(dense[0]))
 
     return {"gradient": gradient, "second": second_moment, "weight": weight}
+
+
+def refuse_nonlinear(rule: Rule, old: Sequence[nn.Parameter], optimizers: list[Optimizer]) -> None:
+    """The maps hold for linear laws; what there is to move under another law is refused.
+
+    Raises:
+        ValueError: with the reason, if there is a gradient or optimizer state to move.
+    """
+    stepped = any(o.state.get(p) for o in optimizers for p in old)
+    if not (stepped or any(p.grad is not None for p in old)) or _is_linear(rule):
+        return
+    what = "optimizer state" if stepped else "a pending gradient"
+    raise ValueError(
+        f"the rule is not linear, and how {what} follows is not known. Call zero_grad, or build "
+        "the optimizer afterwards"
+    )
+
+
+def _is_linear(rule: Rule) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        [torch.randn(s, dtype=torch.float64, device="cpu", generator=generator) for s in shapes]
+        for shapes in (rule.free_shapes(), rule.free_shapes())
+    )
+    with torch.no_grad():
+        both = rule(*(a + 2 * b for a, b in zip(left, right, strict=True)))
+        return torch.allclose(both, rule(*left) + 2 * rule(*right))
 
 
 def maps_to_dense(rule: Rule) -> Maps:
@@ -203,7 +231,11 @@ def plan_addition(
 
 
 def _addition(optimizer: Optimizer, group: dict[str, Any], new: nn.Parameter) -> Move:
-    names = [*group["param_names"], "untied"] if "param_names" in group else None
+    names = None
+    if "param_names" in group:
+        taken = set(group["param_names"])
+        name = next(n for i in itertools.count(1) if (n := f"untied_{i}") not in taken)
+        names = [*group["param_names"], name]
     return Move(optimizer, group, len(group["params"]), [], [new], [{}], names)
 
 

@@ -32,6 +32,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 _INITS = ("project", "rescale", "exact")
 
 
+@torch.inference_mode(False)  # Parameters made in inference mode could never be trained
 def register_tie(
     layer: Layer,
     rule: str | type[Rule] | Rule,
@@ -106,6 +107,8 @@ def register_tie(
         else:
             maps = {}
         try:
+            if stored:
+                _optimizer.refuse_nonlinear(made, [weight], optimizers)
             moves = _optimizer.plan_moves(optimizers, [weight], stored, maps, tensor_name)
         except ValueError as error:
             raise refuse(f"{error}.") from error
@@ -124,6 +127,7 @@ def register_tie(
     return layer
 
 
+@torch.inference_mode(False)
 def remove_tie(
     layer: Layer,
     tensor_name: str = "weight",
@@ -157,12 +161,18 @@ def remove_tie(
     _refuse_sharded(free_values(layer, tensor_name), where, "untie")
     optimizers = _optimizer.as_optimizers(optimizer)
     stored = free_values(layer, tensor_name)
+    if any(_has_hooks(parameter) for parameter in stored):
+        raise TieError(
+            f"cannot untie {where}: its free values carry gradient hooks, which would be lost. "
+            "Remove them first."
+        )
     with rule.old_source_allowed() if isinstance(rule, Linked) else nullcontext():
         with torch.enable_grad():
             weight = effective(layer, tensor_name)
         dense = _host.plain_parameter(weight, weight.requires_grad)
         try:
             if stored:
+                _optimizer.refuse_nonlinear(rule, stored, optimizers)
                 maps = _optimizer.maps_to_dense(rule)
                 moves = _optimizer.plan_moves(optimizers, stored, [dense], maps, tensor_name)
                 _optimizer.move_gradient(stored, [dense], maps)
@@ -279,7 +289,7 @@ def _weight_to_tie(
         raise refuse("the layer is lazy and has no shape yet. Run one forward pass first.")
     if weight.layout is not torch.strided or weight.is_quantized:
         raise refuse("only dense, unquantized tensors can be tied. Convert the layer first.")
-    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+    if _has_hooks(weight):
         raise refuse("it carries gradient hooks, which would be lost. Remove them first.")
     _refuse_sharded([weight], describe(layer, tensor_name, root), "tie")
     for other, name in _other_holders(layer, tensor_name, weight, root):
@@ -288,6 +298,12 @@ def _weight_to_tie(
             "Parameter of its own, and tie the second to the first by 'copy'."
         )
     return weight
+
+
+def _has_hooks(parameter: nn.Parameter) -> bool:
+    return bool(
+        parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    )
 
 
 def _refuse_embedding_options(

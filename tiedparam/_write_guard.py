@@ -8,6 +8,7 @@ but one: it, its views and its ``.data`` refuse to be written in place.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -46,7 +47,7 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
     ``untyped_storage()``), where a write goes into the temporary unseen.
     """
 
-    _place: tuple[nn.Module, str] | None = None
+    _place: tuple[weakref.ref[nn.Module], str] | None = None
     """Layer and tensor name; None once the values are somebody's own."""
     _detached: bool = False
     """Whether this is a view or ``detach()`` of what was read, not what was read itself."""
@@ -90,7 +91,7 @@ def guard(weight: Tensor, layer: nn.Module, tensor_name: str) -> Tensor:
     """``weight`` as a `GuardedWeight` that names its layer when it refuses."""
     with torch._C.DisableTorchFunctionSubclass():
         guarded = weight.as_subclass(GuardedWeight)
-    guarded._place = (layer, tensor_name)
+    guarded._place = (weakref.ref(layer), tensor_name)
     return guarded
 
 
@@ -148,7 +149,8 @@ _SET_GRAD = Tensor.grad.__set__  # type: ignore[union-attr]
 
 def _refuse(weight: GuardedWeight, func: Any) -> None:
     assert weight._place is not None
-    layer, tensor_name = weight._place
+    layer, tensor_name = weight._place[0](), weight._place[1]
+    where = f"'{tensor_name}'" if layer is None else describe(layer, tensor_name)
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
     action = f"setting .{owner}" if func.__name__ == "__set__" else f"'{func.__name__}'"
     if func.__name__ == "requires_grad_" or owner == "requires_grad":
@@ -159,7 +161,7 @@ def _refuse(weight: GuardedWeight, func: Any) -> None:
             f"the free values in layer.parametrizations.{tensor_name}."
         )
     raise TieError(
-        f"{action} on the tied {describe(layer, tensor_name)} would be lost: the weight is "
+        f"{action} on the tied {where} would be lost: the weight is "
         f"computed from its free values at every read. {way}"
     )
 
@@ -169,8 +171,9 @@ def _guard_views(result: Any, weight: GuardedWeight) -> Any:
     if isinstance(result, Tensor):
         if type(result) is not GuardedWeight and _shares_memory(result, weight):
             assert weight._place is not None
-            result = guard(result, *weight._place)
-            result._detached = True
+            with torch._C.DisableTorchFunctionSubclass():
+                result = result.as_subclass(GuardedWeight)
+            result._place, result._detached = weight._place, True
         return result
     if type(result) in (tuple, list):
         return type(result)(_guard_views(item, weight) for item in result)
