@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import tiedparam as tp
 from benchmarks import contenders as made
 from benchmarks import memory, models
 from benchmarks.goals import Goal
-from benchmarks.measuring import Contender, Run, Setting
+from benchmarks.measuring import Contender, Run, Setting, summarize
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,17 @@ def streams(run: Run) -> None:
     if run.quick:
         shapes = [(16, 3, 4)]
     else:
-        shapes += [(64, 7, 32)]  # the users' loop alone takes minutes on more channels
+        shapes += [(64, 7, 32), (256, 7, 32), (1024, 3, 8)]
     for channels, kernel, batch in shapes:
         label = f"Conv1d({channels}, {4 * channels}, {kernel}, groups={channels})"
         layer = _to(run, memory.streams_layer(channels, kernel))
         found = made.streams(layer)
+        if channels > 256:  # the users' loop alone takes minutes there
+            found = [c for c in found if c.name != "users' loop and cat"]
         measured = found[:2] if run.quick else found
         # weight gradients sum millions of float32 products, in another order per contender
         run.compare(label, found, torch.randn(batch, channels, 1024), tolerance=5e-4)
-        if (channels == 256 or run.quick) and not run.times_only:
+        if ((channels, kernel) == (256, 3) or run.quick) and not run.times_only:
             for mode in ("inference", "training"):
                 target = f"streams:{channels}:{kernel}:{batch}"
                 sizes = {c.name: memory.peak(target, c.name, mode, run.device) for c in measured}
@@ -267,6 +270,67 @@ def whole_models(run: Run) -> None:
                 run.compare(
                     f"{name}, {rule}", found, x, modes=("training",), tolerance=1e-6, in_double=True
                 )
+
+
+@case(
+    "shapes",
+    "Stacks of layers in the shapes people use, every rule on all layers that can carry it",
+    _ANY_RULE,
+)
+def shapes_in_use(run: Run) -> None:
+    width = 16 if run.quick else 512
+    stacks: list[tuple[str, Callable[[], Any], tuple[int, ...]]] = [
+        (f"Transformer MLP, {width} to {4 * width}", lambda: models.mlp(width), (64, width)),
+        (f"audio stack, {width // 2} channels", lambda: models.audio_stack(width // 2), (1, 1024)),
+        (f"ResNet-50 block, {width // 2} channels on 14²",
+         lambda: models.bottleneck(width // 2), (width // 2, 14, 14)),
+    ]  # fmt: skip
+    for shapes, build, sizes in stacks:
+        for rule in tp.available_rules():
+            found = models.model_contenders(_to(run, build()), rule)
+            if found is None:
+                continue
+            for batch in (2,) if run.quick else (1, 32):
+                run.compare(f"{shapes}, {rule}", found, torch.randn(batch, *sizes),
+                            tolerance=1e-6, in_double=True)  # fmt: skip
+
+
+# Inference --------------------------------------------------------------------------------
+
+FROZEN, CACHED = "tiedparam, frozen", "tiedparam, cache=True"
+
+
+@case(
+    "inference",
+    "Weights that are kept: `frozen` and `cache=True`, for rules that gain from them",
+    (
+        Goal("flip_sym, frozen, where dense takes ≥ 1 ms: ≤ 1.01 × dense", "ratio", 1.01,
+             "inference", "flip_sym", contender=FROZEN, dense_ms=1.0),
+    ),
+)  # fmt: skip
+def inference(run: Run) -> None:
+    channels, size = ((16, 8),) if run.quick else ((64, 28), (256, 14)), 64 if run.quick else 1024
+    layers: list[tuple[str, Any, tuple[int, ...]]] = [
+        (f"Conv2d({c}, {c}, 3) on {n}²", nn.Conv2d(c, c, 3, padding=1), (c, n, n))
+        for c, n in channels
+    ]
+    layers.append((f"Linear({size}, {size})", nn.Linear(size, size), (size,)))
+    for shapes, layer, sizes in layers:
+        layer = _to(run, layer).eval()
+        for rule in ("flip_sym", "squared_copy"):
+            options = next(models.variants(rule))
+            pair = models.tie_pair(layer, rule, options)
+            assert pair is not None
+            found = _dense_and_tied(pair, "tied", "weight")
+            if tp.available_rules()[rule].gains_from_cache:
+                cached: Any = deepcopy(found[0].forward)
+                found.append(Contender(CACHED, tp.register_tie(cached, rule, cache=True)))
+            frozen = deepcopy(pair)
+            found.append(Contender(FROZEN, frozen["tied"]))
+            with tp.frozen(frozen):
+                for batch in (2,) if run.quick else (1, 32):
+                    run.compare(f"{shapes}, {rule}", found, torch.randn(batch, *sizes),
+                                modes=("inference",))  # fmt: skip
 
 
 # Fixed costs ------------------------------------------------------------------------------
@@ -391,6 +455,32 @@ def importing(run: Run) -> None:
 
 
 # Forms, compilers, memory, scaling ----------------------------------------------------------
+
+
+@case(
+    "large_models",
+    "Tying whole models: time and peak memory for each layer, against the number of layers",
+    default_allocator=False,
+)
+def large_models(run: Run) -> None:
+    small = (50, 100) if run.quick else (1_000, 3_000, 10_000)
+    wide = (1, 2) if run.quick else (12, 48)  # 48 of 2,048 features: 201 million values
+    features = 64 if run.quick else 2048
+    for shapes, width, counts in (
+        ("Linear(8, 8), flip_sym", 8, small),
+        (f"Linear({features}, {features}), flip_sym", features, wide),
+    ):
+        times: dict[str, list[float]] = {f"{count:,} layers": [] for count in counts}
+        for _ in range(2 if width > 8 else 3):
+            for count in counts:
+                layers = memory.many_layers(width, count)
+                started = time.perf_counter_ns()
+                memory.tie_all(layers)
+                times[f"{count:,} layers"].append((time.perf_counter_ns() - started) / count)
+        run.note(shapes, "tying, each layer", summarize(times))
+        sizes = {f"{count:,} layers": memory.peak_of_tying(width, count) for count in counts}
+        run.note_bytes(shapes, "peak over the dense model, each layer", sizes)
+
 
 Layer = tuple[str, Callable[[int], Any], tuple[int, ...]]
 _LAYERS: tuple[Layer, ...] = (

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tiedparam as tp
 from benchmarks import contenders as made
 from benchmarks import models
 from benchmarks.measuring import Contender
@@ -108,6 +109,31 @@ def count(contender: Contender, x: Tensor) -> dict[str, int]:
     }
 
 
+def many_layers(width: int, count: int) -> nn.ModuleList:
+    """So many square layers without a tie."""
+    return nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(count))
+
+
+def tie_all(layers: nn.ModuleList) -> None:
+    """Tie them by flip_sym."""
+    for layer in layers:
+        tp.register_tie(layer, "flip_sym")
+
+
+def peak_of_tying(width: int, count: int) -> int:
+    """Bytes for each layer that tying needs at its peak over the dense model, in a process."""
+    return peak(f"many:{width}:{count}", "-", "-", torch.device("cpu")) // count
+
+
+def _print_peak_of_tying(width: int, count: int) -> None:
+    tie_all(many_layers(width, 2))
+    layers = many_layers(width, count)
+    resettable = _reset_mark()
+    before = _in_use() if resettable else _mark_of_rusage()
+    tie_all(layers)
+    print(max(0, (_mark() if resettable else _mark_of_rusage()) - before))
+
+
 def _bytes(tensors: Any) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
@@ -126,6 +152,9 @@ def _target(target: str, device: str) -> tuple[list[Contender], tuple[int, ...]]
 
 def _main(target: str, name: str, mode: str, device: str) -> None:
     torch.set_num_threads(1)
+    if target.startswith("many:"):
+        _print_peak_of_tying(*map(int, target.split(":")[1:]))
+        return
     found, shape = _target(target, device)
     (contender,) = (c for c in found if c.name == name)
     x = torch.randn(shape, device=device, requires_grad=True)

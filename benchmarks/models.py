@@ -14,6 +14,8 @@ import tiedparam as tp
 from benchmarks.contenders import AveragedConv, HiddenListConv
 from benchmarks.measuring import Contender
 
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a skip connection (He et al. 2016)."""
@@ -67,6 +69,31 @@ def transformer(width: int = 512, blocks: int = 2) -> nn.Sequential:
     )
 
 
+def mlp(width: int) -> nn.Sequential:
+    """The feed-forward part of a Transformer block, with the square projection before it."""
+    return nn.Sequential(
+        nn.Linear(width, width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+    )
+
+
+def audio_stack(width: int) -> nn.Sequential:
+    """Strided convolutions over a waveform, as speech encoders begin."""
+    layers: list[nn.Module] = [nn.Conv1d(1, width, 10, stride=5, bias=False), nn.GELU()]
+    for kernel in (3, 3, 2):
+        layers += [nn.Conv1d(width, width, kernel, stride=2, bias=False), nn.GELU()]
+    return nn.Sequential(*layers)
+
+
+def bottleneck(width: int) -> nn.Sequential:
+    """ResNet-50's block without its skip connection: 1×1, 3×3, 1×1."""
+    inner = width // 4
+    return nn.Sequential(
+        nn.Conv2d(width, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU(),
+        nn.Conv2d(inner, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner), nn.ReLU(),
+        nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width),
+    )  # fmt: skip
+
+
 def variants(rule: str) -> Iterator[dict[str, Any]]:
     """The different options among a rule's examples, sources and functions aside."""
     seen: list[tuple[bool, dict[str, Any]]] = []
@@ -107,7 +134,7 @@ def tie_everywhere(model: nn.Module, rule: str) -> int:
     A rule that reads another layer ties every second layer of one shape to the one before.
     """
     options = next(variants(rule), {})
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    layers = [m for m in model.modules() if isinstance(m, _KINDS)]
     waiting: dict[tuple[Any, ...], nn.Module] = {}
     count = 0
     for layer in layers:
@@ -134,7 +161,7 @@ def untied(model: nn.Module) -> nn.Module:
     """A copy of the model with plain dense layers and the same weights."""
     model = deepcopy(model)
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and tp.is_tied(module):
+        if isinstance(module, _KINDS) and tp.is_tied(module):
             tp.remove_tie(module)
     return model
 
