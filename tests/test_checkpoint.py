@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -233,6 +236,8 @@ def damage(name):
             state[key] = torch.zeros(1, 11)
         elif name == "not a tensor":
             state[key] = 3.0
+        elif name == "one more":
+            state["body.0.parametrizations.weight.original2"] = state[key]
         elif name == "both":
             state["body.0.weight"] = torch.zeros(4, 4, 3, 3)
         return state
@@ -241,7 +246,7 @@ def damage(name):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("fault", ["missing", "misshapen", "not a tensor", "both"])
+@pytest.mark.parametrize("fault", ["missing", "misshapen", "not a tensor", "both", "one more"])
 def test_a_bad_load_leaves_the_tied_tensor_as_it_was(tied, fault, strict):
     before = values(tied.body[0])
     other = damage(fault)(tie(Net()).state_dict())
@@ -400,3 +405,90 @@ def test_keys_under_a_foreign_prefix_are_named():
     with pytest.raises(tp.TieError, match=r"begin with 'module\.', as in 'module\.0\.weight'"):
         tp.tie_state_dict(model, wrapped)
     assert list(tp.tie_state_dict(model, {"1.bias": dense["1.bias"]})) == ["1.bias"]
+
+
+DAMAGES = {
+    "missing": lambda state, key: state.pop(key),
+    "extra": lambda state, key: state.update({f"{key}_more": state[key]}),
+    "one more": lambda state, key: (
+        state.update({f"{key[:-1]}{int(key[-1]) + 1}": state[key]}) if key[-1].isdigit() else None
+    ),
+    "misshapen": lambda state, key: state.update({key: state[key].flatten()[:-1]}),
+    "NaN": lambda state, key: state.update({key: state[key] * float("nan")}),
+    "integers": lambda state, key: state.update({key: state[key].to(torch.int8)}),
+    "double": lambda state, key: state.update({key: state[key].double()}),
+    "complex": lambda state, key: state.update({key: state[key].to(torch.complex64)}),
+    "a number": lambda state, key: state.update({key: 3.0}),
+    "nothing": lambda state, key: state.update({key: None}),
+    "empty": lambda state, key: state.update({key: torch.empty(0)}),
+    "a dense twin": lambda state, key: state.update(
+        {key.split("parametrizations")[0] + "weight": torch.zeros(4, 4, 3, 3)}
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=150)
+@given(data=st.data())
+def test_no_damage_to_a_checkpoint_breaks_a_law(data):
+    """Either the load says so and every tied tensor that it names is as it was, or it is lawful."""
+    net = tie(Net())
+    dense = data.draw(st.booleans(), "dense")
+    state = tp.dense_state_dict(tie(Net())) if dense else tie(Net()).state_dict()
+    for _ in range(data.draw(st.integers(1, 3), "damages")):
+        key = data.draw(st.sampled_from([k for k, v in state.items() if torch.is_tensor(v)]))
+        DAMAGES[data.draw(st.sampled_from(sorted(DAMAGES)))](state, key)
+    before = values(net)
+    strict = data.draw(st.booleans(), "strict")
+    try:
+        net.load_state_dict(state, strict=strict)
+    except RuntimeError as error:
+        # torch's complaint of unexpected keys is not one of a tied tensor
+        message = "\n".join(line for line in str(error).splitlines() if "Unexpected" not in line)
+        for path in ("stem", "body.0", "head", "late"):
+            if f"{path}.weight'" in message or f"{path}.parametrizations" in message:
+                for key, value in net.get_submodule(path).state_dict().items():
+                    was = before[f"{path}.{key}"]
+                    if key.startswith("parametrizations") and not torch.equal(value, was):
+                        raise
+    for layer in (net.stem, net.body[0], net.head, net.late):
+        weight = layer.weight.detach()
+        assert weight.dtype is torch.float32
+        for symmetric in tp.get_tie(layer).symmetries(weight):
+            assert weight.isnan().any() or torch.equal(symmetric, weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=150)
+@given(data=st.data())
+def test_damaged_dictionaries_are_refused_whole(data):
+    net = tie(Net())
+    dense = dict(tp.dense_state_dict(tie(Net())))
+    for _ in range(data.draw(st.integers(1, 3), "damages")):
+        key = data.draw(st.sampled_from([k for k, v in dense.items() if torch.is_tensor(v)]))
+        DAMAGES[data.draw(st.sampled_from(sorted(DAMAGES)))](dense, key)
+    before = values(net)
+    given_entries = dict(dense)
+    try:
+        tied_entries = tp.tie_state_dict(net, dense)
+    except tp.TieError:
+        pass
+    else:
+        for key, value in tied_entries.items():
+            if "parametrizations" in key:
+                assert value.shape == before[key].shape
+    assert same(values(net), before)
+    assert dense.keys() == given_entries.keys()
+    assert all(dense[key] is value for key, value in given_entries.items())
+
+
+def test_a_truncated_file_changes_nothing(tied, tmp_path):
+    path = tmp_path / "tied.pt"
+    torch.save(tied.state_dict(), path)
+    whole = path.read_bytes()
+    before = values(tied)
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises((RuntimeError, EOFError, OSError, pickle.UnpicklingError)):
+            tied.load_state_dict(torch.load(path))
+    assert same(values(tied), before)

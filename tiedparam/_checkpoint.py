@@ -253,6 +253,9 @@ def _unfit(layer: nn.Module, name: str, rule: Rule, key: str, value: Any) -> str
         )
     if not isinstance(value, Tensor):
         return f"'{key}' is a {type(value).__name__}, not a tensor."
+    stored = free_values(layer, name)
+    if value.is_complex() and any(not parameter.is_complex() for parameter in stored):
+        return f"'{key}' is complex in the checkpoint, and real here."
     if tuple(value.shape) != shape:
         return f"size mismatch for '{key}': {tuple(value.shape)} in the checkpoint, {shape} here."
     return None
@@ -270,6 +273,9 @@ def _unfit_free(
     missing = [k for k in keys if k not in state_dict]
     if missing:
         return f"free values of '{key}' are missing: {', '.join(missing)}. Load all or none."
+    more = f"{key.removesuffix(name)}parametrizations.{name}.original{len(keys)}"
+    if more in state_dict:
+        return f"'{more}' is one free value more than '{rule}' has. Load another checkpoint."
     written = signatures.get(name)
     if written is not None and written != str(rule):
         return f"'{key}' was saved under the rule '{written}' and is tied by '{rule}' here."
@@ -305,7 +311,9 @@ def _agree(entry: Tensor, computed: Tensor) -> bool:
     """Equal up to the rounding of the coarser of the two dtypes."""
     if entry.device.type == "meta" or computed.device.type == "meta":
         return True
-    entry, computed = _as_float(entry).detach(), unguard(computed).detach()
+    entry, computed = _as_float(entry).detach(), _as_float(computed).detach()
+    if entry.shape != computed.shape:
+        return False
     tolerance = 4 * max(torch.finfo(entry.dtype).eps, torch.finfo(computed.dtype).eps)
     wide = torch.promote_types(torch.promote_types(entry.dtype, computed.dtype), torch.float32)
     return torch.allclose(
@@ -365,7 +373,10 @@ class _Expander:
     def _entry(self, key: str) -> Tensor:
         if key not in self.entries:
             raise TieError(f"the state dict has no '{key}', which a copy reads.")
-        return self.entries[key]
+        entry = self.entries[key]
+        if not isinstance(entry, Tensor):
+            raise TieError(f"'{key}', which a copy reads, is a {type(entry).__name__}.")
+        return entry
 
     def _own(self, layer: nn.Module, name: str) -> dict[str, Tensor]:
         """The entries of one tensor's parametrizations."""
@@ -387,7 +398,14 @@ class _Expander:
     def _tied(self, layer: nn.Module, name: str, rule: Rule) -> Tensor:
         if isinstance(rule, Linked):
             ((source, source_name),) = rule.sources()
-            return rule.fn(self._source(source, source_name))
+            present = self._source(source, source_name)
+            try:
+                return rule.fn(present)
+            except Exception as error:
+                raise TieError(
+                    f"'{rule}' raised {type(error).__name__} on its source's entry "
+                    f"{tuple(present.shape)}: {error}. Correct that entry."
+                ) from error
         prefix = self.prefixes[id(layer)]
         keys = free_keys(layer, name, prefix)
         problem = _unfit_free(layer, name, rule, prefix + name, keys, self.entries, {})
@@ -405,7 +423,7 @@ class _Expander:
                     "model. Pass the whole model and its whole state dict."
                 )
             if prefix + name in self.entries:  # dense already
-                return self.entries[prefix + name]
+                return self._entry(prefix + name)
         return self.effective(layer, name, rule)
 
 
