@@ -413,3 +413,43 @@ def test_contents_of_free_values_can_be_swapped():
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert layer.parametrizations.weight.original0 is parameter
     assert layer.weight.dtype is torch.float64
+
+
+def test_s12_a_spawned_process_takes_a_tied_model():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tp.register_tie(model[0], "flip_sym", root=model)
+    tp.register_tie(model[1], "copy", source="0", root=model)
+    context = torch.multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run_and_send, args=(model, sender))
+    process.start()
+    try:
+        assert receiver.poll(120)
+        output, tied = receiver.recv()
+        process.join(60)
+    finally:
+        if process.is_alive():
+            process.kill()
+    assert process.exitcode == 0
+    assert tied == [True, True]
+    assert torch.equal(torch.tensor(output), model(torch.ones(1, 3)).detach())
+
+
+def _run_and_send(model, sender):
+    with torch.no_grad():
+        sender.send((model(torch.ones(1, 3)).tolist(), [tp.is_tied(layer) for layer in model]))
+
+
+@pytest.mark.parametrize("rule", ["flip_sym", "row_repeat"])
+def test_s29b_tied_layers_at_the_top_level_are_stacked(rule):
+    layers = [tp.register_tie(nn.Linear(3, 3), rule) for _ in range(4)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    assert parameters["parametrizations.weight.original0"].shape[0] == 4
+    x = torch.randn(4, 2, 3)
+
+    def run(values, state, batch):
+        return torch.func.functional_call(layers[0], (values, state), (batch,))
+
+    together = torch.vmap(run)(parameters, buffers, x)
+    apart = torch.stack([layer(batch) for layer, batch in zip(layers, x, strict=True)])
+    torch.testing.assert_close(together, apart)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam import _optimizer_guard
-from tiedparam._errors import TieError, describe
+from tiedparam._errors import TieError
 from tiedparam._rule import Rule
 from tiedparam._stock import effective, parametrization_list
 from tiedparam._ties import is_stacked, is_tied, named_ties, ties_of
@@ -218,9 +218,10 @@ def refuse_if_frozen(layer: nn.Module, action: str) -> None:
         for session in concerned:
             session.undo()
     if concerned:
+        held = [weight.where for session in concerned for _, weight in session.held]
+        names = ", ".join(dict.fromkeys(held[:3])) + (", …" if len(held) > 3 else "")
         raise TieError(
-            f"{action} inside frozen would leave {describe(layer, 'weight')} with an old "
-            "weight. Do it outside of the block."
+            f"{action} inside frozen: {names} would keep an old weight. Do it outside of the block."
         )
 
 

@@ -64,7 +64,9 @@ class FlipSym(Rule):
             half = free[0].reshape(groups, c, c, positions // 2)
             parts = [half, half.transpose(1, 2).flip(-1)]
         if positions % 2:
-            parts.insert(1, _unpack_symmetric(free[-1], c).unsqueeze(-1))
+            # torch transposes by tiles in two dimensions only
+            packed = free[-1] if groups > 1 else free[-1].squeeze(0)
+            parts.insert(1, _unpack_symmetric(packed, c).reshape(groups, c, c, 1))
         layout = self.bound_layout
         kernels = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         return layout.native(kernels.reshape(layout.canonical_shape))
@@ -157,10 +159,7 @@ _LARGE = 128  # below, more operations cost more than they save
 
 
 def _transposed(matrices: Tensor) -> Tensor:
-    if len(matrices) > 1:
-        return matrices.transpose(-1, -2).contiguous()
-    # torch transposes by tiles in two dimensions only
-    return matrices[0].t().contiguous().unsqueeze(0)
+    return matrices.transpose(-1, -2).contiguous()
 
 
 def _pack_symmetric(matrices: Tensor) -> Tensor:
