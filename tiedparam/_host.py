@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tiedparam import _cache, _checkpoint, _structured, _values
+from tiedparam import _cache, _checkpoint, _recurrent, _structured, _values
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
 from tiedparam._stock import effective, parametrization_list, parametrization_lists
@@ -53,6 +53,7 @@ def adopt(layer: nn.Module) -> None:
     stock, names = _kind(layer)
     layer.__class__ = host_class(stock, names)
     parametrization_lists(layer).train(layer.training)
+    _recurrent.forget(layer)
     if not isinstance(made_by_torch, HostMeta):
         # its properties close over the layer, which would keep it alive (S11)
         for name in names:
@@ -92,10 +93,10 @@ def host_class(stock: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
 
 def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
     """What a host class overrides."""
-    structured = _structured.computation(stock) if "weight" in names else None
+    special = _structured.computation(stock) if "weight" in names else _recurrent.computation(stock)
 
     def compute(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = structured(self, *args, **kwargs) if structured is not None else None
+        result = special(self, *args, **kwargs) if special is not None else None
         return stock.forward(self, *args, **kwargs) if result is None else result
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +187,7 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
             return inherited(self, memo)
         replica = _revive(*_kind(self))
         memo[id(self)] = replica
-        replica.__dict__.update(copy.deepcopy(_state(self), memo))
+        replica.__setstate__(copy.deepcopy(_state(self), memo))
         return replica
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
@@ -206,6 +207,7 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
         "_apply": apply,
         "__deepcopy__": deepcopy,
         "__reduce_ex__": reduce,
+        **_recurrent.members(stock),
     }
     stock_reset = getattr(stock, "reset_parameters", None)
     if stock_reset is not None:
