@@ -62,7 +62,8 @@ def assign_(
             raise TieError(
                 f"the value breaks the law {rule.law} of {where} (residual "
                 f"{rule.residual(value):.2e}). To take the nearest lawful weight call "
-                "tiedparam.assign_(layer, value, project=True)."
+                "tiedparam.assign_(layer, value, project=True); to keep the value as it is, call "
+                "remove_tie first."
             )
         for parameter, content in zip(free_values(layer, tensor_name), free, strict=True):
             parameter.copy_(content)
