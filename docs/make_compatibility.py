@@ -101,7 +101,9 @@ def _feature(mark: ast.Call, test: str) -> Feature:
     texts = [ast.literal_eval(value) for value in mark.args]
     options = {str(word.arg): ast.literal_eval(word.value) for word in mark.keywords}
     if len(texts) != 2 or not options.keys() <= {"needs", "refused", "limit"}:
-        raise ValueError(f"{test}: a feature is marked by area and feature, needs=, refused=, limit=")
+        raise ValueError(
+            f"{test}: a feature is marked by area and feature, needs=, refused=, limit="
+        )
     area, what = texts
     if area not in AREAS:
         raise ValueError(f"{test}: the area {area!r} is none of {', '.join(AREAS)}")

@@ -210,7 +210,7 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
                     f"device, '{rule}' would read the source of the first. Use "
                     "DistributedDataParallel."
                 )
-        return stock._replicate_for_data_parallel(self)  # type: ignore[operator]
+        return stock._replicate_for_data_parallel(self)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _revive, _kind(self), _state(self)
