@@ -131,7 +131,7 @@ def _linear(layer: nn.Linear, input: Tensor) -> Tensor | None:
         if plan.reduction.run == 1:
             return precision.leave(F.linear(x, weight, bias))
         # one row is a matrix-vector product, which the general product does not notice
-        y = (x @ weight[0]).unsqueeze(-1) if len(weight) == 1 else F.linear(x, weight)
+        y = (x @ weight[0]).unsqueeze(-1) if weight.shape[0] == 1 else F.linear(x, weight)
         return precision.leave(_spread(y, plan.reduction.run, bias, 0))
 
 
