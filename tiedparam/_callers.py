@@ -11,7 +11,7 @@ from types import FrameType
 
 from torch import nn
 
-from tiedparam._errors import TieError, describe
+from tiedparam._errors import TieError, describe, describe_layer
 
 
 def is_stock_forward(reader: FrameType) -> bool:
@@ -41,6 +41,18 @@ def refuse_functional_call(layer: nn.Module, tensor_name: str, writer: FrameType
             f"functional_call was given a value for the tied {describe(layer, tensor_name)}, which "
             "is computed: the value would be written into the stored ones and get no gradient. "
             "Give it the free values by their keys, as dict(model.named_parameters()) has them."
+        )
+
+
+def refuse_quantization(layer: nn.Module, writer: FrameType) -> None:
+    """Raise if ``torch.ao.quantization`` marks a tied layer for conversion.
+
+    It would convert by the stock class's recipe, which takes that very class only.
+    """
+    if _module(writer).startswith("torch.ao.quantization"):
+        raise TieError(
+            f"torch.ao.quantization cannot convert the tied {describe_layer(layer)}. Call "
+            "remove_tie first; quantized numbers are then as many as dense ones."
         )
 
 
