@@ -123,6 +123,8 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
             _inside.layer = outer
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        if name == "qconfig" and value is not None:
+            _callers.refuse_quantization(self, sys._getframe(1))
         # torch would raise KeyError for a Parameter, and project a tensor in silence (S16, S24)
         if name in names and _is_parametrized(self, name) and isinstance(value, Tensor):
             _set(self, name, value, sys._getframe(1))

@@ -67,7 +67,7 @@ class Layout:
 
 
 def _stores_inputs_first(layer: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2) is a Linear that stores ``W[in, out]``.
+    """GPT-2's Conv1D, of transformers, is a Linear that stores ``W[in, out]``.
 
     Known by its name, since transformers need not be installed.
     """
