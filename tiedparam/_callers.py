@@ -26,7 +26,9 @@ def is_stock_forward(reader: FrameType) -> bool:
 def refuse_old_reparametrization(layer: nn.Module, tensor_name: str, reader: FrameType) -> None:
     """Raise for ``torch.nn.utils.weight_norm`` and ``prune``, which read before they change."""
     tools = ("torch.nn.utils.weight_norm", "torch.nn.utils.prune")
-    if reader.f_code.co_name == "apply" and _module(reader) in tools:
+    # their hooks may read a tied tensor: that of the Parameter which they made, tied later
+    hooks = ("compute_weight", "apply_mask")
+    if _module(reader) in tools and reader.f_code.co_name not in hooks:
         raise TieError(
             f"cannot use {_module(reader)} on the tied {describe(layer, tensor_name)}: it replaces "
             "the Parameter, and the tensor is computed. Call remove_tie first, or stack a "

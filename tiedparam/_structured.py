@@ -200,7 +200,9 @@ def _planned(layer: nn.Module, input: Any) -> tuple[Broadcast, Plan, Tensor] | N
     plan: Plan | None = getattr(rule, "plan", None)
     if plan is None or plan.form_without_grad == "dense":
         return None
-    free: Any = weight._parameters["original0"]
+    free: Any = weight._parameters.get("original0")
+    if free is None:
+        free = weight.original0  # a replica of nn.DataParallel has no Parameters
     if (
         plan.form == "dense"
         and torch.is_grad_enabled()
