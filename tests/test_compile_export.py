@@ -68,7 +68,9 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.feature("Compile and export", "`torch.compile(fullgraph=True)`: one graph, forward")
+@pytest.mark.feature(
+    "Compile and export", "`torch.compile(fullgraph=True)`: one graph forward, one backward"
+)
 def test_one_graph_forward_and_backward():
     model = tie_all(Net())
     counter = Counter()
@@ -86,7 +88,9 @@ def test_one_graph_forward_and_backward():
     assert counter.graphs == 2  # one with gradients, one without
 
 
-@pytest.mark.feature("Compile and export", "`torch.compile` of a training step with its optimizer")
+@pytest.mark.feature(
+    "Compile and export", "`torch.compile`: training steps without a recompilation"
+)
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_no_recompiles_over_training_steps(optimizer):
     compiled_model = tie_all(Net())
