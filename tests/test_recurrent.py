@@ -143,8 +143,12 @@ def test_s14_untying_gives_a_stock_layer_back(kind, remove):
     tp.register_tie(tied, "row_repeat", "weight_ih_l0")
     dense.load_state_dict(tp.dense_state_dict(tied))
     x = torch.randn(3, 5, 4)
+    copied = copy.deepcopy(tied)
+    for name in (NAME, "weight_ih_l0"):
+        remove(copied, name)
+    assert_same(copied, dense, x)
     tied(x)
-    tied.to(torch.float32)
+    tied.double().float()
     remove(tied, NAME)
     assert_same(tied, dense, x)
     remove(tied, "weight_ih_l0")
@@ -186,12 +190,34 @@ def test_s14_a_failed_tie_leaves_the_list_of_weights():
     assert all(a is b for a, b in zip(weights, before, strict=True))
 
 
-def test_s14_a_weight_is_computed_once_in_a_forward():
-    layer = tp.register_tie(nn.LSTM(4, 6), "row_repeat", NAME)
+def test_s14_weights_are_computed_once_in_a_forward_and_nowhere_else():
+    layer = nn.LSTM(4, 6)
     calls = []
-    tp.get_tie(layer, NAME).register_forward_hook(lambda *_: calls.append(1))
+    for name in ("weight_ih_l0", NAME):
+        tp.register_tie(layer, "row_repeat", name)
+        tp.get_tie(layer, name).register_forward_hook(lambda *_: calls.append(1))
     layer(torch.randn(3, 5, 4))
-    assert len(calls) == 1
+    assert len(calls) == 2
+    layer.double().float()
+    layer.flatten_parameters()
+    assert len(calls) == 2
+
+
+def test_s14_a_layer_inside_of_another_ones_forward_has_its_own_weights():
+    inner = tp.register_tie(nn.GRU(4, 6), "row_repeat", NAME)
+
+    class Outer(nn.GRU):
+        def forward(self, x):
+            self.seen = [weight.clone() for weight in inner._flat_weights]
+            inner(x)
+            self.own = [weight.clone() for weight in self._flat_weights]
+            return super().forward(x)
+
+    outer = tp.register_tie(Outer(4, 6), "row_repeat", NAME)
+    outer(torch.randn(3, 5, 4))
+    assert torch.equal(outer.seen[1], getattr(inner, NAME))
+    assert torch.equal(outer.own[1], getattr(outer, NAME))
+    assert not torch.equal(outer.own[1], outer.seen[1])
 
 
 @pytest.mark.feature(

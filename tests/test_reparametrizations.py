@@ -154,6 +154,23 @@ def test_an_unchecked_parametrization_that_breaks_the_layer_is_refused(result, t
     assert everything(layer) == before
 
 
+def test_the_trial_of_what_is_stacked_is_no_training_step():
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.modes = []
+
+        def forward(self, weight):
+            self.modes.append((self.training, torch.is_grad_enabled()))
+            return weight
+
+    layer, seen = tied_linear(), Seen()
+    parametrize.register_parametrization(layer, "weight", seen, unsafe=True)
+    assert seen.modes == [(False, False)]
+    assert seen.training
+    assert layer.parametrizations.weight[1] is seen
+
+
 @pytest.mark.feature(
     "Other parametrizations", "`parametrizations.spectral_norm` on a tie, and off again"
 )
