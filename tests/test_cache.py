@@ -261,6 +261,7 @@ OPTIMIZERS = [
 ]
 
 
+@pytest.mark.feature("Inference caches", "`cache=True`: never stale, whatever writes")
 @pytest.mark.parametrize("mutate", [*CHANNELS, *OPTIMIZERS])
 def test_s04_s05_no_way_of_writing_leaves_the_cache_stale(mutate):
     conv = cached_conv()
@@ -455,6 +456,7 @@ def test_s07_functional_call_and_transforms_see_the_values_that_they_are_given()
         assert torch.equal(conv(FEATURES), stock_output(conv))
 
 
+@pytest.mark.feature("Inference caches", "`cache=True` with compile, export and trace: off there")
 def test_s33_compiled_and_exported_models_do_not_hold_the_cached_weight():
     conv = cached_conv()
     with torch.no_grad():
@@ -505,6 +507,7 @@ def test_another_parametrization_on_top_turns_the_cache_off():
 # frozen -------------------------------------------------------------------------------------
 
 
+@pytest.mark.feature("Inference caches", "`tiedparam.frozen(model)`")
 def test_frozen_computes_every_weight_once():
     model = frozen_model()
     calls = [Calls(model[index]) for index in (0, 2, 3)]
@@ -676,6 +679,11 @@ REFUSED = [
 ]  # fmt: skip
 
 
+@pytest.mark.feature(
+    "Inference caches",
+    "training, loading, casting inside of `frozen`",
+    refused="the weights are fixed there; leave the block first",
+)
 @pytest.mark.parametrize(("action", "message"), REFUSED, ids=[a.__name__ for a, _ in REFUSED])
 def test_s04_s05_what_a_fixed_weight_cannot_follow_is_refused(action, message):
     model = frozen_model()
@@ -816,6 +824,7 @@ def test_s07_functional_call_inside_uses_what_it_is_given():
     assert all(g.abs().sum() > 0 for g in gradients[:1])
 
 
+@pytest.mark.feature("Inference caches", "compile and export inside of `frozen`: no constant")
 def test_s33_compile_and_export_inside_hold_no_constant():
     model = nn.Sequential(nn.Conv2d(4, 4, 3)).eval()
     tp.register_tie(model[0], "flip_sym")
@@ -885,6 +894,7 @@ def in_threads(count, work):
         raise errors[0]
 
 
+@pytest.mark.feature("Inference caches", "eight threads on one model")
 @pytest.mark.parametrize("how", ["cold cache", "warm cache", "frozen"])
 def test_s06_eight_threads_never_see_a_wrong_output(how):
     """8 threads × 1,000 calls: weights are loaded between the rounds."""

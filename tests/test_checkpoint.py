@@ -62,6 +62,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
+@pytest.mark.feature("Copies and files", "a dense checkpoint out of a tied model")
 def test_dense_state_dict_is_that_of_the_dense_model(tied: Net):
     dense = tp.dense_state_dict(tied)
     stock = Net()
@@ -76,6 +77,9 @@ def test_dense_state_dict_is_that_of_the_dense_model(tied: Net):
     assert safetensors.torch.save(dense)
 
 
+@pytest.mark.feature(
+    "Copies and files", "a dense checkpoint into a tied model, strict or not, `assign=True`"
+)
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("assign", [True, False])
 @pytest.mark.parametrize("deep_copied", [True, False])
@@ -107,6 +111,7 @@ def test_s09_one_layer_alone(tied, lawful_dense):
     assert torch.equal(tied.stem.weight, lawful_dense["stem.weight"])
 
 
+@pytest.mark.feature("Copies and files", "models built on the meta device")
 def test_s09_meta_device_model(lawful_dense):
     with torch.device("meta"):
         model = tie(Net())
@@ -271,6 +276,11 @@ def test_a_misshapen_dense_entry_is_refused(tied, lawful_dense, strict):
         tp.tie_state_dict(tied, lawful_dense)
 
 
+@pytest.mark.feature(
+    "Copies and files",
+    "another rule's checkpoint of equal shape",
+    refused="the numbers mean another weight; load it into a model tied by that rule",
+)
 def test_s28_another_rules_checkpoint_of_equal_shape_is_refused():
     one = tp.register_tie(nn.Conv2d(4, 4, 3, groups=2), "channel_shared", over="groups")
     other = tp.register_tie(nn.Conv2d(4, 4, 3, groups=2), "row_repeat", groups=2)

@@ -985,6 +985,9 @@ def test_every_rule_is_enrolled():
     assert {case.name for case in CANONICAL_CASES} == enrolled
 
 
+@pytest.mark.feature(
+    "Other parametrizations", "a rule given to `parametrize.register_parametrization`"
+)
 @pytest.mark.parametrize("case", CANONICAL_CASES, ids=str)
 def test_rule_is_an_ordinary_parametrization(case):
     host = case.dense()
@@ -999,6 +1002,9 @@ def test_rule_is_an_ordinary_parametrization(case):
 FIRST_CASES = [next(case for case in CASES if case.name == name) for name in tp.available_rules()]
 
 
+@pytest.mark.feature(
+    "Optimizers", "SGD, Adam, AdamW, single-tensor, foreach and fused: the law after 100 steps"
+)
 @pytest.mark.parametrize("variant", ["single", "foreach", "fused"])
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
 @pytest.mark.parametrize("case", FIRST_CASES, ids=str)
@@ -1006,6 +1012,9 @@ def test_law_holds_under_every_optimizer(case, kind, variant):
     law_holds_after_100_steps_of(kind, variant, case)
 
 
+@pytest.mark.feature(
+    "Compile and export", "`torch.compile` with inductor: a training step of every rule"
+)
 @pytest.mark.parametrize("case", FIRST_CASES, ids=str)
 def test_inductor_compiles_a_training_step(case):
     torch._dynamo.reset()

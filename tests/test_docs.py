@@ -182,6 +182,52 @@ def test_a_rule_without_a_row_is_noticed(generators):
     assert "1 of 6 values stored" in dict(pictures.pictures())["forgotten.svg"]
 
 
+# The table of features ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def compatibility(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("make_compatibility")
+
+
+def test_the_page_of_features_is_what_the_tests_say(compatibility):
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    assert page == compatibility.page(), f"run '{compatibility.COMMAND}' and commit the result"
+
+
+def test_every_feature_has_one_row_and_a_test_of_its_own(compatibility):
+    rows = compatibility.features()
+    assert len(rows) > 60
+    assert {row.area for row in rows} <= set(compatibility.AREAS)
+    assert len({(row.area, row.what) for row in rows}) == len(rows)
+    for row in rows:
+        assert "|" not in row.what + row.answer
+        file, _, name = row.test.partition("::")
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"def {name}(" in source
+        # whoever is refused learns the way, and the test looks at the message
+        body = source.partition(f"def {name}(")[2].partition("\n\n\n")[0]
+        assert not row.refused or "raises(" in body or "refused(" in body, row.test
+
+
+def test_marks_that_cannot_be_read_are_refused(compatibility, tmp_path):
+    file = tmp_path / "test_x.py"
+    for mark, text in (
+        ('"Layers"', "marked by area and feature"),
+        ('"Layers", "a", note="b"', "marked by area and feature"),
+        ('"Nowhere", "a"', "the area 'Nowhere' is none of"),
+    ):
+        file.write_text(f"@pytest.mark.feature({mark})\ndef test_a(): ...\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=text):
+            compatibility.features(tmp_path)
+    mark = '@pytest.mark.feature("Layers", "a", needs="b", limit="not c")'
+    file.write_text(f"{mark}\ndef test_a(): ...\n", encoding="utf-8")
+    (row,) = compatibility.features(tmp_path)
+    assert row.answer == "works, needs b, but not c"
+    assert "| a | works, needs b, but not c | `test_x.py::test_a` |" in compatibility.page([row])
+
+
 # Pictures, links, commands -----------------------------------------------------------------
 
 

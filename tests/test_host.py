@@ -38,6 +38,7 @@ def test_the_layer_stays_of_its_class():
     assert type(layer).__module__ == nn.Conv2d.__module__
 
 
+@pytest.mark.feature("Copies and files", "`copy.deepcopy`; untying a copy leaves the original")
 @pytest.mark.parametrize("remove", [tp.remove_tie, parametrize.remove_parametrizations])
 def test_s10_removing_the_tie_from_a_copy_leaves_the_original(remove):
     layer = tied_conv()
@@ -92,6 +93,7 @@ def test_s11_a_model_with_a_copy_tie_and_a_known_root_is_freed_too():
         gc.enable()
 
 
+@pytest.mark.feature("Copies and files", "`pickle`, `copy.copy`, `torch.save(model)`")
 def test_s12_pickle_copy_and_torch_save():
     layer = tied_conv()
     for twin in (
@@ -128,6 +130,9 @@ def test_s12_pickled_model_keeps_its_copy_tie():
         twin(torch.ones(1, 3))
 
 
+@pytest.mark.feature(
+    "Compile and export", "many tied blocks compiled one by one: one graph for all"
+)
 def test_s32_tied_blocks_share_one_class_and_one_graph():
     blocks = [
         nn.Sequential(tp.register_tie(nn.Linear(8, 8), "flip_sym"), nn.ReLU()) for _ in range(12)
@@ -222,6 +227,11 @@ def test_s21_removal_leaves_a_plain_contiguous_weight_of_its_own(remove):
         layer.load_state_dict(nn.Linear(4, 4).state_dict())
 
 
+@pytest.mark.feature(
+    "Layers",
+    "layers that share one Parameter",
+    refused="tying one would change the other (seen with `root=`); tie the second by `copy`",
+)
 def test_s22_a_shared_parameter_is_refused_where_the_root_is_known():
     model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
     model["head"].weight = model["embed"].weight
@@ -276,6 +286,11 @@ def test_s16_assigning_to_a_copy_raises():
             layer.weight = value
 
 
+@pytest.mark.feature(
+    "Other parametrizations",
+    "tools that assign `layer.weight = nn.Parameter(...)`",
+    limit="a value that breaks the law is refused",
+)
 def test_s24_assigning_a_parameter_is_an_assignment():
     layer = tied_conv()
     with pytest.raises(tp.TieError, match="breaks the law"):

@@ -509,6 +509,7 @@ def linked_first() -> nn.ModuleDict:
     return model
 
 
+@pytest.mark.feature("Copies and files", "deepcopy of a model with a copy in it")
 @pytest.mark.parametrize("known_root", [True, False])
 @pytest.mark.parametrize("first", ["linked", "source"])
 def test_s13_deepcopy_of_the_whole_model_is_independent(first, known_root):
@@ -543,6 +544,11 @@ def test_s13_a_teacher_follows_its_own_source():
     assert not torch.equal(values(teacher["linked"]), values(student["linked"]))
 
 
+@pytest.mark.feature(
+    "Copies and files",
+    "deepcopy of a copy-tied layer without its source",
+    refused="it would have a source that nobody trains; copy a module that holds both, or untie",
+)
 def test_s13_deepcopy_of_the_linked_layer_alone_is_refused():
     for model in (linked_first(), squared_pair()):
         layer = next(m for m in model.modules() if tp.is_tied(m))

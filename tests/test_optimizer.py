@@ -57,6 +57,9 @@ def lawful_gradients(layer, case, count):
     return [rule.project(torch.randn_like(probe.weight)).detach() for _ in range(count)]
 
 
+@pytest.mark.feature(
+    "Optimizers", "tying and untying in mid-training with `optimizer=`: the trajectory goes on"
+)
 @pytest.mark.parametrize("case", TIES)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_trajectory_goes_on_through_tying_and_untying(case, kind):
@@ -194,6 +197,11 @@ def test_flip_sym_with_two_free_tensors_keeps_its_place():
     assert [id(p) for p in params] == [id(layer.weight), id(layer.bias)]
 
 
+@pytest.mark.feature(
+    "Optimizers",
+    "optimizers with state of unknown meaning, with `optimizer=`",
+    refused="a guess would train wrongly; build them after tying",
+)
 @pytest.mark.parametrize(
     "make",
     [torch.optim.Adamax, torch.optim.Adadelta, lambda p: torch.optim.Rprop(p), torch.optim.LBFGS],
@@ -221,6 +229,11 @@ def test_unknown_state_is_refused_and_nothing_changes(make):
     optimizer.step(closure)
 
 
+@pytest.mark.feature(
+    "Optimizers",
+    "`torch.optim.LBFGS` with `optimizer=`",
+    refused="its history has no map; build it after tying",
+)
 def test_lbfgs_is_refused_whichever_parameter_holds_its_history():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
@@ -249,6 +262,11 @@ def test_optimizer_that_does_not_hold_the_weight_is_refused():
     assert type(layer) is nn.Linear
 
 
+@pytest.mark.feature(
+    "Optimizers",
+    "a step of an optimizer that was built before tying",
+    refused="it holds the replaced Parameter; pass `optimizer=` or build it after tying",
+)
 @pytest.mark.parametrize(
     "make",
     [
@@ -348,6 +366,7 @@ def test_frozen_layers_need_no_optimizer_that_holds_them():
     assert not layer.weight.requires_grad
 
 
+@pytest.mark.feature("Optimizers", "learning-rate schedulers of an optimizer that was moved")
 def test_a_scheduler_keeps_working_on_a_moved_optimizer():
     layer = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
@@ -362,6 +381,7 @@ def test_a_scheduler_keeps_working_on_a_moved_optimizer():
     assert scheduler.get_last_lr() == [0.5]
 
 
+@pytest.mark.feature("Optimizers", "`torch.compile(optimizer.step)`")
 def test_the_guard_lets_a_compiled_step_through():
     layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

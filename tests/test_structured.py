@@ -97,6 +97,9 @@ def convolutions(draw):
     return layer, tie, x, draw(st.booleans())
 
 
+@pytest.mark.feature(
+    "Layers", "`nn.Conv1d/2d/3d`, `nn.ConvTranspose1d/2d/3d`: every option, against the dense layer"
+)
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(case=convolutions())
 def test_convolutions_equal_the_dense_layer(case):
@@ -108,6 +111,7 @@ def test_convolutions_equal_the_dense_layer(case):
     assert_equal_to_dense(layer, dense, x)
 
 
+@pytest.mark.feature("Layers", "`nn.Linear`, any number of leading axes")
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     inputs=st.integers(1, 5),
@@ -193,6 +197,7 @@ def test_half_precision_errs_at_most_twice_as_much_as_dense(build, rule, options
     assert error(layer(x)) <= 2 * error(dense(x))
 
 
+@pytest.mark.feature("Precision", "float16 sums that overflow nowhere where dense does not")
 @pytest.mark.parametrize("over", ["in", "all"])
 def test_float16_sums_do_not_overflow_where_dense_does_not(over):
     layer, dense = twins(nn.Conv2d(256, 16, 1, bias=False).half(), "channel_shared", over=over)
@@ -222,6 +227,7 @@ def test_autocast(build, rule, options, dtype):
     assert layer.parametrizations.weight.original0.grad.dtype is torch.float32
 
 
+@pytest.mark.feature("Layers", "`channels_last` inputs and weights")
 @pytest.mark.parametrize(("build", "rule", "options"), RULES, ids=IDS)
 def test_memory_format_is_that_of_the_dense_layer(build, rule, options):
     layer, dense = twins(build(), rule, **options)
@@ -257,6 +263,7 @@ def test_wrong_inputs_raise_as_the_dense_layer_does(build, rule, options):
             torch.testing.assert_close(layer(bad), expected)
 
 
+@pytest.mark.feature("Compile and export", "`torch.compile(fullgraph=True)` of structured layers")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(("build", "rule", "options"), RULES, ids=IDS)
 def test_compiles_to_one_graph(build, rule, options, backend):
@@ -285,6 +292,9 @@ def weight_sizes(program) -> set[int]:
     }
 
 
+@pytest.mark.feature(
+    "Compile and export", "`torch.export` of structured layers: the graph has the cheap form"
+)
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(("build", "rule", "options"), RULES, ids=IDS)
 def test_exports_the_cheap_form_with_a_dynamic_batch(build, rule, options, strict):

@@ -87,6 +87,11 @@ def test_s23_in_place_writes_raise_and_change_nothing(make, write, no_grad):
     assert torch.equal(before, layer.weight)
 
 
+@pytest.mark.feature(
+    "Layers",
+    "`nn.init` functions on a tied tensor",
+    refused="they would write into a temporary; use `tiedparam.init_`",
+)
 @pytest.mark.parametrize("make", [tied_conv, tied_linear, linked_linear])
 @pytest.mark.parametrize("init_fn", INITS, ids=lambda f: f.__name__)
 def test_s23_initialisers_raise(make, init_fn):

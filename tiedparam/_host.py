@@ -16,15 +16,25 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tiedparam import _cache, _checkpoint, _structured, _values
+from tiedparam import (
+    _cache,
+    _callers,
+    _checkpoint,
+    _recurrent,
+    _stacking,
+    _structured,
+    _values,
+)
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
 from tiedparam._stock import effective, parametrization_list, parametrization_lists
@@ -53,6 +63,9 @@ def adopt(layer: nn.Module) -> None:
     stock, names = _kind(layer)
     layer.__class__ = host_class(stock, names)
     parametrization_lists(layer).train(layer.training)
+    for name in ties_of(layer):
+        _stacking.watch(parametrization_list(layer, name))
+    _recurrent.forget(layer)
     if not isinstance(made_by_torch, HostMeta):
         # its properties close over the layer, which would keep it alive (S11)
         for name in names:
@@ -92,10 +105,10 @@ def host_class(stock: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
 
 def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
     """What a host class overrides."""
-    structured = _structured.computation(stock) if "weight" in names else None
+    special = _structured.computation(stock) if "weight" in names else _recurrent.computation(stock)
 
     def compute(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = structured(self, *args, **kwargs) if structured is not None else None
+        result = special(self, *args, **kwargs) if special is not None else None
         return stock.forward(self, *args, **kwargs) if result is None else result
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -110,9 +123,11 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
             _inside.layer = outer
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        if name == "qconfig" and value is not None:
+            _callers.refuse_quantization(self, sys._getframe(1))
         # torch would raise KeyError for a Parameter, and project a tensor in silence (S16, S24)
         if name in names and _is_parametrized(self, name) and isinstance(value, Tensor):
-            _set(self, name, value)
+            _set(self, name, value, sys._getframe(1))
         else:
             stock.__setattr__(self, name, value)
 
@@ -186,8 +201,18 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
             return inherited(self, memo)
         replica = _revive(*_kind(self))
         memo[id(self)] = replica
-        replica.__dict__.update(copy.deepcopy(_state(self), memo))
+        replica.__setstate__(copy.deepcopy(_state(self), memo))
         return replica
+
+    def replicate(self: nn.Module) -> Any:
+        for name, rule in ties_of(self).items():
+            if isinstance(rule, Linked):
+                raise TieError(
+                    f"nn.DataParallel cannot replicate the tied {describe(self, name)}: on every "
+                    f"device, '{rule}' would read the source of the first. Use "
+                    "DistributedDataParallel."
+                )
+        return stock._replicate_for_data_parallel(self)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _revive, _kind(self), _state(self)
@@ -206,6 +231,8 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
         "_apply": apply,
         "__deepcopy__": deepcopy,
         "__reduce_ex__": reduce,
+        "_replicate_for_data_parallel": replicate,
+        **_recurrent.members(stock),
     }
     stock_reset = getattr(stock, "reset_parameters", None)
     if stock_reset is not None:
@@ -251,13 +278,18 @@ def _property(name: str) -> property:
             ) from error
         if traced or own_forward:
             return weight
-        return guard(weight, self, name) if is_tied(self, name) else weight
+        reader = sys._getframe(1)
+        if not is_tied(self, name) or _callers.is_stock_forward(reader):
+            return weight
+        _callers.refuse_old_reparametrization(self, name, reader)
+        return guard(weight, self, name)
 
-    return property(read, lambda self, value: _set(self, name, value))
+    return property(read, lambda self, value: _set(self, name, value, sys._getframe(1)))
 
 
-def _set(layer: nn.Module, name: str, value: Tensor) -> None:
+def _set(layer: nn.Module, name: str, value: Tensor, writer: FrameType) -> None:
     if is_tied(layer, name):
+        _callers.refuse_functional_call(layer, name, writer)
         _values.assign_(layer, value, name)
     else:
         parametrization_list(layer, name).right_inverse(value)

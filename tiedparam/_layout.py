@@ -19,7 +19,8 @@ class Layout:
     Attributes:
         shape: the tensor's own shape.
         groups: the convolution's groups, 1 for every other layer.
-        transposed: whether it is the weight of a transposed convolution.
+        transposed: whether it is the weight of a transposed convolution, or of another layer
+            that stores ``W[in, out]``.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +32,8 @@ class Layout:
         """The layout of ``layer``'s tensor ``tensor_name``, which has shape ``shape``."""
         if isinstance(layer, _ConvNd) and tensor_name == "weight":
             return cls(tuple(shape), layer.groups, layer.transposed)
+        if tensor_name == "weight" and _stores_inputs_first(layer):
+            return cls(tuple(shape), transposed=True)
         return cls(tuple(shape))
 
     @property
@@ -61,3 +64,12 @@ class Layout:
         outputs, in_per_group, *kernel = self.canonical_shape
         blocks = canonical.reshape(self.groups, outputs // self.groups, in_per_group, *kernel)
         return blocks.transpose(1, 2).reshape(self.shape)
+
+
+def _stores_inputs_first(layer: nn.Module) -> bool:
+    """GPT-2's Conv1D, of transformers, is a Linear that stores ``W[in, out]``.
+
+    Known by its name, since transformers need not be installed.
+    """
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(layer).__mro__)
+    return "transformers.pytorch_utils.Conv1D" in names

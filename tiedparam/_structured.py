@@ -131,7 +131,7 @@ def _linear(layer: nn.Linear, input: Tensor) -> Tensor | None:
         if plan.reduction.run == 1:
             return precision.leave(F.linear(x, weight, bias))
         # one row is a matrix-vector product, which the general product does not notice
-        y = (x @ weight[0]).unsqueeze(-1) if len(weight) == 1 else F.linear(x, weight)
+        y = (x @ weight[0]).unsqueeze(-1) if weight.shape[0] == 1 else F.linear(x, weight)
         return precision.leave(_spread(y, plan.reduction.run, bias, 0))
 
 
@@ -200,7 +200,9 @@ def _planned(layer: nn.Module, input: Any) -> tuple[Broadcast, Plan, Tensor] | N
     plan: Plan | None = getattr(rule, "plan", None)
     if plan is None or plan.form_without_grad == "dense":
         return None
-    free: Any = weight._parameters["original0"]
+    free: Any = weight._parameters.get("original0")
+    if free is None:
+        free = weight.original0  # a replica of nn.DataParallel has no Parameters
     if (
         plan.form == "dense"
         and torch.is_grad_enabled()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tiedparam import _cache
 from tiedparam._errors import TieError, describe
@@ -49,7 +50,14 @@ def assign_(
             f"cannot assign to {where}: another parametrization is stacked on the tie. "
             "Remove that one first."
         )
-    value = unguard(value).detach()
+    value = unguard(value)
+    if is_traceable_wrapper_subclass(value) and not hasattr(value, "device_mesh"):
+        # what torchao's quantize_ puts in the place of a weight
+        raise TieError(
+            f"cannot assign a {type(value).__name__} to {where}: the free values are plain "
+            "numbers. To quantize the layer call remove_tie first."
+        )
+    value = value.detach()
     with torch.no_grad():
         present = effective(layer, tensor_name)
         if value.shape != present.shape or value.dtype != present.dtype:
@@ -62,7 +70,8 @@ def assign_(
             raise TieError(
                 f"the value breaks the law {rule.law} of {where} (residual "
                 f"{rule.residual(value):.2e}). To take the nearest lawful weight call "
-                "tiedparam.assign_(layer, value, project=True)."
+                "tiedparam.assign_(layer, value, project=True); to keep the value as it is, call "
+                "remove_tie first."
             )
         for parameter, content in zip(free_values(layer, tensor_name), free, strict=True):
             parameter.copy_(content)

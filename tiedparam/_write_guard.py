@@ -157,8 +157,8 @@ def _refuse(weight: GuardedWeight, func: Any) -> None:
         way = f"To freeze it call layer.parametrizations.{tensor_name}.requires_grad_(False)."
     else:
         way = (
-            "Use tiedparam.assign_(layer, value), tiedparam.init_(layer, init_fn), or write to "
-            f"the free values in layer.parametrizations.{tensor_name}."
+            "Use tiedparam.assign_(layer, value), tiedparam.init_(layer, init_fn), write to the "
+            f"free values in layer.parametrizations.{tensor_name}, or call remove_tie first."
         )
     raise TieError(
         f"{action} on the tied {where} would be lost: the weight is "

@@ -1,0 +1,106 @@
+"""PEFT: LoRA adapters on tied layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tiedparam as tp
+
+peft = pytest.importorskip("peft")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+X = torch.linspace(-1, 1, 40).reshape(5, 8)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+def base(rule: str) -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    options = {"source": model.first} if rule == "copy" else {}
+    tp.register_tie(model.second, rule, root=model, **options)
+    return model
+
+
+def adapted(rule: str):
+    config = peft.LoraConfig(r=2, target_modules=["second"], init_lora_weights=False)
+    model = peft.get_peft_model(base(rule), config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+rules = pytest.mark.parametrize("rule", ["flip_sym", "row_repeat", "copy"])
+
+
+@pytest.mark.feature(
+    "Libraries", "PEFT: LoRA adapters on a tied layer, trained, saved, loaded", needs="peft"
+)
+@rules
+def test_adapters_train_and_the_tie_stays(rule, tmp_path):
+    model = adapted(rule)
+    plain = base(rule)
+    assert not torch.allclose(model(X), plain(X))
+    with model.disable_adapter():
+        assert torch.equal(model(X), plain(X))  # the tied weights were not touched
+    assert all("lora" in name for name, p in model.named_parameters() if p.requires_grad)
+    torch.testing.assert_close(copy.deepcopy(model)(X), model(X))
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(rule), tmp_path)
+    torch.testing.assert_close(again(X), model(X))
+
+
+@pytest.mark.feature(
+    "Libraries",
+    "PEFT: merging an adapter into a tied layer",
+    needs="peft",
+    refused="the sum breaks the law, and the adapter would be lost; untie first, then merge",
+)
+@pytest.mark.parametrize("merge", ["merge_adapter", "safe_merge", "merge_and_unload"])
+@rules
+def test_s25_merging_is_refused_and_works_after_untying(rule, merge):
+    model = adapted(rule)
+    expected = model(X)
+    run = {
+        "merge_adapter": lambda: model.merge_adapter(),
+        "safe_merge": lambda: model.merge_adapter(safe_merge=True),
+        "merge_and_unload": lambda: model.merge_and_unload(),
+    }[merge]
+    with pytest.raises(tp.TieError, match="would be lost.*or call remove_tie first"):
+        run()
+    torch.testing.assert_close(model(X), expected)  # nothing is merged, nothing is lost
+    tp.remove_tie(model.base_model.model.second.base_layer)
+    run()
+    merged = model.base_model.model if merge == "merge_and_unload" else model
+    torch.testing.assert_close(merged(X), expected, rtol=1e-4, atol=1e-5)
+    if merge == "merge_and_unload":
+        assert type(merged.second) is nn.Linear
+
+
+@pytest.mark.feature("Libraries", "PEFT: tying the adapter's own matrices", needs="peft")
+def test_an_adapter_can_be_tied():
+    model = adapted("flip_sym")
+    adapter = model.base_model.model.second.lora_B["default"]
+    tp.register_tie(adapter, "row_repeat", groups=2)
+    model(X).sum().backward()
+    assert adapter.parametrizations.weight.original0.grad is not None

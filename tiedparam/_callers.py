@@ -1,0 +1,62 @@
+"""Which part of torch reads or writes a tied tensor, where that decides what is right.
+
+Some of torch's tools reach a layer by its attributes only, and would break it, or lose what
+they were given, without an error that says why. The module of the calling frame tells them
+from a user's code.
+"""
+
+from __future__ import annotations
+
+from types import FrameType
+
+from torch import nn
+
+from tiedparam._errors import TieError, describe, describe_layer
+
+
+def is_stock_forward(reader: FrameType) -> bool:
+    """Whether a stock layer's forward reads the weight of another layer, to compute with it.
+
+    So do attention and Transformer encoders. They never write into it, and their fast paths
+    take no tensor subclass.
+    """
+    return reader.f_code.co_name == "forward" and _module(reader).startswith("torch.nn.modules.")
+
+
+def refuse_old_reparametrization(layer: nn.Module, tensor_name: str, reader: FrameType) -> None:
+    """Raise for ``torch.nn.utils.weight_norm`` and ``prune``, which read before they change."""
+    tools = ("torch.nn.utils.weight_norm", "torch.nn.utils.prune")
+    # their hooks may read a tied tensor: that of the Parameter which they made, tied later
+    hooks = ("compute_weight", "apply_mask")
+    if _module(reader) in tools and reader.f_code.co_name not in hooks:
+        raise TieError(
+            f"cannot use {_module(reader)} on the tied {describe(layer, tensor_name)}: it replaces "
+            "the Parameter, and the tensor is computed. Call remove_tie first, or stack a "
+            "parametrization on the tie (torch.nn.utils.parametrizations.spectral_norm works)."
+        )
+
+
+def refuse_functional_call(layer: nn.Module, tensor_name: str, writer: FrameType) -> None:
+    """Raise if ``torch.func.functional_call`` was given a tied tensor under its dense key."""
+    if _module(writer) == "torch.nn.utils._named_member_accessor":
+        raise TieError(
+            f"functional_call was given a value for the tied {describe(layer, tensor_name)}, which "
+            "is computed: the value would be written into the stored ones and get no gradient. "
+            "Give it the free values by their keys, as dict(model.named_parameters()) has them."
+        )
+
+
+def refuse_quantization(layer: nn.Module, writer: FrameType) -> None:
+    """Raise if ``torch.ao.quantization`` marks a tied layer for conversion.
+
+    It would convert by the stock class's recipe, which takes that very class only.
+    """
+    if _module(writer).startswith("torch.ao.quantization"):
+        raise TieError(
+            f"torch.ao.quantization cannot convert the tied {describe_layer(layer)}. Call "
+            "remove_tie first; quantized numbers are then as many as dense ones."
+        )
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))

@@ -1,0 +1,59 @@
+"""Other parametrizations on top of a tie: what cannot compute is refused, not registered.
+
+torch's ``weight_norm`` and ``orthogonal`` register themselves unchecked, on the ground that
+they may choose what is stored. On a tie, which stores its free values, they would leave a
+layer that raises at every use.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tiedparam._errors import TieError
+
+
+class TiedList(parametrize.ParametrizationList):
+    """The parametrizations of a tied tensor: the rule, and what is stacked on it."""
+
+    def append(self, module: nn.Module) -> TiedList:
+        """Stack a parametrization on the tie.
+
+        Raises:
+            TieError: if it cannot compute a tensor of the same shape and dtype from the tied
+                one. Nothing was changed then.
+        """
+        name = type(module).__name__.removeprefix("_")
+        remedy = "Call remove_tie first, or stack one that computes from the finished tensor."
+        training = module.training
+        with torch.no_grad():
+            tied = self()
+            try:
+                result = module.eval()(tied)
+            except Exception as error:
+                raise TieError(
+                    f"cannot stack {name} on the tie '{self[0]}': computing from the tied tensor "
+                    f"it raised {type(error).__name__}: {error}. {remedy}"
+                ) from error
+            finally:
+                module.train(training)
+        if (
+            not isinstance(result, Tensor)
+            or result.shape != tied.shape
+            or result.dtype != tied.dtype
+        ):
+            raise TieError(
+                f"cannot stack {name} on the tie '{self[0]}': it returns another shape or dtype "
+                f"than the tied tensor's. {remedy}"
+            )
+        super().append(module)
+        return self
+
+    def _get_name(self) -> str:
+        return "ParametrizationList"  # repr: to a reader it is torch's
+
+
+def watch(parametrizations: parametrize.ParametrizationList) -> None:
+    """Check what is stacked on these parametrizations from now on."""
+    parametrizations.__class__ = TiedList
