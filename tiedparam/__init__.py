@@ -10,6 +10,7 @@ from tiedparam._checkpoint import dense_state_dict, tie_state_dict, untie_state_
 from tiedparam._errors import TieError, TieWarning
 from tiedparam._layout import Layout
 from tiedparam._model import tie_model, untie_model
+from tiedparam._pictures import draw_orbits, draw_residuals, draw_scan, draw_weights
 from tiedparam._plan import Plan, PlanEntry, read_plan, write_plan
 from tiedparam._register import register_tie, remove_tie, residual
 from tiedparam._registry import available_rules, register_rule
@@ -37,6 +38,10 @@ __all__ = [
     "assign_",
     "available_rules",
     "dense_state_dict",
+    "draw_orbits",
+    "draw_residuals",
+    "draw_scan",
+    "draw_weights",
     "frozen",
     "get_tie",
     "init_",
