@@ -10,7 +10,6 @@ The files depend on the rules alone, so `tests/test_docs.py` can compare them to
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Callable, Iterator
 from html import escape
 from math import prod
@@ -22,6 +21,7 @@ from make_tables import bound_examples, shipped_rules
 from torch import Tensor, nn
 
 import tiedparam as tp
+from tiedparam._pictures import blocks, first_of_each, orbit_colour, orbit_numbers
 
 IMAGES = Path(__file__).resolve().parent / "images"
 COMMAND = "python docs/make_pictures.py"
@@ -84,9 +84,9 @@ def picture(rule: tp.Rule) -> str:
     """The pattern of one bound rule as SVG."""
     shape = rule.bound_layout.shape
     if rule.free_count:
-        labels = rule.orbit_labels()
+        labels = orbit_numbers(rule)
         head = f"{rule}, weight {shape}: {rule.free_count} of {prod(shape)} values stored"
-        return _svg(head, [("", _Grid(labels.abs(), labels, _first_of_each(labels)))])
+        return _svg(head, [("", _Grid(labels.abs(), labels, first_of_each(labels)))])
     ((source, name),) = rule.sources()
     stored = getattr(source, name).detach()
     numbers = torch.arange(1.0, stored.numel() + 1).reshape(stored.shape)
@@ -97,7 +97,7 @@ def picture(rule: tp.Rule) -> str:
     none = torch.zeros(copied.shape, dtype=torch.bool)
     parts = [
         ("source", _Grid(numbers.long(), numbers.long(), every)),
-        ("copy", _Grid(_origins(rule, source, name), copied.long(), none)),
+        ("copy", _Grid(orbit_numbers(rule), copied.long(), none)),
     ]
     return _svg(f"{rule}, weight {shape}: nothing stored", parts)
 
@@ -112,10 +112,7 @@ class _Grid:
     """
 
     def __init__(self, colours: Tensor, texts: Tensor, marked: Tensor) -> None:
-        while colours.dim() < 4:  # (out, in) and (out, in, length) have one row to a block
-            axis = 2 if colours.dim() > 2 else colours.dim()
-            colours, texts, marked = (t.unsqueeze(axis) for t in (colours, texts, marked))
-        self.colours, self.texts, self.marked = (t.flatten(3) for t in (colours, texts, marked))
+        self.colours, self.texts, self.marked = (blocks(t) for t in (colours, texts, marked))
         self.outputs, self.inputs, self.height, self.length = self.colours.shape
         # a matrix is drawn without gaps
         self.gap = GAP if self.height * self.length > 1 else 0
@@ -175,28 +172,7 @@ def _svg(head: str, parts: list[tuple[str, _Grid]]) -> str:
 
 
 def _colour(number: int) -> str:
-    # the golden ratio spreads neighbours around the colour circle
-    hue = number * 0.618034 % 1
-    red, green, blue = colorsys.hls_to_rgb(hue, (0.68, 0.76, 0.84)[number % 3], 0.65)
-    return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
-
-
-def _first_of_each(labels: Tensor) -> Tensor:
-    seen: set[int] = set()
-    first = [not (n in seen or seen.add(n)) for n in labels.abs().flatten().tolist()]
-    return torch.tensor(first).reshape(labels.shape)
-
-
-def _origins(rule: tp.Rule, source: nn.Module, name: str) -> Tensor:
-    """For each entry of a copy the number of the source's entry that it depends on most."""
-    with torch.enable_grad():
-        values = rule().flatten()
-        rows = [
-            torch.autograd.grad(value, getattr(source, name), retain_graph=True)[0]
-            for value in values
-        ]
-    dependence = torch.stack(rows).flatten(1).abs().argmax(1) + 1
-    return dependence.reshape(rule.bound_layout.shape)
+    return "#" + "".join(f"{round(part * 255):02x}" for part in orbit_colour(number))
 
 
 def main() -> None:
