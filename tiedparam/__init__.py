@@ -9,9 +9,13 @@ from tiedparam._cache import frozen
 from tiedparam._checkpoint import dense_state_dict, tie_state_dict, untie_state_dict
 from tiedparam._errors import TieError, TieWarning
 from tiedparam._layout import Layout
+from tiedparam._model import tie_model, untie_model
+from tiedparam._plan import Plan, PlanEntry, read_plan, write_plan
 from tiedparam._register import register_tie, remove_tie, residual
 from tiedparam._registry import available_rules, register_rule
+from tiedparam._report import Report, TieReport, report
 from tiedparam._rule import Example, Rule
+from tiedparam._scan import ScanReport, scan
 from tiedparam._ties import get_tie, is_tied
 from tiedparam._values import assign_, init_
 from tiedparam._version import __version__
@@ -21,8 +25,13 @@ del _rules
 __all__ = [
     "Example",
     "Layout",
+    "Plan",
+    "PlanEntry",
+    "Report",
     "Rule",
+    "ScanReport",
     "TieError",
+    "TieReport",
     "TieWarning",
     "__version__",
     "assign_",
@@ -32,10 +41,16 @@ __all__ = [
     "get_tie",
     "init_",
     "is_tied",
+    "read_plan",
     "register_rule",
     "register_tie",
     "remove_tie",
+    "report",
     "residual",
+    "scan",
+    "tie_model",
     "tie_state_dict",
+    "untie_model",
     "untie_state_dict",
+    "write_plan",
 ]

@@ -104,6 +104,11 @@ class Broadcast(Rule):
         layout = sizes.smaller_layout
         return canonical if layout is None else layout.native(canonical)
 
+    @property
+    def reduced_count(self) -> int:
+        """How many entries the weight of the smaller layer has."""
+        return prod(self._sizes.smaller)
+
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """One base: the different outputs, and the other axes with 1 where they are shared.
 

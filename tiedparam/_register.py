@@ -22,14 +22,15 @@ from tiedparam._checkpoint import unwatch_source, watch_source
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
 from tiedparam._registry import find_rule
-from tiedparam._rule import Rule
+from tiedparam._rollback import rolled_back_on_error
+from tiedparam._rule import Rule, relative_distance
 from tiedparam._stock import effective
 from tiedparam._ties import free_values, get_tie, is_stacked, is_tied
 from tiedparam._write_guard import unguard
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
-_INITS = ("project", "rescale", "exact")
+INITS = ("project", "rescale", "exact")
 
 
 @torch.inference_mode(False)  # Parameters made in inference mode could never be trained
@@ -75,7 +76,7 @@ def register_tie(
         TypeError: for arguments of a wrong type and options that the rule does not have.
     """
     _check_arguments(layer, tensor_name, init, root)
-    made = _make_rule(rule, options)
+    made = make_rule(rule, options)
     where = describe(layer, tensor_name, root)
 
     def refuse(reason: str) -> TieError:
@@ -87,7 +88,7 @@ def register_tie(
         _refuse_embedding_options(layer, made, refuse)
     optimizers = _optimizer.as_optimizers(optimizer)
 
-    with _unbound_on_error(made), _rolled_back_on_error(layer, weight, optimizers):
+    with _unbound_on_error(made), rolled_back_on_error(layer.modules(), optimizers):
         reason = made.bind(layer, tensor_name, root)
         if reason is not None:
             raise refuse(reason)
@@ -177,7 +178,9 @@ def remove_tie(
                 moves = _optimizer.plan_moves(optimizers, stored, [dense], maps, tensor_name)
                 _optimizer.move_gradient(stored, [dense], maps)
             else:
-                moves = _optimizer.plan_addition(optimizers, dense, list(_origins(rule)))
+                moves = _optimizer.plan_addition(
+                    optimizers, dense, list(origins_of(layer, tensor_name))
+                )
         except ValueError as error:
             raise TieError(f"cannot move the optimizer of {where}: {error}.") from error
         source = rule.source if isinstance(rule, Linked) else None
@@ -223,7 +226,7 @@ def residual(
         TieError: if the tensor cannot carry the rule.
     """
     _check_arguments(layer, tensor_name, "project", root)
-    made = _make_rule(rule, options)
+    made = make_rule(rule, options)
     where = describe(layer, tensor_name, root)
     weight = getattr(layer, tensor_name, None)
     if not isinstance(weight, Tensor) or isinstance(weight, nn.UninitializedParameter):
@@ -244,11 +247,11 @@ def _check_arguments(layer: object, tensor_name: object, init: object, root: obj
         raise TypeError(f"tensor_name takes a string, not {type(tensor_name).__name__}")
     if root is not None and not isinstance(root, nn.Module):
         raise TypeError(f"root= takes the model that holds the layer, not {type(root).__name__}")
-    if init not in _INITS:
-        raise TieError(f"init={init!r} is unknown. Choose one of {', '.join(map(repr, _INITS))}.")
+    if init not in INITS:
+        raise TieError(f"init={init!r} is unknown. Choose one of {', '.join(map(repr, INITS))}.")
 
 
-def _make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:
+def make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:
     """A fresh rule from a name or a class, or the given one."""
     if isinstance(rule, Rule):
         if options:
@@ -304,6 +307,25 @@ def _has_hooks(parameter: nn.Parameter) -> bool:
     return bool(
         parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
     )
+
+
+def why_untieable(layer: nn.Module, tensor_name: str) -> str | None:
+    """Why no rule can tie this tensor, or None. Other layers are not looked at."""
+    try:
+        _weight_to_tie(layer, tensor_name, None, TieError)
+    except TieError as error:
+        return str(error)
+    return None
+
+
+def why_unfit(layer: nn.Module, tensor_name: str, rule: Rule) -> str | None:
+    """Why a tieable tensor cannot carry a rule, or None: the rule is bound to it then."""
+    try:
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            _refuse_embedding_options(layer, rule, TieError)
+    except TieError as error:
+        return str(error)
+    return rule.bind(layer, tensor_name, None)
 
 
 def _refuse_embedding_options(
@@ -370,9 +392,11 @@ def _initial_free_values(
         if any(value.numel() == 0 for value in free):
             raise refuse("one of its free values is empty. Leave it out of free_shapes.")
         _refuse_misshapen(lawful, dense, refuse)
+        if dense.device.type != "meta":
+            rule.residual_at_tying = relative_distance(dense, lawful)
         if init == "exact" and not torch.equal(lawful, dense):
             raise refuse(
-                f"the weight breaks the law {rule.law} (residual {rule.residual(dense):.2e}). "
+                f"the weight breaks the law {rule.law} (residual {rule.residual_at_tying:.2e}). "
                 "Use init='project' to take the nearest lawful weight."
             )
         if init == "rescale":
@@ -397,16 +421,16 @@ def _refuse_misshapen(value: object, dense: Tensor, refuse: Callable[[str], TieE
         raise refuse(f"its forward returns {value.dtype}, not {dense.dtype}. Correct the rule.")
 
 
-def _origins(rule: Rule) -> Iterator[nn.Parameter]:
-    """The Parameters that a copy is computed from, at the end of its chain."""
-    for source, name in rule.sources():
-        if not is_tied(source, name):
-            parameter = source._parameters.get(name)
-            yield from [parameter] if parameter is not None else []
-        elif isinstance(get_tie(source, name), Linked):
-            yield from _origins(get_tie(source, name))
-        else:
-            yield from free_values(source, name)
+def origins_of(layer: nn.Module, tensor_name: str) -> Iterator[nn.Parameter]:
+    """The Parameters that a tensor is or is computed from, at the end of a chain of copies."""
+    if not is_tied(layer, tensor_name):
+        parameter = layer._parameters.get(tensor_name)
+        yield from [parameter] if parameter is not None else []
+    elif isinstance(rule := get_tie(layer, tensor_name), Linked):
+        for source, name in rule.sources():
+            yield from origins_of(source, name)
+    else:
+        yield from free_values(layer, tensor_name)
 
 
 @contextmanager
@@ -418,39 +442,4 @@ def _unbound_on_error(rule: Rule) -> Iterator[None]:
     except BaseException:
         rule.__dict__.clear()
         rule.__dict__.update(found)
-        raise
-
-
-@contextmanager
-def _rolled_back_on_error(
-    layer: nn.Module, weight: nn.Parameter, optimizers: list[Optimizer]
-) -> Iterator[None]:
-    """Put the layer and the optimizers back as they were, to the object, if the block raises."""
-    attributes = dict(layer.__dict__)
-    tables = {
-        key: value.copy() for key, value in attributes.items()
-        if key in ("_parameters", "_buffers", "_modules")
-    }  # fmt: skip
-    lists = layer._modules.get("parametrizations")
-    listed = dict(lists._modules) if lists is not None else {}
-    kind = type(layer)
-    groups = [[list(group["params"]) for group in o.param_groups] for o in optimizers]
-    states = [dict(o.state) for o in optimizers]
-    try:
-        yield
-    except BaseException:
-        layer.__class__ = kind
-        layer.__dict__.clear()
-        layer.__dict__.update(attributes)
-        for key, content in tables.items():
-            attributes[key].clear()
-            attributes[key].update(content)
-        if lists is not None:
-            lists._modules.clear()
-            lists._modules.update(listed)
-        for optimizer, params, state in zip(optimizers, groups, states, strict=True):
-            for group, content in zip(optimizer.param_groups, params, strict=True):
-                group["params"][:] = content
-            optimizer.state.clear()
-            optimizer.state.update(state)
         raise

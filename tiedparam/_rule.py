@@ -64,6 +64,8 @@ class Rule(nn.Module):
     """Whether keeping the weight saves time; if not, ``cache=True`` is ignored."""
 
     layout: Layout | None
+    residual_at_tying: float | None = None
+    """How far the weight was from the law when `register_tie` tied it; None if unknown."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,6 +94,14 @@ class Rule(nn.Module):
     def examples(cls) -> Sequence[Example]:
         """Layers and options with which tests, docs and benchmarks enrol the rule."""
         return ()
+
+    @classmethod
+    def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
+        """The sets of options worth trying on a tensor of this layout, sources aside.
+
+        `scan` and the benchmarks try each of them; what does not fit is left out by `check`.
+        """
+        return ({},)
 
     def options(self) -> dict[str, Any]:
         """The options that differ from one use to the next, as ``repr`` shows them."""
@@ -126,13 +136,7 @@ class Rule(nn.Module):
     def residual(self, weight: Tensor) -> float:
         """``‖W − project(W)‖ / ‖W‖``: 0 for a lawful (or zero) weight, at most 1 if linear."""
         with torch.no_grad():
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            values = weight.to(wide)
-            projected = self.project(weight).to(wide)
-            distance = torch.linalg.vector_norm(halved_difference(values, projected))
-            if distance == 0:
-                return 0.0
-            return float(distance / torch.linalg.vector_norm(values / 2))
+            return relative_distance(weight, self.project(weight))
 
     def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
         """``BᵀW``: the (signed) sum of ``weight`` over each orbit, as free values."""
@@ -255,3 +259,13 @@ class Rule(nn.Module):
 def halved_difference(left: Tensor, right: Tensor) -> Tensor:
     """``(left − right) / 2``, which cannot overflow; 0 where they are equal infinities."""
     return torch.where(left == right, 0, left / 2 - right / 2)
+
+
+def relative_distance(weight: Tensor, lawful: Tensor) -> float:
+    """``‖weight − lawful‖ / ‖weight‖`` in float32 or wider; 0 if they are equal."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    values = weight.to(wide)
+    distance = torch.linalg.vector_norm(halved_difference(values, lawful.to(wide)))
+    if distance == 0:
+        return 0.0
+    return float(distance / torch.linalg.vector_norm(values / 2))

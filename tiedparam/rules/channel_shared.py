@@ -83,6 +83,11 @@ class ChannelShared(Broadcast):
         return Blocks((out,), tuple(rest), shared)
 
     @classmethod
+    def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
+        """Every ``over``; ``"groups"`` where there are groups."""
+        return tuple({"over": over} for over in _LAWS if over != "groups" or layout.groups > 1)
+
+    @classmethod
     def examples(cls) -> Sequence[Example]:
         """Every ``over`` on convolutions of 1 to 3 dimensions, transposed ones and Linear."""
         return (

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedparam._functions import identity
+from tiedparam._layout import Layout
 from tiedparam._linked import Linked
 from tiedparam._registry import register_rule
 from tiedparam._rule import Example
-
-
-def identity(weight: Tensor) -> Tensor:
-    """The default ``fn`` of `Copy`: the source's tensor itself."""
-    return weight
 
 
 @register_rule("copy")
@@ -53,6 +50,11 @@ class Copy(Linked):
         if self.fn is identity:
             return {}
         return {"fn": getattr(self.fn, "__name__", type(self.fn).__name__)}
+
+    @classmethod
+    def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
+        """The copy itself, and for matrices the transpose (a tied autoencoder)."""
+        return ({}, {"fn": torch.t}) if len(layout.shape) == 2 else ({},)
 
     @classmethod
     def examples(cls) -> Sequence[Example]:

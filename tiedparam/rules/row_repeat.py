@@ -62,6 +62,11 @@ class RowRepeat(Broadcast):
         return Blocks((self.groups, out // self.groups), tuple(rest), shared=(1,))
 
     @classmethod
+    def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
+        """One row for all outputs; one for every group of a grouped convolution."""
+        return ({}, {"groups": layout.groups}) if layout.groups > 1 else ({},)
+
+    @classmethod
     def examples(cls) -> Sequence[Example]:
         """Linear and bias, convolutions of every kind, an embedding."""
         return (

@@ -1,0 +1,315 @@
+"""Tying and untying whole models: by a plan, and all or nothing.
+
+`tie_model` is many `register_tie`, each of which checks everything before it touches its
+layer. The first pass finds what each entry of the plan selects. Then one tie after another is
+made under a note of how everything was; whatever cannot be tied is collected, and if there is
+anything, all of it is put back, to the object, before the one error is raised.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from tiedparam._errors import TieError
+from tiedparam._linked import Linked
+from tiedparam._optimizer import as_optimizers
+from tiedparam._plan import Pattern, Plan, PlanEntry, Value
+from tiedparam._register import INITS, make_rule, register_tie, remove_tie
+from tiedparam._report import Skipped, TieReport, tie_rows, totals_of
+from tiedparam._rollback import rolled_back_on_error
+from tiedparam._rule import Rule
+from tiedparam._ties import ties_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_ON_UNFIT = ("error", "skip")
+
+
+def tie_model(
+    model: nn.Module,
+    plan: Plan | Mapping[Pattern, Value | list[Value]],
+    *,
+    init: str = "project",
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    dry_run: bool = False,
+    on_unfit: str = "error",
+) -> TieReport:
+    """Tie the tensors of a model that a plan selects. All or nothing.
+
+    Args:
+        model: the model.
+        plan: ``{pattern: rule}`` or a `Plan`. A pattern is a glob over module names
+            (``"layer*.conv2"``; ``*`` also matches dots), a layer type, or a function of
+            (name, module). A rule is a name, a `Rule` subclass, a pair of one and its options,
+            or a list of these. Among the options ``tensor_name`` and ``init`` may stand, which
+            go to `register_tie`; a ``source=`` may be given as its path in the model. The first
+            entry that selects a tensor wins. Modules without the tensor are passed over.
+        init: as in `register_tie`; ``"rescale"`` leaves copies as they are, since they have no
+            values of their own.
+        optimizer: the optimizer or optimizers that hold the dense parameters; they are moved
+            to the free values, state included.
+        dry_run: do everything, put everything back, and return the report of it.
+        on_unfit: ``"error"`` changes nothing if a tensor cannot carry its rule, and lists all
+            reasons; ``"skip"`` leaves such tensors as they are, and lists them in the report.
+
+    Returns:
+        The report: what was tied, what was skipped, and what that saves.
+
+    Raises:
+        TieError: if an entry selects nothing (with the nearest names), or, listing all
+            reasons, if something does not fit. Nothing was changed then.
+        TypeError: for arguments of a wrong type and options that a rule does not have.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"tie_model takes an nn.Module, not {type(model).__name__}")
+    if on_unfit not in _ON_UNFIT:
+        raise TieError(f"on_unfit={on_unfit!r} is unknown. Choose 'error' or 'skip'.")
+    plan = Plan.of(plan)
+    optimizers = as_optimizers(optimizer)
+    wanted = _sources_first(_select(model, plan, init), model)
+    skipped: list[Skipped] = []
+    given = [entry.options.get("source") for entry in plan.entries]
+    outside = [source for source in given if isinstance(source, nn.Module)]
+    try:
+        with rolled_back_on_error([*model.modules(), *outside], optimizers):
+            for tie in wanted:
+                reason = tie.make(model, optimizers)
+                if reason is not None:
+                    skipped.append(Skipped(tie.path, tie.entry.tensor_name, str(tie.rule), reason))
+            if skipped and on_unfit == "error":
+                raise TieError(_all_reasons(skipped, len(wanted)))
+            rows = tie_rows(model)
+            made = {(tie.path, tie.entry.tensor_name) for tie in wanted}
+            made -= {(left.layer, left.tensor_name) for left in skipped}
+            report = TieReport(
+                tuple(row for row in rows if (row.layer, row.tensor_name) in made),
+                totals_of(model, rows, optimizers),
+                tuple(skipped),
+                dry_run,
+            )
+            if dry_run:
+                raise _PutBack
+    except _PutBack:
+        pass
+    return report
+
+
+class _PutBack(Exception):  # noqa: N818
+    """Ends a dry run."""
+
+
+def untie_model(model: Model, *, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> Model:
+    """Make every tied tensor of a model a plain Parameter again. All or nothing.
+
+    Args:
+        model: the model; without ties nothing happens.
+        optimizer: the optimizer or optimizers that hold the free values; they are moved to
+            the dense parameters, state included.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TieError: listing all reasons, if something cannot be untied. Nothing was changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"untie_model takes an nn.Module, not {type(model).__name__}")
+    optimizers = as_optimizers(optimizer)
+    ties = [
+        (layer, name, rule) for layer in model.modules() for name, rule in ties_of(layer).items()
+    ]
+    outside = [source for *_, rule in ties for source in _sources(rule)]
+    problems = []
+    with rolled_back_on_error([*model.modules(), *outside], optimizers):
+        # copies first: an untied copy joins the group of its source's free values
+        for layer, name, _ in sorted(ties, key=lambda tie: not isinstance(tie[2], Linked)):
+            try:
+                remove_tie(layer, name, optimizer=optimizers)
+            except TieError as error:
+                problems.append(str(error))
+        if problems:
+            raise TieError("\n".join(["cannot untie the model; nothing was changed:", *problems]))
+    return model
+
+
+def _sources(rule: Rule) -> Iterator[nn.Module]:
+    """The layers that a rule reads, even if others have taken their places in the model."""
+    if isinstance(rule, Linked):
+        with rule.old_source_allowed():
+            yield rule.source
+
+
+# What a plan selects -----------------------------------------------------------------------
+
+
+@dataclass
+class _Tie:
+    """One tensor, and the entry of the plan that won it."""
+
+    path: str
+    layer: nn.Module
+    entry: PlanEntry
+    rule: Rule
+    init: str
+
+    def make(self, model: nn.Module, optimizers: list[Optimizer]) -> str | None:
+        """Tie it, or return why that cannot be."""
+        try:
+            register_tie(
+                self.layer,
+                self.rule,
+                self.entry.tensor_name,
+                init=self.init,
+                optimizer=optimizers,
+                root=model,
+            )
+        except TieError as error:
+            where = f"{self.path}.{self.entry.tensor_name}".removeprefix(".")
+            return str(error).removeprefix(f"cannot tie '{where}' by '{self.rule}': ")
+        return None
+
+
+def _select(model: nn.Module, plan: Plan, default_init: str) -> list[_Tie]:
+    """The ties that a plan asks for, in the model's order.
+
+    Raises:
+        TieError: if an entry selects no tensor at all, or names an unknown rule or init.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, (parametrize.ParametrizationList, Rule)):
+            names.setdefault(module, []).append(path)
+    rules = [_checked(entry, default_init) for entry in plan.entries]
+    selects = [False] * len(plan.entries)
+    without: list[list[str]] = [[] for _ in plan.entries]
+    ties = []
+    for module, paths in names.items():
+        taken: set[str] = set()
+        for number, entry in enumerate(plan.entries):
+            if not any(entry.matches(path, module) for path in paths):
+                continue
+            if not _has(module, entry.tensor_name):
+                without[number].append(paths[0])
+                continue
+            selects[number] = True
+            if entry.tensor_name not in taken:
+                taken.add(entry.tensor_name)
+                kind, init = rules[number]
+                rule = make_rule(kind, dict(entry.options))
+                if isinstance(rule, Linked) and init == "rescale":
+                    init = "project"
+                ties.append(_Tie(paths[0], module, entry, rule, init))
+    problems = [
+        _why_nothing(entry, names, left_out)
+        for entry, found, left_out in zip(plan.entries, selects, without, strict=True)
+        if not found
+    ]
+    if problems:
+        raise TieError("\n".join(problems))
+    return ties
+
+
+def _checked(entry: PlanEntry, default_init: str) -> tuple[type[Rule], str]:
+    kind = entry.rule_class()
+    make_rule(kind, dict(entry.options))
+    init = entry.init if entry.init is not None else default_init
+    if init not in INITS:
+        raise TieError(f"init={init!r} is unknown. Choose one of {', '.join(map(repr, INITS))}.")
+    return kind, init
+
+
+def _has(module: nn.Module, tensor_name: str) -> bool:
+    """Whether the module has such a tensor of its own, tied or not."""
+    return module._parameters.get(tensor_name) is not None or parametrize.is_parametrized(
+        module, tensor_name
+    )
+
+
+def _why_nothing(entry: PlanEntry, names: Mapping[nn.Module, list[str]], without: list[str]) -> str:
+    what = f"the pattern {entry.pattern_text()} selects nothing: "
+    if without:
+        shown = ", ".join(f"'{path}'" for path in without[:3])
+        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+        return (
+            f"{what}{shown}{more} has no Parameter '{entry.tensor_name}' of its own. "
+            "Name the layers that hold it."
+        )
+    holders = [
+        (path, module)
+        for module, paths in names.items()
+        for path in paths
+        if _has(module, entry.tensor_name)
+    ]
+    if isinstance(entry.pattern, str):
+        return (
+            f"{what}no module has such a name. {_nearest(entry.pattern, [p for p, _ in holders])}"
+        )
+    if isinstance(entry.pattern, type):
+        kinds = sorted({type(module).__name__.removeprefix("Tied") for _, module in holders})
+        return f"{what}the model has no such layer. {_nearest(entry.pattern.__name__, kinds)}"
+    return f"{what}it is false for every module."
+
+
+def _nearest(pattern: str, paths: list[str]) -> str:
+    near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.5)
+    if near:
+        return "Did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
+    shown = ", ".join(f"'{name}'" for name in paths[:5])
+    return f"The model has {shown}{', …' if len(paths) > 5 else ''}." if paths else ""
+
+
+def _sources_first(ties: list[_Tie], model: nn.Module) -> list[_Tie]:
+    """The same ties, every copy behind the tie of its source, so that it is compared with
+    what its source will hold.
+    """
+    by_tensor = {(tie.layer, tie.entry.tensor_name): tie for tie in ties}
+    ordered: dict[int, _Tie] = {}
+    entered: set[int] = set()
+
+    def visit(tie: _Tie) -> None:
+        stack = [(tie, _source_ties(tie, by_tensor, model))]
+        while stack:  # chains of copies may be longer than Python's recursion
+            current, sources = stack[-1]
+            entered.add(id(current))
+            following = next((s for s in sources if id(s) not in entered), None)
+            if following is not None:
+                stack.append((following, _source_ties(following, by_tensor, model)))
+            else:
+                ordered.setdefault(id(current), current)
+                stack.pop()
+
+    for tie in ties:
+        if id(tie) not in entered:
+            visit(tie)
+    return list(ordered.values())
+
+
+def _source_ties(
+    tie: _Tie, by_tensor: Mapping[tuple[nn.Module, str], _Tie], model: nn.Module
+) -> Iterator[_Tie]:
+    if isinstance(tie.rule, Linked):
+        source: Any = tie.entry.options.get("source")
+        if isinstance(source, str):
+            try:
+                source = model.get_submodule(source)
+            except AttributeError:
+                return  # register_tie says so
+        name = tie.entry.options.get("source_name") or tie.entry.tensor_name
+        if (source, name) in by_tensor:
+            yield by_tensor[source, name]
+
+
+def _all_reasons(skipped: list[Skipped], wanted: int) -> str:
+    lines = [f"{len(skipped)} of {wanted} ties cannot be made, and nothing was changed:"]
+    for left in skipped:
+        where = f"{left.layer}.{left.tensor_name}".removeprefix(".")
+        lines.append(f"'{where}' by '{left.rule}': {left.reason}")
+    lines.append("Correct the plan, or pass on_unfit='skip' to leave these as they are.")
+    return "\n".join(lines)

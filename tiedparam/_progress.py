@@ -1,0 +1,77 @@
+"""A progress bar on stderr for work that takes seconds; nothing for work that does not."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+PATIENCE = 1.0
+"""Seconds after which a bar appears of its own accord."""
+
+_WIDTH = 30
+_BETWEEN = 0.1  # seconds between two drawings
+
+
+@contextmanager
+def progress(total: int, title: str, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar for counted work, ``with progress(total, "scanning") as advance: advance(n)``.
+
+    Args:
+        total: how much work there is, in any unit.
+        title: what is being done.
+        shown: True or False; None shows a bar if stderr is a terminal and the work is not
+            over after `PATIENCE` seconds. tqdm draws it where it is installed.
+
+    Yields:
+        A function that says how much more is done.
+    """
+    if shown is None:
+        shown = sys.stderr.isatty()
+        patience = PATIENCE
+    else:
+        patience = 0.0
+    if not shown:
+        yield lambda amount: None
+        return
+    try:
+        tqdm = import_module("tqdm").tqdm
+    except ImportError:
+        bar = _Bar(total, title, patience)
+        try:
+            yield bar.advance
+        finally:
+            bar.close()
+        return
+    with tqdm(total=total, desc=title, delay=patience, unit_scale=True, file=sys.stderr) as drawn:
+        yield drawn.update
+
+
+class _Bar:
+    """What is drawn where tqdm is not installed."""
+
+    def __init__(self, total: int, title: str, patience: float) -> None:
+        self.total, self.title = total, title
+        self.done, self.drawn = 0, False
+        self.due = time.monotonic() + patience
+
+    def advance(self, amount: int) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now >= self.due:
+            self.due = now + _BETWEEN
+            self._draw()
+
+    def _draw(self) -> None:
+        share = min(1.0, self.done / self.total) if self.total else 1.0
+        filled = int(share * _WIDTH)
+        bar = "#" * filled + "." * (_WIDTH - filled)
+        print(f"\r{self.title} [{bar}] {share:4.0%}", end="", file=sys.stderr, flush=True)
+        self.drawn = True
+
+    def close(self) -> None:
+        if self.drawn:
+            self._draw()
+            print(file=sys.stderr)

@@ -1,0 +1,606 @@
+"""Look before you tie: how far every tensor of a model is from every law that fits it.
+
+A residual alone says little: a law that stores half of the values is half kept by any random
+weight. So every residual stands beside the one that a random weight would have.
+
+Laws on one tensor, ``n`` entries and ``f`` free values
+    For i.i.d. normal entries ``residual² ~ Beta((n − f)/2, f/2)``: the projection is orthogonal
+    and keeps ``f`` of ``n`` dimensions. Expected: ``sqrt(1 − f/n)``.
+Copies
+    ``residual² = 1 + q − 2·sqrt(q)·cosine`` with ``q = ‖fn(source)‖² / ‖W‖²``, and the cosine
+    of unrelated weights has mean 0 and variance ``1/n``. Expected: ``sqrt(1 + q)``, which is √2
+    for equal scales.
+
+The work is linear in the model's size. Copies are looked for in all pairs by some sampled
+entries, and compared in full for the nearest few of each tensor.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tiedparam import _cost, _structured
+from tiedparam._errors import TieError
+from tiedparam._layout import Layout
+from tiedparam._linked import Linked
+from tiedparam._plan import Plan, PlanEntry
+from tiedparam._progress import progress as progress_bar
+from tiedparam._register import make_rule, why_unfit, why_untieable
+from tiedparam._registry import available_rules
+from tiedparam._rule import Rule
+from tiedparam._table import Column, Table, TableReport, plain, show
+from tiedparam._ties import get_tie, is_tied
+
+SAMPLED = 1024
+"""How many entries of each tensor are compared over all pairs."""
+
+RuleChoice = str | type[Rule] | tuple[str | type[Rule], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One tensor and one law that it can carry.
+
+    Attributes:
+        layer: path of the layer in the model.
+        tensor_name: which of its tensors.
+        rule: the rule with its options, as text.
+        rule_class: the rule.
+        options: its options; a source is given as its path.
+        shape: of the tensor.
+        dense_values: how many entries it has.
+        free_values: how many numbers the rule stores.
+        multiplicity: how many entries share a free value, least and most; None for a copy.
+        residual: ``‖W − project(W)‖ / ‖W‖``; 0 for a zero weight.
+        expected: the residual of a random weight of this shape (and scale, for a copy).
+        z_score: how many standard deviations ``residual²`` lies from that of a normal i.i.d.
+            weight; far below zero means that the law is kept on purpose. None if unknown.
+        constant: whether all entries are equal: such a tensor keeps many laws and says nothing.
+        multiply_adds_dense: multiply-adds per position without the tie, None if unknown.
+        multiply_adds_tied: the same with the tie, in training.
+        positions: on how many positions the layer works for the example; None without one.
+    """
+
+    layer: str
+    tensor_name: str
+    rule: str
+    rule_class: type[Rule]
+    options: Mapping[str, Any]
+    shape: tuple[int, ...]
+    dense_values: int
+    free_values: int
+    multiplicity: tuple[int, int] | None
+    residual: float
+    expected: float
+    z_score: float | None
+    constant: bool
+    multiply_adds_dense: int | None
+    multiply_adds_tied: int | None
+    positions: int | None = None
+
+    @property
+    def compression(self) -> float:
+        """Dense by free values; infinite for a copy."""
+        return self.dense_values / self.free_values if self.free_values else math.inf
+
+    @property
+    def relative(self) -> float | None:
+        """Residual by expected residual: 1 for a random weight, 0 for a lawful one.
+
+        None for a constant tensor, whose residual says nothing.
+        """
+        if self.constant or not self.expected:
+            return None
+        return self.residual / self.expected
+
+    def entry(self) -> PlanEntry:
+        """The entry of a plan that ties this tensor by this rule."""
+        rule = self.rule_class.name or self.rule_class
+        return PlanEntry(glob.escape(self.layer), rule, dict(self.options), self.tensor_name)
+
+
+@dataclass(frozen=True)
+class NotLookedAt:
+    """A tensor that was left out, and why."""
+
+    layer: str
+    tensor_name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """How much of the search for copies was done.
+
+    Attributes:
+        fitting: pairs of tensor and function of another tensor whose shapes fit.
+        compared: how many of them were compared in full; the others by sampled entries only.
+        per_tensor: how many were allowed for each tensor and function.
+    """
+
+    fitting: int = 0
+    compared: int = 0
+    per_tensor: int = 0
+
+
+def _path(candidate: Candidate | NotLookedAt) -> str:
+    return f"{candidate.layer}.{candidate.tensor_name}".removeprefix(".")
+
+
+_COLUMNS: list[Column[Candidate]] = [
+    Column("tensor", "tensor", _path),
+    Column("rule", "rule", lambda c: c.rule),
+    Column("shape", "shape", lambda c: c.shape),
+    Column("dense_values", "dense", lambda c: c.dense_values),
+    Column("free_values", "free", lambda c: c.free_values),
+    Column("compression", "ratio", lambda c: c.compression),
+    Column("multiplicity", "mult.", lambda c: c.multiplicity, lambda c: span(c.multiplicity)),
+    Column("residual", "residual", lambda c: c.residual),
+    Column("expected", "random", lambda c: c.expected),
+    Column("relative", "relative", lambda c: c.relative),
+    Column("multiply_adds_dense", "mult-adds", lambda c: c.multiply_adds_dense),
+    Column("multiply_adds_tied", "tied", lambda c: c.multiply_adds_tied),
+]
+_ONLY_DATA: list[Column[Candidate]] = [
+    Column("layer", "", lambda c: c.layer),
+    Column("tensor_name", "", lambda c: c.tensor_name),
+    Column("z_score", "", lambda c: c.z_score),
+    Column("constant", "", lambda c: c.constant),
+    Column("positions", "", lambda c: c.positions),
+]
+
+
+def span(multiplicity: tuple[int, int] | None) -> str:
+    """``4``, ``1–2``, or ``–`` for a copy."""
+    if multiplicity is None:
+        return "–"
+    least, most = multiplicity
+    return show(least) if least == most else f"{show(least)}–{show(most)}"
+
+
+@dataclass(frozen=True)
+class ScanReport(TableReport[Candidate]):
+    """What `scan` saw. Print it, or go on with `found`, `plan` and `rows`.
+
+    Attributes:
+        candidates: every tensor with every rule that fits it, in the model's order.
+        not_looked_at: tensors that were left out, and why.
+        pairs: how much of the search for copies was done.
+    """
+
+    candidates: tuple[Candidate, ...]
+    not_looked_at: tuple[NotLookedAt, ...] = ()
+    pairs: Pairs = field(default_factory=Pairs)
+
+    shown_rows: ClassVar[int | None] = 40
+
+    def ranked(self) -> list[Candidate]:
+        """The candidates, those first that keep their law better than a random weight would."""
+
+        def key(candidate: Candidate) -> tuple[bool, float]:
+            relative = candidate.relative
+            unknown = relative is None or math.isnan(relative)
+            return unknown, 0.0 if unknown or relative is None else relative
+
+        return sorted(self.candidates, key=key)
+
+    def found(self, below: float = 0.9) -> list[Candidate]:
+        """Near-symmetries that chance does not explain, the clearest first.
+
+        Args:
+            below: how small the residual must be, as a part of what a random weight has. It
+                must also lie four standard deviations below that, so that a tensor of few
+                entries does not stand out by luck. Constant tensors are left out.
+        """
+        return [
+            c for c in self.ranked()
+            if c.relative is not None and c.relative < below
+            and c.z_score is not None and c.z_score < -4
+        ]  # fmt: skip
+
+    def plan(self, below: float = 0.9) -> Plan:
+        """A plan for `tie_model`: for each tensor the clearest of what was `found`.
+
+        Where several laws are kept equally well, the one that stores least.
+        """
+        best: dict[tuple[str, str], Candidate] = {}
+        for candidate in self.found(below):
+            key = (candidate.layer, candidate.tensor_name)
+            if key not in best or _better(candidate, best[key]):
+                best[key] = candidate
+        return Plan(tuple(candidate.entry() for candidate in best.values()))
+
+    def table(self) -> Table[Candidate]:
+        """The ranked candidates."""
+        return Table(_COLUMNS, self.ranked())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat dictionary for every candidate, in the model's order."""
+        return Table([*_COLUMNS, *_ONLY_DATA], self.candidates).data()
+
+    def notes(self) -> list[str]:
+        """What was not looked at, and how copies were searched."""
+        notes = []
+        if not self.candidates:
+            notes.append("No tensor of the model can carry one of the rules.")
+        if self.pairs.fitting:
+            notes.append(
+                f"Copies: {self.pairs.fitting:,} pairs fit. {self.pairs.compared:,} were compared "
+                f"in full, for each tensor the {self.pairs.per_tensor} nearest; the others by "
+                f"{SAMPLED:,} sampled entries only, and have no row (pairs= sets the bound)."
+            )
+        by_reason: dict[str, list[str]] = {}
+        for left_out in self.not_looked_at:
+            by_reason.setdefault(left_out.reason, []).append(_path(left_out))
+        for reason, names in by_reason.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            notes.append(f"Not looked at: {', '.join(names[:3])}{more}: {reason}")
+        return notes
+
+    def to_data(self) -> dict[str, Any]:
+        """Rows, notes, what was left out, and the bound on copies."""
+        return {
+            "kind": "scan",
+            "rows": plain(self.rows()),
+            "not_looked_at": [plain(vars(left_out)) for left_out in self.not_looked_at],
+            "pairs": plain(vars(self.pairs)),
+            "notes": self.notes(),
+        }
+
+
+def _better(one: Candidate, other: Candidate) -> bool:
+    return one.relative == other.relative and one.free_values < other.free_values
+
+
+def scan(
+    model: nn.Module,
+    rules: Iterable[RuleChoice] | None = None,
+    *,
+    pairs: int = 2,
+    example: Any = None,
+    progress: bool | None = None,
+) -> ScanReport:
+    """Look at every tensor of a model through every rule that fits it. Nothing is changed.
+
+    Args:
+        model: the model; tensors that are tied already are left out, and listed as such.
+        rules: names, `Rule` subclasses, or pairs of one and its options; by default all of
+            `available_rules`, each with all of its `Rule.variants`.
+        pairs: with how many other tensors of a fitting shape each tensor is compared in full,
+            for rules that copy; 0 looks for no copies. Which ones is decided by 1,024
+            sampled entries of every tensor, over all pairs. Biases are not searched for copies.
+        example: an input of the model (a tensor, or a tuple of arguments). The model then runs
+            once, in eval mode, to count the positions that each layer works on.
+        progress: a bar on stderr: True, False, or None for work of more than a second on a
+            terminal.
+
+    Returns:
+        The report. Combinations that tie nothing (as many free values as entries) are left
+        out.
+
+    Raises:
+        TieError: if the model has no values to look at (meta device), or a rule is unknown.
+        TypeError: for arguments of a wrong type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"scan takes an nn.Module, not {type(model).__name__}")
+    if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 0:
+        raise TypeError(f"pairs= takes a number of pairs per tensor, 0 or more, not {pairs!r}")
+    chosen = _chosen_rules(rules)
+    tensors, left_out = _tensors_of(model)
+    positions = _cost.positions(model, example) if example is not None else {}
+    passes = sum(pairs > 0 or not issubclass(choice.rule, Linked) for choice in chosen)
+    total = sum(t.value.numel() for t in tensors) * passes
+    with progress_bar(total, "scanning", progress) as advance, torch.no_grad():
+        looked = _Scan(chosen, positions, advance, left_out)
+        found = {id(tensor): list(looked.laws_on(tensor)) for tensor in tensors}
+        searched = looked.copies_among(tensors, pairs, found)
+    in_order = [candidate for tensor in tensors for candidate in found[id(tensor)]]
+    return ScanReport(tuple(in_order), tuple(left_out), searched)
+
+
+@dataclass
+class _Tensor:
+    """A Parameter that can be tied, and where it lies."""
+
+    path: str
+    layer: nn.Module
+    name: str
+    value: Tensor
+    constant: bool
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.layer, self.name, tuple(self.value.shape))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A rule to try, with its options, or with all of its variants."""
+
+    rule: type[Rule]
+    options: Mapping[str, Any] | None
+
+    def variants(self, layout: Layout) -> Sequence[Mapping[str, Any]]:
+        return self.rule.variants(layout) if self.options is None else [self.options]
+
+
+def _chosen_rules(rules: Iterable[RuleChoice] | None) -> list[_Choice]:
+    if rules is None:
+        return [_Choice(rule, None) for rule in available_rules().values()]
+    if isinstance(rules, (str, type)):
+        raise TypeError("rules= takes a list of rules, such as ['flip_sym']")
+    chosen = []
+    for item in rules:
+        rule, options = item if isinstance(item, tuple) else (item, None)
+        kind = PlanEntry("*", rule, options or {}).rule_class()
+        if options is not None and not issubclass(kind, Linked):
+            make_rule(kind, dict(options))  # unknown options are said before any work
+        chosen.append(_Choice(kind, options))
+    return chosen
+
+
+def _tensors_of(model: nn.Module) -> tuple[list[_Tensor], list[NotLookedAt]]:
+    """Every Parameter once, in the model's order; and what no rule can be put on."""
+    tensors, left_out = [], []
+    first_place: dict[nn.Parameter, str] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, parametrize.ParametrizationList):
+            continue  # its layer speaks for it
+        for name in _tensor_names(layer):
+            parameter = layer._parameters.get(name)
+            where = f"{path}.{name}".removeprefix(".")
+            if is_tied(layer, name):
+                reason: str | None = f"it is tied by '{get_tie(layer, name)}' already."
+            elif parameter is not None and parameter in first_place:
+                reason = f"it shares its Parameter with '{first_place[parameter]}'."
+            else:
+                reason = why_untieable(layer, name) or _why_no_values(parameter, where)
+            if reason is not None:
+                left_out.append(NotLookedAt(path, name, reason))
+                continue
+            assert parameter is not None
+            first_place[parameter] = where
+            value = parameter.detach()
+            constant = bool((value == value.reshape(-1)[0]).all())
+            tensors.append(_Tensor(path, layer, name, value, constant))
+        if hasattr(layer, "_packed_params") or "quantized" in type(layer).__module__.split("."):
+            left_out.append(NotLookedAt(path, "weight", "the layer is quantized."))
+    return tensors, left_out
+
+
+def _tensor_names(layer: nn.Module) -> Iterator[str]:
+    yield from (name for name, parameter in layer._parameters.items() if parameter is not None)
+    if parametrize.is_parametrized(layer):
+        yield from layer.parametrizations  # type: ignore[misc]
+
+
+def _why_no_values(parameter: nn.Parameter | None, where: str) -> str | None:
+    if parameter is None:
+        return "it is no Parameter."
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return f"no law has a meaning for {parameter.dtype}."
+    if parameter.numel() == 0:
+        return "it is empty."
+    if parameter.device.type == "meta":
+        raise TieError(
+            f"the model has no values to look at: '{where}' is on the meta device. Load the "
+            "model first (model.to_empty, then load_state_dict)."
+        )
+    return None
+
+
+class _Scan:
+    """One pass over a model."""
+
+    def __init__(
+        self,
+        rules: list[_Choice],
+        positions: dict[nn.Module, int],
+        advance: Callable[[int], None],
+        left_out: list[NotLookedAt],
+    ) -> None:
+        self.rules = rules
+        self.positions = positions
+        self.advance = advance
+        self.left_out = left_out
+        self._spans: dict[tuple[str, Layout], tuple[int, int]] = {}
+
+    def laws_on(self, tensor: _Tensor) -> Iterator[Candidate]:
+        """The candidates of one tensor alone."""
+        for choice in self.rules:
+            if issubclass(choice.rule, Linked):
+                continue
+            for options in choice.variants(tensor.layout):
+                rule = make_rule(choice.rule, dict(options))
+                if why_unfit(tensor.layer, tensor.name, rule) is not None:
+                    continue
+                entries, free = tensor.value.numel(), rule.free_count
+                if free >= entries:
+                    continue  # it ties nothing
+                residual = rule.residual(tensor.value)
+                # the Beta distribution of the module's first lines
+                mean = (entries - free) / entries
+                deviation = math.sqrt(mean * (1 - mean) / (entries / 2 + 1))
+                yield self._candidate(
+                    tensor, rule, options, residual, mean, deviation, self._span(rule)
+                )
+            self.advance(tensor.value.numel())
+
+    def copies_among(
+        self, tensors: list[_Tensor], pairs: int, found: dict[int, list[Candidate]]
+    ) -> Pairs:
+        """Compare tensors with functions of each other; add the candidates to ``found``."""
+        if not pairs:
+            return Pairs()
+        rules = [choice for choice in self.rules if issubclass(choice.rule, Linked)]
+        work = sum(tensor.value.numel() for tensor in tensors)
+        # a constant tensor is near to every other constant one
+        tensors = [t for t in tensors if t.value.dim() >= 2 and not t.constant]
+        fitting = compared = 0
+        own = [_sample(tensor.value) for tensor in tensors]
+        for choice in rules:
+            for options, sources in self._functions(choice, tensors):
+                for index, tensor in enumerate(tensors):
+                    near = sources.nearest_to(tensor, own[index], index, pairs)
+                    fitting += near.fitting
+                    for source in near.sources:
+                        candidate = self._copy(choice.rule, options, tensor, tensors[source])
+                        if candidate is not None:
+                            compared += 1
+                            found[id(tensor)].append(candidate)
+            self.advance(work)
+        return Pairs(fitting, compared, pairs)
+
+    def _functions(
+        self, choice: _Choice, tensors: list[_Tensor]
+    ) -> Iterator[tuple[Mapping[str, Any], _Sources]]:
+        """Every set of options of a rule that copies, with samples of what the sources give."""
+        by_options: dict[str, tuple[Mapping[str, Any], _Sources]] = {}
+        for index, tensor in enumerate(tensors):
+            for options in choice.variants(tensor.layout):
+                _, sources = by_options.setdefault(repr(options), (options, _Sources()))
+                rule = _linked(choice.rule, options, tensor)
+                sources.add(index, tensor, rule)
+        yield from by_options.values()
+
+    def _copy(
+        self, kind: type[Rule], options: Mapping[str, Any], tensor: _Tensor, source: _Tensor
+    ) -> Candidate | None:
+        rule = _linked(kind, options, source)
+        if why_unfit(tensor.layer, tensor.name, rule) is not None:
+            return None
+        computed = rule.forward()
+        wide = torch.promote_types(computed.dtype, torch.float32)
+        norms = [float(torch.linalg.vector_norm(v.to(wide))) for v in (computed, tensor.value)]
+        if not norms[1]:
+            return None
+        scale = (norms[0] / norms[1]) ** 2
+        mean, deviation = 1 + scale, 2 * math.sqrt(scale / tensor.value.numel())
+        residual = rule.residual(tensor.value)
+        shown = {**options, "source": source.path}
+        if source.name != tensor.name:
+            shown["source_name"] = source.name
+        return self._candidate(tensor, rule, shown, residual, mean, deviation, None)
+
+    def _candidate(
+        self,
+        tensor: _Tensor,
+        rule: Rule,
+        options: Mapping[str, Any],
+        residual: float,
+        mean: float,
+        deviation: float,
+        multiplicity: tuple[int, int] | None,
+    ) -> Candidate:
+        """The record; ``mean`` and ``deviation`` are those of a random weight's residual²."""
+        _structured.prepare(tensor.layer, tensor.name, rule)
+        shape = tuple(tensor.value.shape)
+        costs = _cost.multiply_adds(tensor.layer, tensor.name, shape, rule)
+        text = str(rule)
+        if isinstance(rule, Linked):
+            place = options["source"] + "." + options.get("source_name", tensor.name)
+            text = f"{text} of {place.removeprefix('.')}"
+        return Candidate(
+            layer=tensor.path,
+            tensor_name=tensor.name,
+            rule=text,
+            rule_class=type(rule),
+            options=dict(options),
+            shape=shape,
+            dense_values=tensor.value.numel(),
+            free_values=rule.free_count,
+            multiplicity=multiplicity,
+            residual=residual,
+            expected=math.sqrt(mean),
+            z_score=(residual**2 - mean) / deviation if deviation and not tensor.constant else None,
+            constant=tensor.constant,
+            multiply_adds_dense=costs[0] if costs else None,
+            multiply_adds_tied=costs[1] if costs else None,
+            positions=self.positions.get(tensor.layer),
+        )
+
+    def _span(self, rule: Rule) -> tuple[int, int]:
+        """Least and greatest multiplicity; layers of one shape are counted once."""
+        key = (f"{type(rule).__qualname__} {rule}", rule.bound_layout)
+        if key not in self._spans:
+            counts = rule.multiplicities()
+            least, most = min(c.min() for c in counts), max(c.max() for c in counts)
+            self._spans[key] = int(least), int(most)
+        return self._spans[key]
+
+
+def _linked(kind: type[Rule], options: Mapping[str, Any], source: _Tensor) -> Linked:
+    rule = make_rule(kind, {**options, "source": source.layer, "source_name": source.name})
+    assert isinstance(rule, Linked)
+    return rule
+
+
+@dataclass(frozen=True)
+class _Near:
+    """Which sources are nearest to a tensor, and how many fitted."""
+
+    sources: list[int]
+    fitting: int
+
+
+class _Sources:
+    """Samples of ``fn(source)`` for one function and every source, by shape, dtype and device."""
+
+    def __init__(self) -> None:
+        self._samples: dict[tuple[Any, ...], tuple[list[int], list[Tensor]]] = {}
+        self._stacked: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._mutual: bool | None = None
+
+    def add(self, index: int, tensor: _Tensor, rule: Linked) -> None:
+        """Note what the function makes of one source; nothing if it cannot take it."""
+        try:
+            value = rule.fn(tensor.value)
+            if self._mutual is None:
+                # copying there and back is one finding, not two
+                self._mutual = torch.equal(rule.fn(value), tensor.value)
+        except Exception:  # any function, on any shape
+            return
+        indices, samples = self._samples.setdefault(_kind(value), ([], []))
+        indices.append(index)
+        samples.append(_sample(value))
+
+    def nearest_to(self, tensor: _Tensor, sample: Tensor, index: int, count: int) -> _Near:
+        """The sources whose function is nearest to a tensor, by the sampled entries."""
+        kind = _kind(tensor.value)
+        if kind not in self._samples:
+            return _Near([], 0)
+        if kind not in self._stacked:
+            indices, samples = self._samples[kind]
+            self._stacked[kind] = torch.tensor(indices), torch.stack(samples)
+        sources, values = self._stacked[kind]
+        allowed = sources < index if self._mutual else sources != index
+        sources, values = sources[allowed], values[allowed]
+        distances = torch.linalg.vector_norm(values - sample, dim=1).nan_to_num(math.inf)
+        order = torch.argsort(distances, stable=True)[:count]
+        return _Near(sources[order].tolist(), len(sources))
+
+
+def _kind(value: Tensor) -> tuple[Any, ...]:
+    return tuple(value.shape), value.dtype, value.device
+
+
+def _sample(value: Tensor) -> Tensor:
+    """Some entries of a tensor, the same ones for every tensor of its shape."""
+    count = value.numel()
+    if count <= SAMPLED:
+        flat = value.reshape(-1)
+    else:
+        generator = torch.Generator().manual_seed(count)
+        chosen = torch.randint(count, (SAMPLED,), generator=generator)
+        flat = value[torch.unravel_index(chosen.to(value.device), value.shape)]
+    wide = torch.complex128 if value.is_complex() else torch.float64
+    return flat.to("cpu", wide)
