@@ -17,7 +17,7 @@ _BETWEEN = 0.1  # seconds between two drawings
 
 @contextmanager
 def progress(total: int, title: str, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar for counted work, ``with progress(total, "scanning") as advance: advance(n)``.
+    """Show how much of a counted piece of work is done.
 
     Args:
         total: how much work there is, in any unit.

@@ -264,8 +264,10 @@ def halved_difference(left: Tensor, right: Tensor) -> Tensor:
 def relative_distance(weight: Tensor, lawful: Tensor) -> float:
     """``‖weight − lawful‖ / ‖weight‖`` in float32 or wider; 0 if they are equal."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    values = weight.to(wide)
-    distance = torch.linalg.vector_norm(halved_difference(values, lawful.to(wide)))
-    if distance == 0:
-        return 0.0
-    return float(distance / torch.linalg.vector_norm(values / 2))
+    values, lawful = weight.to(wide), lawful.to(wide)
+    distance = torch.linalg.vector_norm(values - lawful)
+    norm = torch.linalg.vector_norm(values)
+    if not (distance.isfinite() and norm.isfinite()):  # it may be the difference that overflowed
+        distance = torch.linalg.vector_norm(halved_difference(values, lawful))
+        norm = torch.linalg.vector_norm(values / 2)
+    return float(distance / norm) if distance else 0.0
