@@ -37,6 +37,7 @@ def tie_model(
     plan: Plan | Mapping[Pattern, Value | list[Value]],
     *,
     init: str = "project",
+    cache: bool = False,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     dry_run: bool = False,
     on_unfit: str = "error",
@@ -53,6 +54,7 @@ def tie_model(
             entry that selects a tensor wins. Modules without the tensor are passed over.
         init: as in `register_tie`; ``"rescale"`` leaves copies as they are, since they have no
             values of their own.
+        cache: as in `register_tie`, for every tie; laws that gain nothing from it ignore it.
         optimizer: the optimizer or optimizers that hold the dense parameters; they are moved
             to the free values, state included.
         dry_run: do everything, put everything back, and return the report of it.
@@ -80,7 +82,7 @@ def tie_model(
     try:
         with rolled_back_on_error([*model.modules(), *outside], optimizers):
             for tie in wanted:
-                reason = tie.make(model, optimizers)
+                reason = tie.make(model, optimizers, cache)
                 if reason is not None:
                     skipped.append(Skipped(tie.path, tie.entry.tensor_name, str(tie.rule), reason))
             if skipped and on_unfit == "error":
@@ -159,7 +161,7 @@ class _Tie:
     rule: Rule
     init: str
 
-    def make(self, model: nn.Module, optimizers: list[Optimizer]) -> str | None:
+    def make(self, model: nn.Module, optimizers: list[Optimizer], cache: bool) -> str | None:
         """Tie it, or return why that cannot be."""
         try:
             register_tie(
@@ -167,6 +169,7 @@ class _Tie:
                 self.rule,
                 self.entry.tensor_name,
                 init=self.init,
+                cache=cache,
                 optimizer=optimizers,
                 root=model,
             )

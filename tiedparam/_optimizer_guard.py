@@ -12,7 +12,6 @@ shapes are compared before the first step that follows.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -63,20 +62,6 @@ def forbid_steps(owner: object, parameters: list[Tensor], where: str) -> None:
 def allow_steps(owner: object) -> None:
     """End what ``owner`` forbade."""
     _forbidden.pop(owner, None)
-
-
-def note(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
-    """Note what is known of these parameters; the returned function puts it back."""
-    known = [(p, table, table.get(p)) for p in parameters for table in (_retired, _free)]
-
-    def put_back() -> None:
-        for parameter, table, value in known:
-            if value is None:
-                table.pop(parameter, None)
-            else:
-                table[parameter] = value
-
-    return put_back
 
 
 def _install() -> None:

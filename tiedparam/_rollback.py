@@ -2,9 +2,9 @@
 
 One tie goes through this, and so does a whole plan of them. What is noted is everything that
 tying and untying touch: classes, attributes, the contents of tables and lists (parameters,
-hooks, a recurrent layer's flat weights), the optimizers' groups and state, and what the
-optimizer guard knows of the parameters. Values are not noted: tying writes into no Parameter
-that exists.
+hooks, a recurrent layer's flat weights), what is written on the Parameters (the optimizer
+guard's marks), and the optimizers' groups and state. Values are not noted: tying writes into
+no Parameter that exists.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from contextlib import contextmanager
 
 from torch import nn
 from torch.optim import Optimizer
-
-from tiedparam import _optimizer_guard
 
 
 @contextmanager
@@ -34,7 +32,7 @@ def rolled_back_on_error(
     undo = [
         *(_note_module(module) for module in modules),
         *(_note_optimizer(optimizer) for optimizer in optimizers),
-        _optimizer_guard.note(parameters),
+        *(_note_parameter(parameter) for parameter in parameters),
     ]
     try:
         yield
@@ -62,6 +60,16 @@ def _note_module(module: nn.Module) -> Callable[[], None]:
         for members, held in sets:
             members.clear()
             members.update(held)
+
+    return put_back
+
+
+def _note_parameter(parameter: nn.Parameter) -> Callable[[], None]:
+    attributes = dict(parameter.__dict__)
+
+    def put_back() -> None:
+        parameter.__dict__.clear()
+        parameter.__dict__.update(attributes)
 
     return put_back
 
