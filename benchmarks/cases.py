@@ -318,7 +318,7 @@ def inference(run: Run) -> None:
     for shapes, layer, sizes in layers:
         layer = _to(run, layer).eval()
         for rule in ("flip_sym", "squared_copy"):
-            options = next(models.variants(rule))
+            options = models.variants(rule, layer)[0]
             pair = models.tie_pair(layer, rule, options)
             assert pair is not None
             found = _dense_and_tied(pair, "tied", "weight")
@@ -388,7 +388,7 @@ def every_rule(run: Run) -> None:
 def _every_rule_on(layer: Any) -> Iterator[tuple[str, list[Contender]]]:
     """Each law that the layer can carry, with the dense layer and the tied one."""
     for rule in tp.available_rules():
-        for options in models.variants(rule):
+        for options in models.variants(rule, layer):
             pair = models.tie_pair(layer, rule, options)
             if pair is not None:
                 yield models.label(rule, options), _dense_and_tied(pair, "tied", "weight")
@@ -425,7 +425,7 @@ def _example_contenders(
     tp.register_tie(layer, rule, example.tensor_name, root=model, **example.options)
     contenders = _dense_and_tied(model, example.path, example.tensor_name)
     # the options are part of the name, so that no two examples share one
-    options = models.label(rule, {k: getattr(v, "__name__", v) for k, v in example.options.items()})
+    options = models.label(rule, example.options)
     kind = type(layer).__mro__[1].__name__
     label = f"{kind} {tuple(contenders[0].weights[0].shape)}, {options}"
     return f"{label}, {example.tensor_name}", contenders, torch.randn(shape)
@@ -577,8 +577,9 @@ def compiled(run: Run) -> None:
 )
 def memory_case(run: Run) -> None:
     channels, size, batch = (16, 8, 2) if run.quick else (256, 14, 32)
+    layer = memory.convolution(channels)
     for rule in tp.available_rules():
-        for options in models.variants(rule):
+        for options in models.variants(rule, layer):
             target = f"layer:{rule}:{channels}:{size}:{batch}"
             found = memory.layer_contenders(rule, options, channels)
             if found is None:
@@ -588,7 +589,7 @@ def memory_case(run: Run) -> None:
             counted = {c.name: memory.count(c, x) for c in found}
             for what in next(iter(counted.values())):
                 run.note_bytes(label, what, {n: v[what] for n, v in counted.items()}, batch=batch)
-            if options == next(models.variants(rule)):
+            if options == models.variants(rule, layer)[0]:
                 sizes = {c.name: memory.peak(target, c.name, "training", run.device) for c in found}
                 run.note_bytes(label, "peak memory, training", sizes, batch=batch)
 

@@ -36,11 +36,16 @@ def streams_layer(channels: int, kernel: int, filters: int = 4) -> Any:
     return made.lawful(layer, "channel_shared", over="groups")
 
 
+def convolution(channels: int) -> nn.Conv2d:
+    """The layer on which every rule is measured."""
+    return nn.Conv2d(channels, channels, 3, padding=1)
+
+
 def layer_contenders(
     rule: str, options: dict[str, Any], channels: int, device: str = "cpu"
 ) -> list[Contender] | None:
     """A dense convolution and a tied one; with their sources if the rule reads one."""
-    pair = models.tie_pair(nn.Conv2d(channels, channels, 3, padding=1).to(device), rule, options)
+    pair = models.tie_pair(convolution(channels).to(device), rule, options)
     if pair is None:
         return None
     plain = models.untied(pair)
@@ -145,7 +150,8 @@ def _target(target: str, device: str) -> tuple[list[Contender], tuple[int, ...]]
         return made.streams(streams_layer(channels, kernel).to(device)), (batch, channels, 1024)
     rule = rest[0]
     channels, size, batch = map(int, rest[1:])
-    found = layer_contenders(rule, next(models.variants(rule)), channels, device)
+    options = models.variants(rule, convolution(channels))[0]
+    found = layer_contenders(rule, options, channels, device)
     assert found is not None
     return found, (batch, channels, size, size)
 

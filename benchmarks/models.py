@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -94,24 +95,18 @@ def bottleneck(width: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def variants(rule: str) -> Iterator[dict[str, Any]]:
-    """The different options among a rule's examples, sources and functions aside."""
-    seen: list[tuple[bool, dict[str, Any]]] = []
-    for example in tp.available_rules()[rule].examples():
-        if example.tensor_name != "weight":
-            continue
-        options = {k: v for k, v in example.options.items() if k not in ("source", "fn")}
-        linked = "source" in example.options
-        # with the defaults filled in, so that no law is measured twice
-        key = (linked, options if linked else tp.available_rules()[rule](**options).options())
-        if key not in seen:
-            seen.append(key)
-            yield {**options, "source": None} if linked else options
+def variants(rule: str, layer: nn.Module) -> list[dict[str, Any]]:
+    """The options worth trying on a layer's weight; a rule of copies also has a ``source``."""
+    kind = tp.available_rules()[rule]
+    layout = tp.Layout.of(layer, "weight", tuple(layer.weight.shape))
+    source = {"source": None} if "source" in inspect.signature(kind).parameters else {}
+    return [{**options, **source} for options in kind.variants(layout)]
 
 
 def label(rule: str, options: dict[str, Any]) -> str:
     """``channel_shared(over='in')``."""
-    shown = ", ".join(f"{k}={v!r}" for k, v in options.items() if k != "source")
+    values = {k: getattr(v, "__name__", v) for k, v in options.items() if k != "source"}
+    shown = ", ".join(f"{k}={v!r}" for k, v in values.items())
     return f"{rule}({shown})" if shown else rule
 
 
@@ -133,13 +128,12 @@ def tie_everywhere(model: nn.Module, rule: str) -> int:
 
     A rule that reads another layer ties every second layer of one shape to the one before.
     """
-    options = next(variants(rule), {})
     layers = [m for m in model.modules() if isinstance(m, _KINDS)]
     waiting: dict[tuple[Any, ...], nn.Module] = {}
     count = 0
     for layer in layers:
-        chosen = dict(options)
-        if "source" in options:
+        chosen = variants(rule, layer)[0]
+        if "source" in chosen:
             key = (type(layer), tuple(layer.weight.shape))
             source = waiting.pop(key, None)
             if source is None:
