@@ -318,14 +318,14 @@ def why_untieable(layer: nn.Module, tensor_name: str) -> str | None:
     return None
 
 
-def why_unfit(layer: nn.Module, tensor_name: str, rule: Rule) -> str | None:
-    """Why a tieable tensor cannot carry a rule, or None: the rule is bound to it then."""
+def why_refused(layer: nn.Module, rule: Rule) -> str | None:
+    """Why this kind of rule cannot go on the layer, or None; shapes aside."""
     try:
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
             _refuse_embedding_options(layer, rule, TieError)
     except TieError as error:
         return str(error)
-    return rule.bind(layer, tensor_name, None)
+    return None
 
 
 def _refuse_embedding_options(

@@ -33,7 +33,7 @@ from tiedparam._layout import Layout
 from tiedparam._linked import Linked
 from tiedparam._plan import Plan, PlanEntry
 from tiedparam._progress import progress as progress_bar
-from tiedparam._register import make_rule, why_unfit, why_untieable
+from tiedparam._register import make_rule, why_refused, why_untieable
 from tiedparam._registry import available_rules
 from tiedparam._rule import Rule
 from tiedparam._table import Column, Table, TableReport, plain, show
@@ -372,7 +372,7 @@ def _tensors_of(model: nn.Module) -> tuple[list[_Tensor], list[NotLookedAt]]:
             value = parameter.detach()
             constant = bool((value == value.reshape(-1)[0]).all())
             tensors.append(_Tensor(path, layer, name, value, constant))
-        if hasattr(layer, "_packed_params") or "quantized" in type(layer).__module__.split("."):
+        if hasattr(layer, "_packed_params") and hasattr(layer, "weight"):
             left_out.append(NotLookedAt(path, "weight", "the layer is quantized."))
     return tensors, left_out
 
@@ -416,12 +416,17 @@ class _Scan:
 
     def laws_on(self, tensor: _Tensor) -> Iterator[Candidate]:
         """The candidates of one tensor alone."""
+        refused: dict[str, NotLookedAt] = {}
         for choice in self.rules:
             if issubclass(choice.rule, Linked):
                 continue
             for options in choice.variants(tensor.layout):
                 rule = make_rule(choice.rule, dict(options))
-                if why_unfit(tensor.layer, tensor.name, rule) is not None:
+                refusal = why_refused(tensor.layer, rule)
+                if refusal is not None:
+                    refused[refusal] = NotLookedAt(tensor.path, tensor.name, refusal)
+                    continue
+                if rule.bind(tensor.layer, tensor.name, None) is not None:
                     continue
                 entries, free = tensor.value.numel(), rule.free_count
                 if free >= entries:
@@ -434,6 +439,7 @@ class _Scan:
                     tensor, rule, options, residual, mean, deviation, self._span(rule)
                 )
             self.advance(tensor.value.numel())
+        self.left_out += refused.values()
 
     def copies_among(
         self, tensors: list[_Tensor], pairs: int, found: dict[int, list[Candidate]]
@@ -476,7 +482,8 @@ class _Scan:
         self, kind: type[Rule], options: Mapping[str, Any], tensor: _Tensor, source: _Tensor
     ) -> Candidate | None:
         rule = _linked(kind, options, source)
-        if why_unfit(tensor.layer, tensor.name, rule) is not None:
+        refused = why_refused(tensor.layer, rule)
+        if refused is not None or rule.bind(tensor.layer, tensor.name, None) is not None:
             return None
         computed = rule.forward()
         wide = torch.promote_types(computed.dtype, torch.float32)
