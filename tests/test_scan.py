@@ -280,9 +280,10 @@ def test_the_bound_on_pairs_is_kept_and_said():
     report = tp.scan(model, ["copy"], pairs=1)
     assert report.pairs == _scan.Pairs(fitting=2 * 66, compared=2 * 11, per_tensor=1)
     assert {c.rule for c in report.found()} == {"copy of 2.weight", "copy(fn='t') of 4.weight"}
-    assert "132 pairs fit. 22 were compared in full, for each tensor the 1 nearest" in str(report)
+    assert "22 of 132 fitting pairs were compared in full, the 1 nearest of each tensor" in str(report)
     assert tp.scan(model, ["copy"], pairs=0).candidates == ()
     every = tp.scan(model, ["copy"], pairs=99)
+    assert every.notes() == ["Copies: every fitting pair of tensors was compared (132)."]
     assert every.pairs.fitting == every.pairs.compared == len(every.candidates) == 132
     squares = tp.scan(model, ["squared_copy"], pairs=99)
     assert squares.pairs.fitting == 132  # in both directions: it is not its own inverse

@@ -231,11 +231,14 @@ class ScanReport(TableReport[Candidate]):
         notes = []
         if not self.candidates:
             notes.append("No tensor of the model can carry one of the rules.")
-        if self.pairs.fitting:
+        fitting, compared = self.pairs.fitting, self.pairs.compared
+        if fitting and compared == fitting:
+            notes.append(f"Copies: every fitting pair of tensors was compared ({fitting:,}).")
+        elif fitting:
             notes.append(
-                f"Copies: {self.pairs.fitting:,} pairs fit. {self.pairs.compared:,} were compared "
-                f"in full, for each tensor the {self.pairs.per_tensor} nearest; the others by "
-                f"{SAMPLED:,} sampled entries only, and have no row (pairs= sets the bound)."
+                f"Copies: {compared:,} of {fitting:,} fitting pairs were compared in full, the "
+                f"{self.pairs.per_tensor} nearest of each tensor; the others by {SAMPLED:,} "
+                "sampled entries only, and have no row (pairs= sets the bound)."
             )
         by_reason: dict[str, list[str]] = {}
         for left_out in self.not_looked_at:
