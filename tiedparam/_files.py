@@ -10,8 +10,8 @@ import json
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from tiedparam._errors import TieError, TieWarning, describe
 from tiedparam._header import Header, StoredTie
 from tiedparam._linked import Linked
 from tiedparam._optimizer_guard import watch_free_values
+from tiedparam._progress import progress
 from tiedparam._register import register_tie
 from tiedparam._rollback import rolled_back_on_error
 from tiedparam._rule import Rule
@@ -60,17 +61,18 @@ def save(model: nn.Module, path: PathLike) -> None:
         OSError: if the file cannot be written.
     """
     state = _plain_state(model)
-    aliases = _aliases(state)
+    aliases = aliases_of(state)
     header = _header.of_model(model, aliases)
     entries = [_entry(key, value) for key, value in state.items() if key not in aliases]
     check_entries(entries)
-    with whole_files() as open_file:
+    with whole_files() as open_file, _bar(entries) as advance:
         write(
             open_file(path),
             entries,
             lambda entry: state[entry.name],
             {_header.KEY: header.to_json()},
             checksum=True,
+            advance=advance,
         )
 
 
@@ -163,9 +165,9 @@ def export_dense(
         numbers = range(1, len(shards) + 1)
         stem, suffix = path.stem, path.suffix
         files = [path.with_name(f"{stem}-{n:05}-of-{len(shards):05}{suffix}") for n in numbers]
-    with whole_files() as open_file:
+    with whole_files() as open_file, _bar(entries) as advance:
         for file, shard in zip(files, shards, strict=True):
-            write(open_file(file), shard, value_of, {"format": "pt"})
+            write(open_file(file), shard, value_of, {"format": "pt"}, advance=advance)
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
@@ -202,7 +204,7 @@ def _plain_state(model: nn.Module) -> OrderedDict[str, Tensor]:
     return state
 
 
-def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
+def aliases_of(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Names of tensors that stand under an earlier name already: theirs → the earlier."""
     first: dict[tuple[object, ...], str] = {}
     aliases = {}
@@ -227,6 +229,11 @@ def _placeholder(layer: nn.Module, name: str, rule: Rule) -> Tensor:
         return torch.empty(rule.bound_layout.shape, dtype=stored[0].dtype, device="meta")
     with torch.no_grad():  # what a function or another parametrization makes, it alone knows
         return effective(layer, name).to("meta")
+
+
+def _bar(entries: Iterable[Entry]) -> AbstractContextManager[Callable[[int], None]]:
+    """A progress bar for what is written, if that takes long and somebody watches."""
+    return progress(sum(entry.nbytes for entry in entries), "writing")
 
 
 def _shards(entries: list[Entry], limit: int | None) -> list[list[Entry]]:

@@ -192,6 +192,7 @@ def write(
     metadata: Mapping[str, str],
     *,
     checksum: bool = False,
+    advance: Callable[[int], object] = lambda size: None,
 ) -> None:
     """Write a file, one tensor at a time.
 
@@ -202,6 +203,7 @@ def write(
             for each, in the order in which they stand in the file.
         metadata: what else the header says.
         checksum: write the file's checksum into its metadata.
+        advance: is told of the bytes of each tensor that is written.
 
     Raises:
         TieError: if an entry has no place in the format, or a value is not what its entry says.
@@ -226,6 +228,7 @@ def write(
             if checksum:
                 running = zlib.crc32(part, running)
         del value  # before the next is made: two would stand side by side
+        advance(entry.nbytes)
     if checksum:
         file.seek(8 + len(_CHECKSUM_START))
         file.write(f"{running:08x}".encode())

@@ -31,7 +31,6 @@ class StoredCheckpoint(Mapping[str, Tensor]):
 
     Attributes:
         path: as given.
-        files: all files that it consists of.
         metadata: what a single safetensors file's header says beside the tensors.
         module_metadata: what torch notes of each module in a saved state dict.
 
@@ -42,7 +41,6 @@ class StoredCheckpoint(Mapping[str, Tensor]):
 
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
-        self.files = [self.path]
         self.metadata: dict[str, str] = {}
         self.module_metadata: dict[str, Any] = {}
         self._parts: dict[str, Mapping[str, Tensor]] = {}
@@ -73,10 +71,8 @@ class StoredCheckpoint(Mapping[str, Tensor]):
 
     def _open_shards(self) -> None:
         places = _read_index(self.path)
-        names = dict.fromkeys(places.values())  # in the index' order, once each
-        self.files = [self.path, *(self.path.with_name(name) for name in names)]
-        shards = {}
-        for name in names:
+        shards: dict[str, Mapping[str, Tensor]] = {}
+        for name in dict.fromkeys(places.values()):
             file = self.path.with_name(name)
             try:
                 shards[name] = _open_one(file)
@@ -93,6 +89,13 @@ class StoredCheckpoint(Mapping[str, Tensor]):
                     f"{_some(sorted(listed ^ set(shard)))}. Fetch both again."
                 )
         self._parts = {key: shards[place] for key, place in places.items()}
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files that a checkpoint consists of."""
+    if not path.name.endswith(_INDEX):
+        return [path]
+    return [path, *(path.with_name(name) for name in dict.fromkeys(_read_index(path).values()))]
 
 
 def _open_one(path: Path) -> Mapping[str, Tensor]:
