@@ -463,6 +463,10 @@ FAULTS = {
         "'os.x'",
     ),
     "no source": (change_tie("late", options={}), "source is not named"),
+    "another source": (
+        change_tie("late", options={"source": "lost", "source_name": "weight"}),
+        "the model has no layer 'lost'",
+    ),
     "a cycle": (
         change_tie("late", options={"source": "later", "source_name": "weight"}),
         "would form a cycle",

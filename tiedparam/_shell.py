@@ -413,7 +413,8 @@ def _add_report(commands: Any) -> None:
         commands,
         "report",
         _run_report,
-        "Show what the ties of a checkpoint store and save. A row for each tied tensor, and totals.",
+        "Show what the ties of a checkpoint store and save. A row for each tied tensor, and "
+        "totals.",
         "tied.safetensors",
         "tied.safetensors --markdown",
     )

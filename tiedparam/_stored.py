@@ -8,6 +8,7 @@ with an index file. The tensors are read when they are used. Pickles are read wi
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,13 @@ def _open_one(path: Path) -> Mapping[str, Tensor]:
 
 def _open_torch(path: Path) -> Mapping[str, Tensor]:
     try:
-        try:
-            # mapped: a tensor's bytes are read when it is used
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before torch 1.6
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch suspects of a file that is none
+            try:
+                # mapped: a tensor's bytes are read when it is used
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # written before torch 1.6
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # every kind of broken pickle has an exception of its own
