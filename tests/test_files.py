@@ -629,6 +629,18 @@ def test_a_flipped_byte_is_always_refused(sound, data):
     refused(sound, bytes(raw))
 
 
+def test_every_byte_counts(sound):
+    """The lowest bit of each byte in turn: letters become others, digits too."""
+    path, raw, model, before = sound
+    for place in range(len(raw)):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(tp.TieError):
+            tp.load(path, model)
+    assert contents(model) == before
+
+
 @given(junk=st.binary(max_size=200), keep=st.integers(0, 40))
 def test_junk_is_always_refused(sound, junk, keep):
     raw = sound[1]

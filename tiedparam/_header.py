@@ -22,6 +22,7 @@ from tiedparam._layout import Layout
 from tiedparam._linked import Linked
 from tiedparam._registry import find_rule
 from tiedparam._rule import Rule
+from tiedparam._safetensors_format import CHECKSUM
 from tiedparam._values import is_stacked, ties_of
 
 LAYOUT_VERSION = 1
@@ -167,10 +168,12 @@ def read(metadata: Mapping[str, str]) -> Header | None:
     """The header in a file's metadata, or None if tiedparam did not write the file.
 
     Raises:
-        TieError: if it is malformed, or of a newer version.
+        TieError: if it is malformed, of a newer version, or without the file's checksum.
     """
     if KEY not in metadata:
         return None
+    if CHECKSUM not in metadata:
+        raise TieError("its checksum is missing. Fetch or save it again.")
     try:
         content = json.loads(metadata[KEY])
         version = content.pop("layout")
