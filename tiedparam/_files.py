@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tiedparam import _header
 from tiedparam._atomic import PathLike, whole_files
-from tiedparam._checkpoint import named_ties, untie_with
+from tiedparam._checkpoint import untie_with
 from tiedparam._errors import TieError, describe
 from tiedparam._fit import entries_for, placeholder, ties_to_make
 from tiedparam._header import Header
@@ -30,7 +30,7 @@ from tiedparam._rollback import rolled_back_on_error
 from tiedparam._safetensors_format import Entry, check_entries, write
 from tiedparam._stock import effective
 from tiedparam._stored import StoredCheckpoint
-from tiedparam._values import free_values, get_tie, is_tied
+from tiedparam._ties import free_values, get_tie, is_tied, named_ties
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam import _header
-from tiedparam._checkpoint import named_ties, signatures_of, tie_state_dict
+from tiedparam._checkpoint import signatures_of, tie_state_dict
 from tiedparam._errors import TieError, TieWarning
 from tiedparam._header import Header, StoredTie
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
 from tiedparam._stock import effective
 from tiedparam._stored import StoredCheckpoint
-from tiedparam._values import free_values, get_tie, is_stacked, is_tied
+from tiedparam._ties import free_values, get_tie, is_stacked, is_tied, named_ties
 
 _SHOWN = 20
 

@@ -23,7 +23,7 @@ from tiedparam._linked import Linked
 from tiedparam._registry import find_rule
 from tiedparam._rule import Rule
 from tiedparam._safetensors_format import CHECKSUM
-from tiedparam._values import is_stacked, ties_of
+from tiedparam._ties import is_stacked, ties_of
 
 LAYOUT_VERSION = 1
 """The version of the header and of how rules lay out their free values."""

@@ -41,7 +41,7 @@ from tiedparam._plan import plan_from_data
 from tiedparam._registry import find_rule
 from tiedparam._stored import files_of
 from tiedparam._table import Column, Table, TableReport
-from tiedparam._values import ties_of
+from tiedparam._ties import ties_of
 
 INTERRUPTED = 130
 
