@@ -454,8 +454,8 @@ FAULTS = {
     "unknown option": (change_tie("stem", options={"ovr": "in"}), "'stem.weight'.*ovr"),
     "wrong option": (change_tie("stem", options={"over": "up"}), "over='up' is unknown"),
     "odd option": (change_tie("head", options={"groups": [3]}), "groups must be a positive"),
-    "another groups": (change_tie("up", groups=1), "Layout.*Layout"),
-    "another shape": (change_tie("stem", shape=[4, 3, 5, 5]), "Layout.*Layout"),
+    "another groups": (change_tie("up", groups=1), r"it was \(4, 3, 3, 3\), transposed and is .* 2 groups"),
+    "another shape": (change_tie("stem", shape=[4, 3, 5, 5]), r"it was \(4, 3, 5, 5\) and is \(4, 3, 3, 3\) here"),
     "unknown layer": (change_tie("stem", layer="steam"), "'steam.weight'.*no such layer"),
     "unknown tensor": (change_tie("stem", tensor="wait"), "'stem.wait'.*no such Parameter"),
     "unknown function": (

@@ -18,6 +18,7 @@ from tiedparam import _header
 from tiedparam._checkpoint import signatures_of, tie_state_dict
 from tiedparam._errors import TieError, TieWarning
 from tiedparam._header import Header, StoredTie
+from tiedparam._layout import Layout
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
 from tiedparam._stock import effective
@@ -73,7 +74,7 @@ def _fitting_rule(tie: StoredTie, model: nn.Module) -> Rule | None:
     if reason is not None:
         raise TieError(reason)
     if probe.bound_layout != tie.layout:
-        raise TieError(f"it was {tie.layout} and is {probe.bound_layout} here.")
+        raise TieError(f"it was {_shown(tie.layout)} and is {_shown(probe.bound_layout)} here.")
     return rule
 
 
@@ -84,12 +85,17 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+def _shown(layout: Layout) -> str:
+    groups = f" in {layout.groups} groups" if layout.groups > 1 else ""
+    return f"{layout.shape}{groups}{', transposed' if layout.transposed else ''}"
+
+
 def _refuse_another_tie(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.Module) -> None:
     present = get_tie(layer, tie.tensor)
     if not _header.same_law(present, rule):
         raise TieError(f"it was '{rule}' and is '{present}' here. Tie it as it was, or not at all.")
     if present.bound_layout != tie.layout:
-        raise TieError(f"it was {tie.layout} and is {present.bound_layout} here.")
+        raise TieError(f"it was {_shown(tie.layout)} and is {_shown(present.bound_layout)} here.")
     if is_stacked(layer, tie.tensor) != tie.stacked:
         raise TieError("another parametrization is stacked on it in one of the two. Drop it.")
     if isinstance(present, Linked):

@@ -153,7 +153,7 @@ def stored_tie(layer: nn.Module, tensor: str, path: str, paths: Mapping[int, str
             layout.groups,
             layout.transposed,
             is_stacked(layer, tensor),
-            residual if residual is not None and isfinite(residual) else None,
+            float(f"{residual:.4g}") if residual is not None and isfinite(residual) else None,
         )
         _refuse_changed(rule, stored)
     except TieError as error:
