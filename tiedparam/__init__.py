@@ -8,6 +8,7 @@ from tiedparam import rules as _rules
 from tiedparam._cache import frozen
 from tiedparam._checkpoint import dense_state_dict, tie_state_dict, untie_state_dict
 from tiedparam._errors import TieError, TieWarning
+from tiedparam._files import export_dense, load, save
 from tiedparam._layout import Layout
 from tiedparam._model import tie_model, untie_model
 from tiedparam._pictures import draw_orbits, draw_residuals, draw_scan, draw_weights
@@ -42,16 +43,19 @@ __all__ = [
     "draw_residuals",
     "draw_scan",
     "draw_weights",
+    "export_dense",
     "frozen",
     "get_tie",
     "init_",
     "is_tied",
+    "load",
     "read_plan",
     "register_rule",
     "register_tie",
     "remove_tie",
     "report",
     "residual",
+    "save",
     "scan",
     "tie_model",
     "tie_state_dict",

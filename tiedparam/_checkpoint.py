@@ -44,7 +44,7 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     Returns:
         A dictionary with the dense model's keys in the dense model's order.
     """
-    return _untie(model, model.state_dict(), lambda layer, name, _: effective(layer, name))
+    return untie_with(model, model.state_dict(), lambda layer, name, _: effective(layer, name))
 
 
 def untie_state_dict(model: nn.Module, tied: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
@@ -61,7 +61,7 @@ def untie_state_dict(model: nn.Module, tied: Mapping[str, Tensor]) -> OrderedDic
         TieError: if free values are missing or misshapen, or a copy's source is not in the
             model.
     """
-    return _untie(model, tied, _Expander(model, tied).effective)
+    return untie_with(model, tied, _Expander(model, tied).effective)
 
 
 def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
@@ -142,7 +142,7 @@ def accept(
     What does not fit is reported through ``error_msgs``, and the tied tensor keeps all of its
     old values: torch is given those to load, so that it does not complain of missing keys.
     """
-    signatures = local_metadata.get(_SIGNATURE, {})
+    signatures = signatures_of(local_metadata)
     for name, rule in ties_of(layer).items():
         key, keys = prefix + name, free_keys(layer, name, prefix)
         present = [k for k in keys if k in state_dict]
@@ -174,6 +174,12 @@ def sign(layer: nn.Module, destination: Any, prefix: str) -> None:
     if metadata is not None:
         signatures = {name: str(rule) for name, rule in ties_of(layer).items()}
         metadata.setdefault(prefix[:-1], {})[_SIGNATURE] = signatures
+
+
+def signatures_of(local_metadata: Mapping[str, Any]) -> Mapping[str, str]:
+    """The rules that `sign` has noted for one layer, by tensor name."""
+    signatures: Mapping[str, str] = local_metadata.get(_SIGNATURE, {})
+    return signatures
 
 
 class SourceWatch:
@@ -427,11 +433,12 @@ class _Expander:
         return self.effective(layer, name, rule)
 
 
-def _untie(
+def untie_with(
     model: nn.Module,
     tied: Mapping[str, Tensor],
     effective_weight: Callable[[nn.Module, str, Rule], Tensor],
 ) -> OrderedDict[str, Tensor]:
+    """A tied state dict with dense entries, each by ``effective_weight`` of layer, name, rule."""
     available: dict[str, Tensor] = dict(tied)
     for prefix, layer, name, rule in named_ties(model):
         if prefix + name in tied:

@@ -191,14 +191,23 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
             key, rule, layer type or function (with the nearest known names), a wrong type.
         OSError: if the file cannot be read.
     """
+    return plan_from_data(read_data(path), f"'{path}'")
+
+
+def read_data(path: str | os.PathLike[str]) -> Any:
+    """What a TOML or JSON file holds.
+
+    Raises:
+        TieError: if it is neither.
+        OSError: if it cannot be read.
+    """
     path = Path(path)
     kind = _kind(path)
     try:
         text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text) if kind == "toml" else json.loads(text)
+        return tomllib.loads(text) if kind == "toml" else json.loads(text)
     except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
         raise TieError(f"'{path}' is not {kind.upper()}: {error}. Correct the file.") from error
-    return plan_from_data(data, f"'{path}'")
 
 
 def _kind(path: Path) -> str:
@@ -289,7 +298,8 @@ def plan_from_data(data: Any, where: str) -> Plan:
     """
     if not isinstance(data, dict):
         raise TieError(f"{where} holds no table 'tie'. Begin an entry with [[tie]].")
-    _refuse_unknown(data, ("tie",), where)
+    # [[layer]] says what a checkpoint file does not show of its layers: a model does
+    _refuse_unknown(data, ("tie", "layer"), where)
     tables = data.get("tie")
     if not isinstance(tables, list) or not tables:
         raise TieError(f"{where} holds no list 'tie'. Begin an entry with [[tie]].")

@@ -1,0 +1,87 @@
+"""Files that are written whole or not at all: temporary names, fsync, then a rename."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from tiedparam._errors import TieError
+
+PathLike = str | os.PathLike[str]
+OpenFile = Callable[[PathLike], BinaryIO]
+
+
+@contextmanager
+def whole_files() -> Iterator[OpenFile]:
+    """Write one file or several; they appear under their names when the block ends.
+
+    Yields:
+        A function that opens a file for writing under a temporary name in the folder of its
+        path. Opening the next file finishes the one before. At the end of the block all of
+        them are on the disk and are renamed, in the order in which they were opened. If the
+        block raises, the temporary files are removed and files that were there stay.
+
+    Raises:
+        TieError: if a path is something else than a plain file: a device, a folder.
+    """
+    written: list[tuple[Path, Path]] = []
+    current: list[BinaryIO] = []
+
+    def finish() -> None:
+        for file in current:
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        current.clear()
+
+    def open_file(path: PathLike) -> BinaryIO:
+        finish()
+        target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
+        mode = _mode_of(target)
+        temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+        file = temporary.open("xb")
+        current.append(file)
+        written.append((temporary, target))
+        if mode is not None:
+            os.chmod(temporary, mode)
+        return file
+
+    try:
+        yield open_file
+        finish()
+        for temporary, target in written:
+            os.replace(temporary, target)
+    except BaseException:
+        for file in current:
+            with suppress(OSError):  # a full disk raises once more on close
+                file.close()
+        for temporary, _ in written:
+            temporary.unlink(missing_ok=True)
+        raise
+    for folder in {target.parent for _, target in written}:
+        _sync_folder(folder)
+
+
+def _mode_of(target: Path) -> int | None:
+    """The permissions of the file that will be replaced, or None if there is none."""
+    try:
+        status = target.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise TieError(f"'{target}' is not a plain file and is not replaced. Name another one.")
+    return stat.S_IMODE(status.st_mode)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renames durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

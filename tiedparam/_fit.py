@@ -1,0 +1,269 @@
+"""Whether a checkpoint fits a model: everything that can be known before a thing is changed.
+
+`ties_to_make` judges the ties of a file's header, `entries_for` its names, shapes, dtypes and
+values. All reasons are listed at once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tiedparam import _header
+from tiedparam._checkpoint import signatures_of, tie_state_dict
+from tiedparam._errors import TieError, TieWarning
+from tiedparam._header import Header, StoredTie
+from tiedparam._layout import Layout
+from tiedparam._linked import Linked
+from tiedparam._rule import Rule
+from tiedparam._stock import effective
+from tiedparam._stored import StoredCheckpoint
+from tiedparam._ties import free_values, get_tie, is_stacked, is_tied, named_ties
+
+_SHOWN = 20
+
+
+def ties_to_make(
+    header: Header, model: nn.Module, module_metadata: Mapping[str, Mapping[str, object]]
+) -> list[tuple[StoredTie, Rule]]:
+    """The ties that the model lacks, once all that the file speaks of are known to fit."""
+    new, problems = [], []
+    for tie in header.ties:
+        try:
+            rule = _fitting_rule(tie, model)
+        except TieError as error:
+            problems.append(f"'{tie.key}' was saved tied by '{tie.rule}': {error}")
+            continue
+        if rule is not None:
+            new.append((tie, rule))
+    for prefix, _, name, present in named_ties(model):
+        written = signatures_of(module_metadata.get(prefix[:-1], {})).get(name)
+        if written is not None and written != str(present):
+            problems.append(
+                f"'{prefix}{name}' was saved under the rule '{written}' and is tied by "
+                f"'{present}' here. Tie it as it was."
+            )
+    _raise(problems)
+    return new
+
+
+def _fitting_rule(tie: StoredTie, model: nn.Module) -> Rule | None:
+    """The rule to tie a tensor with, or None if it is tied by it already."""
+    layer = _submodule(model, tie.layer)
+    if layer is None:
+        raise TieError("the model has no such layer. Build the model that was saved.")
+    rule = tie.make()
+    if is_tied(layer, tie.tensor):
+        _refuse_another_tie(tie, rule, layer, model)
+        return None
+    if tie.stacked:
+        raise TieError(
+            "another parametrization was stacked on it. Tie the model and register that one first."
+        )
+    if parametrize.is_parametrized(layer, tie.tensor):
+        raise TieError("it has another parametrization here. Build the model that was saved.")
+    if not isinstance(layer._parameters.get(tie.tensor), nn.Parameter):
+        raise TieError("the model has no such Parameter. Build the model that was saved.")
+    probe = tie.make()  # binding leaves its traces
+    reason = probe.bind(layer, tie.tensor, model)
+    if reason is not None:
+        raise TieError(reason)
+    if probe.bound_layout != tie.layout:
+        raise TieError(f"it was {_shown(tie.layout)} and is {_shown(probe.bound_layout)} here.")
+    return rule
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _shown(layout: Layout) -> str:
+    groups = f" in {layout.groups} groups" if layout.groups > 1 else ""
+    return f"{layout.shape}{groups}{', transposed' if layout.transposed else ''}"
+
+
+def _refuse_another_tie(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.Module) -> None:
+    present = get_tie(layer, tie.tensor)
+    if not _header.same_law(present, rule):
+        raise TieError(f"it was '{rule}' and is '{present}' here. Tie it as it was, or not at all.")
+    if present.bound_layout != tie.layout:
+        raise TieError(f"it was {_shown(tie.layout)} and is {_shown(present.bound_layout)} here.")
+    if is_stacked(layer, tie.tensor) != tie.stacked:
+        raise TieError("another parametrization is stacked on it in one of the two. Drop it.")
+    if isinstance(present, Linked):
+        path, name = str(tie.options["source"]), tie.options["source_name"]
+        ((source, source_name),) = present.sources()
+        if _submodule(model, path) is not source or source_name != name:
+            raise TieError(f"it reads '{path}.{name}' there and another tensor here.")
+
+
+def entries_for(
+    model: nn.Module,
+    stored: StoredCheckpoint,
+    header: Header,
+    new: list[tuple[StoredTie, Rule]],
+) -> OrderedDict[str, Tensor]:
+    """What ``load_state_dict`` will be given, once the model is known to take it."""
+    entries: OrderedDict[str, Tensor] = OrderedDict(stored)
+    for alias, kept in header.aliases.items():
+        if kept not in stored or alias in stored:
+            raise TieError(f"its alias '{alias}' of '{kept}' is wrong. Fetch or save it again.")
+        entries[alias] = entries[kept]
+    slots = _slots(model, new)
+    _raise(_misfits(entries, slots))
+    for key in [prefix + name for prefix, _, name, _ in named_ties(model)]:
+        if key in entries:  # widened before it is projected, not after
+            entries[key] = entries[key].to(slots[key].dtype)
+    if stored.module_metadata:
+        entries._metadata = stored.module_metadata  # type: ignore[attr-defined]
+    elif header.versions or header.ties:
+        entries._metadata = {  # type: ignore[attr-defined]
+            path: {"version": header.versions.get(path, 1)} for path, _ in model.named_modules()
+        }
+    entries = tie_state_dict(model, entries)
+    wanted = {key: slot for key, slot in slots.items() if not slot.dense}
+    _raise(_disagreeing(entries, wanted))
+    holders = {slot.tensor: key for key, slot in wanted.items() if key in entries}
+    for key, slot in wanted.items():
+        if key not in entries and slot.tensor in holders:
+            entries[key] = entries[holders[slot.tensor]]  # one of its other names
+    _raise([f"'{key}' is missing." for key in wanted if key not in entries])
+    _warn_unshared(header.aliases, wanted)
+    return entries
+
+
+class _Slot:
+    """A place for a tensor of the file.
+
+    Attributes:
+        shape: the shape that fits.
+        dtype: the model's dtype.
+        tensor: equal for the names of one tensor.
+        dense: whether it is a tied tensor's dense form, which has no place of its own.
+    """
+
+    def __init__(
+        self, shape: Iterable[int], dtype: torch.dtype, tensor: object, dense: bool = False
+    ) -> None:
+        self.shape, self.dtype, self.tensor, self.dense = tuple(shape), dtype, tensor, dense
+
+
+def _slots(model: nn.Module, new: list[tuple[StoredTie, Rule]]) -> dict[str, _Slot]:
+    """All names that the model will take, the ties that will be made included."""
+    slots = {
+        key: _Slot(value.shape, value.dtype, id(value))
+        for key, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)
+    }
+    for prefix, layer, name, rule in named_ties(model):
+        place = placeholder(layer, name, rule)
+        slots[prefix + name] = _Slot(place.shape, place.dtype, (id(layer), name), dense=True)
+    for tie, _ in new:
+        slot = slots.pop(tie.key)
+        probe = tie.make()
+        probe.bind(model.get_submodule(tie.layer), tie.tensor, model)
+        for number, shape in enumerate(probe.free_shapes()):
+            key = f"{tie.layer}.parametrizations.{tie.tensor}.original{number}".removeprefix(".")
+            slots[key] = _Slot(shape, slot.dtype, (slot.tensor, number))
+    return slots
+
+
+def _misfits(entries: Mapping[str, Tensor], slots: Mapping[str, _Slot]) -> list[str]:
+    problems = []
+    for key, value in entries.items():
+        slot = slots.get(key)
+        if slot is None:
+            problems.append(f"the model has no '{key}'.")
+        elif tuple(value.shape) != slot.shape:
+            problems.append(
+                f"size mismatch for '{key}': {tuple(value.shape)} there, {slot.shape} here."
+            )
+        elif not _holds(slot.dtype, value.dtype):
+            problems.append(
+                f"'{key}' is {value.dtype} there and {slot.dtype} here, which would change its "
+                "values. Convert the model first, such as model.to(dtype)."
+            )
+    return problems
+
+
+def _holds(here: torch.dtype, stored: torch.dtype) -> bool:
+    """Whether every value of the stored dtype is one of the model's."""
+    if here == stored:
+        return True
+    if here.is_floating_point == stored.is_floating_point and here.is_complex == stored.is_complex:
+        if torch.bool in (here, stored):
+            return False
+        if here.is_floating_point or here.is_complex:
+            wide, narrow = torch.finfo(here), torch.finfo(stored)
+            return (
+                wide.max >= narrow.max
+                and wide.eps <= narrow.eps
+                and wide.smallest_normal <= narrow.smallest_normal
+            )
+        return (
+            torch.iinfo(here).min <= torch.iinfo(stored).min
+            and torch.iinfo(here).max >= torch.iinfo(stored).max
+        )
+    return False
+
+
+def _disagreeing(entries: Mapping[str, Tensor], slots: Mapping[str, _Slot]) -> list[str]:
+    """Names of one tensor of the model for which the file has different values."""
+    first: dict[object, str] = {}
+    problems = []
+    for key, value in entries.items():
+        earlier = first.setdefault(slots[key].tensor, key)
+        if earlier != key and not _same_bits(value, entries[earlier]):
+            problems.append(
+                f"'{earlier}' and '{key}' are one tensor here and have different values there."
+            )
+    return problems
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one is other or one.dtype != other.dtype or one.numel() == 0:
+        return one.dtype == other.dtype
+    raw = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(*raw)
+
+
+def _warn_unshared(aliases: Mapping[str, str], slots: Mapping[str, _Slot]) -> None:
+    apart = [
+        f"'{alias}' and '{kept}'"
+        for alias, kept in aliases.items()
+        if slots[alias].tensor != slots[kept].tensor
+    ]
+    if apart:
+        warnings.warn(
+            f"these were one tensor when they were saved and are two in this model: "
+            f"{', '.join(apart[:_SHOWN])}. They get equal values and will train apart. Share them "
+            "in the model before you load, or tie one to the other by 'copy'.",
+            TieWarning,
+            stacklevel=4,
+        )
+
+
+def _raise(problems: list[str]) -> None:
+    if len(problems) == 1:
+        raise TieError(problems[0])
+    if problems:
+        shown = "\n  ".join(problems[:_SHOWN])
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise TieError(f"it does not fit the model:\n  {shown}{more}")
+
+
+def placeholder(layer: nn.Module, name: str, rule: Rule) -> Tensor:
+    """A tensor without memory that has the shape and dtype of the effective one."""
+    stored = free_values(layer, name)
+    if stored and not is_stacked(layer, name):
+        return torch.empty(rule.bound_layout.shape, dtype=stored[0].dtype, device="meta")
+    with torch.no_grad():  # what a function or another parametrization makes, it alone knows
+        return effective(layer, name).to("meta")

@@ -1,0 +1,176 @@
+"""Checkpoint files of every kind, read as one table: names → tensors.
+
+A ``.safetensors`` file, what ``torch.save`` wrote of a state dict, or several of either kind
+with an index file. The tensors are read when they are used. Pickles are read with torch's
+``weights_only=True``, so no code of a file is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiedparam._atomic import PathLike
+from tiedparam._errors import TieError
+from tiedparam._safetensors_format import SafetensorsFile
+
+_INDEX = ".index.json"
+_LARGEST_INDEX = 1 << 28
+
+
+class StoredCheckpoint(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name.
+
+    Args:
+        path: a file, or the index of a sharded checkpoint (``*.index.json``).
+
+    Attributes:
+        path: as given.
+        metadata: what a single safetensors file's header says beside the tensors.
+        module_metadata: what torch notes of each module in a saved state dict.
+
+    Raises:
+        TieError: if the files do not hold a checkpoint, or not a whole one.
+        OSError: if they cannot be opened.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        self.path = Path(path)
+        self.metadata: dict[str, str] = {}
+        self.module_metadata: dict[str, Any] = {}
+        self._parts: dict[str, Mapping[str, Tensor]] = {}
+        if self.path.name.endswith(_INDEX):
+            self._open_shards()
+            return
+        try:
+            tensors = _open_one(self.path)
+        except FileNotFoundError:
+            index = self.path.with_name(self.path.name + _INDEX)
+            if not index.exists():
+                raise
+            raise TieError(f"there is no '{self.path}'. Name its index, '{index}'.") from None
+        if isinstance(tensors, SafetensorsFile):
+            self.metadata = tensors.metadata
+        else:
+            self.module_metadata = dict(getattr(tensors, "_metadata", {}))
+        self._parts = dict.fromkeys(tensors, tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._parts[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def _open_shards(self) -> None:
+        places = _read_index(self.path)
+        shards: dict[str, Mapping[str, Tensor]] = {}
+        for name in dict.fromkeys(places.values()):
+            file = self.path.with_name(name)
+            try:
+                shards[name] = _open_one(file)
+            except FileNotFoundError as error:
+                raise TieError(
+                    f"'{self.path}' names the file '{name}', which is not beside it. "
+                    "Fetch all of its files."
+                ) from error
+        for name, shard in shards.items():
+            listed = {key for key, place in places.items() if place == name}
+            if listed != set(shard):
+                raise TieError(
+                    f"'{self.path}' and its file '{name}' disagree on "
+                    f"{_some(sorted(listed ^ set(shard)))}. Fetch both again."
+                )
+        self._parts = {key: shards[place] for key, place in places.items()}
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files that a checkpoint consists of."""
+    if not path.name.endswith(_INDEX):
+        return [path]
+    return [path, *(path.with_name(name) for name in dict.fromkeys(_read_index(path).values()))]
+
+
+def _open_one(path: Path) -> Mapping[str, Tensor]:
+    with path.open("rb") as file:
+        start = file.read(9)
+    # "{" follows the length in a safetensors file; a zip or a pickle has other things there
+    if start[8:] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
+        return _open_torch(path)
+    return SafetensorsFile(path)
+
+
+def _open_torch(path: Path) -> Mapping[str, Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch suspects of a file that is none
+            try:
+                # mapped: a tensor's bytes are read when it is used
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # written before torch 1.6
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # every kind of broken pickle has an exception of its own
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            reason = "it holds more than tensors, and code of a file is never run"
+        else:
+            reason = "it is damaged or not a torch file"
+        raise TieError(
+            f"cannot read '{path}': {reason}. Save model.state_dict() and nothing else."
+        ) from error
+    problem = _not_a_state_dict(loaded)
+    if problem is not None:
+        raise TieError(f"'{path}' holds no state dict: {problem}")
+    tensors: Mapping[str, Tensor] = loaded
+    return tensors
+
+
+def _not_a_state_dict(loaded: object) -> str | None:
+    if not isinstance(loaded, Mapping):
+        return f"it holds a {type(loaded).__name__}. Save model.state_dict()."
+    for key, value in loaded.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            continue
+        inner = [
+            k for k, v in loaded.items() if isinstance(v, Mapping) and _not_a_state_dict(v) is None
+        ]
+        if inner:
+            return f"its entry {inner[0]!r} is one. Save that alone."
+        return f"its entry {key!r} is a {type(value).__name__}. Save model.state_dict() alone."
+    return None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Which tensor stands in which file, once every name is known to be safe."""
+    bad = TieError(
+        f"'{path}' is not an index of a sharded checkpoint: it must hold a table 'weight_map' "
+        "from tensors to the names of files beside it. Fetch it again."
+    )
+    if path.stat().st_size > _LARGEST_INDEX:
+        raise bad
+    try:
+        index = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise bad from error
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise bad
+    for name in places.values():
+        # never out of the folder, whatever the file says
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise bad
+    return places
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
