@@ -27,8 +27,10 @@ from torch.nn.utils import parametrize
 from tiedparam import _cache, _checkpoint, _structured, _values
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
+from tiedparam._sharded import is_sharded
 from tiedparam._stock import effective, parametrization_list, parametrization_lists
 from tiedparam._ties import is_tied, ties_of
+from tiedparam._wrapped import refuse_separate_source
 from tiedparam._write_guard import guard, guarding_is_off, unguard
 
 _inside = threading.local()  # .layer: whose own forward this thread is running
@@ -45,6 +47,11 @@ class HostMeta(type):
         # still need it, and the leaving layer changes its class instead
         if name not in cls.tied_names:
             super().__delattr__(name)
+        elif "tied_names" not in vars(cls):  # fully_shard has derived a class from the shared one
+            raise TieError(
+                f"cannot untie '{name}' of this {cls.__name__}: it is sharded already. "
+                "Untie before fully_shard."
+            )
 
 
 def adopt(layer: nn.Module) -> None:
@@ -80,6 +87,9 @@ def remember_order(layer: nn.Module) -> None:
 
 def stock_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the layer has without its parametrizations."""
+    for kind in type(layer).__mro__:  # fully_shard puts a class of its own before the host's
+        if isinstance(kind, HostMeta) and "tied_names" in vars(kind):
+            return cast(type[nn.Module], kind.__base__)
     return parametrize.type_before_parametrizations(layer)
 
 
@@ -249,11 +259,23 @@ def _property(name: str) -> property:
             raise TieError(
                 f"computing the tied {describe(self, name)} raised AttributeError: {error}"
             ) from error
+        if type(weight) is not Tensor and not traced and is_sharded(weight):
+            return _sharded_weight(self, name, weight, own_forward)
         if traced or own_forward:
             return weight
         return guard(weight, self, name) if is_tied(self, name) else weight
 
     return property(read, lambda self, value: _set(self, name, value))
+
+
+def _sharded_weight(layer: nn.Module, name: str, weight: Tensor, inside: bool) -> Tensor:
+    """A weight under ``fully_shard`` is a DTensor, whose class the write guard cannot take."""
+    rule = ties_of(layer).get(name)
+    if isinstance(rule, Linked):
+        own = [parameter for parameter in layer._parameters.values() if parameter is not None]
+        if inside or not all(is_sharded(parameter) for parameter in own):
+            refuse_separate_source(layer, name, rule)
+    return weight
 
 
 def _set(layer: nn.Module, name: str, value: Tensor) -> None:

@@ -64,6 +64,11 @@ class Linked(Rule):
             self._refuse_exchanged_source(source)
         return source
 
+    @property
+    def meeting(self) -> nn.Module | None:
+        """The smallest module that holds both ends, where ``root`` was given."""
+        return self._meeting() if self._meeting is not None else None
+
     def sources(self) -> Iterator[tuple[nn.Module, str]]:
         """The one tensor that is read."""
         yield self.source, self.source_name or "weight"
@@ -183,7 +188,7 @@ class Linked(Rule):
         self._meeting = weakref.ref(root.get_submodule(".".join(there[:common])))
 
     def _refuse_exchanged_source(self, source: nn.Module) -> None:
-        found = self._meeting() if self._meeting is not None else None
+        found = self.meeting
         if found is None:
             return
         for name in self._path_to_source:
@@ -212,7 +217,7 @@ class Linked(Rule):
             where: how to name the tied tensor.
         """
         (source,) = self._source
-        meeting = self._meeting() if self._meeting is not None else None
+        meeting = self.meeting
         copied_whole = (id(meeting) in memo) if meeting is not None else bool(memo)
         if not copied_whole and id(source) not in memo:
             raise TieError(
@@ -224,7 +229,7 @@ class Linked(Rule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Linked:
         copied: Linked = type(self).__new__(type(self))
         memo[id(self)] = copied
-        meeting = self._meeting() if self._meeting is not None else None
+        meeting = self.meeting
         state = {key: value for key, value in self.__dict__.items() if key != "_meeting"}
         copied.__dict__.update(deepcopy(state, memo))
         replica = memo.get(id(meeting)) if meeting is not None else None
@@ -233,7 +238,7 @@ class Linked(Rule):
 
     def __getstate__(self) -> dict[str, Any]:
         # a weakref cannot be pickled; its target travels with the model that it holds
-        meeting = self._meeting() if self._meeting is not None else None
+        meeting = self.meeting
         return {**self.__dict__, "_meeting": meeting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
