@@ -420,7 +420,7 @@ def test_s35_tying_after_fully_shard_is_refused(ranks, how):
 
 def test_s35_layers_beside_a_sharded_one_can_be_tied(ranks):
     for result in ranks(worker.ties_beside_fsdp):
-        assert result["tied"] == [False, True]
+        assert result["tied"] == [True, False, True]
 
 
 @pytest.mark.feature("Distributed", "copies in one FSDP2 unit with their source")
@@ -445,9 +445,7 @@ def test_s31_copies_in_another_unit_are_refused_before_the_first_step(ranks):
         assert "its source 'code.weight' belongs to another fully_shard unit" in result["named"]
         assert "fully_shard([code, square])" in result["named"]
         assert "fully_shard([source_layer, layer])" in result["unnamed"]
-        assert "fully_shard([0, 1])" in result["attention"] or (
-            "fully_shard([0.out_proj, 1.out_proj])" in result["attention"]
-        )
+        assert "fully_shard([first.out_proj, second.out_proj])" in result["attention"]
 
 
 @pytest.mark.feature("Distributed", "a copy in a unit within its source's unit")
@@ -457,8 +455,8 @@ def test_s31_a_source_in_the_outer_unit_trains_as_one_process(ranks):
     model = worker.SharedOutside().double()
     losses = worker.train_small(model, alone=True)
     assert_ranks_agree(results)
-    mean = torch.tensor([result["losses"] for result in results]).mean(0)
-    assert_close(mean, torch.tensor(losses))
+    mean = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
+    assert_close(mean, torch.tensor(losses, dtype=torch.float64))
     for key, value in model.state_dict().items():
         assert_close(results[0]["state"][key], value)
 

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from tiedparam._errors import TieError, describe, describe_layer
 from tiedparam._layout import Layout
 from tiedparam._rule import Rule
+from tiedparam._sharded import gathered
 from tiedparam._stock import effective, parametrization_list
 
 
@@ -86,7 +87,7 @@ class Linked(Rule):
                 f"the source {describe_layer(source)} of a '{self}' tie has lost its '{name}'. "
                 "Give it one again, or call remove_tie."
             )
-        weight = self.fn(present)
+        weight = self.fn(gathered(present))
         if self.layout is not None and weight.shape != self.layout.shape:
             raise TieError(
                 f"the source '{name}' of {describe_layer(source)} is {tuple(present.shape)} now, "

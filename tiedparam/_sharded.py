@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
     """Whether this is a DTensor; tells without importing what is not in use."""
-    return hasattr(tensor, "device_mesh")
+    kind = type(tensor)  # a missing attribute would cost most of the time
+    return kind is not nn.Parameter and kind is not Tensor and hasattr(tensor, "device_mesh")
+
+
+def gathered(tensor: Any) -> Any:
+    """A sharded tensor with all of its values on every rank, still a DTensor; others as is."""
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, the same on every rank; any other tensor as it is."""
+    """The whole of a sharded tensor as an ordinary one; any other tensor as it is."""
     if not is_sharded(tensor):
         return tensor
     sharded: Any = tensor
