@@ -11,6 +11,7 @@ import copy
 import gc
 import io
 import os
+import pickle
 import traceback
 import warnings
 from collections import OrderedDict
@@ -32,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
+from tiedparam import _host
 from tiedparam._stock import effective
 from tiedparam._ties import named_ties
 
@@ -351,6 +353,8 @@ def values_of_a_sharded_model() -> dict:
         "state_keys": list(model.state_dict()),
         "repr": repr(model.stem),
         "deepcopy": message_of(lambda: copy.deepcopy(model.stem), AssertionError),
+        "pickle": message_of(lambda: pickle.dumps(model.stem)),
+        "stock": _host.stock_class(model.stem) is nn.Conv2d,
         "is_tied": [tp.is_tied(getattr(model, name)) for name in TIED],
     }
 

@@ -6,10 +6,17 @@ another. What hangs or fails is killed, and the next test starts a fresh pair.
 
 from __future__ import annotations
 
+import importlib
 import io
 import multiprocessing
 import multiprocessing.connection
+import os
+import re
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import distributed_worker as worker
 import pytest
@@ -395,10 +402,16 @@ def test_fsdp2_weights_are_read_and_set_as_in_one_process(ranks):
         assert "W[o, c, x] = w[o, x]; 72 of 288 values" in result["repr"]
 
 
-@pytest.mark.feature("Distributed", "`copy.deepcopy` of a sharded layer", refused="by torch itself")
-def test_fsdp2_refuses_deepcopy_itself(ranks):
+@pytest.mark.feature(
+    "Distributed",
+    "`copy.deepcopy` and `pickle` of a sharded layer",
+    refused="FSDP2 knows neither; save a state dict",
+)
+def test_sharded_layers_are_neither_copied_nor_pickled(ranks):
     for result in ranks(worker.values_of_a_sharded_model):
         assert "FSDP does not support deepcopy" in result["deepcopy"]
+        assert "cannot pickle this FSDPTiedConv2d: it is sharded" in result["pickle"]
+        assert result["stock"]
 
 
 @pytest.mark.feature(
@@ -515,3 +528,55 @@ def test_a_checkpoint_of_one_process_loads_on_two_ranks(ranks, tmp_path, how):
         assert torch.equal(results[0]["first"]["state"][key], value)
     losses = worker.train(model, 2, alone=True, optimizer=optimizer)
     assert_as_one_process(results, model, losses)
+
+
+# The example script -----------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "docs" / "examples" / "train_distributed.py"
+
+
+def torchrun(folder: Path, processes: int, wrap: str) -> tuple[list[float], dict]:
+    """Run the example as its docs say. Returns the printed losses and what it saved."""
+    saved = folder / f"{wrap}{processes}.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), str(EXAMPLE)]
+    command += ["--wrap", wrap, "--epochs", "2", "--save", str(saved)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLE.parents[2]), os.environ.get("PYTHONPATH", "")]),
+    }
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        printed, _ = process.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun and the workers that it started
+        process.wait()
+        raise
+    assert process.returncode == 0, printed
+    losses = [float(loss) for loss in re.findall(r"^epoch \d+: loss (\S+)$", printed, re.MULTILINE)]
+    return losses, torch.load(saved)
+
+
+@pytest.mark.feature("Distributed", "`torchrun`: one script for one machine or many")
+def test_the_torchrun_example_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    losses, dense = torchrun(tmp_path, 1, "ddp")
+    assert len(losses) == 2
+    assert losses[1] < losses[0] < 2.31  # below that of a guess, and falling
+    for wrap in ("ddp", "fsdp"):
+        again, dense_again = torchrun(tmp_path, 2, wrap)
+        assert_close(again, losses, rtol=1e-3, atol=1e-4)
+        assert list(dense_again) == list(dense)
+        for key, value in dense.items():
+            assert_close(dense_again[key], value, rtol=1e-2, atol=1e-3)
+        # a dense checkpoint that obeys the laws, for a model that knows nothing of ties
+        mix, blur = dense_again["mix.weight"], dense_again["blur.weight"]
+        assert torch.equal(mix, mix.transpose(0, 1).flip(2, 3))
+        assert torch.equal(dense_again["again.weight"], mix)
+        assert torch.equal(blur, blur[:, :1].expand_as(blur))
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    importlib.import_module("train_distributed").Net().load_state_dict(dense)

@@ -47,11 +47,16 @@ class HostMeta(type):
         # still need it, and the leaving layer changes its class instead
         if name not in cls.tied_names:
             super().__delattr__(name)
-        elif "tied_names" not in vars(cls):  # fully_shard has derived a class from the shared one
+        elif _is_derived(cls):
             raise TieError(
                 f"cannot untie '{name}' of this {cls.__name__}: it is sharded already. "
                 "Untie before fully_shard."
             )
+
+
+def _is_derived(cls: type) -> bool:
+    """Whether ``fully_shard`` has derived this class from a host class."""
+    return "tied_names" not in vars(cls)
 
 
 def adopt(layer: nn.Module) -> None:
@@ -88,7 +93,7 @@ def remember_order(layer: nn.Module) -> None:
 def stock_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the layer has without its parametrizations."""
     for kind in type(layer).__mro__:  # fully_shard puts a class of its own before the host's
-        if isinstance(kind, HostMeta) and "tied_names" in vars(kind):
+        if isinstance(kind, HostMeta) and not _is_derived(kind):
             return cast(type[nn.Module], kind.__base__)
     return parametrize.type_before_parametrizations(layer)
 
@@ -200,6 +205,11 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
         return replica
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
+        if _is_derived(type(self)):
+            raise TieError(
+                f"cannot pickle this {type(self).__name__}: it is sharded. Save a state dict, with "
+                "torch.distributed.checkpoint."
+            )
         return _revive, _kind(self), _state(self)
 
     members: dict[str, Any] = {
