@@ -284,6 +284,21 @@ def test_s34_tying_a_frozen_layer_after_ddp_is_refused(ranks):
         assert "Tie before wrapping" in result["refusal"]
 
 
+@pytest.mark.parametrize("holder", ["it is the root", "it lies in the root"])
+def test_s34_a_wrapper_is_found_through_root(holder):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
+    finally:
+        dist.destroy_process_group()  # no live object is looked for any more
+    root = wrapped if holder == "it is the root" else nn.Sequential(nn.Tanh(), wrapped)
+    with pytest.raises(tp.TieError, match="module.weight': a DistributedDataParallel holds it"):
+        tp.register_tie(wrapped.module, "flip_sym", root=root)
+    assert type(wrapped.module) is nn.Linear
+    beside = nn.Sequential(wrapped, nn.Linear(4, 4))
+    assert tp.is_tied(tp.register_tie(beside[1], "flip_sym", root=beside))
+
+
 @pytest.mark.feature("Distributed", "tying beside a wrapped model, or after dropping the wrapper")
 def test_models_beside_ddp_can_be_tied(ranks):
     for result in ranks(worker.ties_beside_ddp):
