@@ -313,7 +313,8 @@ def fsdp_from_meta(start: str) -> dict:
     elif start == "init":
         for module in model.modules():
             if tp.is_tied(module):
-                tp.init_(module, nn.init.normal_)
+                # ranks that would fill with different values take the first one's
+                tp.init_(module, lambda weight: nn.init.normal_(weight).add_(10 * dist.get_rank()))
     else:
         dense = tp.dense_state_dict(tie(build()))
         set_model_state_dict(model, tp.tie_state_dict(model, dense), options=FULL)
