@@ -541,3 +541,36 @@ def test_forced_forms_compute_the_same():
         nn.Conv1d(8, 16, 3, groups=8), "channel_shared", over="groups", compute="shift"
     )
     streams(torch.randn(1, 8, 9)).sum().backward()  # with gradients it is the dense form
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("build", "rule", "options", "shape"),
+    [
+        (lambda bias: nn.Linear(8, 6, bias), "row_repeat", {}, (3, 8)),
+        (lambda bias: nn.Linear(8, 6, bias), "row_repeat", {"groups": 2}, (3, 8)),
+        (lambda bias: nn.Linear(8, 6, bias), "channel_shared", {"over": "in"}, (3, 8)),
+        (lambda bias: nn.Conv2d(8, 8, 3, bias=bias), "row_repeat", {"groups": 2}, (2, 8, 5, 5)),
+        (
+            lambda bias: nn.Conv2d(8, 8, 3, bias=bias),
+            "channel_shared",
+            {"over": "all"},
+            (2, 8, 5, 5),
+        ),
+        (
+            lambda bias: nn.ConvTranspose2d(8, 8, 3, bias=bias),
+            "channel_shared",
+            {"over": "out"},
+            (2, 8, 5, 5),
+        ),
+    ],
+)
+def test_outputs_are_no_views_for_autograd(build, rule, options, shape, bias):
+    # fully_shard hooks into outputs, and an in-place ReLU on a view would drop its hook
+    layer, dense = twins(build(bias), rule, **options)
+    assert form_of(layer) == "reduced"
+    x = torch.randn(shape)
+    y = layer(x)
+    assert not dense(x)._is_view()
+    assert not y._is_view()
+    torch.testing.assert_close(nn.functional.relu_(y), nn.functional.relu(dense(x)))

@@ -21,8 +21,9 @@ from torch.nn.utils import parametrize
 from tiedparam._errors import TieError, TieWarning
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
+from tiedparam._sharded import gathered, is_sharded, whole
 from tiedparam._stock import effective, parametrization_list
-from tiedparam._ties import free_values, is_stacked, is_tied, named_ties, ties_of
+from tiedparam._ties import free_values, is_stacked, is_tied, named_ties, origins, ties_of
 from tiedparam._write_guard import unguard
 
 RESIDUAL_TO_WARN = 1e-3
@@ -150,7 +151,13 @@ def accept(
         if key in state_dict:
             value = state_dict.pop(key)
             problem = _unfit(layer, name, rule, key, value)
-            if present:
+            if any(is_sharded(parameter) for parameter in origins(layer, name)):
+                problem = (
+                    f"'{key}' is dense and the layer is sharded. Convert the dictionary first, "
+                    "with tiedparam.tie_state_dict(model, dense), and load the result with "
+                    "torch.distributed.checkpoint.state_dict.set_model_state_dict."
+                )
+            elif present:
                 problem = f"'{key}' stands in it both dense and tied. Remove one of the two."
             elif problem is None and isinstance(rule, Linked):
                 _judge_now_and_later(layer, name, rule, key, value, error_msgs)
@@ -335,7 +342,7 @@ def _disagreement(key: str, rule: Rule) -> str:
 
 
 def _as_float(value: Tensor) -> Tensor:
-    value = unguard(value)
+    value = whole(unguard(value))
     return value if value.is_floating_point() or value.is_complex() else value.float()
 
 
@@ -382,7 +389,7 @@ class _Expander:
         entry = self.entries[key]
         if not isinstance(entry, Tensor):
             raise TieError(f"'{key}', which a copy reads, is a {type(entry).__name__}.")
-        return entry
+        return cast(Tensor, gathered(entry))
 
     def _own(self, layer: nn.Module, name: str) -> dict[str, Tensor]:
         """The entries of one tensor's parametrizations."""
@@ -417,7 +424,7 @@ class _Expander:
         problem = _unfit_free(layer, name, rule, prefix + name, keys, self.entries, {})
         if problem is not None:
             raise TieError(problem)
-        return rule.forward(*(self.entries[key] for key in keys))
+        return rule.forward(*map(self._entry, keys))
 
     def _source(self, layer: nn.Module, name: str) -> Tensor:
         rule = ties_of(layer).get(name)

@@ -20,7 +20,7 @@ class TieWarning(UserWarning):
 
 def describe_layer(layer: nn.Module) -> str:
     """One line for one layer: ``Conv2d(3, 3, kernel_size=(3, 3), …)``, never its children."""
-    kind = type(layer).__name__.removeprefix("Tied")
+    kind = type(layer).__name__.removeprefix("FSDP").removeprefix("Tied")
     return f"{kind}({layer.extra_repr()})"
 
 

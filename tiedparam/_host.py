@@ -37,8 +37,10 @@ from tiedparam import (
 )
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
+from tiedparam._sharded import is_sharded
 from tiedparam._stock import effective, parametrization_list, parametrization_lists
 from tiedparam._ties import is_tied, ties_of
+from tiedparam._wrapped import refuse_separate_source
 from tiedparam._write_guard import guard, guarding_is_off, unguard
 
 _inside = threading.local()  # .layer: whose own forward this thread is running
@@ -55,6 +57,16 @@ class HostMeta(type):
         # still need it, and the leaving layer changes its class instead
         if name not in cls.tied_names:
             super().__delattr__(name)
+        elif _is_derived(cls):
+            raise TieError(
+                f"cannot untie '{name}' of this {cls.__name__}: it is sharded already. "
+                "Untie before fully_shard."
+            )
+
+
+def _is_derived(cls: type) -> bool:
+    """Whether ``fully_shard`` has derived this class from a host class."""
+    return "tied_names" not in vars(cls)
 
 
 def adopt(layer: nn.Module) -> None:
@@ -93,6 +105,9 @@ def remember_order(layer: nn.Module) -> None:
 
 def stock_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the layer has without its parametrizations."""
+    for kind in type(layer).__mro__:  # fully_shard puts a class of its own before the host's
+        if isinstance(kind, HostMeta) and not _is_derived(kind):
+            return cast(type[nn.Module], kind.__base__)
     return parametrize.type_before_parametrizations(layer)
 
 
@@ -215,6 +230,11 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
         return stock._replicate_for_data_parallel(self)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
+        if _is_derived(type(self)):
+            raise TieError(
+                f"cannot pickle this {type(self).__name__}: it is sharded. Save a state dict, with "
+                "torch.distributed.checkpoint."
+            )
         return _revive, _kind(self), _state(self)
 
     members: dict[str, Any] = {
@@ -276,6 +296,8 @@ def _property(name: str) -> property:
             raise TieError(
                 f"computing the tied {describe(self, name)} raised AttributeError: {error}"
             ) from error
+        if type(weight) is not Tensor and not traced and is_sharded(weight):
+            return _sharded_weight(self, name, weight, own_forward)
         if traced or own_forward:
             return weight
         reader = sys._getframe(1)
@@ -285,6 +307,16 @@ def _property(name: str) -> property:
         return guard(weight, self, name)
 
     return property(read, lambda self, value: _set(self, name, value, sys._getframe(1)))
+
+
+def _sharded_weight(layer: nn.Module, name: str, weight: Tensor, inside: bool) -> Tensor:
+    """A weight under ``fully_shard`` is a DTensor, whose class the write guard cannot take."""
+    rule = ties_of(layer).get(name)
+    if isinstance(rule, Linked):
+        own = [parameter for parameter in layer._parameters.values() if parameter is not None]
+        if inside or not all(is_sharded(parameter) for parameter in own):
+            refuse_separate_source(layer, name, rule)
+    return weight
 
 
 def _set(layer: nn.Module, name: str, value: Tensor, writer: FrameType) -> None:

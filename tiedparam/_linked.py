@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from tiedparam._errors import TieError, describe, describe_layer
 from tiedparam._layout import Layout
 from tiedparam._rule import Rule
+from tiedparam._sharded import gathered
 from tiedparam._stock import effective, parametrization_list
 
 
@@ -64,6 +65,11 @@ class Linked(Rule):
             self._refuse_exchanged_source(source)
         return source
 
+    @property
+    def meeting(self) -> nn.Module | None:
+        """The smallest module that holds both ends, where ``root`` was given."""
+        return self._meeting() if self._meeting is not None else None
+
     def sources(self) -> Iterator[tuple[nn.Module, str]]:
         """The one tensor that is read."""
         yield self.source, self.source_name or "weight"
@@ -81,7 +87,7 @@ class Linked(Rule):
                 f"the source {describe_layer(source)} of a '{self}' tie has lost its '{name}'. "
                 "Give it one again, or call remove_tie."
             )
-        weight = self.fn(present)
+        weight = self.fn(gathered(present))
         if self.layout is not None and weight.shape != self.layout.shape:
             raise TieError(
                 f"the source '{name}' of {describe_layer(source)} is {tuple(present.shape)} now, "
@@ -183,7 +189,7 @@ class Linked(Rule):
         self._meeting = weakref.ref(root.get_submodule(".".join(there[:common])))
 
     def _refuse_exchanged_source(self, source: nn.Module) -> None:
-        found = self._meeting() if self._meeting is not None else None
+        found = self.meeting
         if found is None:
             return
         for name in self._path_to_source:
@@ -212,7 +218,7 @@ class Linked(Rule):
             where: how to name the tied tensor.
         """
         (source,) = self._source
-        meeting = self._meeting() if self._meeting is not None else None
+        meeting = self.meeting
         copied_whole = (id(meeting) in memo) if meeting is not None else bool(memo)
         if not copied_whole and id(source) not in memo:
             raise TieError(
@@ -224,7 +230,7 @@ class Linked(Rule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Linked:
         copied: Linked = type(self).__new__(type(self))
         memo[id(self)] = copied
-        meeting = self._meeting() if self._meeting is not None else None
+        meeting = self.meeting
         state = {key: value for key, value in self.__dict__.items() if key != "_meeting"}
         copied.__dict__.update(deepcopy(state, memo))
         replica = memo.get(id(meeting)) if meeting is not None else None
@@ -233,7 +239,7 @@ class Linked(Rule):
 
     def __getstate__(self) -> dict[str, Any]:
         # a weakref cannot be pickled; its target travels with the model that it holds
-        meeting = self._meeting() if self._meeting is not None else None
+        meeting = self.meeting
         return {**self.__dict__, "_meeting": meeting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

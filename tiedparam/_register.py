@@ -24,8 +24,10 @@ from tiedparam._linked import Linked
 from tiedparam._registry import find_rule
 from tiedparam._rollback import rolled_back_on_error
 from tiedparam._rule import Rule, relative_distance
+from tiedparam._sharded import is_sharded
 from tiedparam._stock import effective
-from tiedparam._ties import free_values, get_tie, is_stacked, is_tied
+from tiedparam._ties import free_values, get_tie, is_stacked, is_tied, origins
+from tiedparam._wrapped import refuse_wrapped
 from tiedparam._write_guard import unguard
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -92,6 +94,8 @@ def register_tie(
         reason = made.bind(layer, tensor_name, root)
         if reason is not None:
             raise refuse(reason)
+        if any(is_sharded(effective(*source)) for source in made.sources()):
+            raise refuse("its source is sharded already. Tie before fully_shard.")
         free = _initial_free_values(made, weight, init, refuse)
         _host.remember_order(layer)
         parametrize.register_parametrization(layer, tensor_name, made)
@@ -159,7 +163,6 @@ def remove_tie(
             f"cannot untie {where}: another parametrization is stacked on '{rule}'. Remove that "
             "one first, or use torch's remove_parametrizations to fix the combined weight."
         )
-    _refuse_sharded(free_values(layer, tensor_name), where, "untie")
     optimizers = _optimizer.as_optimizers(optimizer)
     stored = free_values(layer, tensor_name)
     if any(_has_hooks(parameter) for parameter in stored):
@@ -168,6 +171,8 @@ def remove_tie(
             "Remove them first."
         )
     with rule.old_source_allowed() if isinstance(rule, Linked) else nullcontext():
+        origin = list(origins(layer, tensor_name))
+        refuse_wrapped(layer, origin, where, "untie")
         with torch.enable_grad():
             weight = effective(layer, tensor_name)
         dense = _host.plain_parameter(weight, weight.requires_grad)
@@ -178,9 +183,7 @@ def remove_tie(
                 moves = _optimizer.plan_moves(optimizers, stored, [dense], maps, tensor_name)
                 _optimizer.move_gradient(stored, [dense], maps)
             else:
-                moves = _optimizer.plan_addition(
-                    optimizers, dense, list(origins_of(layer, tensor_name))
-                )
+                moves = _optimizer.plan_addition(optimizers, dense, origin)
         except ValueError as error:
             raise TieError(f"cannot move the optimizer of {where}: {error}.") from error
         source = rule.source if isinstance(rule, Linked) else None
@@ -294,7 +297,7 @@ def _weight_to_tie(
         raise refuse("only dense, unquantized tensors can be tied. Convert the layer first.")
     if _has_hooks(weight):
         raise refuse("it carries gradient hooks, which would be lost. Remove them first.")
-    _refuse_sharded([weight], describe(layer, tensor_name, root), "tie")
+    refuse_wrapped(layer, [weight], describe(layer, tensor_name, root), "tie", root)
     for other, name in _other_holders(layer, tensor_name, weight, root):
         raise refuse(
             f"it shares its Parameter with {describe(other, name, root)}. Give one of them a "
@@ -363,14 +366,6 @@ def _other_holders(
                 yield module, name
 
 
-def _refuse_sharded(parameters: list[nn.Parameter], where: str, verb: str) -> None:
-    """FSDP2 has taken the parameters over; a change under it would diverge (S35)."""
-    if any(hasattr(parameter, "device_mesh") for parameter in parameters):
-        raise TieError(
-            f"cannot {verb} {where}: it is sharded already. {verb.capitalize()} before fully_shard."
-        )
-
-
 def _initial_free_values(
     rule: Rule, weight: nn.Parameter, init: str, refuse: Callable[[str], TieError]
 ) -> list[Tensor]:
@@ -419,18 +414,6 @@ def _refuse_misshapen(value: object, dense: Tensor, refuse: Callable[[str], TieE
         )
     if value.dtype != dense.dtype:
         raise refuse(f"its forward returns {value.dtype}, not {dense.dtype}. Correct the rule.")
-
-
-def origins_of(layer: nn.Module, tensor_name: str) -> Iterator[nn.Parameter]:
-    """The Parameters that a tensor is or is computed from, at the end of a chain of copies."""
-    if not is_tied(layer, tensor_name):
-        parameter = layer._parameters.get(tensor_name)
-        yield from [parameter] if parameter is not None else []
-    elif isinstance(rule := get_tie(layer, tensor_name), Linked):
-        for source, name in rule.sources():
-            yield from origins_of(source, name)
-    else:
-        yield from free_values(layer, tensor_name)
 
 
 @contextmanager

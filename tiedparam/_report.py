@@ -13,11 +13,10 @@ from torch.optim import Optimizer
 from tiedparam import _cost
 from tiedparam._linked import Linked
 from tiedparam._optimizer import as_optimizers
-from tiedparam._register import origins_of
 from tiedparam._rule import Rule
 from tiedparam._scan import span
 from tiedparam._table import Column, Table, TableReport, plain, show
-from tiedparam._ties import ties_of
+from tiedparam._ties import origins, ties_of
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ def _row(
     shape = rule.bound_layout.shape
     counts = rule.multiplicities()
     costs = _cost.multiply_adds(layer, name, shape, rule)
-    origins = list(origins_of(layer, name))
+    stored = list(origins(layer, name))
     return TieRow(
         layer=path,
         tensor_name=name,
@@ -274,8 +273,8 @@ def _row(
         multiply_adds_dense=costs[0] if costs else None,
         multiply_adds_tied=costs[1] if costs else None,
         positions=positions.get(layer),
-        bytes_per_value=origins[0].element_size() if origins else 0,
-        trained=any(parameter.requires_grad for parameter in origins),
+        bytes_per_value=stored[0].element_size() if stored else 0,
+        trained=any(parameter.requires_grad for parameter in stored),
     )
 
 

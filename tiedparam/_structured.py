@@ -242,11 +242,18 @@ def _sum_inputs(x: Tensor, groups: int, axes: int) -> Tensor:
 def _spread(y: Tensor, run: int, bias: Tensor | None, axes: int) -> Tensor:
     """Repeat every output ``run`` times, in memory of its own, and add the bias."""
     channel = -axes - 1
-    if bias is None:
-        return y.repeat_interleave(run, channel)
     outputs = y.shape[channel]
-    shaped = bias.to(y.dtype).reshape(outputs, run, *(1,) * axes)
-    return (y.unsqueeze(channel) + shaped).flatten(channel - 1, channel)
+    if outputs == 1 and bias is not None:
+        return y + bias.to(y.dtype).reshape(-1, *(1,) * axes)
+    if bias is None:
+        spread = y.unsqueeze(channel).repeat_interleave(run, channel)
+    else:
+        spread = y.unsqueeze(channel) + bias.to(y.dtype).reshape(outputs, run, *(1,) * axes)
+    # no view for autograd, as stock layers return none: under fully_shard the hook on an output
+    # that is a view would not survive an in-place ReLU
+    shape = (*y.shape[:channel], outputs * run, *y.shape[y.dim() - axes :])
+    merged: Tensor = torch.ops.aten._unsafe_view.default(spread.contiguous(), shape)
+    return merged
 
 
 def _windows(layer: Any, x: Tensor) -> Iterator[Tensor]:

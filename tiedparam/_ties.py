@@ -40,6 +40,17 @@ def free_values(layer: nn.Module, tensor_name: str) -> list[nn.Parameter]:
     return [getattr(values, f"original{index}") for index in range(values.ntensors)]
 
 
+def origins(layer: nn.Module, tensor_name: str) -> Iterator[nn.Parameter]:
+    """The Parameters that hold a tensor's numbers; a copy's are at the end of its chain."""
+    if not is_tied(layer, tensor_name):
+        parameter = layer._parameters.get(tensor_name)
+        yield from [parameter] if parameter is not None else []
+        return
+    yield from free_values(layer, tensor_name)
+    for source, name in get_tie(layer, tensor_name).sources():
+        yield from origins(source, name)
+
+
 def is_stacked(layer: nn.Module, tensor_name: str) -> bool:
     """Whether another parametrization works on what the tie gives."""
     return len(parametrization_list(layer, tensor_name)) > 1

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tiedparam import _cache
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
+from tiedparam._sharded import is_sharded, whole, write
 from tiedparam._stock import effective, parametrization_lists
 from tiedparam._ties import free_values, get_tie, is_stacked, ties_of
 from tiedparam._write_guard import unguard
@@ -51,13 +52,13 @@ def assign_(
             "Remove that one first."
         )
     value = unguard(value)
-    if is_traceable_wrapper_subclass(value) and not hasattr(value, "device_mesh"):
+    if is_traceable_wrapper_subclass(value) and not is_sharded(value):
         # what torchao's quantize_ puts in the place of a weight
         raise TieError(
             f"cannot assign a {type(value).__name__} to {where}: the free values are plain "
             "numbers. To quantize the layer call remove_tie first."
         )
-    value = value.detach()
+    value = whole(value.detach())
     with torch.no_grad():
         present = effective(layer, tensor_name)
         if value.shape != present.shape or value.dtype != present.dtype:
@@ -74,7 +75,7 @@ def assign_(
                 "remove_tie first."
             )
         for parameter, content in zip(free_values(layer, tensor_name), free, strict=True):
-            parameter.copy_(content)
+            write(parameter, content)
     return layer
 
 
@@ -103,12 +104,16 @@ def init_(
     if isinstance(rule, Linked):
         return layer
     with torch.no_grad():
-        dense = torch.empty_like(
-            effective(layer, tensor_name), memory_format=torch.contiguous_format
-        )
+        dense = _empty_dense(layer, tensor_name)
         init_fn(dense)
         keep_representatives(layer, tensor_name, dense)
     return layer
+
+
+def _empty_dense(layer: nn.Module, tensor_name: str) -> Tensor:
+    """A tensor like the effective weight, to be filled; whole where the layer is sharded."""
+    weight = effective(layer, tensor_name)
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
 def keep_representatives(layer: nn.Module, tensor_name: str, dense: Tensor) -> None:
@@ -117,7 +122,7 @@ def keep_representatives(layer: nn.Module, tensor_name: str, dense: Tensor) -> N
     with torch.no_grad():
         chosen = rule.representatives(dense)
         for parameter, content in zip(free_values(layer, tensor_name), chosen, strict=True):
-            parameter.copy_(content)
+            write(parameter, content)
 
 
 def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
@@ -133,8 +138,7 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     stand_in._modules = {k: v for k, v in layer._modules.items() if k != "parametrizations"}
     with torch.no_grad():
         for name in parametrization_lists(layer):
-            dense = torch.empty_like(effective(layer, name), memory_format=torch.contiguous_format)
-            stand_in._parameters[name] = nn.Parameter(dense)
+            stand_in._parameters[name] = nn.Parameter(_empty_dense(layer, name))
     stock_class.reset_parameters(stand_in)  # type: ignore[attr-defined]
     for name, rule in ties_of(layer).items():
         dense_parameter = stand_in._parameters[name]

@@ -1,0 +1,50 @@
+"""Tensors that ``fully_shard`` has spread over ranks: seen, gathered and written (S35).
+
+A sharded tensor is a DTensor: every rank holds its part. Reading it whole and writing it are
+collective: every rank must do so, in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether this is a DTensor; tells without importing what is not in use."""
+    kind = type(tensor)  # a missing attribute would cost most of the time
+    return kind is not nn.Parameter and kind is not Tensor and hasattr(tensor, "device_mesh")
+
+
+def gathered(tensor: Any) -> Any:
+    """A sharded tensor with all of its values on every rank, still a DTensor; others as is."""
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor as an ordinary one; any other tensor as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    gathered: Tensor = sharded.full_tensor()
+    return gathered
+
+
+def write(parameter: Tensor, value: Tensor) -> None:
+    """Copy ``value``, a whole tensor, into a parameter that may be sharded.
+
+    Of a sharded parameter every rank receives its part of the first rank's value, so that
+    ranks that drew different random numbers agree.
+    """
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        value = value.to(parameter.device, parameter.dtype)
+        value = distribute_tensor(value, sharded.device_mesh, sharded.placements)
+    parameter.copy_(value)

@@ -1,0 +1,140 @@
+"""Models that DDP or ``fully_shard`` has taken over: tying or untying then comes too late.
+
+Both look at the parameters once, when they wrap a model. A parameter that a tie makes later
+is nobody's: its gradient is not averaged, and the ranks drift apart (S34, S35). And a copy
+whose source is sharded on its own would meet one part of it (S31).
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tiedparam._errors import TieError, describe
+from tiedparam._linked import Linked
+from tiedparam._sharded import is_sharded
+
+
+def refuse_wrapped(
+    layer: nn.Module,
+    parameters: Iterable[Tensor],
+    where: str,
+    verb: str,
+    root: nn.Module | None = None,
+) -> None:
+    """Raise if a wrapper holds the layer, whose ``parameters`` are about to be exchanged.
+
+    Args:
+        layer: the layer to tie or untie.
+        parameters: what its tensor is stored in.
+        where: how to name the tensor.
+        verb: "tie" or "untie".
+        root: the model; a wrapper may be it or lie in it.
+
+    Raises:
+        TieError: if the layer is part of a live DDP model (S34) or was sharded (S35).
+    """
+    parameters = list(parameters)
+    wrapper: nn.Module | None = None
+    if not any(is_sharded(parameter) for parameter in parameters):
+        wrapper = _wrapper_of(layer, parameters, root)
+        if wrapper is None:
+            return
+    if isinstance(wrapper, DistributedDataParallel):
+        raise TieError(
+            f"cannot {verb} {where}: a {type(wrapper).__name__} holds it already, and would not "
+            f"average the gradients of the new parameters. {verb.capitalize()} before wrapping: "
+            f"drop the wrapper, {verb} its .module, and wrap that again."
+        )
+    raise TieError(
+        f"cannot {verb} {where}: it is sharded already. {verb.capitalize()} before fully_shard."
+    )
+
+
+def refuse_separate_source(layer: nn.Module, tensor_name: str, rule: Linked) -> None:
+    """Raise for a copy that is to be computed while its source is sharded elsewhere (S31)."""
+    ((source, source_name),) = rule.sources()
+    root = rule.meeting
+    copy, original = describe(layer, tensor_name, root), describe(source, source_name, root)
+    pair = "source_layer, layer"
+    if root is not None:
+        paths = {id(module): path for path, module in root.named_modules()}
+        pair = f"{paths[id(source)]}, {paths[id(layer)]}"
+    raise TieError(
+        f"cannot compute {copy} by '{rule}': its source {original} belongs to another "
+        "fully_shard unit, and only a part of it is here. Put both into one unit, with "
+        f"fully_shard([{pair}]) or by sharding only a module that holds both."
+    )
+
+
+# Finding the wrapper ---------------------------------------------------------------------
+
+
+def _wrapper_of(
+    layer: nn.Module, parameters: list[Tensor], root: nn.Module | None
+) -> nn.Module | None:
+    """The DDP or FSDP2 module that holds ``layer``, if any: a layer does not know it."""
+    classes = _wrapper_classes()
+    inside = root.modules() if root is not None else iter((layer,))
+    found = [module for module in inside if isinstance(module, classes)]
+    if distributed.is_available() and distributed.is_initialized():
+        found += _live_wrappers([*parameters, *layer.parameters()])
+    for wrapper in found:
+        if any(module is layer for module in wrapper.modules()):
+            return wrapper
+    return None
+
+
+def _wrapper_classes() -> tuple[type[nn.Module], ...]:
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
+    return (DistributedDataParallel, *([fsdp.FSDPModule] if fsdp is not None else []))
+
+
+def _live_wrappers(parameters: list[Tensor]) -> list[nn.Module]:
+    """All wrapped models of this process, or none where it is plain that none holds these.
+
+    Looking at every live object takes tens of milliseconds, which tying hundreds of layers
+    before wrapping should not cost.
+    """
+    ddp, *fsdp = _wrapper_classes()
+    classes = [subclass for kind in fsdp for subclass in _subclasses(kind)]
+    if not parameters or any(_may_be_in_ddp(parameter) for parameter in parameters):
+        classes += [ddp, *_subclasses(ddp)]
+    if not classes:
+        return []
+    # an instance refers to its class
+    return [o for o in gc.get_referrers(*classes) if issubclass(type(o), tuple(classes))]
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    subclass: type
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _may_be_in_ddp(parameter: Tensor) -> bool:
+    """Whether somebody keeps the parameter's gradient accumulator, as DDP's reducer does.
+
+    torch makes the accumulator when a graph needs it and drops it with the graph. A mark on
+    it is found again only if it outlived the graph that is made and dropped here.
+    """
+    if not parameter.requires_grad:
+        return True  # has none, so nothing can be told
+    with torch.inference_mode(False), torch.enable_grad():
+        _accumulator(parameter).metadata[_MARK] = True
+        return _MARK in _accumulator(parameter).metadata
+
+
+_MARK = "tiedparam looked here"
+
+
+def _accumulator(parameter: Tensor) -> Any:
+    node: Any = parameter.view_as(parameter).grad_fn
+    return node.next_functions[0][0]
