@@ -268,9 +268,10 @@ def test_an_interruption_midway_rolls_everything_back(monkeypatch, failing):
         if len(calls) == failing:
             raise Interrupt
         calls.append(arguments)
-        return tp.register_tie(*arguments, **options)
+        return tie(*arguments, **options)
 
-    monkeypatch.setattr(_model, "register_tie", register)
+    tie = _model.tie_one
+    monkeypatch.setattr(_model, "tie_one", register)
     plan = {
         "layer1.conv2": "flip_sym",
         "layer2.conv1": ("copy", {"source": outside}),
