@@ -297,7 +297,9 @@ def test_whatever_a_layer_keeps_in_lists_tables_and_sets_is_rolled_back():
     layer.weight.note = "mine"
     before = everything(layer)
     kept = layer.held
-    with pytest.raises(Interrupt), rolled_back_on_error([layer], []):
+
+    @rolled_back_on_error([layer], [])
+    def interrupted():
         layer.listed[:] = [2, 3]
         layer.tabled["b"] = layer.tabled.pop("a")
         layer.held.add(2)
@@ -306,6 +308,9 @@ def test_whatever_a_layer_keeps_in_lists_tables_and_sets_is_rolled_back():
         layer.register_forward_hook(print)
         layer.eval()
         raise Interrupt
+
+    with pytest.raises(Interrupt):
+        interrupted()
     assert everything(layer) == before
     assert (layer.listed, layer.tabled, layer.held) == ([1], {"a": 1}, {1})
     assert layer.held is kept
