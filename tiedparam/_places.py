@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
@@ -28,6 +28,11 @@ class Places:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     self._holders.setdefault(parameter, []).append((module, name))
+
+    @property
+    def modules(self) -> Collection[nn.Module]:
+        """All modules of the model."""
+        return self._paths
 
     def describe(self, layer: nn.Module, tensor_name: str) -> str:
         """Name a tensor by its path in the model, or by its layer if it is not in there."""

@@ -318,8 +318,8 @@ def _weight_to_tie(
         raise refuse("only dense, unquantized tensors can be tied. Convert the layer first.")
     if _has_hooks(weight):
         raise refuse("it carries gradient hooks, which would be lost. Remove them first.")
-    root = places.root if places is not None else None
-    refuse_wrapped(layer, [weight], _describe(layer, tensor_name, places), "tie", root)
+    inside = places.modules if places is not None else ()
+    refuse_wrapped(layer, [weight], _describe(layer, tensor_name, places), "tie", inside)
     for other, name in (places or Places(layer)).other_holders(layer, tensor_name, weight):
         raise refuse(
             f"it shares its Parameter with {_describe(other, name, places)}. Give one of them a "
