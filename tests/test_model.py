@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 import tiedparam as tp
 from tiedparam import _model
 from tiedparam._plan import plan_from_data, plan_to_data, to_toml
+from tiedparam._rollback import rolled_back_on_error
 
 
 class Block(nn.Module):
@@ -200,6 +201,11 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
+@pytest.mark.feature(
+    "Whole models",
+    "a plan of which one tie does not fit",
+    refused='all reasons are listed and nothing is changed; `on_unfit="skip"` ties the rest',
+)
 def test_all_reasons_are_listed_and_nothing_is_changed():
     model = ResNet()
     optimizer = adam(model)
@@ -268,9 +274,10 @@ def test_an_interruption_midway_rolls_everything_back(monkeypatch, failing):
         if len(calls) == failing:
             raise Interrupt
         calls.append(arguments)
-        return tp.register_tie(*arguments, **options)
+        return tie(*arguments, **options)
 
-    monkeypatch.setattr(_model, "register_tie", register)
+    tie = _model.tie_one
+    monkeypatch.setattr(_model, "tie_one", register)
     plan = {
         "layer1.conv2": "flip_sym",
         "layer2.conv1": ("copy", {"source": outside}),
@@ -282,6 +289,36 @@ def test_an_interruption_midway_rolls_everything_back(monkeypatch, failing):
     assert len(calls) == failing
     assert everything(model, optimizer) + everything(outside) == before
     train(model, optimizer)
+
+
+def test_whatever_a_layer_keeps_in_lists_tables_and_sets_is_rolled_back():
+    layer = nn.Linear(2, 2)
+    layer.listed, layer.tabled, layer.held = [1], {"a": 1}, {1}
+    layer.weight.note = "mine"
+    before = everything(layer)
+    kept = layer.held
+
+    @rolled_back_on_error([layer], [])
+    def interrupted():
+        layer.listed[:] = [2, 3]
+        layer.tabled["b"] = layer.tabled.pop("a")
+        layer.held.add(2)
+        layer.added = nn.Parameter(torch.ones(1))
+        layer.weight.note = "theirs"
+        layer.register_forward_hook(print)
+        layer.eval()
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        interrupted()
+    assert everything(layer) == before
+    assert (layer.listed, layer.tabled, layer.held) == ([1], {"a": 1}, {1})
+    assert layer.held is kept
+    assert layer.weight.note == "mine"
+    assert not hasattr(layer, "added")
+    with rolled_back_on_error([layer], []):
+        layer.listed.append(2)
+    assert layer.listed == [1, 2]
 
 
 def test_a_recurrent_layers_list_of_weights_is_rolled_back():
@@ -379,6 +416,7 @@ def test_rescale_keeps_the_deviation_and_leaves_copies_alone():
 # Optimizers, untying -------------------------------------------------------------------------
 
 
+@pytest.mark.feature("Whole models", "`tie_model` and `untie_model`, optimizer state included")
 def test_the_optimizer_follows_there_and_back():
     torch.manual_seed(0)
     model = ResNet()
@@ -471,6 +509,7 @@ PLAN = {
 }
 
 
+@pytest.mark.feature("Whole models", "plans in TOML and JSON")
 @pytest.mark.parametrize("suffix", [".toml", ".json"])
 def test_plans_are_written_and_read(tmp_path, suffix):
     path = tmp_path / f"plan{suffix}"

@@ -65,6 +65,9 @@ def file_bytes(tensors: dict[str, torch.Tensor]) -> int:
     return len(written) - 8 - int.from_bytes(written[:8], "little")
 
 
+@pytest.mark.feature(
+    "Whole models", "`report`: values, bytes of checkpoint and optimizer, multiply-adds"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_totals_are_what_files_and_optimizers_hold(dtype):
     model = ResNet()

@@ -205,6 +205,7 @@ def encoder() -> nn.TransformerEncoder:
     return model
 
 
+@pytest.mark.feature("Whole models", "`scan`: near-symmetries beside what a random weight gives")
 def test_planted_near_symmetries_stand_out_and_can_be_tied():
     model = encoder()
     planted = set(plant(model))

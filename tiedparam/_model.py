@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 from tiedparam._errors import TieError
 from tiedparam._linked import Linked
 from tiedparam._optimizer import as_optimizers
+from tiedparam._places import Places
 from tiedparam._plan import Pattern, Plan, PlanEntry, Value
-from tiedparam._register import INITS, make_rule, register_tie, remove_tie
+from tiedparam._register import INITS, make_rule, remove_tie, tie_one
 from tiedparam._report import Skipped, TieReport, tie_rows, totals_of
 from tiedparam._rollback import rolled_back_on_error
 from tiedparam._rule import Rule
@@ -76,19 +77,20 @@ def tie_model(
     plan = Plan.of(plan)
     optimizers = as_optimizers(optimizer)
     wanted = _sources_first(_select(model, plan, init), model)
-    skipped: list[Skipped] = []
+    places, skipped = Places(model), list[Skipped]()
     given = [entry.options.get("source") for entry in plan.entries]
     outside = [source for source in given if isinstance(source, nn.Module)]
     try:
         with rolled_back_on_error([*model.modules(), *outside], optimizers):
-            for tie in wanted:
-                reason = tie.make(model, optimizers, cache)
+            for each in wanted:
+                reason = each.make(places, optimizers, cache)
                 if reason is not None:
-                    skipped.append(Skipped(tie.path, tie.entry.tensor_name, str(tie.rule), reason))
+                    name = each.entry.tensor_name
+                    skipped.append(Skipped(each.path, name, str(each.rule), reason))
             if skipped and on_unfit == "error":
                 raise TieError(_all_reasons(skipped, len(wanted)))
             rows = tie_rows(model)
-            made = {(tie.path, tie.entry.tensor_name) for tie in wanted}
+            made = {(each.path, each.entry.tensor_name) for each in wanted}
             made -= {(left.layer, left.tensor_name) for left in skipped}
             report = TieReport(
                 tuple(row for row in rows if (row.layer, row.tensor_name) in made),
@@ -161,17 +163,17 @@ class _Tie:
     rule: Rule
     init: str
 
-    def make(self, model: nn.Module, optimizers: list[Optimizer], cache: bool) -> str | None:
+    def make(self, places: Places, optimizers: list[Optimizer], cache: bool) -> str | None:
         """Tie it, or return why that cannot be."""
         try:
-            register_tie(
+            tie_one(
                 self.layer,
                 self.rule,
                 self.entry.tensor_name,
+                places,
                 init=self.init,
                 cache=cache,
                 optimizer=optimizers,
-                root=model,
             )
         except TieError as error:
             where = f"{self.path}.{self.entry.tensor_name}".removeprefix(".")

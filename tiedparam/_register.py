@@ -21,6 +21,7 @@ from tiedparam import _cache, _host, _optimizer, _optimizer_guard, _structured
 from tiedparam._checkpoint import unwatch_source, watch_source
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
+from tiedparam._places import Places
 from tiedparam._registry import find_rule
 from tiedparam._rollback import rolled_back_on_error
 from tiedparam._rule import Rule, relative_distance
@@ -35,7 +36,6 @@ Layer = TypeVar("Layer", bound=nn.Module)
 INITS = ("project", "rescale", "exact")
 
 
-@torch.inference_mode(False)  # Parameters made in inference mode could never be trained
 def register_tie(
     layer: Layer,
     rule: str | type[Rule] | Rule,
@@ -79,13 +79,34 @@ def register_tie(
     """
     _check_arguments(layer, tensor_name, init, root)
     made = make_rule(rule, options)
-    where = describe(layer, tensor_name, root)
+    places = Places(root) if root is not None else None
+    return tie_one(layer, made, tensor_name, places, init=init, cache=cache, optimizer=optimizer)
+
+
+@torch.inference_mode(False)  # Parameters made in inference mode could never be trained
+def tie_one(
+    layer: Layer,
+    made: Rule,
+    tensor_name: str,
+    places: Places | None,
+    *,
+    init: str,
+    cache: bool,
+    optimizer: Optimizer | Iterable[Optimizer] | None,
+) -> Layer:
+    """`register_tie` with a rule that is made, and a root that is looked through.
+
+    Raises:
+        TieError: if anything does not fit. Nothing was changed then.
+    """
+    root = places.root if places is not None else None
+    where = _describe(layer, tensor_name, places)
 
     def refuse(reason: str) -> TieError:
         return TieError(f"cannot tie {where} by '{made}': {reason}")
 
     _cache.refuse_if_frozen(layer, "register_tie")
-    weight = _weight_to_tie(layer, tensor_name, root, refuse)
+    weight = _weight_to_tie(layer, tensor_name, places, refuse)
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         _refuse_embedding_options(layer, made, refuse)
     optimizers = _optimizer.as_optimizers(optimizer)
@@ -279,7 +300,7 @@ def make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:
 def _weight_to_tie(
     layer: nn.Module,
     tensor_name: str,
-    root: nn.Module | None,
+    places: Places | None,
     refuse: Callable[[str], TieError],
 ) -> nn.Parameter:
     """The Parameter to tie, once nothing speaks against touching it."""
@@ -297,10 +318,11 @@ def _weight_to_tie(
         raise refuse("only dense, unquantized tensors can be tied. Convert the layer first.")
     if _has_hooks(weight):
         raise refuse("it carries gradient hooks, which would be lost. Remove them first.")
-    refuse_wrapped(layer, [weight], describe(layer, tensor_name, root), "tie", root)
-    for other, name in _other_holders(layer, tensor_name, weight, root):
+    inside = places.modules if places is not None else ()
+    refuse_wrapped(layer, [weight], _describe(layer, tensor_name, places), "tie", inside)
+    for other, name in (places or Places(layer)).other_holders(layer, tensor_name, weight):
         raise refuse(
-            f"it shares its Parameter with {describe(other, name, root)}. Give one of them a "
+            f"it shares its Parameter with {_describe(other, name, places)}. Give one of them a "
             "Parameter of its own, and tie the second to the first by 'copy'."
         )
     return weight
@@ -357,13 +379,10 @@ def _why_no_parameter(layer: nn.Module, tensor_name: str) -> str:
     return f"the layer has no such tensor. Its Parameters are {known}."
 
 
-def _other_holders(
-    layer: nn.Module, tensor_name: str, weight: nn.Parameter, root: nn.Module | None
-) -> Iterator[tuple[nn.Module, str]]:
-    for module in (root if root is not None else layer).modules():
-        for name, parameter in module._parameters.items():
-            if parameter is weight and not (module is layer and name == tensor_name):
-                yield module, name
+def _describe(layer: nn.Module, tensor_name: str, places: Places | None) -> str:
+    return (
+        places.describe(layer, tensor_name) if places is not None else describe(layer, tensor_name)
+    )
 
 
 def _initial_free_values(

@@ -26,7 +26,7 @@ def refuse_wrapped(
     parameters: Iterable[Tensor],
     where: str,
     verb: str,
-    root: nn.Module | None = None,
+    inside: Iterable[nn.Module] = (),
 ) -> None:
     """Raise if a wrapper holds the layer, whose ``parameters`` are about to be exchanged.
 
@@ -35,7 +35,7 @@ def refuse_wrapped(
         parameters: what its tensor is stored in.
         where: how to name the tensor.
         verb: "tie" or "untie".
-        root: the model; a wrapper may be it or lie in it.
+        inside: the modules of the model, where they are known; a wrapper may be among them.
 
     Raises:
         TieError: if the layer is part of a live DDP model (S34) or was sharded (S35).
@@ -43,7 +43,7 @@ def refuse_wrapped(
     parameters = list(parameters)
     wrapper: nn.Module | None = None
     if not any(is_sharded(parameter) for parameter in parameters):
-        wrapper = _wrapper_of(layer, parameters, root)
+        wrapper = _wrapper_of(layer, parameters, inside)
         if wrapper is None:
             return
     if isinstance(wrapper, DistributedDataParallel):
@@ -77,12 +77,11 @@ def refuse_separate_source(layer: nn.Module, tensor_name: str, rule: Linked) -> 
 
 
 def _wrapper_of(
-    layer: nn.Module, parameters: list[Tensor], root: nn.Module | None
+    layer: nn.Module, parameters: list[Tensor], inside: Iterable[nn.Module]
 ) -> nn.Module | None:
     """The DDP or FSDP2 module that holds ``layer``, if any: a layer does not know it."""
     classes = _wrapper_classes()
-    inside = root.modules() if root is not None else iter((layer,))
-    found = [module for module in inside if isinstance(module, classes)]
+    found = [module for module in (layer, *inside) if isinstance(module, classes)]
     if distributed.is_available() and distributed.is_initialized():
         found += _live_wrappers([*parameters, *layer.parameters()])
     for wrapper in found:
