@@ -366,11 +366,9 @@ class _Session:
         for parameter, data, gradient, gradient_data in self.data:
             now = parameter.data
             if now.dtype != data.dtype or now.device != data.device:
-                parameter.grad = None  # torch wants both of one kind at any time
                 parameter.data = data
                 if gradient is not None and gradient_data is not None:
                     gradient.data = gradient_data
-                    parameter.grad = gradient
         for module, buffers in self.buffers:
             module._buffers.update(buffers)
 

@@ -249,6 +249,8 @@ def _spread(y: Tensor, run: int, bias: Tensor | None, axes: int) -> Tensor:
         spread = y.unsqueeze(channel).repeat_interleave(run, channel)
     else:
         spread = y.unsqueeze(channel) + bias.to(y.dtype).reshape(outputs, run, *(1,) * axes)
+    if torch._C._get_tracing_state() is not None:  # which would write the sizes down as constants
+        return spread.flatten(channel - 1, channel)
     # no view for autograd, as stock layers return none: under fully_shard the hook on an output
     # that is a view would not survive an in-place ReLU
     shape = (*y.shape[:channel], outputs * run, *y.shape[y.dim() - axes :])
