@@ -200,7 +200,7 @@ def test_no_command_prints_help_and_exits_2(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert "usage: python -m tiedparam" in done.stderr
-    assert "examples:" in done.stderr
+    assert "\n  tiedparam demo\n" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -468,3 +468,12 @@ def test_s29b_tied_layers_at_the_top_level_are_stacked(rule):
     together = torch.vmap(run)(parameters, buffers, x)
     apart = torch.stack([layer(batch) for layer, batch in zip(layers, x, strict=True)])
     torch.testing.assert_close(together, apart)
+
+
+def test_a_tied_layers_class_makes_stock_layers():
+    """Libraries write ``type(layer)(…)`` for a layer of the same kind."""
+    layer = tp.register_tie(nn.Linear(3, 3), "flip_sym")
+    made = type(layer)(4, 5, bias=False)
+    assert type(made) is nn.Linear
+    assert made.weight.shape == (5, 4)
+    assert type(tp.register_tie(made, "row_repeat")) is type(layer)

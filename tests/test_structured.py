@@ -574,3 +574,21 @@ def test_outputs_are_no_views_for_autograd(build, rule, options, shape, bias):
     assert not dense(x)._is_view()
     assert not y._is_view()
     torch.testing.assert_close(nn.functional.relu_(y), nn.functional.relu(dense(x)))
+
+
+class Doubled(nn.Linear):
+    """A layer with a forward of its own, which knows of no cheap form."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    ("layer", "tensor_name"), [(nn.Bilinear(3, 3, 4), "weight"), (Doubled(3, 4), "weight")]
+)
+def test_a_form_that_a_layer_has_not_is_refused(layer, tensor_name):
+    with pytest.raises(tp.TieError, match="compute='reduced' is no form.*computes densely"):
+        tp.register_tie(layer, "row_repeat", tensor_name, compute="reduced")
+    assert not tp.is_tied(layer)
+    tp.register_tie(layer, "row_repeat", tensor_name)
+    assert tp.get_tie(layer).plan is None

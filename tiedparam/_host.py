@@ -52,6 +52,11 @@ class HostMeta(type):
 
     tied_names: tuple[str, ...]
 
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        # ``type(layer)(…)`` makes a layer like this one, which is stock: it has no tie yet
+        stock = next(kind for kind in cls.__mro__ if not isinstance(kind, HostMeta))
+        return stock(*args, **kwargs)
+
     def __delattr__(cls, name: str) -> None:
         # torch's remove_parametrizations deletes the property from the class; other layers
         # still need it, and the leaving layer changes its class instead

@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
         epilog=(
             "examples:\n"
+            "  tiedparam demo\n"
             "  tiedparam scan model.safetensors --plan plan.toml\n"
             "  tiedparam tie model.safetensors --plan plan.toml -o tied.safetensors\n"
             "  tiedparam report tied.safetensors\n"

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tiedparam._broadcast import Broadcast, Reduction
 from tiedparam._errors import TieError
@@ -85,7 +86,15 @@ def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
     if not isinstance(rule, Broadcast) or tensor_name != "weight":
         return
     layout = rule.bound_layout
-    if len(layout.shape) < 2:
+    if (
+        len(layout.shape) < 2
+        or computation(parametrize.type_before_parametrizations(layer)) is None
+    ):
+        if rule.compute not in ("auto", "dense"):
+            raise TieError(
+                f"compute={rule.compute!r} is no form of '{rule}' on a "
+                f"{type(layer).__name__.removeprefix('Tied')}, which computes densely. Leave it out."
+            )
         return
     reduction = rule.reduction()
     convolution = not isinstance(layer, nn.Linear)
