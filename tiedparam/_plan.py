@@ -24,7 +24,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from typing import Any
 
 from torch import nn
 
+from tiedparam._atomic import whole_files
 from tiedparam._errors import TieError
 from tiedparam._functions import find_function, function_name
 from tiedparam._registry import find_rule
@@ -172,15 +172,8 @@ def write_plan(
     text = (
         to_toml(data) if kind == "toml" else json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     )
-    # beside the target and then renamed: nobody ever reads half a plan
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with whole_files() as open_file:
+        open_file(path).write(text.encode())
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:
