@@ -92,8 +92,8 @@ def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
     ):
         if rule.compute not in ("auto", "dense"):
             raise TieError(
-                f"compute={rule.compute!r} is no form of '{rule}' on a "
-                f"{type(layer).__name__.removeprefix('Tied')}, which computes densely. Leave it out."
+                f"compute={rule.compute!r} is no form of '{rule}' on a {stock.__name__}, which "
+                "computes densely. Leave it out."
             )
         return
     reduction = rule.reduction()
