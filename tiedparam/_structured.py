@@ -86,10 +86,8 @@ def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
     if not isinstance(rule, Broadcast) or tensor_name != "weight":
         return
     layout = rule.bound_layout
-    if (
-        len(layout.shape) < 2
-        or computation(parametrize.type_before_parametrizations(layer)) is None
-    ):
+    stock = parametrize.type_before_parametrizations(layer)
+    if len(layout.shape) < 2 or computation(stock) is None:
         if rule.compute not in ("auto", "dense"):
             raise TieError(
                 f"compute={rule.compute!r} is no form of '{rule}' on a {stock.__name__}, which "
