@@ -482,6 +482,25 @@ def large_models(run: Run) -> None:
         run.note_bytes(shapes, "peak over the dense model, each layer", sizes)
 
 
+@case(
+    "scan",
+    "Looking at a whole model through every rule, against reading its values once",
+    default_allocator=False,
+)
+def scanning(run: Run) -> None:
+    for width, count in [(32, 4)] if run.quick else [(512, 100), (1024, 100), (2048, 24)]:
+        model = memory.many_layers(width, count)
+        values = [p.detach() for p in model.parameters()]
+        calls = {
+            "one norm of every tensor": lambda v=values: [torch.linalg.vector_norm(t) for t in v],
+            "tiedparam.scan": lambda m=model: tp.scan(m, progress=False),
+            "tiedparam.scan without copies": lambda m=model: tp.scan(m, pairs=0, progress=False),
+        }
+        setting = dataclasses.replace(run.setting, rounds=(2, 3))
+        shapes = f"{count} × Linear({width}, {width}), {count * width * width / 1e6:.0f} million"
+        run.note(shapes, "scan", run.time(calls, setting))
+
+
 Layer = tuple[str, Callable[[int], Any], tuple[int, ...]]
 _LAYERS: tuple[Layer, ...] = (
     ("conv2d 3×3 on 14²", lambda c: nn.Conv2d(c, c, 3, padding=1), (14, 14)),

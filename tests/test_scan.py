@@ -227,7 +227,7 @@ def test_planted_near_symmetries_stand_out_and_can_be_tied():
     assert tp.scan(model).found() == []
 
 
-def test_a_scan_of_digits_after_training_finds_what_training_made():
+def test_a_scan_finds_the_symmetry_that_training_made():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 12, bias=False))
     target = torch.randn(12, 12)

@@ -117,6 +117,13 @@ class TiedModel(RuleBasedStateMachine):
         if tp.is_tied(layer) and len(layer.parametrizations.weight) == 1:
             parametrizations.spectral_norm(layer, "weight")
 
+    @rule(path=st.sampled_from(LAYERS), kind=st.sampled_from(["weight_norm", "orthogonal"]))
+    def stack_what_cannot_compute(self, path, kind):
+        layer = self.model.get_submodule(path)
+        if tp.is_tied(layer):
+            with self.refusal_changes_nothing(expected=True):
+                getattr(parametrizations, kind)(layer, "weight")
+
     @rule(mode=st.booleans())
     def train_or_eval(self, mode):
         self.model.train(mode)

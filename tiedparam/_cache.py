@@ -26,7 +26,7 @@ from tiedparam import _optimizer_guard
 from tiedparam._errors import TieError
 from tiedparam._rule import Rule
 from tiedparam._stock import effective, parametrization_list
-from tiedparam._ties import is_stacked, is_tied, named_ties, ties_of
+from tiedparam._ties import is_stacked, is_tied, named_ties
 
 _lock = threading.RLock()
 _sessions: list[_Session] = []  # what is frozen now, in all threads
@@ -73,8 +73,8 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
     Raises:
         TieError: if the weight is frozen and gradients for it are being recorded.
     """
-    rule = layer._modules["parametrizations"]._modules[tensor_name]._modules["0"]  # type: ignore[union-attr]
-    memory: Memory | None = getattr(rule, "memory", None)
+    values = layer._modules["parametrizations"]._modules[tensor_name]  # type: ignore[union-attr]
+    memory = _memory(values)
     if memory is None or not (memory.checked or memory.frozen is not None):
         return None
     frozen = memory.frozen
@@ -88,13 +88,20 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
         return None
     if not own_forward or is_stacked(layer, tensor_name):
         return None
-    return _checked(rule, memory, parametrization_list(layer, tensor_name))  # type: ignore[arg-type]
+    return _checked(memory, parametrization_list(layer, tensor_name))
+
+
+def _memory(values: nn.Module | None) -> Memory | None:
+    # by the tables: this runs at every call, and an attribute of a module is found last there
+    first = values._modules["0"]  # type: ignore[union-attr]
+    return first.__dict__.get("memory")
 
 
 # The checked cache ------------------------------------------------------------------------
 
 
-def _checked(rule: Rule, memory: Memory, values: nn.Module) -> Tensor | None:
+def _checked(memory: Memory, values: parametrize.ParametrizationList) -> Tensor | None:
+    rule = values[0]
     present = (*values._parameters.values(), *rule.buffers())
     if any(type(t) is not nn.Parameter and type(t) is not Tensor for t in present):
         return None  # sharded or fake tensors, whose values cannot be compared
@@ -229,8 +236,9 @@ def refuse_training_forward(layer: nn.Module) -> None:
     """Raise if a frozen layer runs in training mode or while its gradients are recorded."""
     if not _sessions:
         return
-    for rule in ties_of(layer).values():
-        held: _Frozen | None = rule.memory.frozen if rule.memory is not None else None
+    for values in layer._modules["parametrizations"]._modules.values():  # type: ignore[union-attr]
+        memory = _memory(values)
+        held = memory.frozen if memory is not None else None
         if held is None or not held.holds():
             continue
         if layer.training:
@@ -267,11 +275,16 @@ class _Frozen:
 
     def holds(self) -> bool:
         """Whether the layer still has the tensors that the weight was computed from."""
-        return all(table.get(name) is tensor for table, name, tensor in self.origins)
+        for table, name, tensor in self.origins:  # noqa: SIM110 — at every call, and faster
+            if table.get(name) is not tensor:
+                return False
+        return True
 
     def refuse_gradients(self) -> None:
         """Raise if a read of the weight would have to carry gradients."""
-        if torch.is_grad_enabled() and any(t.requires_grad for _, _, t in self.origins):
+        if not torch.is_grad_enabled():
+            return
+        if any(tensor.requires_grad for _, _, tensor in self.origins):
             raise TieError(
                 f"{self.where} is frozen and carries no gradients. Run inference under "
                 "torch.no_grad() or torch.inference_mode(), and train outside of the block."

@@ -204,7 +204,7 @@ def _planned(layer: nn.Module, input: Any) -> tuple[Broadcast, Plan, Tensor] | N
     if weight is None or len(weight._modules) > 1 or not isinstance(input, Tensor):
         return None  # not tied, or another parametrization on top
     rule: Any = weight._modules["0"]
-    plan: Plan | None = getattr(rule, "plan", None)
+    plan: Plan | None = rule.__dict__.get("plan")
     if plan is None or plan.form_without_grad == "dense":
         return None
     free: Any = weight._parameters.get("original0")
