@@ -508,8 +508,11 @@ def test_the_choice_of_form_at_its_edges():
     assert chosen(conv(64, 64), shared, over="out") == "reduced"
     assert chosen(conv(64, 64), "row_repeat", groups=32) == "dense"
     assert chosen(conv(64, 64), "row_repeat", groups=16) == "reduced"
-    assert chosen(nn.Linear(8, 8), "row_repeat", groups=8) == "dense"
-    assert chosen(nn.Linear(8, 8), "row_repeat", groups=4) == "reduced"
+    assert chosen(nn.Linear(8, 8), "row_repeat", groups=8, grad=False) == "dense"
+    assert chosen(nn.Linear(8, 8), "row_repeat", groups=4, grad=False) == "reduced"
+    assert chosen(nn.Linear(64, 63), "row_repeat") == "dense"  # small, and outputs to spread
+    assert chosen(nn.Linear(64, 64), "row_repeat") == "reduced"
+    assert chosen(nn.Linear(8, 8), shared, over="in") == "reduced"  # nothing to spread
     streams = nn.Conv1d(8, 32, 16, groups=8)
     assert chosen(streams, shared, over="groups") == "dense"
     assert (
@@ -547,8 +550,8 @@ def test_forced_forms_compute_the_same():
 @pytest.mark.parametrize(
     ("build", "rule", "options", "shape"),
     [
-        (lambda bias: nn.Linear(8, 6, bias), "row_repeat", {}, (3, 8)),
-        (lambda bias: nn.Linear(8, 6, bias), "row_repeat", {"groups": 2}, (3, 8)),
+        (lambda bias: nn.Linear(64, 64, bias), "row_repeat", {}, (3, 64)),
+        (lambda bias: nn.Linear(64, 64, bias), "row_repeat", {"groups": 2}, (3, 64)),
         (lambda bias: nn.Linear(8, 6, bias), "channel_shared", {"over": "in"}, (3, 8)),
         (lambda bias: nn.Conv2d(8, 8, 3, bias=bias), "row_repeat", {"groups": 2}, (2, 8, 5, 5)),
         (

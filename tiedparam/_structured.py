@@ -62,11 +62,14 @@ def choose_form(
         shifts = inputs == 1 and not layout.transposed and positions <= _SHIFT_POSITIONS
         return "shift" if shifts and not grad else "dense"
     if not convolution:
-        return "reduced" if saved > 1 else "dense"
+        # spreading outputs takes more operations, forward and back, than a small product
+        small = grad and reduction.run > 1 and math.prod(layout.shape) < _SMALL_PRODUCT
+        return "reduced" if saved > 1 and not small else "dense"
     return "reduced" if saved >= (_SAVED if layout.groups == 1 else _SAVED_IN_GROUPS) else "dense"
 
 
 _SAVED = 4  # multiplications per one that is left
+_SMALL_PRODUCT = 64 * 64  # entries of a Linear weight
 _SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
 _SHIFT_POSITIONS = 16
 _BLOCK_BYTES = 1 << 20  # of output: half of what a core's second-level cache holds today
