@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 
 import tiedparam as tp
@@ -872,6 +873,83 @@ def test_a_tie_that_was_given_to_torch_directly_is_computed_as_ever():
         for value in conv.parametrizations.weight.parameters():
             value.mul_(2)
         assert not torch.equal(conv(IMAGE), first)
+
+
+def test_an_exchanged_source_ends_the_block_whole():
+    """The comparison at the end fails for the copy; all the same, nothing stays frozen."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))).eval()
+    tp.register_tie(model[1], "copy", source="0", root=model)
+    tp.register_tie(model[2], "flip_sym")
+    block = tp.frozen(model)
+    block.__enter__()
+    model[0] = nn.Linear(4, 4)
+    with pytest.raises(TieError, match=r"'1\.weight' changed inside frozen"):
+        block.__exit__(None, None, None)
+    assert tp.get_tie(model[2]).memory.frozen is None
+    tp.assign_(model[2], torch.eye(4))
+    with torch.no_grad():
+        assert torch.equal(model[2](torch.ones(1, 4)), 1 + model[2].bias.expand(1, 4))
+
+
+def test_a_refusal_leaves_what_was_done_on_purpose():
+    model = frozen_model()
+    with tp.frozen(model):
+        model[5].double()  # a plain source: torch does not tell, and the end of the block would
+        model[1].train()
+        with pytest.raises(TieError, match="assigning"):
+            tp.assign_(model[0], torch.zeros(4, 4, 3, 3))
+        assert model[1].training
+        assert model[5].weight.dtype is torch.float64
+        model[5].float()
+
+
+@pytest.mark.parametrize("action", [
+    lambda source: source.load_state_dict(source.state_dict()),
+    lambda source: tp.assign_(source, torch.eye(4)), lambda source: source.double(),
+    lambda source: tp.remove_tie(source), lambda source: source.reset_parameters(),
+])  # fmt: skip
+def test_a_source_outside_of_the_frozen_part_is_protected(action):
+    source, layer = tp.register_tie(nn.Linear(4, 4), "flip_sym"), nn.Linear(4, 4)
+    tp.register_tie(layer, "squared_copy", source=source)
+    before = {k: v.clone() for k, v in source.state_dict().items()}
+    with tp.frozen(layer.eval()):
+        with pytest.raises(TieError, match="inside frozen"):
+            action(source)
+        assert all(torch.equal(v, before[k]) for k, v in source.state_dict().items())
+
+
+def test_forward_mode_gradients_are_not_dropped():
+    layer = tp.register_tie(nn.Linear(4, 4), "flip_sym", cache=True).eval()
+    x = torch.ones(1, 4)
+    with torch.no_grad():
+        layer(x)
+        with forward_ad.dual_level():
+            values = {
+                name: forward_ad.make_dual(value.detach(), torch.ones_like(value))
+                for name, value in layer.named_parameters()
+            }
+            output = torch.func.functional_call(layer, values, (x,))
+            tangent = forward_ad.unpack_dual(output).tangent
+    assert torch.equal(tangent, torch.full((1, 4), 5.0))
+
+
+def test_a_rules_own_parameter_is_compared_too():
+    class Scaled(type(tp.get_tie(cached_conv()))):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, *values):
+            return self.scale * super().forward(*values)
+
+        def right_inverse(self, weight):
+            return super().right_inverse(weight / self.scale)
+
+    conv = tp.register_tie(nn.Conv2d(6, 6, 3), Scaled(), cache=True).eval()
+    with torch.no_grad():
+        before = conv(FEATURES)
+        tp.get_tie(conv).scale.data.mul_(3)
+        assert not torch.allclose(conv(FEATURES), before)
 
 
 # Threads ------------------------------------------------------------------------------------

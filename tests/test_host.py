@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import gc
 import inspect
@@ -477,3 +478,40 @@ def test_a_tied_layers_class_makes_stock_layers():
     assert type(made) is nn.Linear
     assert made.weight.shape == (5, 4)
     assert type(tp.register_tie(made, "row_repeat")) is type(layer)
+
+
+def test_a_layer_whose_class_has_a_metaclass():
+    class Sized(nn.Linear, abc.ABC):
+        pass
+
+    layer = tp.register_tie(Sized(3, 3), "flip_sym")
+    assert isinstance(layer, Sized)
+    assert torch.equal(layer.weight, layer.weight.t())
+    twin = copy.deepcopy(layer)
+    assert type(tp.remove_tie(twin)) is Sized
+    assert tp.is_tied(layer)
+
+
+def test_a_copy_within_one_layer_is_copied_with_it():
+    layer = nn.LSTM(3, 3, 2)
+    tp.register_tie(layer, "copy", "weight_hh_l1", source=layer, source_name="weight_hh_l0",
+                    root=layer)  # fmt: skip
+    layer(torch.ones(1, 1, 3))
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.weight_hh_l0.zero_()
+    assert torch.equal(twin.weight_hh_l1, torch.zeros(12, 3))
+    assert layer.weight_hh_l1.abs().sum() > 0
+
+
+@pytest.mark.parametrize("remove", [tp.remove_tie, parametrize.remove_parametrizations])
+def test_s10_untying_a_shallow_copy_leaves_the_original(remove):
+    layer = tp.register_tie(nn.Linear(3, 3), "flip_sym")
+    expected = layer(torch.ones(1, 3))
+    shallow = copy.copy(layer)
+    assert shallow.parametrizations.weight.original0 is layer.parametrizations.weight.original0
+    remove(shallow, "weight")
+    assert type(shallow) is nn.Linear
+    assert torch.equal(layer(torch.ones(1, 3)), expected)
+    assert tp.is_tied(copy.deepcopy(layer))
+    layer.reset_parameters()

@@ -673,3 +673,26 @@ def test_a_source_that_changed_is_named(change, message):
     change(source)
     with pytest.raises(tp.TieError, match=message):
         layer(torch.ones(1, 3))
+
+
+def test_s30_a_wrapped_source_is_still_the_source():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tp.register_tie(model[1], "copy", source="0", root=model)
+    model[0] = nn.Sequential(model[0])
+    assert torch.equal(model[1].weight, model[0][0].weight)
+    model[0] = torch.compile(model[0][0], backend="eager")
+    assert torch.equal(model[1].weight, model[0]._orig_mod.weight)
+    del model[0]
+    with pytest.raises(tp.TieError, match="exchanged for another module, or taken out"):
+        model[0](torch.ones(1, 3))
+
+
+def test_a_source_that_is_the_root_itself():
+    model = nn.Linear(3, 3)
+    model.child = nn.Linear(3, 3)
+    tp.register_tie(model.child, "copy", source="", root=model)
+    assert torch.equal(model.child.weight, model.weight)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.weight.zero_()
+    assert torch.equal(twin.child.weight, torch.zeros(3, 3))

@@ -485,3 +485,56 @@ def test_untied_copies_have_names_of_their_own_in_an_optimizer():
     tp.remove_tie(model[2], optimizer=optimizer)
     names = optimizer.param_groups[0]["param_names"]
     assert len(set(names)) == len(names) == len(optimizer.param_groups[0]["params"])
+
+
+def test_s19_copies_and_assigned_values_are_watched_as_the_original():
+    dense = nn.Linear(64, 64)
+    saved = torch.optim.Adam(dense.parameters())
+    dense(torch.ones(1, 64)).sum().backward()
+    saved.step()
+    layer = tp.register_tie(nn.Linear(64, 64), "row_repeat")
+    assigned = copy.deepcopy(layer)
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    assigned.load_state_dict(state, assign=True)
+    for watched in (layer, copy.deepcopy(layer), assigned):
+        optimizer = torch.optim.Adam(watched.parameters(), fused=True)
+        optimizer.load_state_dict(saved.state_dict())
+        watched(torch.ones(1, 64)).sum().backward()
+        with pytest.raises(tp.TieError, match="loaded by index"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("frozen_value", [0, 1])
+def test_state_of_some_free_values_only_is_not_lost(kind, frozen_value):
+    layer = tp.register_tie(nn.Conv2d(4, 4, 3), "flip_sym")
+    values = list(layer.parametrizations.weight.parameters())
+    values[frozen_value].requires_grad_(False)
+    optimizer = kind(
+        layer.parameters(), lr=0.1, **({"momentum": 0.9} if kind.__name__ == "SGD" else {})
+    )
+    layer(torch.ones(1, 4, 3, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(tp.TieError, match="holds state for some of its free values only"):
+        tp.remove_tie(layer, optimizer=optimizer)
+    assert tp.is_tied(layer)
+
+
+@pytest.mark.parametrize("source_has_one", [True, False])
+def test_a_pending_gradient_of_a_new_copy_goes_to_its_source(source_has_one):
+    """Backward, then tie: the gradients of both uses arrive, as if it had been tied before."""
+    torch.manual_seed(0)
+    pair = [nn.Linear(3, 3), nn.Linear(3, 3)]
+    with torch.no_grad():
+        pair[1].weight.copy_(pair[0].weight.square())
+    tied = copy.deepcopy(pair)
+    tp.register_tie(tied[1], "squared_copy", source=tied[0])
+    x = torch.randn(2, 3)
+    for first, second in (pair, tied):
+        loss = second(x).square().sum()
+        if source_has_one:
+            loss = loss + first(x).square().sum()
+        loss.backward()
+    tp.register_tie(pair[1], "squared_copy", source=pair[0])
+    torch.testing.assert_close(pair[0].weight.grad, tied[0].weight.grad)

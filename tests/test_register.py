@@ -626,3 +626,49 @@ def test_untying_refuses_to_lose_gradient_hooks(kind):
     assert tp.is_tied(layer)
     handle.remove()
     tp.remove_tie(layer)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-23, 1e-16, 1.0, 1e17, 1e19, 1e37])
+@pytest.mark.parametrize("rule", ["flip_sym", "row_repeat"])
+def test_residuals_of_tiny_and_huge_weights(scale, rule):
+    torch.manual_seed(0)
+    values = torch.randn(32, 32)
+    layer, scaled = nn.Linear(32, 32), nn.Linear(32, 32)
+    with torch.no_grad():
+        layer.weight.copy_(values)
+        scaled.weight.copy_(values * scale)
+    expected = tp.residual(layer, rule)
+    assert expected > 0.5
+    tolerance = 1e-3 if scale > 1e-37 else 0.1  # subnormal numbers have few digits
+    assert tp.residual(scaled, rule) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "init_fn", [torch.ones_like, lambda w: w.mul_(2), lambda w: w[0].zero_(), lambda w: None]
+)
+def test_an_init_function_must_fill_its_tensor(init_fn):
+    layer = tp.register_tie(nn.Linear(3, 3), "flip_sym")
+    before = layer.weight.clone()
+    with pytest.raises(tp.TieError, match="init_fn left entries of 'weight'.*unfilled"):
+        tp.init_(layer, init_fn)
+    assert torch.equal(layer.weight, before)
+
+
+def test_a_reset_of_the_bias_alone_leaves_the_weight():
+    class Own(nn.Linear):
+        def reset_parameters(self):
+            nn.init.ones_(self.bias)
+
+    layer = Own(3, 3)
+    nn.init.eye_(layer.weight)
+    tp.register_tie(layer, "flip_sym").reset_parameters()
+    assert torch.equal(layer.weight, torch.eye(3))
+    assert torch.equal(layer.bias, torch.ones(3))
+
+
+def test_unknown_options_are_listed_with_the_known_ones():
+    for options in ({"group": 2}, {"groups": 2, "over": "in"}):
+        with pytest.raises(TypeError, match="'row_repeat'.*Its options are: groups=, compute="):
+            tp.register_tie(nn.Linear(4, 4), "row_repeat", **options)
+    with pytest.raises(TypeError, match="'copy'.*'source'.*Its options are: source=, source_name"):
+        tp.register_tie(nn.Linear(4, 4), "copy")

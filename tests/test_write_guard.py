@@ -191,23 +191,51 @@ def test_unfreezing_a_frozen_weight_is_not_lost():
         layer.weight.requires_grad_(True)
 
 
-def test_the_layer_computes_with_a_plain_tensor():
-    """The guard is not in the way of the layer's own forward, and not left over after it."""
+def test_the_layer_computes_with_a_plain_tensor(monkeypatch):
+    """The guard is not in the way of the stock forward, and not left over after it."""
     seen = []
+    linear = nn.functional.linear
 
-    class Probe(nn.Linear):
-        def forward(self, x):
-            seen.append(type(self.weight))
-            if x.sum() == 0:
-                raise ValueError("from inside")
-            return super().forward(x)
+    def watched(x, weight, bias=None):
+        seen.append(type(weight))
+        if x.sum() == 0:
+            raise ValueError("from inside")
+        return linear(x, weight, bias)
 
-    layer = tp.register_tie(Probe(4, 4), "flip_sym")
+    monkeypatch.setattr(nn.functional, "linear", watched)
+    layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
     layer(torch.ones(1, 4))
     with pytest.raises(ValueError, match="from inside"):
         layer(torch.zeros(1, 4))
     assert seen == [torch.Tensor, torch.Tensor]
     assert type(layer.weight) is GuardedWeight
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("write", [
+    lambda weight: weight.data.clamp_(-0.01, 0.01), lambda weight: weight.mul_(0.5),
+    lambda weight: torch.einsum("ij->ji", weight).zero_(),
+    lambda weight: torch.transpose(input=weight, dim0=0, dim1=1).zero_(),
+    lambda weight: torch.ops.aten.zero_.default(weight),
+])  # fmt: skip
+def test_s23_a_forward_that_writes_into_its_weight_raises(write, cache):
+    class Clamped(nn.Linear):
+        def forward(self, x):
+            write(self.weight)
+            return super().forward(x)
+
+    layer = tp.register_tie(Clamped(4, 4), "flip_sym", cache=cache).eval()
+    before = layer.weight.clone()
+    with torch.no_grad(), pytest.raises(tp.TieError, match="would be lost"):
+        layer(torch.ones(1, 4))
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_a_tied_weight_raise(kind):
+    layer = tied_linear()
+    with pytest.raises(tp.TieError, match=r"Hook the free values in layer\.parametrizations"):
+        getattr(layer.weight, kind)(lambda value: None)
 
 
 def test_another_layer_inside_forward_stays_guarded():
@@ -223,7 +251,7 @@ def test_another_layer_inside_forward_stays_guarded():
     outer = tp.register_tie(Outer(4, 4), "flip_sym")
     outer(torch.ones(1, 4))
     assert outer.seen is GuardedWeight
-    assert outer.after is torch.Tensor
+    assert outer.after is GuardedWeight  # no stock forward, so it might write
 
 
 def test_multihead_attention_reads_guarded_weights():

@@ -4,7 +4,6 @@
 for bit through training, loading, copying and compiling. See `register_tie`.
 """
 
-from tiedparam import rules as _rules
 from tiedparam._cache import frozen
 from tiedparam._checkpoint import dense_state_dict, tie_state_dict, untie_state_dict
 from tiedparam._errors import TieError, TieWarning
@@ -21,8 +20,6 @@ from tiedparam._scan import ScanReport, scan
 from tiedparam._ties import get_tie, is_tied
 from tiedparam._values import assign_, init_
 from tiedparam._version import __version__
-
-del _rules
 
 __all__ = [
     "Example",
@@ -63,3 +60,8 @@ __all__ = [
     "untie_state_dict",
     "write_plan",
 ]
+
+# last: a rule's file may import tiedparam itself
+from tiedparam import rules as _rules
+
+del _rules

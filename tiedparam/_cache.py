@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from tiedparam import _optimizer_guard
 from tiedparam._errors import TieError
 from tiedparam._rule import Rule
-from tiedparam._stock import effective, parametrization_list
-from tiedparam._ties import is_stacked, is_tied, named_ties
+from tiedparam._stock import effective, parametrization_list, parametrization_lists
+from tiedparam._ties import is_stacked, is_tied, named_ties, ties_of
 
 _lock = threading.RLock()
 _sessions: list[_Session] = []  # what is frozen now, in all threads
@@ -86,6 +87,8 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
     if layer.training or torch.is_grad_enabled():
         memory.kept = None
         return None
+    if forward_ad._current_level >= 0:
+        return None  # tangents are no part of a value's bits
     if not own_forward or is_stacked(layer, tensor_name):
         return None
     return _checked(memory, parametrization_list(layer, tensor_name))
@@ -102,7 +105,7 @@ def _memory(values: nn.Module | None) -> Memory | None:
 
 def _checked(memory: Memory, values: parametrize.ParametrizationList) -> Tensor | None:
     rule = values[0]
-    present = (*values._parameters.values(), *rule.buffers())
+    present = (*values._parameters.values(), *rule.parameters(), *rule.buffers())
     if any(type(t) is not nn.Parameter and type(t) is not Tensor for t in present):
         return None  # sharded or fake tensors, whose values cannot be compared
     first = present[0]
@@ -208,12 +211,14 @@ class frozen(ContextDecorator):  # noqa: N801 — used like a function, as torch
         raise TypeError("a frozen block cannot be copied: make one for the copied model")
 
 
-def refuse_if_frozen(layer: nn.Module, action: str) -> None:
-    """Raise if ``layer`` belongs to a model that is frozen, undoing what led to this call.
+def refuse_if_frozen(layer: nn.Module, action: str, undo: str = "") -> None:
+    """Raise if ``layer`` belongs to a model that is frozen.
 
     Args:
         layer: the layer that is about to change.
         action: what is about to happen, as the message names it.
+        undo: what a call that works its way through the model has changed before it came
+            here, and is put back: ``"modes"`` or ``"data"``.
 
     Raises:
         TieError: if the layer is part of a frozen model.
@@ -223,7 +228,7 @@ def refuse_if_frozen(layer: nn.Module, action: str) -> None:
     with _lock:
         concerned = [session for session in _sessions if session.contains(layer)]
         for session in concerned:
-            session.undo()
+            session.undo(undo)
     if concerned:
         held = [weight.where for session in concerned for _, weight in session.held]
         names = ", ".join(dict.fromkeys(held[:3])) + (", …" if len(held) > 3 else "")
@@ -311,7 +316,11 @@ class _Frozen:
             return True
         if self.weight.device.type == "meta":
             return False
-        return not _same_bits((self.weight,), (self._compute(),))
+        try:
+            now = self._compute()
+        except Exception:  # its source was exchanged, say
+            return True
+        return not _same_bits((self.weight,), (now,))
 
     def _refuse_backward(self, gradient: Tensor) -> None:
         raise TieError(
@@ -337,11 +346,22 @@ def _origins(layer: nn.Module, tensor_name: str) -> Iterator[tuple[dict[str, Any
                 yield from _origins(source, source_name)
 
 
+def _sources(rule: Rule) -> Iterator[nn.Module]:
+    """The layers that a rule reads, and those that they read."""
+    for source, source_name in rule.sources():
+        yield source
+        found = ties_of(source).get(source_name)
+        if found is not None:
+            yield from _sources(found)
+
+
 class _Session:
     """One entered `frozen` block: the weights it holds, and how the model was before."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.members = dict.fromkeys(model.modules())
+        # a copy's source may lie outside of the model: it must not change either
+        sources = [module for _, _, _, rule in named_ties(model) for module in _sources(rule)]
+        self.members = dict.fromkeys((*model.modules(), *sources))
         held: list[tuple[Rule, _Frozen]] = []
         seen: set[int] = set()
         for prefix, layer, name, rule in named_ties(model):
@@ -363,19 +383,32 @@ class _Session:
             weight.holders += 1
         self.modes = [(module, module.training) for module in self.members]
         self.data = [(p, p.data, p.grad, p.grad.data if p.grad is not None else None)
-                     for p in model.parameters()]  # fmt: skip
+                     for p in dict.fromkeys(p for m in self.members for p in m.parameters())
+                     ]  # fmt: skip
         self.buffers = [(module, dict(module._buffers)) for module in self.members]
+        # a layer is loaded before its parametrizations, whose modules pickles may regroup
+        inner = {
+            id(part)
+            for module in self.members
+            if parametrize.is_parametrized(module)
+            for part in parametrization_lists(module).modules()
+        }
         self.hooks = [
-            module.register_load_state_dict_pre_hook(_refuse_loading) for module in self.members
+            module.register_load_state_dict_pre_hook(_refuse_loading)
+            for module in self.members
+            if id(module) not in inner
         ]
 
     def contains(self, layer: nn.Module) -> bool:
         return layer in self.members
 
-    def undo(self) -> None:
-        """Bring modes, dtypes and places back to what they were on entering."""
-        for module, training in self.modes:
-            module.training = training
+    def undo(self, what: str) -> None:
+        """Bring modes, or dtypes and places, back to what they were on entering."""
+        if what == "modes":
+            for module, training in self.modes:
+                module.training = training
+        if what != "data":
+            return
         for parameter, data, gradient, gradient_data in self.data:
             now = parameter.data
             if now.dtype != data.dtype or now.device != data.device:
@@ -389,15 +422,14 @@ class _Session:
         """Let go of the weights. Returns the names of those whose values were changed."""
         for hook in self.hooks:
             hook.remove()
-        changed = []
+        ended = []
         for rule, weight in self.held:
             weight.holders -= 1
             if weight.holders == 0:
                 rule.memory.frozen = None
                 weight.release()
-                if weight.changed():
-                    changed.append(weight.where)
-        return changed
+                ended.append(weight)
+        return [weight.where for weight in ended if weight.changed()]
 
 
 def _refuse_loading(module: nn.Module, *rest: Any) -> None:

@@ -205,17 +205,17 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         if mode:
-            _cache.refuse_if_frozen(self, "train()")
+            _cache.refuse_if_frozen(self, "train()", undo="modes")
         return stock.train(self, mode)
 
     def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        _cache.refuse_if_frozen(self, "casting or moving")
+        _cache.refuse_if_frozen(self, "casting or moving", undo="data")
         return cast(nn.Module, stock._apply(self, fn, recurse))
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
         for name, rule in ties_of(self).items():
             if isinstance(rule, Linked):
-                rule.refuse_partial_copy(memo, describe(self, name))
+                rule.refuse_partial_copy(self, memo, describe(self, name))
         inherited = getattr(stock, "__deepcopy__", None)
         if inherited is not None:
             return inherited(self, memo)
@@ -240,7 +240,14 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
                 f"cannot pickle this {type(self).__name__}: it is sharded. Save a state dict, with "
                 "torch.distributed.checkpoint."
             )
-        return _revive, _kind(self), _state(self)
+        # copy.copy takes the state as it is: with tables of its own, untying the copy leaves
+        # this layer alone
+        state = dict(_state(self))
+        for table in ("_parameters", "_buffers", "_modules"):
+            state[table] = state[table].copy()
+        lists = state["_modules"]["parametrizations"] = copy.copy(parametrization_lists(self))
+        lists._modules = lists._modules.copy()
+        return _revive, _kind(self), state
 
     members: dict[str, Any] = {
         "__module__": stock.__module__,
@@ -267,7 +274,7 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
 
         members["reset_parameters"] = functools.wraps(stock_reset)(reset_parameters)
     for name in names:
-        members[name] = _property(name)
+        members[name] = _property(name, stock)
     return members
 
 
@@ -281,12 +288,18 @@ def plain_parameter(value: Tensor, requires_grad: bool) -> nn.Parameter:
 def _make_host_class(
     stock: type[nn.Module], names: tuple[str, ...], members: dict[str, Any]
 ) -> type[nn.Module]:
-    made = HostMeta(f"Tied{stock.__name__}", (stock,), dict(members))
+    # a stock class may have a metaclass of its own (ABCMeta, say)
+    kind = type(stock)
+    meta = HostMeta if issubclass(HostMeta, kind) else type("HostMeta", (HostMeta, kind), {})
+    made: Any = meta(f"Tied{stock.__name__}", (stock,), dict(members))
     made.tied_names = names
     return cast(type[nn.Module], made)
 
 
-def _property(name: str) -> property:
+def _property(name: str, stock: type[nn.Module]) -> property:
+    # torch's own layers never write into their weight; another forward might, in place
+    trusted = getattr(stock.forward, "__module__", "").startswith("torch.nn.")
+
     def read(self: nn.Module) -> Tensor:
         if not _is_parametrized(self, name):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
@@ -303,7 +316,7 @@ def _property(name: str) -> property:
             ) from error
         if type(weight) is not Tensor and not traced and is_sharded(weight):
             return _sharded_weight(self, name, weight, own_forward)
-        if traced or own_forward:
+        if traced or (own_forward and trusted):
             return weight
         reader = sys._getframe(1)
         if not is_tied(self, name) or _callers.is_stock_forward(reader):

@@ -185,7 +185,7 @@ class Linked(Rule):
         paths = {id(module): name for name, module in root.named_modules()}
         if id(layer) not in paths or id(self.source) not in paths:
             return
-        here, there = paths[id(layer)].split("."), paths[id(self.source)].split(".")
+        here, there = ([n for n in paths[id(m)].split(".") if n] for m in (layer, self.source))
         common = 0
         while common < min(len(here), len(there)) - 1 and here[common] == there[common]:
             common += 1
@@ -198,11 +198,12 @@ class Linked(Rule):
             return
         for name in self._path_to_source:
             found = found._modules.get(name) if found is not None else None
-        if found is not source:
+        # a wrapper of the source, as torch.compile makes one, still holds it
+        if found is None or all(module is not source for module in found.modules()):
             raise TieError(
                 f"the source '{'.'.join(self._path_to_source)}' of a '{self}' tie was exchanged "
-                "for another module, and the tie still reads the old one. Call remove_tie and "
-                "register_tie again, with the new layer as source=."
+                "for another module, or taken out, and the tie still reads the old one. Call "
+                "remove_tie and register_tie again, with the new layer as source=."
             )
 
     @contextmanager
@@ -214,17 +215,18 @@ class Linked(Rule):
         finally:
             self._meeting = meeting
 
-    def refuse_partial_copy(self, memo: dict[int, Any], where: str) -> None:
+    def refuse_partial_copy(self, layer: nn.Module, memo: dict[int, Any], where: str) -> None:
         """Raise if a deepcopy in progress would leave the source behind (S13).
 
         Args:
+            layer: the layer that is being copied; it may be its own source.
             memo: deepcopy's dictionary of what it has entered; empty for the layer alone.
             where: how to name the tied tensor.
         """
         (source,) = self._source
         meeting = self.meeting
         copied_whole = (id(meeting) in memo) if meeting is not None else bool(memo)
-        if not copied_whole and id(source) not in memo:
+        if not copied_whole and id(source) not in memo and source is not layer:
             raise TieError(
                 f"cannot copy {where} without its source: the copy would read a private layer "
                 "that is in nobody's parameters(). Copy a module that holds both, or call "

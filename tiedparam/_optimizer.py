@@ -248,6 +248,18 @@ def move_gradient(old: Sequence[nn.Parameter], new: Sequence[nn.Parameter], maps
                 parameter.grad = gradient
 
 
+def share_gradient(weight: nn.Parameter, copy: Rule, origin: Sequence[nn.Parameter]) -> None:
+    """Add the pending ``.grad`` of a tensor that is a copy now to what it is computed from."""
+    trained = [parameter for parameter in origin if parameter.requires_grad]
+    if weight.grad is None or not trained:
+        return
+    with torch.enable_grad():
+        shares = torch.autograd.grad(copy(), trained, weight.grad, allow_unused=True)
+    for parameter, share in zip(trained, shares, strict=True):
+        if share is not None:
+            parameter.grad = share if parameter.grad is None else parameter.grad + share
+
+
 def _map_state(
     optimizer: Optimizer,
     states: list[dict[str, Any]],
@@ -258,6 +270,12 @@ def _map_state(
     if new_count == 0 or not any(states):
         return [{} for _ in range(new_count)]
     moved: list[dict[str, Any]] = [{} for _ in range(new_count)]
+    if len({frozenset(state) for state in states}) > 1:
+        raise ValueError(
+            f"the {type(optimizer).__name__} holds state for some of its free values only, as "
+            "after a step with the others frozen, and how that follows is not known. Build the "
+            "optimizer afterwards"
+        )
     for key in states[0]:
         values = [state.get(key) for state in states]
         if _is_scalar(values[0]):

@@ -53,6 +53,14 @@ def carry_attributes(old: nn.Parameter, new: nn.Parameter) -> None:
             new.__dict__[name] = value
 
 
+def carry_marks(old: nn.Module, new: nn.Module) -> None:
+    """Free values that were copied, or replaced while loading, are watched as before (S17, S19)."""
+    for name, parameter in old._parameters.items():
+        successor = new._parameters.get(name)
+        if successor is not None and successor is not parameter and hasattr(parameter, _FREE):
+            setattr(successor, _FREE, getattr(parameter, _FREE))
+
+
 def forbid_steps(owner: object, parameters: list[Tensor], where: str) -> None:
     """Until `allow_steps`, stepping an optimizer that holds one of these raises."""
     _install()

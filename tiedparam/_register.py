@@ -7,6 +7,7 @@ refuses midway.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -143,6 +144,7 @@ def tie_one(
             move.apply()
         if isinstance(made, Linked):
             watch_source(made)
+            _optimizer.share_gradient(weight, made, list(origins(layer, tensor_name)))
     _optimizer_guard.retire(
         [weight],
         f"the dense parameter of {where}",
@@ -291,10 +293,14 @@ def make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:
         rule = find_rule(rule)
     if not (isinstance(rule, type) and issubclass(rule, Rule)):
         raise TypeError(f"rule takes a name, a Rule subclass or a Rule, not {rule!r}")
+    name = rule.name or rule.__name__
+    signature = inspect.signature(rule)
     try:
-        return rule(**options)
+        signature.bind(**options)
     except TypeError as error:
-        raise TypeError(f"rule '{rule.name or rule.__name__}': {error}") from error
+        known = ", ".join(f"{option}=" for option in signature.parameters) or "none"
+        raise TypeError(f"rule '{name}': {error}. Its options are: {known}.") from error
+    return rule(**options)
 
 
 def _weight_to_tie(

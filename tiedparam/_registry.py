@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -21,7 +22,8 @@ def register_rule(name: str) -> Callable[[R], R]:
         name: what users pass to `register_tie`.
 
     Raises:
-        TypeError: if the decorated object is not a `Rule` subclass.
+        TypeError: if the decorated object is not a `Rule` subclass, if no name was given, or if
+            `Rule.examples` or `Rule.variants` was overridden without ``@classmethod``.
         TieError: if another rule has that name already.
 
     Example::
@@ -30,10 +32,15 @@ def register_rule(name: str) -> Callable[[R], R]:
         class Circulant(tiedparam.Rule):
             ...
     """
+    if not isinstance(name, str):
+        raise TypeError("register_rule takes the rule's name: @tiedparam.register_rule('my_rule')")
 
     def enrol(rule: R) -> R:
         if not (isinstance(rule, type) and issubclass(rule, Rule)):
             raise TypeError(f"register_rule('{name}') decorates a subclass of tiedparam.Rule")
+        for member in ("examples", "variants"):
+            if not inspect.ismethod(getattr(rule, member)):
+                raise TypeError(f"{rule.__qualname__}.{member} must be a classmethod")
         known = _RULES.get(name)
         # a reloaded module defines the same rule once more: that is a replacement
         if known is not None and _place(known) != _place(rule):
@@ -70,4 +77,5 @@ def find_rule(name: str) -> type[Rule]:
         hint = "Did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
     else:
         hint = "Known rules: " + ", ".join(available_rules()) + "."
+    hint += " If it is a rule of your own, import its module first."
     raise TieError(f"there is no rule '{name}'. {hint}")

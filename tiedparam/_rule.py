@@ -176,11 +176,7 @@ class Rule(nn.Module):
     def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
         """One member of each orbit of ``weight``, as free values in storage of their own."""
         labels = self.orbit_labels().flatten()
-        if (labels == 0).any():
-            raise NotImplementedError(
-                "an entry of the weight is always zero and belongs to no orbit; override "
-                "right_inverse and representatives"
-            )
+        self._refuse_mixing(labels)
         first = torch.full((self.free_count,), labels.numel(), device=labels.device)
         position = torch.arange(labels.numel(), device=labels.device)
         first.scatter_reduce_(0, labels.abs() - 1, position, "amin")
@@ -192,6 +188,26 @@ class Rule(nn.Module):
         parts = chosen.split([prod(shape) for shape in shapes])
         # clone: a part of a split would keep the storage of all parts alive (S15)
         return tuple(part.clone().reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+
+    def _refuse_mixing(self, labels: Tensor) -> None:
+        """What is derived here holds if every entry is one free value, or minus it."""
+        remedy = "override right_inverse and representatives"
+        if (labels == 0).any():
+            raise NotImplementedError(
+                "an entry of the weight is always zero and belongs to no orbit, or forward scales "
+                f"its free values; {remedy}"
+            )
+        generator = torch.Generator().manual_seed(0)
+        shapes = self.free_shapes()
+        free = [
+            torch.rand(s, dtype=torch.float64, device="cpu", generator=generator) for s in shapes
+        ]
+        with torch.no_grad():
+            weight = self.forward(*free).flatten()
+        values = torch.cat([value.flatten() for value in free])
+        index = (labels.abs() - 1).clamp(max=len(values) - 1)
+        if not torch.equal(weight, values[index] * labels.sign()):
+            raise NotImplementedError(f"forward scales or mixes its free values; {remedy}")
 
     @property
     def free_count(self) -> int:
@@ -267,7 +283,11 @@ def relative_distance(weight: Tensor, lawful: Tensor) -> float:
     values, lawful = weight.to(wide), lawful.to(wide)
     distance = torch.linalg.vector_norm(values - lawful)
     norm = torch.linalg.vector_norm(values)
-    if not (distance.isfinite() and norm.isfinite()):  # it may be the difference that overflowed
-        distance = torch.linalg.vector_norm(halved_difference(values, lawful))
-        norm = torch.linalg.vector_norm(values / 2)
+    if not (1e-15 < norm < 1e15 and distance.isfinite()):  # squares may have left the range
+        scale = torch.maximum(values.abs().amax(), lawful.abs().amax())
+        if not (scale.isfinite() and scale > 0):
+            scale = torch.ones_like(scale)
+        # halves: the difference of large values cannot overflow
+        distance = torch.linalg.vector_norm(halved_difference(values, lawful) / scale)
+        norm = torch.linalg.vector_norm(values / 2 / scale)
     return float(distance / norm) if distance else 0.0

@@ -1,16 +1,25 @@
-"""Other parametrizations on top of a tie: what cannot compute is refused, not registered.
+"""The list of parametrizations of a tied tensor: the rule, and what is stacked on it.
+
+What cannot compute on top of a tie is refused, not registered.
 
 torch's ``weight_norm`` and ``orthogonal`` register themselves unchecked, on the ground that
 they may choose what is stored. On a tie, which stores its free values, they would leave a
 layer that raises at every use.
+
+The list also holds the free values, whose marks for the optimizer guard it hands on when they
+are copied, or replaced by ``load_state_dict(assign=True)``.
 """
 
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tiedparam import _optimizer_guard
 from tiedparam._errors import TieError
 
 
@@ -49,6 +58,19 @@ class TiedList(parametrize.ParametrizationList):
             )
         super().append(module)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TiedList:
+        replica: TiedList = type(self).__new__(type(self))
+        memo[id(self)] = replica
+        replica.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        _optimizer_guard.carry_marks(self, replica)
+        return replica
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = nn.Module()
+        before._parameters = self._parameters.copy()
+        super()._load_from_state_dict(*args, **kwargs)
+        _optimizer_guard.carry_marks(before, self)
 
     def _get_name(self) -> str:
         return "ParametrizationList"  # repr: to a reader it is torch's

@@ -97,7 +97,7 @@ def init_(
         The layer. A copy-tied tensor is left alone, so that ``model.apply`` works.
 
     Raises:
-        TieError: if the tensor is not tied.
+        TieError: if the tensor is not tied, or if ``init_fn`` does not fill its tensor.
     """
     rule = get_tie(layer, tensor_name)
     _cache.refuse_if_frozen(layer, "initialising")
@@ -106,6 +106,11 @@ def init_(
     with torch.no_grad():
         dense = _empty_dense(layer, tensor_name)
         init_fn(dense)
+        if _is_unfilled(dense):
+            raise TieError(
+                f"init_fn left entries of {describe(layer, tensor_name)} unfilled. Pass a function "
+                "that fills its tensor in place, as those of torch.nn.init do."
+            )
         keep_representatives(layer, tensor_name, dense)
     return layer
 
@@ -113,7 +118,12 @@ def init_(
 def _empty_dense(layer: nn.Module, tensor_name: str) -> Tensor:
     """A tensor like the effective weight, to be filled; whole where the layer is sharded."""
     weight = effective(layer, tensor_name)
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    # not a number: what is not filled can be told
+    return torch.full(weight.shape, torch.nan, dtype=weight.dtype, device=weight.device)
+
+
+def _is_unfilled(dense: Tensor) -> bool:
+    return dense.device.type != "meta" and bool(dense.isnan().any())
 
 
 def keep_representatives(layer: nn.Module, tensor_name: str, dense: Tensor) -> None:
@@ -142,7 +152,9 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     stock_class.reset_parameters(stand_in)  # type: ignore[attr-defined]
     for name, rule in ties_of(layer).items():
         dense_parameter = stand_in._parameters[name]
-        if not isinstance(rule, Linked) and dense_parameter is not None:
+        if isinstance(rule, Linked) or dense_parameter is None:
+            continue
+        if not _is_unfilled(dense_parameter):  # a reset of the bias alone, say
             keep_representatives(layer, name, dense_parameter)
     # what the stock method assigned instead of filling in place
     for name in layer._parameters:

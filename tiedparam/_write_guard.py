@@ -68,8 +68,9 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
             _refuse(written, func)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        if args and type(args[0]) is GuardedWeight and args[0]._place is not None:
-            return _guard_views(result, args[0])
+        for argument in (*args, *kwargs.values()):
+            if type(argument) is GuardedWeight and argument._place is not None:
+                result = _guard_views(result, argument)
         return result
 
     # saved, copied and shown as what it is for every reader: an ordinary tensor
@@ -132,6 +133,10 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarde
     outputs = kwargs.get("out")
     targets: list[Any] = [outputs]
     name = getattr(func, "__name__", "")
+    if isinstance(func, torch._ops.OpOverload):
+        name = func._schema.name.partition("::")[2]
+    if func in _HOOKS:
+        targets.append(args[0])
     in_place = name.endswith("_") and not name.endswith("__")
     if in_place or name in _WRITING_OPERATORS or kwargs.get("inplace"):
         targets.append(args[0] if args else kwargs.get("tensor", kwargs.get("input")))
@@ -144,6 +149,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarde
     return None
 
 
+_HOOKS = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_hook})
 _SET_GRAD = Tensor.grad.__set__  # type: ignore[union-attr]
 
 
@@ -153,7 +159,12 @@ def _refuse(weight: GuardedWeight, func: Any) -> None:
     where = f"'{tensor_name}'" if layer is None else describe(layer, tensor_name)
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
     action = f"setting .{owner}" if func.__name__ == "__set__" else f"'{func.__name__}'"
-    if func.__name__ == "requires_grad_" or owner == "requires_grad":
+    if func in _HOOKS:
+        way = (
+            f"Hook the free values in layer.parametrizations.{tensor_name}, or a clone of the "
+            "weight that you compute with."
+        )
+    elif func.__name__ == "requires_grad_" or owner == "requires_grad":
         way = f"To freeze it call layer.parametrizations.{tensor_name}.requires_grad_(False)."
     else:
         way = (
