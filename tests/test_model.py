@@ -661,3 +661,31 @@ def test_a_plan_from_a_file_ties(tmp_path):
         "layer2.conv2.weight": "channel_shared(over='out')",
         "head.weight": "row_repeat(groups=1)",
     }
+
+
+def test_a_none_that_is_no_default_is_not_left_out_of_a_file(tmp_path, registry):
+    @tp.register_rule("test_none")
+    class Option(tp.available_rules()["flip_sym"]):
+        def __init__(self, f=1.5, g=None):
+            super().__init__()
+
+    fine = tp.Plan.of({"a": ("test_none", {"g": None, "f": 2.0})})
+    tp.write_plan(fine, tmp_path / "fine.toml")
+    assert tp.read_plan(tmp_path / "fine.toml").entries[0].options == {"f": 2.0}
+    with pytest.raises(tp.TieError, match="f=None is not its default"):
+        tp.write_plan(tp.Plan.of({"a": ("test_none", {"f": None})}), tmp_path / "bad.json")
+    assert not (tmp_path / "bad.json").exists()
+
+
+def test_a_key_that_stands_twice_and_a_mark_at_the_beginning(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text('{"tie": [{"layers": "a", "layers": "b", "rule": "flip_sym"}]}')
+    with pytest.raises(tp.TieError, match="the key 'layers' stands twice"):
+        tp.read_plan(path)
+    path.write_text('\ufeff{"tie": [{"layers": "a", "rule": "flip_sym"}]}', encoding="utf-8")
+    assert tp.read_plan(path).entries[0].pattern == "a"
+    path.write_text(
+        '{"tie": [{"layers": "a", "rule": "copy", "options": {"source": "b", "fn": []}}]}'
+    )
+    with pytest.raises(tp.TieError, match="is no function that a file can name"):
+        tp.read_plan(path)

@@ -320,13 +320,16 @@ def test_a_source_of_another_name_is_planned_with_its_name():
 # What is not looked at -------------------------------------------------------------------------
 
 
-def test_s22_shared_parameters_are_counted_once():
+def test_s22_shared_parameters_are_left_out():
+    """No rule can be put on one of the layers, so that no plan may propose it."""
     model = nn.ModuleDict({"embed": nn.Embedding(7, 3), "head": nn.Linear(3, 7, bias=False)})
     model["head"].weight = model["embed"].weight
     report = tp.scan(model)
-    assert {c.layer for c in report.candidates} == {"embed"}
-    (left,) = report.not_looked_at
-    assert (left.layer, left.reason) == ("head", "it shares its Parameter with 'embed.weight'.")
+    assert report.candidates == ()
+    assert [(left.layer, left.reason) for left in report.not_looked_at] == [
+        ("embed", "it shares its Parameter with 'head.weight', and a rule would take it away."),
+        ("head", "it shares its Parameter with 'embed.weight', and a rule would take it away."),
+    ]
 
 
 def test_what_is_left_out_is_listed_with_its_reason():
@@ -568,3 +571,43 @@ def test_progress_goes_to_stderr_and_only_if_wanted(capsys, monkeypatch):
     assert err.endswith(f"\rscanning [{'#' * 30}] 100%\n")
     tp.scan(model, progress=False)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_rule_that_raises_ends_the_look_at_itself_alone(registry):
+    @tp.register_rule("test_raises")
+    class Raises(tp.Rule):
+        def check(self, layout):
+            raise ZeroDivisionError("in check")
+
+    report = tp.scan(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    assert {"flip_sym", "row_repeat(groups=1)"} <= {c.rule for c in report.candidates}
+    (left,) = report.not_looked_at
+    assert left.layer == "0"
+    assert left.reason == (
+        "the rule 'test_raises' raised ZeroDivisionError here and was left out from then on: "
+        "in check"
+    )
+
+
+def test_examples_may_be_keyword_arguments():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, *, tokens, scale=1):
+            return scale * self.layer(tokens)
+
+    example = {"tokens": torch.ones(3, 5, 4), "scale": 2}
+    assert {c.positions for c in tp.scan(Named(), example=example).candidates
+            if c.tensor_name == "weight"} == {15}  # fmt: skip
+    with pytest.raises(TypeError, match="mapping of keyword arguments, not int"):
+        tp.scan(Named(), example=5)
+
+
+def test_names_cannot_steer_a_terminal():
+    model = nn.Module()
+    model.register_module("\x1b[31mred\nnew", nn.Linear(3, 3))
+    text = str(tp.scan(model))
+    assert "\x1b" not in text
+    assert "\\x1b[31mred\\nnew.weight" in text

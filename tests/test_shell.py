@@ -400,7 +400,7 @@ def test_a_failed_write_leaves_the_old_file(files, capsys, monkeypatch):
     monkeypatch.setattr("tiedparam._atomic.os.fsync", full)
     for command in (
         ("tie", "model.pt", "--tie", "body.0=flip_sym", "-o", "t.safetensors", "--force"),
-        ("untie", "t.safetensors", "-o", "model.pt", "--force"),
+        ("untie", "t.safetensors", "-o", "t.safetensors", "--force"),
     ):
         assert "No space left" in refused(capsys, *command)
 
@@ -477,9 +477,13 @@ def test_other_things_that_cannot_be_done(files, net, capsys):
     assert "is no size" in refused(
         capsys, *("untie", _tied(net), "-o", "x", "--max-shard-size", "big")
     )
-    assert "No such file" in refused(
-        capsys, "tie", "model.pt", "--tie", "body.0=flip_sym", "-o", "no/where"
-    )
+    message = refused(capsys, "tie", "model.pt", "--tie", "body.0=flip_sym", "-o", "no/where")
+    assert "there is no such folder" in message
+    assert ".tmp" not in message
+    for suffix in (".pt", ".bin", ".index.json"):
+        assert f"'{suffix}' says otherwise" in refused(
+            capsys, "tie", "model.pt", "--tie", "body.0=flip_sym", "-o", f"tied{suffix}"
+        )
     tp.register_tie(net.body[0], "flip_sym")
     torch.save(net.state_dict(), "tied.pt")
     assert "'body.0.weight' is parametrized in it" in refused(capsys, "scan", "tied.pt")
@@ -663,3 +667,21 @@ def test_the_console_script_is_this_shell():
     module, _, name = project["scripts"]["tiedparam"].partition(":")
     assert getattr(import_module(module), name) is main
     assert import_module("tiedparam.__main__").main is main
+
+
+def test_layers_are_named_by_numbers_too(files, capsys):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    torch.save(model.state_dict(), "numbers.pt")
+    good(capsys, "tie", "numbers.pt", "--tie", "1=copy:source=0", "-o", "numbers.safetensors")
+    tp.load("numbers.safetensors", model)
+    assert torch.equal(model[1].weight, model[0].weight)
+
+
+def test_a_terminal_of_another_encoding_and_a_closed_one(files):
+    ascii_only = dict(os.environ, PYTHONIOENCODING="ascii")
+    command = [sys.executable, "-m", "tiedparam", "scan", "model.pt"]
+    done = subprocess.run(command, capture_output=True, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"flip_sym" in done.stdout
+    closed = subprocess.run(f"{shlex.join(command)} >&-", shell=True, capture_output=True)
+    assert b"Traceback" not in closed.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -42,6 +43,8 @@ def whole_files() -> Iterator[OpenFile]:
     def open_file(path: PathLike) -> BinaryIO:
         finish()
         target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
         mode = _mode_of(target)
         temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
         file = temporary.open("xb")
@@ -65,6 +68,24 @@ def whole_files() -> Iterator[OpenFile]:
         raise
     for folder in {target.parent for _, target in written}:
         _sync_folder(folder)
+
+
+_FOREIGN = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".index.json")
+
+
+def refuse_foreign_suffix(path: PathLike) -> None:
+    """Raise if a safetensors file is to be written under the name of another kind of file.
+
+    Raises:
+        TieError: naming the suffix. torch.load would say something that misleads.
+    """
+    name = os.fspath(path).lower()
+    suffix = next((suffix for suffix in _FOREIGN if name.endswith(suffix)), None)
+    if suffix is not None:
+        raise TieError(
+            f"'{os.fspath(path)}' would be a safetensors file, and '{suffix}' says otherwise. "
+            "Name it '.safetensors'."
+        )
 
 
 def _mode_of(target: Path) -> int | None:

@@ -8,7 +8,7 @@ bias and a spread output cost no multiplication and are not counted; torch's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,11 +66,16 @@ def positions(model: nn.Module, example: Any) -> dict[nn.Module, int]:
 
     Args:
         model: it runs once, in eval mode and without gradients; its modes are put back.
-        example: a tensor, or a tuple of positional arguments.
+        example: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
 
     Returns:
         Counts by layer, over all calls; layers that were not called are left out.
     """
+    if not isinstance(example, (Tensor, tuple, list, Mapping)):
+        raise TypeError(
+            "example= takes a tensor, a tuple of arguments or a mapping of keyword arguments, not "
+            f"{type(example).__name__}"
+        )
     counts: dict[nn.Module, int] = {}
 
     def count(layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -88,10 +93,12 @@ def positions(model: nn.Module, example: Any) -> dict[nn.Module, int]:
         for layer in model.modules()
         if isinstance(layer, counted)
     ]
-    arguments = (example,) if isinstance(example, Tensor) else tuple(example)
     try:
         with _in_eval_mode(model), torch.no_grad():
-            model(*arguments)
+            if isinstance(example, Mapping):
+                model(**example)
+            else:
+                model(*((example,) if isinstance(example, Tensor) else example))
     finally:
         for hook in hooks:
             hook.remove()

@@ -24,6 +24,11 @@ def describe_layer(layer: nn.Module) -> str:
     return f"{kind}({layer.extra_repr()})"
 
 
+def visible(text: str) -> str:
+    """Control characters as escapes: names from files must not steer the reader's terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def describe(layer: nn.Module, tensor_name: str, root: nn.Module | None = None) -> str:
     """Name a tensor: ``'encoder.conv2.weight'`` where the root is known, else by its layer."""
     if root is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam import _header
-from tiedparam._atomic import PathLike, whole_files
+from tiedparam._atomic import PathLike, refuse_foreign_suffix, whole_files
 from tiedparam._checkpoint import untie_with
 from tiedparam._errors import TieError, describe
 from tiedparam._fit import entries_for, placeholder, ties_to_make
@@ -56,6 +56,9 @@ def save(model: nn.Module, path: PathLike) -> None:
             without a registered name. Nothing was written then.
         OSError: if the file cannot be written.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save takes a model and a path, in this order, not {type(model).__name__}")
+    refuse_foreign_suffix(path)
     state = _plain_state(model)
     aliases = aliases_of(state)
     header = _header.of_model(model, aliases)
@@ -142,6 +145,7 @@ def export_dense(
         TieError: if the state is not made of plain tensors with values. Nothing was written.
         OSError: if a file cannot be written.
     """
+    refuse_foreign_suffix(path)
     limit = None if max_shard_size is None else _bytes_of(max_shard_size)
     state = untie_with(model, _plain_state(model), placeholder)
     computed = {prefix + name: (layer, name) for prefix, layer, name, _ in named_ties(model)}

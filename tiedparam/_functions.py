@@ -32,7 +32,7 @@ def find_function(name: str) -> Function:
     Raises:
         TieError: if it is none of `FUNCTIONS`; the message suggests the nearest names.
     """
-    if name in FUNCTIONS:
+    if isinstance(name, str) and name in FUNCTIONS:
         return FUNCTIONS[name]
     near = difflib.get_close_matches(str(name), FUNCTIONS, n=1, cutoff=0.4)
     known = ", ".join(f"'{known}'" for known in FUNCTIONS)

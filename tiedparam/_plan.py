@@ -187,6 +187,20 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     return plan_from_data(read_data(path), f"'{path}'")
 
 
+def _is_default(rule: str | type[Rule], option: str) -> bool:
+    kind = find_rule(rule) if isinstance(rule, str) else rule
+    parameter = inspect.signature(kind).parameters.get(option)
+    return parameter is not None and parameter.default is None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key '{key}' stands twice in one table")
+    return dict(pairs)
+
+
 def read_data(path: str | os.PathLike[str]) -> Any:
     """What a TOML or JSON file holds.
 
@@ -197,8 +211,10 @@ def read_data(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     kind = _kind(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text) if kind == "toml" else json.loads(text)
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin with a mark
+        if kind == "toml":
+            return tomllib.loads(text)
+        return json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
         raise TieError(f"'{path}' is not {kind.upper()}: {error}. Correct the file.") from error
 
@@ -245,8 +261,10 @@ def _entry_to_data(entry: PlanEntry) -> dict[str, Any]:
         table["init"] = entry.init
     options = {}
     for key, value in entry.options.items():
+        if value is None and _is_default(entry.rule, key):
+            continue
         if value is None:
-            continue  # neither format needs it: None is what is left out
+            raise refuse(f"{key}=None is not its default, and neither format holds a None.")
         if isinstance(value, nn.Module):
             raise refuse(f"{key}= is a module. Give its path in the model.")
         if key == "fn" and not isinstance(value, str):

@@ -3,8 +3,8 @@
 One tie goes through this, and so does a whole plan of them. What is noted is everything that
 tying and untying touch: classes, attributes, the contents of tables and lists (parameters,
 hooks, a recurrent layer's flat weights), what is written on the Parameters (the optimizer
-guard's marks), and the optimizers' groups and state. Values are not noted: tying writes into
-no Parameter that exists.
+guard's marks, ``.grad``), and the optimizers' groups and state. Values are not noted: tying
+writes into no Parameter that exists.
 """
 
 from __future__ import annotations
@@ -65,11 +65,12 @@ def _note_module(module: nn.Module) -> Callable[[], None]:
 
 
 def _note_parameter(parameter: nn.Parameter) -> Callable[[], None]:
-    attributes = dict(parameter.__dict__)
+    attributes, gradient = dict(parameter.__dict__), parameter.grad
 
     def put_back() -> None:
         parameter.__dict__.clear()
         parameter.__dict__.update(attributes)
+        parameter.grad = gradient
 
     return put_back
 

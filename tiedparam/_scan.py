@@ -280,8 +280,9 @@ def scan(
         pairs: with how many other tensors of a fitting shape each tensor is compared in full,
             for rules that copy; 0 looks for no copies. Which ones is decided by 1,024
             sampled entries of every tensor, over all pairs. Biases are not searched for copies.
-        example: an input of the model (a tensor, or a tuple of arguments). The model then runs
-            once, in eval mode, to count the positions that each layer works on.
+        example: an input of the model: a tensor, a tuple of arguments, or a mapping of keyword
+            arguments. The model then runs once, in eval mode, to count the positions that
+            each layer works on.
         progress: a bar on stderr: True, False, or None for work of more than a second on a
             terminal.
 
@@ -354,7 +355,11 @@ def _chosen_rules(rules: Iterable[RuleChoice] | None) -> list[_Choice]:
 def _tensors_of(model: nn.Module) -> tuple[list[_Tensor], list[NotLookedAt]]:
     """Every Parameter once, in the model's order; and what no rule can be put on."""
     tensors, left_out = [], []
-    first_place: dict[nn.Parameter, str] = {}
+    places: dict[nn.Parameter, list[str]] = {}
+    for path, layer in model.named_modules():
+        for name, parameter in layer._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append(f"{path}.{name}".removeprefix("."))
     for path, layer in model.named_modules():
         if isinstance(layer, parametrize.ParametrizationList):
             continue  # its layer speaks for it
@@ -363,15 +368,15 @@ def _tensors_of(model: nn.Module) -> tuple[list[_Tensor], list[NotLookedAt]]:
             where = f"{path}.{name}".removeprefix(".")
             if is_tied(layer, name):
                 reason: str | None = f"it is tied by '{get_tie(layer, name)}' already."
-            elif parameter is not None and parameter in first_place:
-                reason = f"it shares its Parameter with '{first_place[parameter]}'."
+            elif parameter is not None and len(places[parameter]) > 1:
+                other = next(place for place in places[parameter] if place != where)
+                reason = f"it shares its Parameter with '{other}', and a rule would take it away."
             else:
                 reason = why_untieable(layer, name) or _why_no_values(parameter, where)
             if reason is not None:
                 left_out.append(NotLookedAt(path, name, reason))
                 continue
             assert parameter is not None
-            first_place[parameter] = where
             value = parameter.detach()
             constant = bool((value == value.reshape(-1)[0]).all())
             tensors.append(_Tensor(path, layer, name, value, constant))
@@ -415,34 +420,48 @@ class _Scan:
         self.positions = positions
         self.advance = advance
         self.left_out = left_out
+        self._broken: set[type[Rule]] = set()
         self._spans: dict[tuple[str, Layout], tuple[int, int]] = {}
 
     def laws_on(self, tensor: _Tensor) -> Iterator[Candidate]:
         """The candidates of one tensor alone."""
         refused: dict[str, NotLookedAt] = {}
         for choice in self.rules:
-            if issubclass(choice.rule, Linked):
+            if issubclass(choice.rule, Linked) or choice.rule in self._broken:
                 continue
-            for options in choice.variants(tensor.layout):
-                rule = make_rule(choice.rule, dict(options))
-                refusal = why_refused(tensor.layer, rule)
-                if refusal is not None:
-                    refused[refusal] = NotLookedAt(tensor.path, tensor.name, refusal)
-                    continue
-                if rule.bind(tensor.layer, tensor.name, None) is not None:
-                    continue
-                entries, free = tensor.value.numel(), rule.free_count
-                if free >= entries:
-                    continue  # it ties nothing
-                residual = rule.residual(tensor.value)
-                # the Beta distribution of the module's first lines
-                mean = (entries - free) / entries
-                deviation = math.sqrt(mean * (1 - mean) / (entries / 2 + 1))
-                yield self._candidate(
-                    tensor, rule, options, residual, mean, deviation, self._span(rule)
+            try:
+                yield from self._law_on(tensor, choice, refused)
+            except Exception as error:  # a rule of the user's own ends the look at itself alone
+                self._broken.add(choice.rule)
+                reason = (
+                    f"the rule '{choice.rule.name or choice.rule.__name__}' raised "
+                    f"{type(error).__name__} here and was left out from then on: {error}"
                 )
+                refused[reason] = NotLookedAt(tensor.path, tensor.name, reason)
             self.advance(tensor.value.numel())
         self.left_out += refused.values()
+
+    def _law_on(
+        self, tensor: _Tensor, choice: _Choice, refused: dict[str, NotLookedAt]
+    ) -> Iterator[Candidate]:
+        for options in choice.variants(tensor.layout):
+            rule = make_rule(choice.rule, dict(options))
+            refusal = why_refused(tensor.layer, rule)
+            if refusal is not None:
+                refused[refusal] = NotLookedAt(tensor.path, tensor.name, refusal)
+                continue
+            if rule.bind(tensor.layer, tensor.name, None) is not None:
+                continue
+            entries, free = tensor.value.numel(), rule.free_count
+            if free >= entries:
+                continue  # it ties nothing
+            residual = rule.residual(tensor.value)
+            # the Beta distribution of the module's first lines
+            mean = (entries - free) / entries
+            deviation = math.sqrt(mean * (1 - mean) / (entries / 2 + 1))
+            yield self._candidate(
+                tensor, rule, options, residual, mean, deviation, self._span(rule)
+            )
 
     def copies_among(
         self, tensors: list[_Tensor], pairs: int, found: dict[int, list[Candidate]]
@@ -458,8 +477,8 @@ class _Scan:
         own = [_sample(tensor.value) for tensor in tensors]
         for choice in rules:
             for options, sources in self._functions(choice, tensors):
-                for index, tensor in enumerate(tensors):
-                    near = sources.nearest_to(tensor, own[index], index, pairs)
+                for index, near in sources.nearest(tensors, own, pairs):
+                    tensor = tensors[index]
                     fitting += near.fitting
                     for source in near.sources:
                         candidate = self._copy(choice.rule, options, tensor, tensors[source])
@@ -567,7 +586,6 @@ class _Sources:
 
     def __init__(self) -> None:
         self._samples: dict[tuple[Any, ...], tuple[list[int], list[Tensor]]] = {}
-        self._stacked: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._mutual: bool | None = None
 
     def add(self, index: int, tensor: _Tensor, rule: Linked) -> None:
@@ -583,20 +601,38 @@ class _Sources:
         indices.append(index)
         samples.append(_sample(value))
 
-    def nearest_to(self, tensor: _Tensor, sample: Tensor, index: int, count: int) -> _Near:
-        """The sources whose function is nearest to a tensor, by the sampled entries."""
-        kind = _kind(tensor.value)
-        if kind not in self._samples:
-            return _Near([], 0)
-        if kind not in self._stacked:
-            indices, samples = self._samples[kind]
-            self._stacked[kind] = torch.tensor(indices), torch.stack(samples)
-        sources, values = self._stacked[kind]
-        allowed = sources < index if self._mutual else sources != index
-        sources, values = sources[allowed], values[allowed]
-        distances = torch.linalg.vector_norm(values - sample, dim=1).nan_to_num(math.inf)
-        order = torch.argsort(distances, stable=True)[:count]
-        return _Near(sources[order].tolist(), len(sources))
+    def nearest(
+        self, tensors: list[_Tensor], own: list[Tensor], count: int
+    ) -> Iterator[tuple[int, _Near]]:
+        """For each tensor the sources whose function is nearest, by the sampled entries.
+
+        All pairs of one shape are compared by products of matrices of samples, some rows at a
+        time.
+        """
+        members: dict[tuple[Any, ...], list[int]] = {}
+        for index, tensor in enumerate(tensors):
+            members.setdefault(_kind(tensor.value), []).append(index)
+        for kind, indices in members.items():
+            if kind not in self._samples:
+                continue
+            numbers, samples = self._samples[kind]
+            sources, values = torch.tensor(numbers), torch.stack(samples)
+            squares = values.abs().square().sum(1)
+            for chunk in torch.tensor(indices).split(_ROWS):
+                mine = torch.stack([own[index] for index in chunk.tolist()])
+                products = (mine @ values.mH).real
+                distances = mine.abs().square().sum(1, keepdim=True) + squares - 2 * products
+                allowed = chunk[:, None]
+                allowed = sources < allowed if self._mutual else sources != allowed
+                distances = distances.nan_to_num(math.inf).masked_fill(~allowed, math.inf)
+                order = torch.argsort(distances, dim=1, stable=True)[:, :count]
+                for index, row, fitting in zip(
+                    chunk.tolist(), sources[order].tolist(), allowed.sum(1).tolist(), strict=True
+                ):
+                    yield index, _Near(row[:fitting], fitting)
+
+
+_ROWS = 256
 
 
 def _kind(value: Tensor) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import glob
 import inspect
+import io
 import json
 import os
 import subprocess
@@ -35,6 +36,8 @@ from tiedparam import (
     tie_model,
     write_plan,
 )
+from tiedparam._atomic import refuse_foreign_suffix
+from tiedparam._errors import visible
 from tiedparam._functions import find_function
 from tiedparam._offline import LayerHint, open_model, read_hints
 from tiedparam._plan import plan_from_data
@@ -63,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse, with 2 for wrong usage and 0 after ``--help``.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows what it can
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     parser = _parser()
     arguments, others = parser.parse_known_args(argv)
     if arguments.command is None and not others:
@@ -75,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _warnings_in_one_line():
             code: int | None = arguments.run(arguments)
-            sys.stdout.flush()  # here, where a closed pipe is still an error that can be told
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a closed pipe is still an error that can be told
     except BrokenPipeError:  # the reader has seen enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -89,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: object) -> str:
-    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    """A message in one line; names from files may hold control characters, which terminals obey."""
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return visible(text.replace(":; ", ": "))
 
 
 @contextmanager
@@ -208,6 +217,7 @@ def _refuse_existing(arguments: argparse.Namespace, *others: Path) -> None:
     for path in (arguments.output, *others):
         if path.exists() and not arguments.force:
             raise TieError(f"'{path}' exists already. Pass --force to replace it.")
+    refuse_foreign_suffix(arguments.output)
 
 
 # rules -------------------------------------------------------------------------------------
@@ -538,6 +548,9 @@ def _rule(text: str) -> str | tuple[str, dict[str, Any]]:
     return (name, options) if options else name
 
 
+_TEXTS = ("source", "source_name", "fn", "tensor_name", "init")  # a layer may be called "0"
+
+
 def _rule_and_options(text: str) -> tuple[str, dict[str, Any]]:
     """``row_repeat:groups=4``: numbers, truth values and lists as in JSON, all else is text."""
     name, _, rest = text.partition(":")
@@ -547,7 +560,7 @@ def _rule_and_options(text: str) -> tuple[str, dict[str, Any]]:
         if not (found and key):
             raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is not like 'groups=4'")
         try:
-            options[key] = json.loads(value)
+            options[key] = value if key in _TEXTS else json.loads(value)
         except ValueError:
             options[key] = value
     return name, options

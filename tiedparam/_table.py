@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, ClassVar, Generic, TypeVar
 
+from tiedparam._errors import visible
+
 Record = TypeVar("Record")
 
 
@@ -26,7 +28,7 @@ def show(value: Any) -> str:
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, tuple):
         return "×".join(map(str, value)) or "scalar"
-    return str(value)
+    return visible(str(value))
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Column(Generic[Record]):
 
     def text(self, record: Record) -> str:
         """The cell as a reader sees it."""
-        return self.shown(record) if self.shown is not None else show(self.value(record))
+        if self.shown is not None:
+            return visible(self.shown(record))
+        return show(self.value(record))
 
 
 class Table(Generic[Record]):
