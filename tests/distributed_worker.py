@@ -74,7 +74,7 @@ def tie(net: Net) -> Net:
     tp.register_tie(net.stem, "channel_shared", over="in", root=net)
     tp.register_tie(net.mid, "flip_sym", root=net)
     tp.register_tie(net.streams, "channel_shared", over="groups", root=net)
-    tp.register_tie(net.rows, "row_repeat", groups=3, root=net)
+    tp.register_tie(net.rows, "row_repeat", groups=3, compute="reduced", root=net)
     tp.register_tie(net.square, "squared_copy", source="code", root=net)
     tp.register_tie(net.decode, "copy", source="code", fn=torch.t, root=net)
     return net

@@ -60,8 +60,8 @@ def test_every_example_of_every_rule(case):
 
 
 STRUCTURED = [
-    (lambda: nn.Linear(64, 48), "row_repeat", {}, (64,)),
-    (lambda: nn.Linear(64, 48), "row_repeat", {"groups": 4}, (64,)),
+    (lambda: nn.Linear(64, 64), "row_repeat", {}, (64,)),
+    (lambda: nn.Linear(64, 64), "row_repeat", {"groups": 4}, (64,)),
     (lambda: nn.Linear(64, 48), "channel_shared", {"over": "in"}, (64,)),
     (lambda: nn.Conv1d(16, 16, 3, padding=1), "channel_shared", {"over": "in"}, (16, 12)),
     (lambda: nn.Conv2d(16, 16, 3, stride=2), "channel_shared", {"over": "in"}, (16, 9, 9)),

@@ -216,6 +216,7 @@ def _planned(layer: nn.Module, input: Any) -> tuple[Broadcast, Plan, Tensor] | N
     if (
         plan.form == "dense"
         and torch.is_grad_enabled()
+        and torch._C._get_tracing_state() is None  # which compares traces with and without
         and (input.requires_grad or free.requires_grad)
     ):
         return None
