@@ -40,8 +40,8 @@ _INTRODUCTION = """\
 
 Each row is a test that CI runs with the real thing, in the versions of `tests/constraints.txt`.
 *Works* means equal to the dense stock layer that holds the same weight, up to rounding. *Refused*
-means an error that names the way, with nothing changed. This page is written by
-`{command}` from the marks on the tests.
+means an error with nothing changed; it names the way, unless it is torch's own. This page is
+written by `{command}` from the marks on the tests.
 
 ```python
 import torch

@@ -1066,3 +1066,23 @@ def test_ordered_metadata_of_torch_is_kept(tmp_path):
     assert isinstance(torch.load(tmp_path / "bn.pt"), OrderedDict)
     assert_same_state(layer, tp.load(tmp_path / "bn.pt", nn.BatchNorm1d(2)))
     assert prod(layer.state_dict()["num_batches_tracked"].shape) == 1
+
+
+def test_the_state_dict_of_a_tied_model_is_named_as_such(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3))
+    torch.save(tp.register_tie(model[0], "flip_sym").state_dict(), tmp_path / "tied.pt")
+    with pytest.raises(tp.TieError, match="a free value of a tied model. Tie the model as that"):
+        tp.load(tmp_path / "tied.pt", nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.PTH", "a.bin", "a.ckpt", "a.safetensors.index.json"])
+def test_no_file_is_called_what_it_is_not(tmp_path, name):
+    for function in (tp.save, tp.export_dense):
+        with pytest.raises(tp.TieError, match="would be a safetensors file"):
+            function(nn.Linear(3, 3), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_swapped_arguments_are_told(tmp_path):
+    with pytest.raises(TypeError, match="save takes a model and a path, in this order"):
+        tp.save(tmp_path / "a", nn.Linear(3, 3))

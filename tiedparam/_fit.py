@@ -6,6 +6,7 @@ values. All reasons are listed at once.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -176,11 +177,19 @@ def _slots(model: nn.Module, new: list[tuple[StoredTie, Rule]]) -> dict[str, _Sl
     return slots
 
 
+_FREE_KEY = re.compile(r"(^|\.)parametrizations\.[^.]+\.original\d+$")
+
+
 def _misfits(entries: Mapping[str, Tensor], slots: Mapping[str, _Slot]) -> list[str]:
     problems = []
     for key, value in entries.items():
         slot = slots.get(key)
-        if slot is None:
+        if slot is None and _FREE_KEY.search(key):
+            problems.append(
+                f"the model has no '{key}': that is a free value of a tied model. Tie the model as "
+                "that one was, or write the file with tiedparam.save, which says how."
+            )
+        elif slot is None:
             problems.append(f"the model has no '{key}'.")
         elif tuple(value.shape) != slot.shape:
             problems.append(
