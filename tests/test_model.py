@@ -7,6 +7,7 @@ import copy
 import json
 import tomllib
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,7 +175,10 @@ def test_a_plan_that_selects_nothing_is_an_error(plan, message):
     ("arguments", "message"),
     [
         ((None, {"stem": "flip_sym"}), "tie_model takes an nn.Module"),
-        ((nn.Linear(2, 2), "flip_sym"), "a plan is a mapping"),
+        ((nn.Linear(2, 2), "plan.toml"), r"a plan is a mapping .* not str. Use read_plan\(path\)"),
+        ((nn.Linear(2, 2), Path("plan.toml")), r"Use read_plan\(path\)"),
+        ((nn.Linear(2, 2), tp.scan(nn.Linear(2, 2))), r"not ScanReport. Use its plan\(\)"),
+        ((nn.Linear(2, 2), 3), "a plan is a mapping .* not int$"),
         ((nn.Linear(2, 2), {"": 3}), "names a rule or a Rule subclass"),
         ((nn.Linear(2, 2), {3: "flip_sym"}), "a pattern is a glob"),
         ((nn.Linear(2, 2), {int: "flip_sym"}), "no layer type"),

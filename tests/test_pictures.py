@@ -118,6 +118,13 @@ def test_dense_against_tied_weights():
         (-float(dense.weight.detach().abs().max()), float(dense.weight.detach().abs().max()))
     }
     assert rendered(figure)
+    for alone in (tied, dense.weight):
+        panel, _ = tp.draw_weights(alone, "alone").axes
+        assert panel.get_title() == "alone"
+        assert torch.equal(
+            torch.as_tensor(panel.images[0].get_array().filled(0)),
+            shown[1] if alone is tied else shown[0],
+        )
     with pytest.raises(tp.TieError, match="no tensor that could be drawn"):
         tp.draw_weights([nn.ReLU()])
     with pytest.raises(tp.TieError, match="no weight to draw"):

@@ -326,10 +326,24 @@ def test_s22_shared_parameters_are_left_out():
     model["head"].weight = model["embed"].weight
     report = tp.scan(model)
     assert report.candidates == ()
+    reason = (
+        "it shares its Parameter with '{}', and a rule would take it away. Give one of them a "
+        "Parameter of its own, and tie it to the other by 'copy'."
+    )
     assert [(left.layer, left.reason) for left in report.not_looked_at] == [
-        ("embed", "it shares its Parameter with 'head.weight', and a rule would take it away."),
-        ("head", "it shares its Parameter with 'embed.weight', and a rule would take it away."),
+        ("embed", reason.format("head.weight")),
+        ("head", reason.format("embed.weight")),
     ]
+    model["embed"].padding_idx = 0
+    padded = " No other law can go on 'embed.weight', because of its padding_idx."
+    assert [left.reason for left in tp.scan(model).not_looked_at] == [
+        reason.format("head.weight") + padded,
+        reason.format("embed.weight") + padded,
+    ]
+    # the way that the note names
+    model["head"].weight = nn.Parameter(model["head"].weight.detach().clone())
+    tp.tie_model(model, {"head": ("copy", {"source": "embed"})})
+    assert torch.equal(model["head"].weight, model["embed"].weight)
 
 
 def test_what_is_left_out_is_listed_with_its_reason():
@@ -589,6 +603,24 @@ def test_a_rule_that_raises_ends_the_look_at_itself_alone(registry):
     )
 
 
+@pytest.mark.parametrize("member", ["variants", "__init__", "bind", "residual"])
+def test_a_copying_rule_that_raises_ends_the_look_at_itself_alone(member, registry):
+    def broken(*_, **__):
+        raise ZeroDivisionError("in " + member)
+
+    copy = tp.available_rules()["copy"]
+    new = classmethod(broken) if member == "variants" else broken
+    tp.register_rule("test_raises")(type("Raises", (copy,), {member: new}))
+    report = tp.scan(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    kept = {c.rule for c in report.candidates}
+    assert "flip_sym" in kept
+    assert any(rule.startswith("copy") for rule in kept)
+    assert [left.reason for left in report.not_looked_at] == [
+        "the rule 'test_raises' raised ZeroDivisionError here and was left out from then on: "
+        f"in {member}"
+    ]
+
+
 def test_examples_may_be_keyword_arguments():
     class Named(nn.Module):
         def __init__(self):
@@ -601,6 +633,9 @@ def test_examples_may_be_keyword_arguments():
     example = {"tokens": torch.ones(3, 5, 4), "scale": 2}
     assert {c.positions for c in tp.scan(Named(), example=example).candidates
             if c.tensor_name == "weight"} == {15}  # fmt: skip
+    tied = Named()
+    tp.register_tie(tied.layer, "flip_sym")
+    assert [row.positions for row in tp.report(tied, example=example).ties] == [15]
     with pytest.raises(TypeError, match="mapping of keyword arguments, not int"):
         tp.scan(Named(), example=5)
 

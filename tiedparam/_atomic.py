@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import stat
@@ -44,7 +43,8 @@ def whole_files() -> Iterator[OpenFile]:
         finish()
         target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
         if not target.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
+            # without a number: "[Errno 2]" says nothing to who reads it
+            raise FileNotFoundError(f"the folder '{target.parent}' does not exist. Make it first.")
         mode = _mode_of(target)
         temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
         file = temporary.open("xb")

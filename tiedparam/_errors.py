@@ -24,9 +24,9 @@ def describe_layer(layer: nn.Module) -> str:
     return f"{kind}({layer.extra_repr()})"
 
 
-def visible(text: str) -> str:
+def visible(text: str, keep: str = "") -> str:
     """Control characters as escapes: names from files must not steer the reader's terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 def describe(layer: nn.Module, tensor_name: str, root: nn.Module | None = None) -> str:

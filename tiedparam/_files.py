@@ -34,6 +34,7 @@ from tiedparam._ties import free_values, get_tie, is_tied, named_ties
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_SMALL_SHARD, _MANY_SHARDS = 10**6, 100
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -137,14 +138,20 @@ def export_dense(
         max_shard_size: the largest size of one file in bytes, or like ``"5GB"`` or ``"500MiB"``.
             A larger model is written to ``<name>-00001-of-0000n.safetensors`` and so on, beside
             an index file ``<name>.safetensors.index.json``. A larger tensor has its own file.
+            Below 1 MB it may not make more than 100 files.
 
     Returns:
         The files that were written; the index is the last.
 
     Raises:
-        TieError: if the state is not made of plain tensors with values. Nothing was written.
+        TieError: if the state is not made of plain tensors with values, or the size is none, or
+            too small. Nothing was written.
         OSError: if a file cannot be written.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"export_dense takes a model and a path, in this order, not {type(model).__name__}"
+        )
     refuse_foreign_suffix(path)
     limit = None if max_shard_size is None else _bytes_of(max_shard_size)
     state = untie_with(model, _plain_state(model), placeholder)
@@ -160,6 +167,11 @@ def export_dense(
 
     path = Path(path)
     shards = _shards(entries, limit)
+    if limit is not None and limit < _SMALL_SHARD and len(shards) > _MANY_SHARDS:
+        raise TieError(
+            f"max_shard_size={max_shard_size!r} would make {len(shards):,} files. "
+            "Give a size in bytes, or such as '5GB'."
+        )
     if len(shards) == 1:
         files = [path]
     else:

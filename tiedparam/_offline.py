@@ -82,13 +82,16 @@ def _is_hint(table: Any) -> bool:
     )
 
 
-def open_model(path: PathLike, hints: Iterable[LayerHint] = ()) -> nn.Module:
+def open_model(
+    path: PathLike, hints: Iterable[LayerHint] = (), key: str | None = None
+) -> nn.Module:
     """The model that a checkpoint file holds the state of, as far as the file shows it.
 
     Args:
         path: any file that `tiedparam.load` reads. One by `tiedparam.save` comes out tied.
         hints: groups and transposition of convolutions; for each the first that fits counts.
             What the header of a tied file says goes first.
+        key: in which entry of a file by ``torch.save`` the state dict stands.
 
     Returns:
         A model with the file's names, whose layers cannot be called in a meaningful order.
@@ -98,7 +101,7 @@ def open_model(path: PathLike, hints: Iterable[LayerHint] = ()) -> nn.Module:
             that says how, or a hint fits no convolution.
         OSError: if the file cannot be read.
     """
-    stored, hints = StoredCheckpoint(path), list(hints)
+    stored, hints = StoredCheckpoint(path, key), list(hints)
     try:
         header = _header.read(stored.metadata)
         if header is None:

@@ -70,8 +70,8 @@ def draw_orbits(layer: nn.Module, tensor_name: str = "weight", *, corner: int = 
 
 
 def draw_weights(
-    weights: Sequence[nn.Module | Tensor],
-    titles: Sequence[str] = (),
+    weights: nn.Module | Tensor | Sequence[nn.Module | Tensor],
+    titles: str | Sequence[str] = (),
     tensor_name: str = "weight",
     *,
     corner: int = CORNER,
@@ -79,8 +79,8 @@ def draw_weights(
     """Weights side by side on one scale of colours: dense against tied, say.
 
     Args:
-        weights: layers, tied or not, or tensors.
-        titles: what to write above them.
+        weights: layers, tied or not, or tensors; or one of them.
+        titles: what to write above them, or above the one.
         tensor_name: which tensor of the layers.
         corner: how many outputs and inputs to draw.
 
@@ -90,6 +90,10 @@ def draw_weights(
     Raises:
         TieError: if a layer has no such tensor, or matplotlib is not installed.
     """
+    if isinstance(weights, (nn.Module, Tensor)):
+        weights = [weights]
+    if isinstance(titles, str):
+        titles = [titles]
     values = [_values_of(weight, tensor_name) for weight in weights]
     if not values:
         raise TieError("there is no weight to draw. Pass layers or tensors.")

@@ -123,8 +123,14 @@ class Plan:
         if isinstance(plan, Plan):
             return plan
         if not isinstance(plan, Mapping):
+            hint = ""
+            if isinstance(plan, (str, os.PathLike)):
+                hint = ". Use read_plan(path)"
+            elif callable(getattr(plan, "plan", None)):  # what scan returned
+                hint = ". Use its plan()"
             raise TypeError(
-                f"a plan is a mapping of patterns to rules or a Plan, not {type(plan).__name__}"
+                "a plan is a mapping of patterns to rules or a Plan, not "
+                f"{type(plan).__name__}{hint}"
             )
         return cls(
             tuple(

@@ -221,8 +221,9 @@ def report(
     Args:
         model: a model, tied or not.
         optimizer: the optimizer or optimizers of the model, to count the state that they hold.
-        example: an input of the model (a tensor, or a tuple of arguments). The model then runs
-            once, in eval mode, to count the positions that each layer works on.
+        example: an input of the model: a tensor, a tuple of arguments, or a mapping of keyword
+            arguments. The model then runs once, in eval mode, to count the positions that each
+            layer works on.
 
     Returns:
         The report: print it, or take its `rows`, `to_markdown` or `to_json`.

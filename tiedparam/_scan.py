@@ -355,11 +355,11 @@ def _chosen_rules(rules: Iterable[RuleChoice] | None) -> list[_Choice]:
 def _tensors_of(model: nn.Module) -> tuple[list[_Tensor], list[NotLookedAt]]:
     """Every Parameter once, in the model's order; and what no rule can be put on."""
     tensors, left_out = [], []
-    places: dict[nn.Parameter, list[str]] = {}
+    places: dict[nn.Parameter, dict[str, nn.Module]] = {}
     for path, layer in model.named_modules():
         for name, parameter in layer._parameters.items():
             if parameter is not None:
-                places.setdefault(parameter, []).append(f"{path}.{name}".removeprefix("."))
+                places.setdefault(parameter, {})[f"{path}.{name}".removeprefix(".")] = layer
     for path, layer in model.named_modules():
         if isinstance(layer, parametrize.ParametrizationList):
             continue  # its layer speaks for it
@@ -369,8 +369,7 @@ def _tensors_of(model: nn.Module) -> tuple[list[_Tensor], list[NotLookedAt]]:
             if is_tied(layer, name):
                 reason: str | None = f"it is tied by '{get_tie(layer, name)}' already."
             elif parameter is not None and len(places[parameter]) > 1:
-                other = next(place for place in places[parameter] if place != where)
-                reason = f"it shares its Parameter with '{other}', and a rule would take it away."
+                reason = _why_shared(where, places[parameter])
             else:
                 reason = why_untieable(layer, name) or _why_no_values(parameter, where)
             if reason is not None:
@@ -383,6 +382,21 @@ def _tensors_of(model: nn.Module) -> tuple[list[_Tensor], list[NotLookedAt]]:
         if hasattr(layer, "_packed_params") and hasattr(layer, "weight"):
             left_out.append(NotLookedAt(path, "weight", "the layer is quantized."))
     return tensors, left_out
+
+
+def _why_shared(where: str, holders: Mapping[str, nn.Module]) -> str:
+    other = next(place for place in holders if place != where)
+    padded = [
+        place
+        for place, layer in holders.items()
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.padding_idx is not None
+    ]
+    # said here: else who gives the embedding its own Parameter is refused by the next law
+    circle = f" No other law can go on '{padded[0]}', because of its padding_idx." if padded else ""
+    return (
+        f"it shares its Parameter with '{other}', and a rule would take it away. Give one of them "
+        f"a Parameter of its own, and tie it to the other by 'copy'.{circle}"
+    )
 
 
 def _tensor_names(layer: nn.Module) -> Iterator[str]:
@@ -432,14 +446,17 @@ class _Scan:
             try:
                 yield from self._law_on(tensor, choice, refused)
             except Exception as error:  # a rule of the user's own ends the look at itself alone
-                self._broken.add(choice.rule)
-                reason = (
-                    f"the rule '{choice.rule.name or choice.rule.__name__}' raised "
-                    f"{type(error).__name__} here and was left out from then on: {error}"
-                )
-                refused[reason] = NotLookedAt(tensor.path, tensor.name, reason)
+                self._leave_out(choice, tensor, error)
             self.advance(tensor.value.numel())
         self.left_out += refused.values()
+
+    def _leave_out(self, choice: _Choice, tensor: _Tensor, error: Exception) -> None:
+        self._broken.add(choice.rule)
+        reason = (
+            f"the rule '{choice.rule.name or choice.rule.__name__}' raised "
+            f"{type(error).__name__} here and was left out from then on: {error}"
+        )
+        self.left_out.append(NotLookedAt(tensor.path, tensor.name, reason))
 
     def _law_on(
         self, tensor: _Tensor, choice: _Choice, refused: dict[str, NotLookedAt]
@@ -481,7 +498,13 @@ class _Scan:
                     tensor = tensors[index]
                     fitting += near.fitting
                     for source in near.sources:
-                        candidate = self._copy(choice.rule, options, tensor, tensors[source])
+                        if choice.rule in self._broken:
+                            continue
+                        try:
+                            candidate = self._copy(choice.rule, options, tensor, tensors[source])
+                        except Exception as error:
+                            self._leave_out(choice, tensor, error)
+                            continue
                         if candidate is not None:
                             compared += 1
                             found[id(tensor)].append(candidate)
@@ -494,10 +517,13 @@ class _Scan:
         """Every set of options of a rule that copies, with samples of what the sources give."""
         by_options: dict[str, tuple[Mapping[str, Any], _Sources]] = {}
         for index, tensor in enumerate(tensors):
-            for options in choice.variants(tensor.layout):
-                _, sources = by_options.setdefault(repr(options), (options, _Sources()))
-                rule = _linked(choice.rule, options, tensor)
-                sources.add(index, tensor, rule)
+            try:
+                for options in choice.variants(tensor.layout):
+                    _, sources = by_options.setdefault(repr(options), (options, _Sources()))
+                    sources.add(index, tensor, _linked(choice.rule, options, tensor))
+            except Exception as error:
+                self._leave_out(choice, tensor, error)
+                return
         yield from by_options.values()
 
     def _copy(

@@ -1,8 +1,8 @@
 """The shell: ``tiedparam <command>``, or ``python -m tiedparam <command>``.
 
 Results go to stdout, as text or with ``--json`` as JSON and nothing else; progress, warnings
-and errors go to stderr. Exit codes: 0 fine, 1 it could not be done (one line on stderr says
-why), 2 wrong usage.
+and errors go to stderr. Exit codes: 0 fine, 1 it could not be done (stderr says why, with a line
+for each reason), 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from tiedparam import (
     Plan,
@@ -48,6 +51,9 @@ from tiedparam._ties import ties_of
 
 INTERRUPTED = 130
 
+T = TypeVar("T")
+
+_PICTURE = Path("tiedparam-demo.png")
 _CODES = "exit codes: 0 fine, 1 it could not be done, 2 wrong usage"
 _FILE = "a .safetensors file, what torch.save wrote of a state dict, or a *.index.json"
 
@@ -59,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0, or 1 after a `TieError` or `OSError`, whose message is printed in one
-        line; 130 if it was interrupted. Without a command the help goes to stderr and the code
-        is 2. ``bench`` returns what the benchmarks return.
+        The exit code: 0, or 1 after a `TieError` or `OSError`, whose message is printed, with a
+        line for each reason; 130 if it was interrupted. Without a command the help goes to stderr
+        and the code is 2. ``bench`` returns what the benchmarks return.
 
     Raises:
         SystemExit: from argparse, with 2 for wrong usage and 0 after ``--help``.
@@ -79,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
+        _import_modules(getattr(arguments, "imports", ()))
         with _warnings_in_one_line():
             code: int | None = arguments.run(arguments)
             if sys.stdout is not None:
@@ -87,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (TieError, OSError) as error:
-        print(f"{parser.prog} {arguments.command}: {_one_line(error)}", file=sys.stderr)
+        reason = visible(_in_words_of_the_shell(str(error)), keep="\n")
+        print(f"{parser.prog} {arguments.command}: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{parser.prog} {arguments.command}: interrupted", file=sys.stderr)
@@ -98,7 +106,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: object) -> str:
     """A message in one line; names from files may hold control characters, which terminals obey."""
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return visible(text.replace(":; ", ": "))
+    return visible(_in_words_of_the_shell(text.replace(":; ", ": ")))
+
+
+_WORDS = {
+    "Call remove_tie first": "Run tiedparam untie first",
+    "call remove_tie first": "run tiedparam untie first",
+    "If it is a rule of your own, import its module first.": "Rules of your own need --import.",
+    "pass on_unfit='skip'": "pass --skip-unfit",
+}
+
+
+def _in_words_of_the_shell(text: str) -> str:
+    """A message of the library, with the next steps that a shell has."""
+    for said, meant in _WORDS.items():
+        text = text.replace(said, meant)
+    return text
+
+
+def _import_modules(names: Iterable[str]) -> None:
+    """Import the user's modules, which register their rules.
+
+    Raises:
+        TieError: if one cannot be imported.
+    """
+    for name in names:
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # where the console script does not look
+        try:
+            import_module(name)
+        except Exception as error:  # code of the user's
+            raise TieError(
+                f"--import {name}: {type(error).__name__}: {error}. Give the dotted name of a "
+                "module in this folder, or of one that is installed."
+            ) from error
 
 
 @contextmanager
@@ -143,13 +184,15 @@ def _command(
     run: Callable[[argparse.Namespace], int | None],
     text: str,
     *examples: str,
+    help_too: bool = True,
 ) -> argparse.ArgumentParser:
-    """A subcommand with a help text that ends in examples."""
+    """A subcommand with a help text that ends in examples, and ``--help`` to show it."""
     shown = "".join(f"  tiedparam {name} {example}\n" for example in examples)
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text[0].lower() + text.partition(".")[0][1:],
         description=text,
+        add_help=help_too,
         epilog=f"{'examples' if len(examples) > 1 else 'example'}:\n{shown}{_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -161,8 +204,20 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of a table")
 
 
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="import this module first, for the rules of your own in it; can be repeated",
+    )  # fmt: skip
+
+
 def _add_file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help=_FILE)
+    parser.add_argument("file", type=_path, metavar="FILE", help=_FILE)
+    parser.add_argument(
+        "--key", metavar="NAME",
+        help="the entry of a torch file that holds the state dict, such as 'model'",
+    )  # fmt: skip
+    _add_import(parser)
     parser.add_argument(
         "--groups",
         action="append",
@@ -181,7 +236,7 @@ def _add_file(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="the file to write")
+    parser.add_argument("-o", "--output", type=_path, metavar="OUT", help="the file to write")
     parser.add_argument(
         "--force", action="store_true", help="replace files that are there, FILE included"
     )
@@ -198,12 +253,17 @@ def _hints(arguments: argparse.Namespace) -> list[LayerHint]:
     return [*both, *one, *other]
 
 
+def _open(arguments: argparse.Namespace, hints: Iterable[LayerHint] = ()) -> nn.Module:
+    """The model of the command's file."""
+    return open_model(arguments.file, [*_hints(arguments), *hints], arguments.key)
+
+
 def _print(result: TableReport[Any], as_json: bool, **more: Any) -> None:
     """A report on stdout, with more facts about files."""
     if as_json:
         print(json.dumps({**result.to_data(), **more}, indent=2, ensure_ascii=False))
         return
-    print(result)
+    print(_in_words_of_the_shell(str(result)))
     if "files" in more:
         sizes = f"{more['bytes']:,} B, from {more['bytes_before']:,} B"
         print(f"Wrote {', '.join(more['files'])}: {sizes}.")
@@ -258,7 +318,9 @@ def _options_text(rule: type[Rule]) -> str:
 
 def _add_rules(commands: Any) -> None:
     text = "List the laws. What they mean in detail is in docs/rules.md."
-    _add_json(_command(commands, "rules", _run_rules, text, "", "--json"))
+    parser = _command(commands, "rules", _run_rules, text, "", "--import my_rules", "--json")
+    _add_import(parser)
+    _add_json(parser)
 
 
 def _run_rules(arguments: argparse.Namespace) -> None:
@@ -278,12 +340,12 @@ def _add_scan(commands: Any) -> None:
         "model.safetensors",
         "model.pt --rule flip_sym --rule row_repeat:groups=4",
         "model.safetensors --plan plan.toml --json",
+        "checkpoint.pt --key model --import my_rules",
     )
     _add_file(parser)
     parser.add_argument(
         "--rule",
         action="append",
-        type=_rule,
         metavar="RULE[:OPTION=VALUE,…]",
         help="only this law; can be repeated (default: all laws, with all of their variants)",
     )
@@ -295,7 +357,7 @@ def _add_scan(commands: Any) -> None:
         help="with how many others each tensor is compared for copies (default: 2)",
     )
     parser.add_argument(
-        "--plan", type=Path, metavar="PLAN", help="write what was found to a plan (.toml or .json)"
+        "--plan", type=_path, metavar="PLAN", help="write what was found to a plan (.toml or .json)"
     )
     parser.add_argument("--force", action="store_true", help="replace a plan that is there")
     _add_json(parser)
@@ -305,14 +367,16 @@ def _run_scan(arguments: argparse.Namespace) -> None:
     plan: Path | None = arguments.plan
     if plan is not None and plan.exists() and not arguments.force:
         raise TieError(f"'{plan}' exists already. Pass --force to replace it.")
-    model = open_model(arguments.file, _hints(arguments))
+    rules = None if arguments.rule is None else _each(arguments, "rule", _rule)
+    model = _open(arguments)
     with _wrong_types_are_told():
-        found = scan(model, arguments.rule, pairs=arguments.pairs)
-    if plan is not None:
-        if not found.plan().entries:
-            raise TieError("nothing was found that chance does not explain, so there is no plan.")
-        write_plan(found.plan(), plan)
+        found = scan(model, rules, pairs=arguments.pairs)
+    planned = found.plan()
+    if plan is not None and planned.entries:
+        write_plan(planned, plan)
     _print(found, arguments.json)
+    if plan is not None and not planned.entries:
+        raise TieError("nothing was found that chance does not explain, so there is no plan.")
 
 
 # tie and untie -----------------------------------------------------------------------------
@@ -330,11 +394,10 @@ def _add_tie(commands: Any) -> None:
         "model.pt --tie 'head=row_repeat:groups=4' --groups 'stem=8' -o tied.safetensors",
     )
     _add_file(parser)
-    parser.add_argument("--plan", type=Path, metavar="PLAN", help="a plan (.toml or .json)")
+    parser.add_argument("--plan", type=_path, metavar="PLAN", help="a plan (.toml or .json)")
     parser.add_argument(
         "--tie",
         action="append",
-        type=_entry,
         default=[],
         metavar="LAYERS=RULE[:OPTION=VALUE,…]",
         help="an entry of a plan: a glob over layer names, and a law; goes before --plan",
@@ -357,12 +420,11 @@ def _run_tie(arguments: argparse.Namespace) -> None:
         arguments.fail("say what to tie: --plan or --tie")
     if arguments.output is None and not arguments.dry_run:
         arguments.fail("say where to write: -o, or --dry-run")
-    entries: list[PlanEntry] = arguments.tie
+    entries = _each(arguments, "tie", _entry)
     plan = Plan((*entries, *(read_plan(arguments.plan).entries if arguments.plan else ())))
     if not arguments.dry_run:
         _refuse_existing(arguments)
-    hints = _hints(arguments) + (read_hints(arguments.plan) if arguments.plan else [])
-    model = open_model(arguments.file, hints)
+    model = _open(arguments, read_hints(arguments.plan) if arguments.plan else [])
     with _wrong_types_are_told():
         tied = tie_model(
             model,
@@ -406,7 +468,7 @@ def _run_untie(arguments: argparse.Namespace) -> None:
     shards = f"{glob.escape(output.stem)}-*-of-*{glob.escape(output.suffix)}"
     others = output.parent.glob(shards) if arguments.max_shard_size else ()
     _refuse_existing(arguments, output.with_name(f"{output.name}.index.json"), *others)
-    model = open_model(arguments.file, _hints(arguments))
+    model = _open(arguments)
     if not any(ties_of(layer) for layer in model.modules()):
         raise TieError(f"'{arguments.file}' holds no ties. It is dense already.")
     untied = report(model)
@@ -435,7 +497,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _run_report(arguments: argparse.Namespace) -> None:
-    shown = report(open_model(arguments.file, _hints(arguments)))
+    shown = report(_open(arguments))
     if arguments.markdown and not arguments.json:
         print(shown.to_markdown())
     else:
@@ -456,8 +518,10 @@ def _add_demo(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument(
-        "--out", type=Path, default=Path("tiedparam-demo.png"), metavar="PNG", help="the picture"
-    )
+        "--out", type=_path, default=_PICTURE, metavar="PNG",
+        help="the picture; under another name than this, it replaces none",
+    )  # fmt: skip
+    demo.add_argument("--force", action="store_true", help="replace a picture that is there")
     demo.add_argument(
         "--seed", type=between(0, 2**32 - 1), default=0, help="of split, weights and order"
     )
@@ -474,7 +538,10 @@ def _run_demo(arguments: argparse.Namespace) -> None:
     # here: the other commands need not load it
     from tiedparam._demo import demo
 
-    demo(arguments.out, seed=arguments.seed, epochs=arguments.epochs)
+    out: Path = arguments.out
+    if out != _PICTURE and out.exists() and not arguments.force:
+        raise TieError(f"'{out}' exists already. Pass --force to replace it.")
+    demo(out, seed=arguments.seed, epochs=arguments.epochs)
 
 
 def _add_bench(commands: Any) -> None:
@@ -482,9 +549,9 @@ def _add_bench(commands: Any) -> None:
         commands,
         "bench",
         _run_bench,
-        "Run the benchmarks of a checkout. All arguments go to python -m benchmarks; what it "
-        "takes says\n'tiedparam bench -- --help'.",
+        "Run the benchmarks of a checkout. All arguments go to python -m benchmarks.",
         "--case row_repeat",
+        help_too=False,
     )
 
 
@@ -512,6 +579,21 @@ def between(low: int, high: int) -> Callable[[str], int]:
     return whole_number
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file is empty")
+    return Path(text)
+
+
+def _each(arguments: argparse.Namespace, option: str, kind: Callable[[str], T]) -> list[T]:
+    """The values of an option that names rules; only now are the user's own registered."""
+    try:
+        return [kind(text) for text in getattr(arguments, option)]
+    except argparse.ArgumentTypeError as error:
+        arguments.fail(f"argument --{option}: {_one_line(error)}")
+        raise AssertionError("argparse ends the process") from error
+
+
 def _groups(text: str) -> tuple[str, int]:
     pattern, found, number = text.rpartition("=")
     if not (found and pattern and number.isdecimal() and int(number) > 0):
@@ -529,7 +611,7 @@ def _entry(text: str) -> PlanEntry:
     try:
         (entry,) = plan_from_data({"tie": [table]}, repr(text)).entries
     except TieError as error:
-        raise argparse.ArgumentTypeError(_one_line(error)) from error
+        raise argparse.ArgumentTypeError(str(error)) from error
     return entry
 
 

@@ -29,6 +29,7 @@ class StoredCheckpoint(Mapping[str, Tensor]):
 
     Args:
         path: a file, or the index of a sharded checkpoint (``*.index.json``).
+        key: in which entry of a file by ``torch.save`` the state dict stands, if that holds more.
 
     Attributes:
         path: as given.
@@ -40,16 +41,16 @@ class StoredCheckpoint(Mapping[str, Tensor]):
         OSError: if they cannot be opened.
     """
 
-    def __init__(self, path: PathLike) -> None:
+    def __init__(self, path: PathLike, key: str | None = None) -> None:
         self.path = Path(path)
         self.metadata: dict[str, str] = {}
         self.module_metadata: dict[str, Any] = {}
         self._parts: dict[str, Mapping[str, Tensor]] = {}
         if self.path.name.endswith(_INDEX):
-            self._open_shards()
+            self._open_shards(key)
             return
         try:
-            tensors = _open_one(self.path)
+            tensors = _open_one(self.path, key)
         except FileNotFoundError:
             index = self.path.with_name(self.path.name + _INDEX)
             if not index.exists():
@@ -70,13 +71,13 @@ class StoredCheckpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def _open_shards(self) -> None:
+    def _open_shards(self, key: str | None) -> None:
         places = _read_index(self.path)
         shards: dict[str, Mapping[str, Tensor]] = {}
         for name in dict.fromkeys(places.values()):
             file = self.path.with_name(name)
             try:
-                shards[name] = _open_one(file)
+                shards[name] = _open_one(file, key)
             except FileNotFoundError as error:
                 raise TieError(
                     f"'{self.path}' names the file '{name}', which is not beside it. "
@@ -99,16 +100,30 @@ def files_of(path: Path) -> list[Path]:
     return [path, *(path.with_name(name) for name in dict.fromkeys(_read_index(path).values()))]
 
 
-def _open_one(path: Path) -> Mapping[str, Tensor]:
+def _open_one(path: Path, key: str | None) -> Mapping[str, Tensor]:
     with path.open("rb") as file:
         start = file.read(9)
     # "{" follows the length in a safetensors file; a zip or a pickle has other things there
     if start[8:] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
-        return _open_torch(path)
+        return _open_torch(path, key)
+    if start[8:] != b"{" and path.suffix.lower() != ".safetensors":
+        raise TieError(
+            f"'{path}' is no checkpoint. What is read: a safetensors file, what torch.save wrote "
+            "of a state dict, or the index of several (*.index.json)."
+        )
+    if key is not None:
+        raise TieError(
+            f"'{path}' is a safetensors file, which has no entries such as '{key}'. "
+            "Read it without a key."
+        )
     return SafetensorsFile(path)
 
 
-def _open_torch(path: Path) -> Mapping[str, Tensor]:
+def _open_torch(path: Path, key: str | None) -> Mapping[str, Tensor]:
+    if path.suffix.lower() == ".safetensors":  # torch.load goes by the name
+        raise TieError(
+            f"'{path}' is no safetensors file: it was written by torch.save. Call it '.pt'."
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch suspects of a file that is none
@@ -127,9 +142,16 @@ def _open_torch(path: Path) -> Mapping[str, Tensor]:
         raise TieError(
             f"cannot read '{path}': {reason}. Save model.state_dict() and nothing else."
         ) from error
+    place = f"'{path}'"
+    if key is not None:
+        if not isinstance(loaded, Mapping) or key not in loaded:
+            names = [repr(name) for name in loaded] if isinstance(loaded, Mapping) else []
+            known = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            raise TieError(f"{place} has no entry '{key}'. It has {known or 'none'}.")
+        loaded, place = loaded[key], f"the entry '{key}' of {place}"
     problem = _not_a_state_dict(loaded)
     if problem is not None:
-        raise TieError(f"'{path}' holds no state dict: {problem}")
+        raise TieError(f"{place} holds no state dict: {problem}")
     tensors: Mapping[str, Tensor] = loaded
     return tensors
 
@@ -139,12 +161,17 @@ def _not_a_state_dict(loaded: object) -> str | None:
         return f"it holds a {type(loaded).__name__}. Save model.state_dict()."
     for key, value in loaded.items():
         if isinstance(key, str) and isinstance(value, Tensor):
+            if value.layout is not torch.strided or value.is_meta:
+                kind = "on the meta device" if value.is_meta else f"of the layout {value.layout}"
+                return f"its entry {key!r} is {kind}. Save dense tensors with values."
             continue
         inner = [
             k for k, v in loaded.items() if isinstance(v, Mapping) and _not_a_state_dict(v) is None
         ]
         if inner:
-            return f"its entry {inner[0]!r} is one. Save that alone."
+            return (
+                f"its entry {inner[0]!r} is one. Save that alone (in the shell: --key {inner[0]})."
+            )
         return f"its entry {key!r} is a {type(value).__name__}. Save model.state_dict() alone."
     return None
 
