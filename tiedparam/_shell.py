@@ -539,7 +539,7 @@ def _run_demo(arguments: argparse.Namespace) -> None:
     from tiedparam._demo import demo
 
     out: Path = arguments.out
-    if out != _PICTURE and out.exists() and not arguments.force:
+    if out != _PICTURE and out.is_file() and not arguments.force:
         raise TieError(f"'{out}' exists already. Pass --force to replace it.")
     demo(out, seed=arguments.seed, epochs=arguments.epochs)
 
