@@ -1086,3 +1086,13 @@ def test_no_file_is_called_what_it_is_not(tmp_path, name):
 def test_swapped_arguments_are_told(tmp_path):
     with pytest.raises(TypeError, match="save takes a model and a path, in this order"):
         tp.save(tmp_path / "a", nn.Linear(3, 3))
+    with pytest.raises(TypeError, match="export_dense takes a model and a path, in this order"):
+        tp.export_dense(tmp_path / "a", nn.Linear(3, 3))
+
+
+def test_a_size_that_makes_hundreds_of_files_is_refused(tmp_path):
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(51)))
+    with pytest.raises(tp.TieError, match="max_shard_size='1' would make 102 files. Give a size"):
+        tp.export_dense(model, tmp_path / "many.safetensors", max_shard_size="1")
+    assert not list(tmp_path.iterdir())
+    assert len(tp.export_dense(model[:50], tmp_path / "a.safetensors", max_shard_size="1")) == 101

@@ -693,3 +693,31 @@ def test_a_key_that_stands_twice_and_a_mark_at_the_beginning(tmp_path):
     )
     with pytest.raises(tp.TieError, match="is no function that a file can name"):
         tp.read_plan(path)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_a_function_as_pattern_does_is_rolled_back_too(dry_run):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    before = copy.deepcopy(model.state_dict())
+
+    def ties_itself(name: str, module: nn.Module) -> bool:
+        if name == "0":
+            tp.register_tie(module, "flip_sym")
+        return name == "1"
+
+    if dry_run:
+        tp.tie_model(model, {ties_itself: "flip_sym"}, dry_run=True)
+    else:
+        with pytest.raises(tp.TieError, match="nothing was changed"):
+            tp.tie_model(model, {ties_itself: ("copy", {"source": "9"})})
+    assert not tp.is_tied(model[0])
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_pattern_that_raises_is_named():
+    def broken(name: str, module: nn.Module) -> bool:
+        raise ZeroDivisionError("no such thing")
+
+    with pytest.raises(tp.TieError, match="pattern broken raised ZeroDivisionError for '': no suc"):
+        tp.tie_model(nn.Linear(2, 2), {broken: "flip_sym"})

@@ -646,3 +646,17 @@ def test_names_cannot_steer_a_terminal():
     text = str(tp.scan(model))
     assert "\x1b" not in text
     assert "\\x1b[31mred\\nnew.weight" in text
+
+
+def test_options_that_fit_nothing_are_said_and_sources_are_not_given():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    report = tp.scan(model, [("row_repeat", {"groups": 9}), ("row_repeat", {"groups": 3})])
+    assert {c.rule for c in report.candidates} == {"row_repeat(groups=3)"}
+    (left,) = report.not_looked_at
+    assert (left.layer, left.tensor_name) == ("0", "weight")
+    assert left.reason.startswith("'row_repeat(groups=9)' fits this tensor as little as the others")
+    assert "divi" in left.reason
+    assert tp.scan(model, [("row_repeat", {"groups": 3})]).not_looked_at == ()
+    for name in ("source", "source_name"):
+        with pytest.raises(tp.TieError, match=f"the sources of 'copy' itself. Leave out {name}="):
+            tp.scan(model, [("copy", {name: "0"})])

@@ -76,12 +76,14 @@ def tie_model(
         raise TieError(f"on_unfit={on_unfit!r} is unknown. Choose 'error' or 'skip'.")
     plan = Plan.of(plan)
     optimizers = as_optimizers(optimizer)
-    wanted = _sources_first(_select(model, plan, init), model)
-    places, skipped = Places(model), list[Skipped]()
+    skipped = list[Skipped]()
     given = [entry.options.get("source") for entry in plan.entries]
     outside = [source for source in given if isinstance(source, nn.Module)]
     try:
         with rolled_back_on_error([*model.modules(), *outside], optimizers):
+            # in here, since a pattern may be a function of the user's, which may do anything
+            wanted = _sources_first(_select(model, plan, init), model)
+            places = Places(model)
             for each in wanted:
                 reason = each.make(places, optimizers, cache)
                 if reason is not None:

@@ -81,12 +81,22 @@ class PlanEntry:
             raise TypeError(f"options are a mapping of names to values, not {self.options!r}")
 
     def matches(self, name: str, module: nn.Module) -> bool:
-        """Whether the pattern selects this module."""
+        """Whether the pattern selects this module.
+
+        Raises:
+            TieError: if the pattern is a function and raises.
+        """
         if isinstance(self.pattern, str):
             return _glob(self.pattern).fullmatch(name) is not None
         if isinstance(self.pattern, type):
             return isinstance(module, self.pattern)
-        return bool(self.pattern(name, module))
+        try:
+            return bool(self.pattern(name, module))
+        except Exception as error:  # the user's own function
+            raise TieError(
+                f"the pattern {self.pattern_text()} raised {type(error).__name__} for '{name}': "
+                f"{error}. Correct it."
+            ) from error
 
     def rule_class(self) -> type[Rule]:
         """The rule itself.

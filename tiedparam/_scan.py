@@ -276,7 +276,8 @@ def scan(
     Args:
         model: the model; tensors that are tied already are left out, and listed as such.
         rules: names, `Rule` subclasses, or pairs of one and its options; by default all of
-            `available_rules`, each with all of its `Rule.variants`.
+            `available_rules`, each with all of its `Rule.variants`. Sources are looked for, and
+            not given. Options that fit no tensor are listed with the reason.
         pairs: with how many other tensors of a fitting shape each tensor is compared in full,
             for rules that copy; 0 looks for no copies. Which ones is decided by 1,024
             sampled entries of every tensor, over all pairs. Biases are not searched for copies.
@@ -291,7 +292,8 @@ def scan(
         out.
 
     Raises:
-        TieError: if the model has no values to look at (meta device), or a rule is unknown.
+        TieError: if the model has no values to look at (meta device), a rule is unknown, or a
+            source was given.
         TypeError: for arguments of a wrong type.
     """
     if not isinstance(model, nn.Module):
@@ -307,6 +309,7 @@ def scan(
         looked = _Scan(chosen, positions, advance, left_out)
         found = {id(tensor): list(looked.laws_on(tensor)) for tensor in tensors}
         searched = looked.copies_among(tensors, pairs, found)
+        left_out += looked.idle()
     in_order = [candidate for tensor in tensors for candidate in found[id(tensor)]]
     return ScanReport(tuple(in_order), tuple(left_out), searched)
 
@@ -348,6 +351,12 @@ def _chosen_rules(rules: Iterable[RuleChoice] | None) -> list[_Choice]:
         kind = PlanEntry("*", rule, options or {}).rule_class()
         if options is not None and not issubclass(kind, Linked):
             make_rule(kind, dict(options))  # unknown options are said before any work
+        given = {"source", "source_name"} & set(options or ())
+        if issubclass(kind, Linked) and given:
+            raise TieError(
+                f"scan looks for the sources of '{kind.name or kind.__name__}' itself. Leave out "
+                f"{' and '.join(f'{name}=' for name in sorted(given))}, or call residual for one."
+            )
         chosen.append(_Choice(kind, options))
     return chosen
 
@@ -435,6 +444,8 @@ class _Scan:
         self.advance = advance
         self.left_out = left_out
         self._broken: set[type[Rule]] = set()
+        self._misfits: dict[int, NotLookedAt] = {}
+        self._fitted: set[int] = set()
         self._spans: dict[tuple[str, Layout], tuple[int, int]] = {}
 
     def laws_on(self, tensor: _Tensor) -> Iterator[Candidate]:
@@ -449,6 +460,12 @@ class _Scan:
                 self._leave_out(choice, tensor, error)
             self.advance(tensor.value.numel())
         self.left_out += refused.values()
+
+    def idle(self) -> Iterator[NotLookedAt]:
+        """Where options that were given and fit no tensor were tried first, and why they do not."""
+        for number, misfit in self._misfits.items():
+            if number not in self._fitted:
+                yield misfit
 
     def _leave_out(self, choice: _Choice, tensor: _Tensor, error: Exception) -> None:
         self._broken.add(choice.rule)
@@ -467,8 +484,14 @@ class _Scan:
             if refusal is not None:
                 refused[refusal] = NotLookedAt(tensor.path, tensor.name, refusal)
                 continue
-            if rule.bind(tensor.layer, tensor.name, None) is not None:
+            misfit = rule.bind(tensor.layer, tensor.name, None)
+            if misfit is not None and choice.options is not None:
+                reason = f"'{rule}' fits this tensor as little as the others: {misfit}"
+                left_out = NotLookedAt(tensor.path, tensor.name, reason)
+                self._misfits.setdefault(id(choice), left_out)
+            if misfit is not None:
                 continue
+            self._fitted.add(id(choice))
             entries, free = tensor.value.numel(), rule.free_count
             if free >= entries:
                 continue  # it ties nothing

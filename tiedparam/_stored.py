@@ -8,6 +8,7 @@ with an index file. The tensors are read when they are used. Pickles are read wi
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -102,11 +103,12 @@ def files_of(path: Path) -> list[Path]:
 
 def _open_one(path: Path, key: str | None) -> Mapping[str, Tensor]:
     with path.open("rb") as file:
-        start = file.read(9)
+        start, size = file.read(9), os.fstat(file.fileno()).st_size
     # "{" follows the length in a safetensors file; a zip or a pickle has other things there
     if start[8:] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
         return _open_torch(path, key)
-    if start[8:] != b"{" and path.suffix.lower() != ".safetensors":
+    # of a safetensors file the first eight bytes are a length
+    if start[8:] not in (b"", b"{") and int.from_bytes(start[:8], "little") > size:
         raise TieError(
             f"'{path}' is no checkpoint. What is read: a safetensors file, what torch.save wrote "
             "of a state dict, or the index of several (*.index.json)."
