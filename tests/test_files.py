@@ -482,6 +482,11 @@ FAULTS = {
     "no version": (lambda h, t: h.update(layout=None), "malformed"),
     "unknown field": (lambda h, t: h.update(more=1), "malformed"),
     "malformed tie": (lambda h, t: h["ties"].append({"layer": "x"}), "malformed"),
+    "a tie twice": (lambda h, t: h["ties"].append(h["ties"][0]), "malformed"),
+    "a huge shape": (change_tie("stem", shape=[10**30, 4]), "malformed"),
+    "a product that is huge": (change_tie("stem", shape=[2**40, 2**40]), "malformed"),
+    "residual of nothing": (change_tie("stem", residual=float("nan")), "malformed"),
+    "residual below 0": (change_tie("stem", residual=-1.0), "malformed"),
     "malformed ties": (lambda h, t: h.update(ties=7), "malformed"),
     "malformed aliases": (lambda h, t: h.update(aliases={"x": 1}), "malformed"),
     "alias of nothing": (lambda h, t: h["aliases"].update({"out.weight": "nix"}), "alias"),
@@ -674,6 +679,8 @@ BAD_HEADERS = {
     "a number": {"a": 1},
     "no shape": {"a": {"dtype": "U8", "data_offsets": [0, 1]}},
     "more": {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1], "x": 1}},
+    "overflow": {"a": {"dtype": "U8", "shape": [0, 2**63], "data_offsets": [0, 0]}},
+    "product": {"a": {"dtype": "U8", "shape": [0, 2**40, 2**40], "data_offsets": [0, 0]}},
     "negative": {"a": {"dtype": "U8", "shape": [-1], "data_offsets": [0, 1]}},
     "truth": {"a": {"dtype": "U8", "shape": [True], "data_offsets": [0, 1]}},
     "fraction": {"a": {"dtype": "U8", "shape": [1.0], "data_offsets": [0, 1]}},
@@ -907,7 +914,16 @@ def test_indexes_that_are_wrong(dense, tmp_path):
         {"weight_map": {"a": 1}},
     ):
         refuse(content, "is not an index")
-    for name in ("../model-1.safetensors", "/etc/passwd", "..", "", "a\0b", "a\\b"):
+    for name in (
+        "../model-1.safetensors",
+        "/etc/passwd",
+        "..",
+        "",
+        "a\0b",
+        "a\\b",
+        "\ud800",
+        "x" * 5000,
+    ):
         refuse({"weight_map": {**places, "stem.bias": name}}, "is not an index")
     refuse({"weight_map": {**places, "stem.bias": "model-3.safetensors"}}, "not beside it")
     refuse({"weight_map": {**places, "nix": "model-1.safetensors"}}, "disagree on 'nix'")

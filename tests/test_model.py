@@ -618,6 +618,11 @@ def test_what_has_no_name_is_not_written(tmp_path, entry, message):
          "fn='os.system' is no function that a file can name"),
         ('[[tie]]\nrule = "copy"\nlayers = "a"\noptions = {source = "b", fn = "torch.T"}', "Did you mean 'torch.t'"),
         ('[[tie]]\nrule = "copy"\nlayers = "a"\noptions = {source = "b", fn = 3}', "fn=3 is no function"),
+        ('[[tie]]\nrule = "flip_sym"\nlayers = "a"\ninit = "zz"', "init='zz' is unknown. Choose one of 'proj"),
+        ('[[tie]]\nrule = "copy"\nlayers = "a"\noptions = {source = "b", source_name = ["x"]}',
+         r"source_name must be a string, not \['x'\]"),
+        ('[[tie]]\nrule = "row_repeat"\nlayers = "a"\noptions = {groups = inf}', "groups must be a .*not a float"),
+        ('[[tie]]\nrule = "row_repeat"\nlayers = "a"\noptions = {groups = 1979-05-27}', "not a date"),
         ('[[tie]]\nrule = "flip_sym"\nlayers = "a"\noptions = {tensor_name = "bias"}', "Write it beside rule"),
     ],
 )  # fmt: skip
@@ -721,3 +726,9 @@ def test_a_pattern_that_raises_is_named():
 
     with pytest.raises(tp.TieError, match="pattern broken raised ZeroDivisionError for '': no suc"):
         tp.tie_model(nn.Linear(2, 2), {broken: "flip_sym"})
+
+
+def test_a_number_that_no_file_holds_is_not_written(tmp_path):
+    with pytest.raises(tp.TieError, match="groups=int is no string, finite number"):
+        tp.write_plan({"a": ("row_repeat", {"groups": 10**5000})}, tmp_path / "plan.toml")
+    assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from math import isfinite, prod
+from math import inf, isfinite, prod
 from typing import Any
 
 import torch
@@ -191,6 +191,8 @@ def read(metadata: Mapping[str, str]) -> Header | None:
         )
         if content:
             raise ValueError("more than that")
+        if len({(tie.layer, tie.tensor) for tie in header.ties}) < len(header.ties):
+            raise ValueError("a tensor is tied twice")
     except TieError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -293,8 +295,12 @@ def _read_tie(value: dict[str, Any]) -> StoredTie:
         raise ValueError("a field of a wrong type")
     if not (value["residual"] is None or type(value["residual"]) is float):
         raise ValueError("a field of a wrong type")
+    if value["residual"] is not None and not 0 <= value["residual"] < inf:
+        raise ValueError("no residual")
     if not all(type(size) is int and size > 0 for size in value["shape"]) or value["groups"] < 1:
         raise ValueError("sizes must be positive")
+    if max(prod(value["shape"]), value["groups"]) >= 2**60:  # bytes are counted in 64 bits
+        raise ValueError("larger than any tensor")
     return StoredTie(**value)
 
 

@@ -35,6 +35,7 @@ from torch import nn
 from tiedparam._atomic import whole_files
 from tiedparam._errors import TieError
 from tiedparam._functions import find_function, function_name
+from tiedparam._register import INITS
 from tiedparam._registry import find_rule
 from tiedparam._rule import Rule
 
@@ -291,8 +292,11 @@ def _entry_to_data(entry: PlanEntry) -> dict[str, Any]:
                 )
             value = name
         if not _is_plain(value):
+            # repr refuses whole numbers of thousands of digits
+            shown = repr(value) if isinstance(value, (float, str)) else type(value).__name__
             raise refuse(
-                f"{key}={value!r} is no string, finite number, truth value or list of them."
+                f"{key}={shown} is no string, finite number, truth value or list of them that "
+                "files can hold."
             )
         options[key] = list(value) if isinstance(value, tuple) else value
     if options:
@@ -307,7 +311,7 @@ def _is_plain(value: Any) -> bool:
         return math.isfinite(value)
     if isinstance(value, str):
         return not any("\ud800" <= character <= "\udfff" for character in value)
-    return isinstance(value, (int, bool))
+    return isinstance(value, int) and -(2**63) <= value < 2**63  # what TOML promises to hold
 
 
 _KEYS = ("layers", "type", "rule", "tensor_name", "init", "options")
@@ -359,6 +363,9 @@ def _entry_from_data(table: Any, where: str) -> PlanEntry:
     except TieError as error:
         raise TieError(f"{where}: {error}") from error
     _refuse_options(rule, options, where)
+    if table.get("init", "project") not in INITS:
+        known = ", ".join(map(repr, INITS))
+        raise TieError(f"{where}: init={table['init']!r} is unknown. Choose one of {known}.")
     return PlanEntry(
         table["layers"] if "layers" in table else _layer_type(table["type"], where),
         rule.name,
@@ -372,6 +379,14 @@ def _refuse_options(rule: type[Rule], options: Mapping[str, Any], where: str) ->
     for key in _OWN_OPTIONS:
         if key in options:
             raise TieError(f"{where}: {key} is no option of a rule. Write it beside rule =.")
+    for key, value in options.items():
+        if key == "source_name" and not isinstance(value, str | None):
+            raise TieError(f"{where}: source_name must be a string, not {value!r}.")
+        if key != "fn" and value is not None and not _is_plain(value):
+            raise TieError(
+                f"{where}: {key} must be a string, a finite number, a truth value or a list of "
+                f"them, not a {type(value).__name__}."
+            )
     signature = inspect.signature(rule)
     _refuse_unknown(options, signature.parameters, f"{where}: options of '{rule.name}'")
     try:

@@ -162,7 +162,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
         if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
             raise self._bad(f"its entry '{name}' is malformed")
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        if not (_are_sizes(shape) and _are_offsets(offsets)):
             raise self._bad(f"its entry '{name}' is malformed")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise TieError(
@@ -302,5 +302,11 @@ def _is_text_to_text(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
+def _are_offsets(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_are_sizes([n]) for n in value)
+
+
 def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    if not (isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)):
+        return False
+    return bool(prod(n for n in value if n) < 2**63)  # else torch cannot make it, even empty

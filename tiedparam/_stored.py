@@ -23,6 +23,7 @@ from tiedparam._safetensors_format import SafetensorsFile
 
 _INDEX = ".index.json"
 _LARGEST_INDEX = 1 << 28
+_LONGEST_NAME = 255  # bytes, of a file
 
 
 class StoredCheckpoint(Mapping[str, Tensor]):
@@ -197,7 +198,13 @@ def _read_index(path: Path) -> dict[str, str]:
         # never out of the folder, whatever the file says
         if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
             raise bad
+        if len(name.encode(errors="replace")) > _LONGEST_NAME or not _is_utf8(name):
+            raise bad
     return places
+
+
+def _is_utf8(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _some(names: list[str]) -> str:
