@@ -696,3 +696,11 @@ def test_a_source_that_is_the_root_itself():
     with torch.no_grad():
         twin.weight.zero_()
     assert torch.equal(twin.child.weight, torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("name", [5, ["weight"]])
+def test_a_source_name_is_a_string(name):
+    layer, source = nn.Linear(3, 3), nn.Linear(3, 3)
+    with pytest.raises(TypeError, match="source_name= takes the name of a tensor"):
+        tp.register_tie(layer, "copy", source=source, source_name=name)
+    assert not tp.is_tied(layer)

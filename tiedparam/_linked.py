@@ -40,6 +40,8 @@ class Linked(Rule):
             raise TypeError(
                 f"source= takes the layer to read (or, with root=, its path), not {source!r}"
             )
+        if source_name is not None and not isinstance(source_name, str):
+            raise TypeError(f"source_name= takes the name of a tensor, not {source_name!r}")
         if not callable(fn):
             raise TypeError(f"fn= takes a function of the source's tensor, not {fn!r}")
         # a tuple: a module in an attribute would become a submodule of this one
