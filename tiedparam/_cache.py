@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 from tiedparam import _optimizer_guard
 from tiedparam._errors import TieError
 from tiedparam._rule import Rule
+from tiedparam._sharded import is_sharded
 from tiedparam._stock import effective, parametrization_list, parametrization_lists
 from tiedparam._ties import is_stacked, is_tied, named_ties, ties_of
 
@@ -263,7 +264,7 @@ class _Frozen:
         self.layer, self.tensor_name = layer, tensor_name
         self.origins = list(_origins(layer, tensor_name))
         for _, _, tensor in self.origins:
-            if hasattr(tensor, "device_mesh"):
+            if is_sharded(tensor):
                 raise TieError(
                     f"cannot freeze {where}: it is sharded. Freeze the model before fully_shard."
                 )

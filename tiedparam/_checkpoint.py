@@ -360,6 +360,20 @@ def _warn_projected(projected: list[tuple[str, float]]) -> None:
 # Expanding a dictionary --------------------------------------------------------------------
 
 
+def _through(
+    module: nn.Module, index: int, entries: Mapping[str, Tensor], *values: Tensor
+) -> Tensor:
+    """What one parametrization makes of ``values``, with its own state from ``entries``."""
+    prefix = f"{index}."
+    # copies: spectral_norm, say, writes into its buffers in training mode
+    own = {
+        key.removeprefix(prefix): value.clone()
+        for key, value in entries.items()
+        if key.startswith(prefix)
+    }
+    return cast(Tensor, torch.func.functional_call(module, own, values))
+
+
 class _Expander:
     """Effective weights computed from a dictionary, following copies to their sources."""
 
@@ -374,13 +388,16 @@ class _Expander:
         if not parametrize.is_parametrized(layer, name):
             return self._entry(self.prefixes[id(layer)] + name)
         first, *others = parametrization_list(layer, name)
-        weight = self._tied(layer, name, rule) if rule is not None else None
-        if weight is None:  # a parametrization of torch's, or of the user's
-            originals = [k for k in self._own(layer, name) if k.startswith("original")]
-            tensors = [self._own(layer, name)[k] for k in originals]
-            weight = self._through(layer, name, 0, first, *tensors)
-        for index, module in enumerate(others, start=1):
-            weight = self._through(layer, name, index, module, weight)
+        if rule is not None:
+            weight = self._tied(layer, name, rule)
+        else:  # a parametrization of torch's, or of the user's
+            own = self._own(layer, name)
+            originals = [value for key, value in own.items() if key.startswith("original")]
+            weight = _through(first, 0, own, *originals)
+        if others:
+            own = self._own(layer, name)
+            for index, module in enumerate(others, start=1):
+                weight = _through(module, index, own, weight)
         return weight
 
     def _entry(self, key: str) -> Tensor:
@@ -395,18 +412,6 @@ class _Expander:
         """The entries of one tensor's parametrizations."""
         prefix = f"{self.prefixes[id(layer)]}parametrizations.{name}."
         return {k: self._entry(prefix + k) for k in parametrization_list(layer, name).state_dict()}
-
-    def _through(
-        self, layer: nn.Module, name: str, index: int, module: nn.Module, *values: Tensor
-    ) -> Tensor:
-        prefix = f"{index}."
-        # copies: spectral_norm, say, writes into its buffers in training mode
-        own = {
-            k.removeprefix(prefix): v.clone()
-            for k, v in self._own(layer, name).items()
-            if k.startswith(prefix)
-        }
-        return cast(Tensor, torch.func.functional_call(module, own, values))
 
     def _tied(self, layer: nn.Module, name: str, rule: Rule) -> Tensor:
         if isinstance(rule, Linked):

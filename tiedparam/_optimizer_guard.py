@@ -12,6 +12,7 @@ shapes are compared before the first step that follows.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,10 +54,12 @@ def carry_attributes(old: nn.Parameter, new: nn.Parameter) -> None:
             new.__dict__[name] = value
 
 
-def carry_marks(old: nn.Module, new: nn.Module) -> None:
+def carry_marks(
+    old: Mapping[str, nn.Parameter | None], new: Mapping[str, nn.Parameter | None]
+) -> None:
     """Free values that were copied, or replaced while loading, are watched as before (S17, S19)."""
-    for name, parameter in old._parameters.items():
-        successor = new._parameters.get(name)
+    for name, parameter in old.items():
+        successor = new.get(name)
         if successor is not None and successor is not parameter and hasattr(parameter, _FREE):
             setattr(successor, _FREE, getattr(parameter, _FREE))
 

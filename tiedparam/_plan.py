@@ -35,6 +35,7 @@ from torch import nn
 from tiedparam._atomic import whole_files
 from tiedparam._errors import TieError
 from tiedparam._functions import find_function, function_name
+from tiedparam._json import read_json
 from tiedparam._register import INITS
 from tiedparam._registry import find_rule
 from tiedparam._rule import Rule
@@ -210,14 +211,6 @@ def _is_default(rule: str | type[Rule], option: str) -> bool:
     return parameter is not None and parameter.default is None
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"the key '{key}' stands twice in one table")
-    return dict(pairs)
-
-
 def read_data(path: str | os.PathLike[str]) -> Any:
     """What a TOML or JSON file holds.
 
@@ -231,7 +224,7 @@ def read_data(path: str | os.PathLike[str]) -> Any:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin with a mark
         if kind == "toml":
             return tomllib.loads(text)
-        return json.loads(text, object_pairs_hook=_without_duplicates)
+        return read_json(text)
     except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
         raise TieError(f"'{path}' is not {kind.upper()}: {error}. Correct the file.") from error
 

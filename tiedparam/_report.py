@@ -14,7 +14,7 @@ from tiedparam import _cost
 from tiedparam._linked import Linked
 from tiedparam._optimizer import as_optimizers
 from tiedparam._rule import Rule
-from tiedparam._scan import span
+from tiedparam._scan import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
 from tiedparam._table import Column, Table, TableReport, plain, show
 from tiedparam._ties import origins, ties_of
 
@@ -90,21 +90,9 @@ class Totals:
     multiply_adds_tied: int | None = None
 
 
-_COLUMNS: list[Column[TieRow]] = [
-    Column("tensor", "tensor", lambda r: f"{r.layer}.{r.tensor_name}".removeprefix(".")),
-    Column("rule", "rule", lambda r: r.rule),
-    Column("shape", "shape", lambda r: r.shape),
-    Column("dense_values", "dense", lambda r: r.dense_values),
-    Column("free_values", "free", lambda r: r.free_values),
-    Column("compression", "ratio", lambda r: r.compression),
-    Column("multiplicity", "mult.", lambda r: r.multiplicity, lambda r: span(r.multiplicity)),
-    Column("residual", "residual", lambda r: r.residual),
-    Column("multiply_adds_dense", "mult-adds", lambda r: r.multiply_adds_dense),
-    Column("multiply_adds_tied", "tied", lambda r: r.multiply_adds_tied),
-]
+_COLUMNS: list[Column[TieRow]] = [*WHAT_IT_TIES, *WHAT_IT_COSTS]
 _ONLY_DATA: list[Column[TieRow]] = [
-    Column("layer", "", lambda r: r.layer),
-    Column("tensor_name", "", lambda r: r.tensor_name),
+    *WHERE_IT_LIES,
     Column("positions", "", lambda r: r.positions),
     Column("bytes_per_value", "", lambda r: r.bytes_per_value),
     Column("trained", "", lambda r: r.trained),

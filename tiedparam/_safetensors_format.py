@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tiedparam._atomic import PathLike
 from tiedparam._errors import TieError
+from tiedparam._json import read_json
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -134,7 +135,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
     def _parse(self, raw: bytes) -> dict[str, Any]:
         try:
-            header = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
+            header = read_json(raw.decode())
         except (ValueError, RecursionError) as error:
             raise self._bad("its header cannot be read") from error
         if not isinstance(header, dict):
@@ -289,13 +290,6 @@ def _raw_parts(value: Tensor, staging: bytearray) -> Iterator[memoryview]:
 def _refuse_big_endian() -> None:
     if sys.byteorder != "little":
         raise TieError("safetensors files are little-endian, and this machine is not. Use torch.")
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a key stands twice")
-    return table
 
 
 def _is_text_to_text(value: object) -> bool:

@@ -31,6 +31,7 @@ from tiedparam import _cost, _structured
 from tiedparam._errors import TieError
 from tiedparam._layout import Layout
 from tiedparam._linked import Linked
+from tiedparam._places import Places
 from tiedparam._plan import Plan, PlanEntry
 from tiedparam._progress import progress as progress_bar
 from tiedparam._register import make_rule, why_refused, why_untieable
@@ -135,30 +136,40 @@ def _path(candidate: Candidate | NotLookedAt) -> str:
     return f"{candidate.layer}.{candidate.tensor_name}".removeprefix(".")
 
 
-_COLUMNS: list[Column[Candidate]] = [
+# what candidates and ties have in common
+WHAT_IT_TIES: list[Column[Any]] = [
     Column("tensor", "tensor", _path),
-    Column("rule", "rule", lambda c: c.rule),
-    Column("shape", "shape", lambda c: c.shape),
-    Column("dense_values", "dense", lambda c: c.dense_values),
-    Column("free_values", "free", lambda c: c.free_values),
-    Column("compression", "ratio", lambda c: c.compression),
-    Column("multiplicity", "mult.", lambda c: c.multiplicity, lambda c: span(c.multiplicity)),
-    Column("residual", "residual", lambda c: c.residual),
+    Column("rule", "rule", lambda r: r.rule),
+    Column("shape", "shape", lambda r: r.shape),
+    Column("dense_values", "dense", lambda r: r.dense_values),
+    Column("free_values", "free", lambda r: r.free_values),
+    Column("compression", "ratio", lambda r: r.compression),
+    Column("multiplicity", "mult.", lambda r: r.multiplicity, lambda r: _span(r.multiplicity)),
+    Column("residual", "residual", lambda r: r.residual),
+]
+WHAT_IT_COSTS: list[Column[Any]] = [
+    Column("multiply_adds_dense", "mult-adds", lambda r: r.multiply_adds_dense),
+    Column("multiply_adds_tied", "tied", lambda r: r.multiply_adds_tied),
+]
+WHERE_IT_LIES: list[Column[Any]] = [
+    Column("layer", "", lambda r: r.layer),
+    Column("tensor_name", "", lambda r: r.tensor_name),
+]
+_COLUMNS: list[Column[Candidate]] = [
+    *WHAT_IT_TIES,
     Column("expected", "random", lambda c: c.expected),
     Column("relative", "relative", lambda c: c.relative),
-    Column("multiply_adds_dense", "mult-adds", lambda c: c.multiply_adds_dense),
-    Column("multiply_adds_tied", "tied", lambda c: c.multiply_adds_tied),
+    *WHAT_IT_COSTS,
 ]
 _ONLY_DATA: list[Column[Candidate]] = [
-    Column("layer", "", lambda c: c.layer),
-    Column("tensor_name", "", lambda c: c.tensor_name),
+    *WHERE_IT_LIES,
     Column("z_score", "", lambda c: c.z_score),
     Column("constant", "", lambda c: c.constant),
     Column("positions", "", lambda c: c.positions),
 ]
 
 
-def span(multiplicity: tuple[int, int] | None) -> str:
+def _span(multiplicity: tuple[int, int] | None) -> str:
     """``4``, ``1–2``, or ``–`` for a copy."""
     if multiplicity is None:
         return "–"
@@ -364,11 +375,7 @@ def _chosen_rules(rules: Iterable[RuleChoice] | None) -> list[_Choice]:
 def _tensors_of(model: nn.Module) -> tuple[list[_Tensor], list[NotLookedAt]]:
     """Every Parameter once, in the model's order; and what no rule can be put on."""
     tensors, left_out = [], []
-    places: dict[nn.Parameter, dict[str, nn.Module]] = {}
-    for path, layer in model.named_modules():
-        for name, parameter in layer._parameters.items():
-            if parameter is not None:
-                places.setdefault(parameter, {})[f"{path}.{name}".removeprefix(".")] = layer
+    places = Places(model)
     for path, layer in model.named_modules():
         if isinstance(layer, parametrize.ParametrizationList):
             continue  # its layer speaks for it
@@ -377,8 +384,10 @@ def _tensors_of(model: nn.Module) -> tuple[list[_Tensor], list[NotLookedAt]]:
             where = f"{path}.{name}".removeprefix(".")
             if is_tied(layer, name):
                 reason: str | None = f"it is tied by '{get_tie(layer, name)}' already."
-            elif parameter is not None and len(places[parameter]) > 1:
-                reason = _why_shared(where, places[parameter])
+            elif parameter is not None and (
+                others := list(places.other_holders(layer, name, parameter))
+            ):
+                reason = _why_shared(places, [(layer, name), *others])
             else:
                 reason = why_untieable(layer, name) or _why_no_values(parameter, where)
             if reason is not None:
@@ -393,18 +402,18 @@ def _tensors_of(model: nn.Module) -> tuple[list[_Tensor], list[NotLookedAt]]:
     return tensors, left_out
 
 
-def _why_shared(where: str, holders: Mapping[str, nn.Module]) -> str:
-    other = next(place for place in holders if place != where)
+def _why_shared(places: Places, holders: list[tuple[nn.Module, str]]) -> str:
+    """Why the first of the holders of one Parameter cannot be tied."""
     padded = [
-        place
-        for place, layer in holders.items()
+        places.describe(layer, name)
+        for layer, name in holders
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.padding_idx is not None
     ]
     # said here: else who gives the embedding its own Parameter is refused by the next law
-    circle = f" No other law can go on '{padded[0]}', because of its padding_idx." if padded else ""
+    circle = f" No other law can go on {padded[0]}, because of its padding_idx." if padded else ""
     return (
-        f"it shares its Parameter with '{other}', and a rule would take it away. Give one of them "
-        f"a Parameter of its own, and tie it to the other by 'copy'.{circle}"
+        f"it shares its Parameter with {places.describe(*holders[1])}, and a rule would take it "
+        f"away. Give one of them a Parameter of its own, and tie it to the other by 'copy'.{circle}"
     )
 
 

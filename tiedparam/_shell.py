@@ -269,6 +269,14 @@ def _print(result: TableReport[Any], as_json: bool, **more: Any) -> None:
         print(f"Wrote {', '.join(more['files'])}: {sizes}.")
 
 
+def _print_written(
+    report: TableReport[Any], arguments: argparse.Namespace, files: Sequence[Path], before: int
+) -> None:
+    """A report, and which files were written; ``before`` counts the bytes of the input."""
+    _print(report, arguments.json, files=[str(file) for file in files], bytes=_size(files),
+           bytes_before=before)  # fmt: skip
+
+
 def _size(files: Iterable[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
@@ -438,9 +446,7 @@ def _run_tie(arguments: argparse.Namespace) -> None:
         return
     before = _size(files_of(arguments.file))
     save(model, arguments.output)
-    files = [arguments.output]
-    _print(tied, arguments.json, files=[str(f) for f in files], bytes=_size(files),
-           bytes_before=before)  # fmt: skip
+    _print_written(tied, arguments, [arguments.output], before)
 
 
 def _add_untie(commands: Any) -> None:
@@ -474,8 +480,7 @@ def _run_untie(arguments: argparse.Namespace) -> None:
     untied = report(model)
     before = _size(files_of(arguments.file))
     files = export_dense(model, arguments.output, max_shard_size=arguments.max_shard_size)
-    _print(untied, arguments.json, files=[str(f) for f in files], bytes=_size(files),
-           bytes_before=before)  # fmt: skip
+    _print_written(untied, arguments, files, before)
 
 
 # report, demo, bench -----------------------------------------------------------------------

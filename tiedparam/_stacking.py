@@ -63,14 +63,13 @@ class TiedList(parametrize.ParametrizationList):
         replica: TiedList = type(self).__new__(type(self))
         memo[id(self)] = replica
         replica.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        _optimizer_guard.carry_marks(self, replica)
+        _optimizer_guard.carry_marks(self._parameters, replica._parameters)
         return replica
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        before = nn.Module()
-        before._parameters = self._parameters.copy()
+        before = self._parameters.copy()
         super()._load_from_state_dict(*args, **kwargs)
-        _optimizer_guard.carry_marks(before, self)
+        _optimizer_guard.carry_marks(before, self._parameters)
 
     def _get_name(self) -> str:
         return "ParametrizationList"  # repr: to a reader it is torch's
