@@ -19,6 +19,7 @@ from benchmarks import contenders as made
 from benchmarks import memory, models
 from benchmarks.goals import Goal
 from benchmarks.measuring import Contender, Run, Setting, summarize
+from tiedparam import _structured
 
 
 @dataclass(frozen=True)
@@ -526,19 +527,35 @@ def forms(run: Run) -> None:
         for c in channels:
             for rule, options in _laws_for_forms(kind):
                 layer = _to(run, build(c))
-                offered = ["dense", "reduced"]
                 for batch in (1,) if run.quick else (1, 32):
                     x = torch.randn(batch, c, *sizes)
                     label = f"{kind}, {c} channels, {models.label(rule, options)}"
-                    _compare_forms(run, label, layer, rule, options, offered, x, setting)
-    for c in (8,) if run.quick else (16, 64, 256):
-        for kernel in (3,) if run.quick else (3, 5, 7, 9):
-            layer = _to(run, memory.streams_layer(c, kernel))
-            for batch in (1,) if run.quick else (1, 32):
-                x = torch.randn(batch, c, 1024)
-                label = f"conv1d {kernel} on 1024, {c} streams of 4 filters"
-                _compare_forms(run, label, layer, "channel_shared", {"over": "groups"},
-                               ["dense", "shift"], x, setting)  # fmt: skip
+                    _compare_forms(run, label, layer, rule, options, x, setting)
+    for label, build, c, sizes in _STREAM_LAYERS[:1] if run.quick else _STREAM_LAYERS:
+        layer = _to(run, build(c))
+        for batch in (1,) if run.quick else (1, 32):
+            x = torch.randn(batch, c, *sizes)
+            _compare_forms(run, label, layer, "channel_shared", {"over": "groups"}, x, setting)
+
+
+def _streams_for_forms() -> Iterator[tuple[str, Callable[[int], Any], int, tuple[int, ...]]]:
+    """Streams: kernels, then numbers of filters, of signals and of images."""
+    signals = [(c, 4, k, (1024,)) for c in (16, 64, 256) for k in (3, 5, 7, 9)]
+    signals += [(64, m, 3, (1024,)) for m in (1, 2, 8, 16)] + [(64, 4, 17, (1024,))]
+    images = [(64, m, 3, size) for m in (1, 2, 4, 8) for size in ((14, 14), (28, 28))]
+    images += [(16, 16, 5, (28, 28)), (16, 4, 3, (8, 8, 8)), (16, 16, 3, (8, 8, 8))]
+    for c, m, k, sizes in signals + images:
+        kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(sizes) - 1]
+        shape = "×".join(map(str, sizes))
+        label = f"{kind.__name__.lower()} {k} on {shape}, {c} streams of {m} filters"
+        yield (
+            label,
+            lambda c, kind=kind, m=m, k=k: kind(c, c * m, k, padding=k // 2, groups=c),
+            c, sizes,
+        )  # fmt: skip
+
+
+_STREAM_LAYERS = tuple(_streams_for_forms())
 
 
 def _laws_for_forms(kind: str) -> list[tuple[str, dict[str, Any]]]:
@@ -549,23 +566,44 @@ def _laws_for_forms(kind: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _compare_forms(
-    run: Run, label: str, layer: Any, rule: str, options: dict[str, Any],
-    offered: list[str], x: Tensor, setting: Setting,
+    run: Run, label: str, layer: Any, rule: str, options: dict[str, Any], x: Tensor,
+    setting: Setting,
 ) -> None:  # fmt: skip
     layer = made.lawful(deepcopy(layer), rule, **options)
-    plan = tp.get_tie(tp.register_tie(deepcopy(layer), rule, **options)).plan
-    for mode, chosen in (("inference", plan.form_without_grad), ("training", plan.form)):
-        # shift is a form for inference alone
-        usable = [form for form in offered if form != "shift" or mode == "inference"]
-        forced = [made.tied(layer, rule, form, compute=form, **options) for form in usable]
-        stock = dataclasses.replace(made.dense(layer), name="stock layer")
+    tied = tp.register_tie(deepcopy(layer), rule, **options)
+    offered = tp.get_tie(tied).plan.offered
+    if options.get("over") == "groups":
+        offered = [form for form in offered if form != "reduced"]  # it saves nothing there
+    forced = [made.tied(layer, rule, form, compute=form, **options) for form in offered]
+    stock = dataclasses.replace(made.dense(layer), name="stock layer")
+    for mode in ("inference", "training"):
+        chosen = _chosen(tied, x, mode)
         (entry,) = run.compare(
             label, [stock, *forced], x, modes=(mode,), setting=setting, chosen=chosen
         )
-        times = {form: entry["contenders"][form]["fixed"]["ratio"] for form in usable}
+        times = {form: entry["contenders"][form]["fixed"]["ratio"] for form in offered}
         best = min(times, key=lambda name: times[name])
         entry["best"] = best
-        entry["loss"] = round(times.get(chosen, times["dense"]) / times[best] - 1, 4)
+        entry["loss"] = round(times[chosen] / times[best] - 1, 4)
+
+
+def _chosen(tied: Any, x: Tensor, mode: str) -> str:
+    """The form in which a layer computes an input: seen, not derived."""
+    plan = tp.get_tie(tied).plan
+    calls = []
+    compute = _structured.convolve
+
+    def convolve(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return compute(*arguments)
+
+    _structured.convolve = convolve
+    try:
+        with torch.set_grad_enabled(mode == "training"):
+            tied(x.to(tied.bias.device).requires_grad_())
+    finally:
+        _structured.convolve = compute
+    return "windows" if calls else str(plan.otherwise)
 
 
 @case(

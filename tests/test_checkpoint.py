@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rule_of_two_tensors import TwoHalves
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -231,14 +232,14 @@ def test_a_copy_keeps_no_checkpoint_tensor_alive():
 
 
 def damage(name):
-    """A tied state dict with one fault in the flip_sym layer."""
+    """A tied state dict with one fault in the layer of two free tensors."""
 
     def wreck(state):
         key = "body.0.parametrizations.weight.original1"
         if name == "missing":
             del state[key]
         elif name == "misshapen":
-            state[key] = torch.zeros(1, 11)
+            state[key] = torch.zeros(1, 4, 3, 2)
         elif name == "not a tensor":
             state[key] = 3.0
         elif name == "one more":
@@ -253,8 +254,12 @@ def damage(name):
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("fault", ["missing", "misshapen", "not a tensor", "both", "one more"])
 def test_a_bad_load_leaves_the_tied_tensor_as_it_was(tied, fault, strict):
+    for net in (tied, fresh := tie(Net())):
+        tp.remove_tie(net.late)
+        tp.remove_tie(net.body[0])
+        tp.register_tie(net.body[0], TwoHalves)
     before = values(tied.body[0])
-    other = damage(fault)(tie(Net()).state_dict())
+    other = damage(fault)(fresh.state_dict())
     with pytest.raises(RuntimeError, match=r"body\.0\.weight|body\.0\.param") as caught:
         tied.load_state_dict(other, strict=strict)
     assert "Missing key" not in str(caught.value)

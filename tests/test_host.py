@@ -314,7 +314,6 @@ def test_other_attributes_are_set_as_ever():
     layer.bias = None
     assert [n for n, _ in layer.named_parameters()] == [
         "parametrizations.weight.original0",
-        "parametrizations.weight.original1",
     ]
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from rule_of_two_tensors import TwoHalves
 from torch import nn
 
 import tiedparam as tp
@@ -186,13 +187,13 @@ def test_several_optimizers_move_at_once():
     assert optimizers[1].param_groups[0]["params"][0] is free
 
 
-def test_flip_sym_with_two_free_tensors_keeps_its_place():
-    layer = nn.Conv2d(3, 3, 3)
+def test_a_rule_with_two_free_tensors_keeps_its_place():
+    layer = nn.Conv2d(3, 4, 3)
     optimizer = torch.optim.Adam(layer.parameters())
-    tp.register_tie(layer, "flip_sym", optimizer=optimizer)
-    pairs, centre = layer.parametrizations.weight.parameters()
+    tp.register_tie(layer, TwoHalves, optimizer=optimizer)
+    first, second = layer.parametrizations.weight.parameters()
     params = optimizer.param_groups[0]["params"]
-    assert [id(p) for p in params] == [id(pairs), id(centre), id(layer.bias)]
+    assert [id(p) for p in params] == [id(first), id(second), id(layer.bias)]
     tp.remove_tie(layer, optimizer=optimizer)
     assert [id(p) for p in params] == [id(layer.weight), id(layer.bias)]
 
@@ -507,7 +508,7 @@ def test_s19_copies_and_assigned_values_are_watched_as_the_original():
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("frozen_value", [0, 1])
 def test_state_of_some_free_values_only_is_not_lost(kind, frozen_value):
-    layer = tp.register_tie(nn.Conv2d(4, 4, 3), "flip_sym")
+    layer = tp.register_tie(nn.Conv2d(4, 4, 3), TwoHalves)
     values = list(layer.parametrizations.weight.parameters())
     values[frozen_value].requires_grad_(False)
     optimizer = kind(

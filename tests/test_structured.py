@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiedparam as tp
-from tiedparam import _structured
+from tiedparam import _structured, _windows
 
 BOUNDS = {torch.float64: 1e-11, torch.float32: 2e-4}
 CONVOLUTIONS = {
@@ -450,21 +450,149 @@ def streams(draw):
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(case=streams(), block=st.sampled_from([1, 700, 3000, 1 << 20]))
-def test_streams_without_gradients_equal_the_dense_layer(case, block):
+@given(case=streams(), block=st.sampled_from([1, 700, 3000, 1 << 20]), few=st.integers(0, 8))
+def test_streams_by_windows_equal_the_dense_layer(case, block, few):
     layer, x = case
-    layer, dense = twins(layer, "channel_shared", over="groups")
-    assert tp.get_tie(layer).plan.form == "dense"
-    positions = layer.weight[0, 0].numel()
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_structured, "_BLOCK_BYTES", block)
-        y, expected = layer(x), dense(x)
-        if positions <= _structured._SHIFT_POSITIONS and x.numel():
-            patch.setattr(_structured, "_shift", lambda *a: torch.zeros(0))
-            assert layer(x).shape == (0,)  # it was the shifted form
-    assert y.shape == expected.shape
-    assert y.stride() == expected.stride() or y.numel() == 0
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    layer, dense = twins(layer, "channel_shared", over="groups", compute="windows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_windows, "BLOCK_BYTES", {True: block, False: block})
+        patch.setattr(_windows, "FEW_FILTERS", few)
+        if x.dim() > layer.weight.dim() - 1 and x.numel():
+            assert_computed_by_windows(layer, x)
+        assert_equal_to_dense(layer, dense, x)
+
+
+def assert_computed_by_windows(layer, x):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_structured, "convolve", lambda *a: torch.zeros(0))
+        assert layer(x).shape == (0,)
+
+
+@st.composite
+def summed(draw):
+    axes = draw(st.integers(1, 3))
+    inputs, outputs = draw(st.integers(2, 5)), draw(st.integers(1, 5))
+    sizes = st.integers(1, 3)
+    layer = CONVOLUTIONS[axes, False](
+        inputs, outputs, draw(st.tuples(*[sizes] * axes)),
+        stride=draw(st.tuples(*[st.integers(1, 2)] * axes)),
+        dilation=draw(st.tuples(*[st.integers(1, 2)] * axes)),
+        padding=draw(st.integers(0, 1)),
+        padding_mode=draw(st.sampled_from(["zeros", "circular", "reflect"])),
+        bias=draw(st.booleans()),
+    )  # fmt: skip
+    shape = (inputs, *(draw(st.integers(6, 8)) for _ in range(axes)))
+    return layer, torch.randn(draw(st.sampled_from([1, 5])), *shape)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(case=summed(), block=st.sampled_from([1, 700, 1 << 20]), long=st.sampled_from([1, 512]))
+def test_summed_convolutions_by_windows_equal_the_dense_layer(case, block, long):
+    layer, x = case
+    layer, dense = twins(layer, "channel_shared", over="in", compute="windows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_windows, "BLOCK_BYTES", {True: block, False: block})
+        patch.setattr(_windows, "_LONG", long)
+        assert_computed_by_windows(layer, x)
+        assert_equal_to_dense(layer, dense, x)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_windows_with_named_padding(padding):
+    layer, dense = twins(
+        nn.Conv1d(4, 8, 4, groups=4, padding=padding), "channel_shared", over="groups",
+        compute="windows",
+    )  # fmt: skip
+    x = torch.randn(2, 4, 9)
+    assert_computed_by_windows(layer, x)
+    assert_equal_to_dense(layer, dense, x)
+
+
+@pytest.mark.parametrize("over", ["in", "groups"])
+def test_windows_in_one_dtype_and_layout_only(over):
+    layer = nn.Conv2d(8, 16, 3, groups=8 if over == "groups" else 1, padding=1)
+    layer, dense = twins(layer, "channel_shared", over=over, compute="windows")
+    x = torch.randn(2, 8, 6, 6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_structured, "convolve", lambda *a: 1 / 0)
+        last = x.to(memory_format=torch.channels_last)
+        assert layer(last).stride() == dense(last).stride()
+        layer(x[0])  # unbatched
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        layer.bfloat16()(x.bfloat16())
+        layer.float()
+        with torch.autograd.forward_ad.dual_level():
+            layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        torch.func.vmap(layer)(x[None])
+        torch.export.export(layer, (x,))
+        with pytest.raises(ZeroDivisionError):
+            layer(x)
+
+
+@pytest.mark.parametrize("frozen", ["bias", "free", "input"])
+@pytest.mark.parametrize("over", ["in", "groups"])
+def test_windows_give_the_gradients_that_are_wanted(over, frozen):
+    layer = nn.Conv1d(4, 8, 3, groups=4 if over == "groups" else 1).double()
+    layer, dense = twins(layer, "channel_shared", over=over, compute="windows")
+    x = torch.randn(3, 4, 7, dtype=torch.float64, requires_grad=frozen != "input")
+    leaves = {"free": layer.parametrizations.weight.original0, "bias": layer.bias, "input": x}
+    leaves.pop(frozen).requires_grad_(False)
+    probe = torch.randn(3, 8, 5, dtype=torch.float64)
+    found = torch.autograd.grad((layer(x) * probe).sum(), list(leaves.values()))
+    dense.requires_grad_(True)
+    wanted = {"free": dense.weight, "bias": dense.bias, "input": x}
+    wanted = torch.autograd.grad((dense(x) * probe).sum(), [wanted[name] for name in leaves])
+    for name, mine, theirs in zip(leaves, found, wanted, strict=True):
+        expected = tp.get_tie(layer).adjoint(theirs)[0] if name == "free" else theirs
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("over", ["in", "groups"])
+def test_second_derivatives_through_windows(over, bias):
+    groups = 3 if over == "groups" else 1
+    layer = nn.Conv2d(3, 6, 2, groups=groups, padding=1, bias=bias).double()
+    tp.register_tie(layer, "channel_shared", over=over, compute="windows")
+    names = [name for name, _ in layer.named_parameters()]
+
+    def call(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), x)
+
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    assert_computed_by_windows(layer, x)
+    assert torch.autograd.gradcheck(call, (x, *values), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (x, *values), fast_mode=True)
+
+
+def windows_pay(n, groups, m, sizes, kernel=3, grad=True):
+    axes = len(sizes)
+    x = torch.empty(n, groups, *sizes, device="meta", requires_grad=grad)
+    geometry = _windows.Geometry((kernel,) * axes, (1,) * axes, (kernel // 2,) * axes, (1,) * axes)
+    return _windows.pays(x, torch.empty(m, kernel**axes), geometry, groups)
+
+
+def test_where_windows_pay_at_its_edges():
+    # the sum of channels: in training always but for one sample, in inference for large outputs
+    assert windows_pay(2, 1, 2, (4, 4))
+    assert not windows_pay(1, 1, 64, (28, 28))
+    assert not windows_pay(2, 1, 1, (28, 28))
+    assert windows_pay(1, 1, 64, (128, 128), grad=False)
+    assert not windows_pay(1, 1, 64, (128, 127), grad=False)
+    assert not windows_pay(1, 1, 64, (128, 128), kernel=5, grad=False)
+    # streams: large outputs, several filters, signals and large images
+    assert windows_pay(1, 32, 4, (1024,))
+    assert not windows_pay(1, 32, 4, (1023,))
+    assert not windows_pay(64, 256, 1, (1024,))
+    assert windows_pay(1, 64, 8, (1024,), grad=False)
+    assert not windows_pay(1, 64, 9, (1024,), grad=False)
+    assert windows_pay(1, 64, 9, (1024,))
+    assert windows_pay(2, 64, 4, (16, 32), grad=False)
+    assert not windows_pay(2, 64, 4, (16, 31), grad=False)
+    assert not windows_pay(32, 64, 4, (8, 8, 8))
+    with torch.no_grad():
+        assert not windows_pay(2, 1, 2, (4, 4))
 
 
 @pytest.mark.parametrize("over", ["in", "out", "all", "groups"])
@@ -483,15 +611,10 @@ def test_inputs_smaller_than_the_kernel_raise(over):
         layer(torch.randn(1, 64, 2, 2))
 
 
-def test_streams_in_training_are_dense_and_equal():
-    layer, dense = twins(nn.Conv1d(8, 32, 3, groups=8, padding=1), "channel_shared", over="groups")
-    assert_equal_to_dense(layer, dense, torch.randn(2, 8, 16))
-
-
-def chosen(layer, rule, grad=True, **options):
+def chosen(layer, rule, **options):
     tie = tp.get_tie(tp.register_tie(layer, rule, **options))
     return _structured.choose_form(
-        tie.reduction(), tie.layout, convolution=not isinstance(layer, nn.Linear), grad=grad
+        tie.reduction(), tie.layout, convolution=not isinstance(layer, nn.Linear)
     )
 
 
@@ -499,34 +622,32 @@ def test_the_choice_of_form_at_its_edges():
     conv = lambda c, o, k=3, **options: nn.Conv2d(c, o, k, **options)  # noqa: E731
     shared = "channel_shared"
     assert chosen(conv(3, 3), shared) == "dense"  # too little is saved
-    assert chosen(conv(4, 4), shared) == "reduced"
-    assert chosen(conv(64, 64), shared) == "reduced"
+    assert chosen(conv(4, 4), shared) == "windows"
+    assert chosen(conv(64, 64), shared) == "windows"
+    assert chosen(conv(64, 64, 8), shared) == "windows"
+    assert chosen(conv(64, 64, 9), shared) == "reduced"  # too many windows
     assert chosen(conv(64, 64, groups=8), shared) == "dense"
     assert chosen(conv(64, 64, groups=4), shared) == "reduced"
     assert chosen(nn.ConvTranspose2d(64, 64, 3), shared) == "reduced"
-    assert chosen(nn.Conv1d(64, 64, 3), shared) == "reduced"
+    assert chosen(nn.Conv1d(64, 64, 3), shared) == "windows"
     assert chosen(conv(64, 64), shared, over="out") == "reduced"
+    assert chosen(conv(64, 64), shared, over="all") == "reduced"
     assert chosen(conv(64, 64), "row_repeat", groups=32) == "dense"
     assert chosen(conv(64, 64), "row_repeat", groups=16) == "reduced"
-    assert chosen(nn.Linear(8, 8), "row_repeat", groups=8, grad=False) == "dense"
-    assert chosen(nn.Linear(8, 8), "row_repeat", groups=4, grad=False) == "reduced"
-    assert chosen(nn.Linear(64, 63), "row_repeat") == "dense"  # small, and outputs to spread
-    assert chosen(nn.Linear(64, 64), "row_repeat") == "reduced"
-    assert chosen(nn.Linear(8, 8), shared, over="in") == "reduced"  # nothing to spread
-    streams = nn.Conv1d(8, 32, 16, groups=8)
-    assert chosen(streams, shared, over="groups") == "dense"
-    assert (
-        chosen(copy.deepcopy(tp.remove_tie(streams)), shared, over="groups", grad=False) == "shift"
-    )
-    wide = nn.Conv1d(8, 32, 17, groups=8)
-    assert chosen(wide, shared, over="groups", grad=False) == "dense"
+    assert chosen(nn.Linear(8, 8), "row_repeat", groups=8) == "dense"
+    assert chosen(nn.Linear(8, 8), "row_repeat", groups=4) == "reduced"
+    assert chosen(nn.Linear(8, 8), shared, over="in") == "reduced"
+    assert chosen(nn.Conv1d(8, 32, 16, groups=8), shared, over="groups") == "windows"
+    assert chosen(nn.Conv1d(8, 32, 17, groups=8), shared, over="groups") == "dense"
+    assert chosen(nn.Conv1d(16, 32, 3, groups=8), shared, over="groups") == "dense"
+    assert chosen(nn.ConvTranspose1d(8, 32, 3, groups=8), shared, over="groups") == "dense"
 
 
 def test_a_form_that_does_not_apply_is_refused_and_nothing_changes():
     layer = nn.Linear(8, 8)
     weight = layer.weight
     with pytest.raises(tp.TieError, match="Choose 'auto' or one of 'dense', 'reduced'"):
-        tp.register_tie(layer, "row_repeat", compute="shift")
+        tp.register_tie(layer, "row_repeat", compute="windows")
     assert type(layer) is nn.Linear
     assert layer.weight is weight
 
@@ -534,16 +655,12 @@ def test_a_form_that_does_not_apply_is_refused_and_nothing_changes():
 def test_forced_forms_compute_the_same():
     layers = {
         form: tp.register_tie(nn.Conv2d(64, 64, 3), "channel_shared", compute=form)
-        for form in ("dense", "reduced", "auto")
+        for form in ("dense", "reduced", "windows", "auto")
     }
     x = torch.randn(2, 64, 6, 6)
     for layer in layers.values():
         layer.load_state_dict(layers["dense"].state_dict())
         torch.testing.assert_close(layer(x), layers["dense"](x), rtol=1e-4, atol=1e-4)
-    streams = tp.register_tie(
-        nn.Conv1d(8, 16, 3, groups=8), "channel_shared", over="groups", compute="shift"
-    )
-    streams(torch.randn(1, 8, 9)).sum().backward()  # with gradients it is the dense form
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -566,12 +683,18 @@ def test_forced_forms_compute_the_same():
             {"over": "out"},
             (2, 8, 5, 5),
         ),
+        (
+            lambda bias: nn.Conv2d(8, 8, 3, bias=bias),
+            "channel_shared",
+            {"compute": "windows"},
+            (2, 8, 5, 5),
+        ),
     ],
 )
 def test_outputs_are_no_views_for_autograd(build, rule, options, shape, bias):
     # fully_shard hooks into outputs, and an in-place ReLU on a view would drop its hook
     layer, dense = twins(build(bias), rule, **options)
-    assert form_of(layer) == "reduced"
+    assert form_of(layer) == options.get("compute", "reduced")
     x = torch.randn(shape)
     y = layer(x)
     assert not dense(x)._is_view()

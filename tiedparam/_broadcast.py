@@ -68,7 +68,7 @@ class Broadcast(Rule):
 
     Args:
         compute: the form of `tiedparam._structured` that computes the layer: ``"auto"`` picks
-            the fastest; ``"dense"``, ``"reduced"`` or ``"shift"`` force one, for measuring.
+            the fastest; ``"dense"``, ``"reduced"`` or ``"windows"`` force one, for measuring.
     """
 
     complex_valued = True
@@ -100,6 +100,8 @@ class Broadcast(Rule):
     def reduced(self, base: Tensor) -> Tensor:
         """The weight of the smaller layer: one row per run, one column if inputs are summed."""
         sizes = self._sizes
+        if base.shape == sizes.smaller and sizes.smaller_layout is None:
+            return base  # every view would cost time, forward and back
         canonical = base.reshape(sizes.kept).expand(sizes.reduced).reshape(sizes.smaller)
         layout = sizes.smaller_layout
         return canonical if layout is None else layout.native(canonical)

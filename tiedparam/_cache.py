@@ -275,7 +275,7 @@ class _Frozen:
         with torch.inference_mode(False), torch.no_grad():
             weight = effective(self.layer, self.tensor_name).detach()
         plan = getattr(parametrization_list(self.layer, self.tensor_name)[0], "plan", None)
-        if plan is not None and plan.form_without_grad != "dense":
+        if plan is not None and plan.form != "dense":
             return weight  # an expanded view: nobody reads it where the structured form runs
         return weight.contiguous()
 

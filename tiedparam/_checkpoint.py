@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from tiedparam._errors import TieError, TieWarning
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
-from tiedparam._sharded import gathered, is_sharded, whole
+from tiedparam._sharded import computed, gathered, is_sharded, whole
 from tiedparam._stock import effective, parametrization_list
 from tiedparam._ties import free_values, is_stacked, is_tied, named_ties, origins, ties_of
 from tiedparam._write_guard import unguard
@@ -429,7 +429,7 @@ class _Expander:
         problem = _unfit_free(layer, name, rule, prefix + name, keys, self.entries, {})
         if problem is not None:
             raise TieError(problem)
-        return rule.forward(*map(self._entry, keys))
+        return computed(rule.forward, map(self._entry, keys))
 
     def _source(self, layer: nn.Module, name: str) -> Tensor:
         rule = ties_of(layer).get(name)

@@ -56,7 +56,7 @@ def _reduced_count(layer: nn.Module, tensor_name: str, rule: Rule | None) -> int
     stock = stock_class(layer)
     if issubclass(stock, NonDynamicallyQuantizableLinear):
         return None  # attention reads the weight and does the product itself
-    if _structured.computation(stock) is None or rule.plan.form != "reduced":
+    if _structured.computation(stock) is None or rule.plan.otherwise != "reduced":
         return None
     return rule.reduced_count
 

@@ -25,7 +25,7 @@ from tiedparam._rule import Rule
 from tiedparam._safetensors_format import CHECKSUM
 from tiedparam._ties import is_stacked, ties_of
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """The version of the header and of how rules lay out their free values."""
 
 KEY = "tiedparam"
@@ -179,9 +179,15 @@ def read(metadata: Mapping[str, str]) -> Header | None:
         version = content.pop("layout")
         if type(version) is not int or version < 1:
             raise ValueError("no version")
+        if version < LAYOUT_VERSION:
+            raise TieError(
+                f"it has layout version {version}, whose free values lie in another order than "
+                f"those of version {LAYOUT_VERSION}. Export it as a dense file with the tiedparam "
+                "that wrote it."
+            )
         if version > LAYOUT_VERSION:
             raise TieError(
-                f"it has layout version {version}, and this tiedparam reads up to "
+                f"it has layout version {version}, and this tiedparam reads "
                 f"{LAYOUT_VERSION}. Update tiedparam."
             )
         header = Header(

@@ -82,7 +82,7 @@ class Linked(Rule):
 
     def forward(self, *free: Tensor) -> Tensor:
         """Apply the function to the source's effective tensor."""
-        ((source, name),) = self.sources()
+        source, name = self.source, self.source_name or "weight"
         present = effective(source, name)
         if not isinstance(present, Tensor):
             raise TieError(

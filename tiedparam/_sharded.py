@@ -6,6 +6,7 @@ collective: every rank must do so, in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,21 @@ def gathered(tensor: Any) -> Any:
     from torch.distributed.tensor import Replicate
 
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
+def computed(compute: Callable[..., Tensor], values: Iterable[Any]) -> Tensor:
+    """What ``compute`` makes of the gathered values, as a DTensor where one of them is one.
+
+    It works on ordinary tensors, so that no law has to know what DTensor can do.
+    """
+    gathered_values = [gathered(value) for value in values]
+    sharded = next((value for value in gathered_values if is_sharded(value)), None)
+    if sharded is None:
+        return compute(*gathered_values)
+    from torch.distributed.tensor import DTensor
+
+    result = compute(*(v.to_local() if is_sharded(v) else v for v in gathered_values))
+    return DTensor.from_local(result, sharded.device_mesh, sharded.placements, run_check=False)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -59,6 +59,17 @@ class TiedList(parametrize.ParametrizationList):
         super().append(module)
         return self
 
+    def forward(self) -> Tensor:
+        """What torch's own gives, without looking for each number as an attribute."""
+        originals = self._parameters.values()
+        if len(originals) != self.ntensors or self.is_tensor:
+            return super().forward()  # a replica of nn.DataParallel, say
+        parametrizations = iter(self._modules.values())
+        value: Tensor = next(parametrizations)(*originals)
+        for parametrization in parametrizations:
+            value = parametrization(value)
+        return value
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TiedList:
         replica: TiedList = type(self).__new__(type(self))
         memo[id(self)] = replica

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tiedparam._sharded import gathered, is_sharded
+from tiedparam._sharded import computed, is_sharded
 
 
 def parametrization_lists(layer: nn.Module) -> nn.ModuleDict:
@@ -22,20 +23,25 @@ def parametrization_list(layer: nn.Module, tensor_name: str) -> parametrize.Para
 
 def effective(layer: nn.Module, tensor_name: str) -> Tensor:
     """The tensor that the layer computes with: computed if it is parametrized, else stored."""
-    if parametrize.is_parametrized(layer, tensor_name):
-        values = parametrization_list(layer, tensor_name)
-        if any(map(is_sharded, values._parameters.values())):
-            return _computed_whole(values)
-        return cast(Tensor, values())
-    return cast(Tensor, getattr(layer, tensor_name))
+    # by the tables: this runs at every call, and an attribute of a module is found last there
+    lists = layer._modules.get("parametrizations")
+    values = lists._modules.get(tensor_name) if lists is not None else None
+    if values is None:
+        return cast(Tensor, getattr(layer, tensor_name))
+    for original in values._parameters.values():
+        if is_sharded(original):
+            return computed(_through(values), values._parameters.values())
+    return cast(Tensor, values())
 
 
-def _computed_whole(values: parametrize.ParametrizationList) -> Tensor:
-    """What the list gives for sharded originals: no law has to know how a part is computed."""
-    first, *others = values._modules.values()
-    assert first is not None
-    weight = first(*(gathered(original) for original in values._parameters.values()))
-    for other in others:
-        assert other is not None
-        weight = other(weight)
-    return cast(Tensor, weight)
+def _through(parametrizations: nn.Module) -> Callable[..., Tensor]:
+    """What a list of parametrizations computes, as a function of its originals."""
+
+    def compute(*originals: Tensor) -> Tensor:
+        first, *others = parametrizations._modules.values()
+        weight: Tensor = first(*originals)  # type: ignore[misc]
+        for other in others:
+            weight = other(weight)  # type: ignore[misc]
+        return weight
+
+    return compute

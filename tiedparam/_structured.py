@@ -12,18 +12,17 @@ double backward need nothing special. They equal the dense form up to rounding:
 ``reduced``
     Sum the inputs that share, run the stock operation with the base as weight, spread the
     outputs that are equal.
-``shift``
-    Streams (``groups`` that share one bank of one-channel filters), without gradients: add
-    the shifted input once per kernel position, block by block in cache.
+``windows``
+    Convolutions that are left with one input channel per group and share their filters, by the
+    products of `tiedparam._windows`; where those do not serve, the other form.
 
 `choose_form` says which, from the layer's configuration and never from the batch.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,51 +36,64 @@ from tiedparam._errors import TieError
 from tiedparam._layout import Layout
 from tiedparam._rule import Rule
 from tiedparam._stock import effective
-from tiedparam._write_guard import guarding_is_off
+from tiedparam._windows import Geometry, convolve, convolves, pays, summed_channels
 
 Compute = Callable[..., Tensor | None]
 
 
-def choose_form(
-    reduction: Reduction, layout: Layout, *, convolution: bool, grad: bool = True
-) -> str:
-    """Which form computes a layer fastest: "dense", "reduced" or "shift".
+def choose_form(reduction: Reduction, layout: Layout, *, convolution: bool) -> str:
+    """Which form computes a layer fastest: "dense", "reduced" or "windows".
 
     Args:
         reduction: what the law lets the layer save.
         layout: the weight's layout.
         convolution: whether the layer is a convolution or a transposed one, not a Linear.
-        grad: whether gradients are being recorded.
 
     The thresholds come from measurements at batch 1 and 32, which ``python -m benchmarks
-    --case forms`` repeats: the cheap form stands where it lost in no measured shape.
+    --case forms`` repeats: the cheap form stands where it lost in no measured shape. "windows"
+    is a way to compute "reduced" or "dense" in eager mode; traced graphs hold those.
     """
-    inputs, positions = layout.canonical_shape[1], math.prod(layout.kernel)
-    saved = (inputs if reduction.summed else 1) * reduction.run
+    positions = math.prod(layout.kernel)
+    windows = _has_windows(reduction, layout, convolution)
     if reduction.shared_banks:
-        shifts = inputs == 1 and not layout.transposed and positions <= _SHIFT_POSITIONS
-        return "shift" if shifts and not grad else "dense"
+        return "windows" if windows and positions <= _STREAM_POSITIONS else "dense"
+    saved = (layout.canonical_shape[1] if reduction.summed else 1) * reduction.run
     if not convolution:
-        # spreading outputs takes more operations, forward and back, than a small product
-        small = grad and reduction.run > 1 and math.prod(layout.shape) < _SMALL_PRODUCT
-        return "reduced" if saved > 1 and not small else "dense"
-    return "reduced" if saved >= (_SAVED if layout.groups == 1 else _SAVED_IN_GROUPS) else "dense"
+        return "reduced" if saved > 1 else "dense"
+    if saved < (_SAVED if layout.groups == 1 else _SAVED_IN_GROUPS):
+        return "dense"
+    return "windows" if windows and positions <= _WINDOW_POSITIONS else "reduced"
 
 
 _SAVED = 4  # multiplications per one that is left
-_SMALL_PRODUCT = 64 * 64  # entries of a Linear weight
 _SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
-_SHIFT_POSITIONS = 16
-_BLOCK_BYTES = 1 << 20  # of output: half of what a core's second-level cache holds today
+_STREAM_POSITIONS, _WINDOW_POSITIONS = 16, 64
+
+
+def _has_windows(reduction: Reduction, layout: Layout, convolution: bool) -> bool:
+    """Whether a convolution is left with one channel per group, and shared filters."""
+    if not convolution or layout.transposed:
+        return False
+    if reduction.shared_banks:
+        return layout.canonical_shape[1] == 1
+    return reduction.summed and layout.groups == 1 and reduction.run == 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided once per tie: the form, and the sizes that it needs."""
+    """What is decided once per tie.
+
+    Attributes:
+        form: the form that is tried first.
+        otherwise: the form where "windows" does not serve; the same for the others.
+        reduction: what the law lets the layer save.
+        offered: all forms in which the layer could be computed.
+    """
 
     form: str
-    form_without_grad: str
+    otherwise: str
     reduction: Reduction
+    offered: list[str]
 
 
 def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
@@ -99,23 +111,22 @@ def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
         return
     reduction = rule.reduction()
     convolution = not isinstance(layer, nn.Linear)
-    if rule.compute == "auto":
-        forms = [
-            choose_form(reduction, layout, convolution=convolution, grad=g) for g in (True, False)
-        ]
-    elif rule.compute in _applicable(reduction, layout, convolution):
-        forms = ["dense" if rule.compute == "shift" else rule.compute, rule.compute]
-    else:
+    forms = _applicable(reduction, layout, convolution)
+    if rule.compute not in ("auto", *forms):
         raise TieError(
             f"compute={rule.compute!r} is no form of '{rule}' on this layer. Choose 'auto' or one "
-            f"of {', '.join(map(repr, _applicable(reduction, layout, convolution)))}."
+            f"of {', '.join(map(repr, forms))}."
         )
-    rule.plan = Plan(form=forms[0], form_without_grad=forms[1], reduction=reduction)
+    form = rule.compute
+    if form == "auto":
+        form = choose_form(reduction, layout, convolution=convolution)
+    fallback = "dense" if reduction.shared_banks else "reduced"
+    rule.plan = Plan(form, fallback if form == "windows" else form, reduction, forms)
 
 
 def _applicable(reduction: Reduction, layout: Layout, convolution: bool) -> list[str]:
-    one_channel = convolution and not layout.transposed and layout.canonical_shape[1] == 1
-    return ["dense", "reduced", *(["shift"] if one_channel and reduction.shared_banks else [])]
+    windows = ["windows"] if _has_windows(reduction, layout, convolution) else []
+    return ["dense", "reduced", *windows]
 
 
 def computation(stock: type[nn.Module]) -> Compute | None:
@@ -134,15 +145,19 @@ def _linear(layer: nn.Linear, input: Tensor) -> Tensor | None:
     if found is None or not _has_features(layer, input):
         return None
     rule, plan, free = found
-    with _Precision(input, plan.reduction.summed) as precision:
-        x, weight, bias = precision.enter(input, rule.reduced(free), effective(layer, "bias"))
-        if plan.reduction.summed:
+    summed, run = plan.reduction.summed, plan.reduction.run
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if summed:
             x = x.sum(-1, keepdim=True)
-        if plan.reduction.run == 1:
-            return precision.leave(F.linear(x, weight, bias))
+        if run == 1:
+            return F.linear(x, weight, bias)
         # one row is a matrix-vector product, which the general product does not notice
-        y = (x @ weight[0]).unsqueeze(-1) if weight.shape[0] == 1 else F.linear(x, weight)
-        return precision.leave(_spread(y, plan.reduction.run, bias, 0))
+        one = weight.shape[0] == 1
+        y = (x @ weight.squeeze(0)).unsqueeze(-1) if one else F.linear(x, weight)
+        return _spread(y, run, bias, 0)
+
+    return _without_overflow(compute, summed, input, rule.reduced(free), effective(layer, "bias"))
 
 
 def _conv(layer: Any, input: Tensor) -> Tensor | None:
@@ -151,17 +166,45 @@ def _conv(layer: Any, input: Tensor) -> Tensor | None:
     if found is None or not _has_channels(layer, input, axes):
         return None
     rule, plan, free = found
-    if plan.form_without_grad == "shift":
-        return _shift(layer, rule, free, input)
     run = plan.reduction.run
-    with _Precision(input, plan.reduction.summed) as precision:
-        x, weight, bias = precision.enter(input, rule.reduced(free), effective(layer, "bias"))
+    if plan.form == "windows":
+        y = _by_windows(layer, rule, plan, free, input)
+        if y is not None or plan.otherwise == "dense":
+            return y
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if plan.reduction.summed:
             x = _sum_inputs(x, layer.groups, axes)
         y = layer._conv_forward(x, weight, bias if run == 1 else None)
-        if run > 1:
-            y = _spread(y, run, bias, axes)
-        return precision.leave(_formatted(y, input))
+        return _formatted(y if run == 1 else _spread(y, run, bias, axes), input)
+
+    return _without_overflow(
+        compute, plan.reduction.summed, input, rule.reduced(free), effective(layer, "bias")
+    )
+
+
+def _by_windows(
+    layer: Any, rule: Broadcast, plan: Plan, free: Tensor, input: Tensor
+) -> Tensor | None:
+    axes, summed = len(layer.kernel_size), plan.reduction.summed
+    if input.dim() != axes + 2 or _is_channels_last(input):
+        return None
+    padding = layer.padding
+    if layer.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        input = F.pad(input, layer._reversed_padding_repeated_twice, mode=mode)
+        padding = (0,) * axes
+    geometry = Geometry(layer.kernel_size, layer.stride, padding, layer.dilation)
+    filters = rule.reduced(free) if summed else free
+    filters = filters.reshape(filters.shape[0], -1)
+    if not convolves(input, filters, geometry):
+        return None
+    groups = 1 if summed else layer.groups
+    if rule.compute == "auto" and not pays(input, filters, geometry, groups):
+        return None
+    if summed:
+        input = summed_channels(input)
+    return convolve(input, filters, effective(layer, "bias"), geometry)
 
 
 def _conv_transpose(
@@ -177,17 +220,19 @@ def _conv_transpose(
         input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
     )
     operation = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
-    with _Precision(input, plan.reduction.summed) as precision:
-        x, weight, bias = precision.enter(input, rule.reduced(free), effective(layer, "bias"))
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if plan.reduction.summed:
             x = _sum_inputs(x, layer.groups, axes)
         y = operation(
             x, weight, bias if run == 1 else None, layer.stride, layer.padding, padding,
             layer.groups, layer.dilation,
         )  # fmt: skip
-        if run > 1:
-            y = _spread(y, run, bias, axes)
-        return precision.leave(_formatted(y, input))
+        return _formatted(y if run == 1 else _spread(y, run, bias, axes), input)
+
+    return _without_overflow(
+        compute, plan.reduction.summed, input, rule.reduced(free), effective(layer, "bias")
+    )
 
 
 _COMPUTATIONS: dict[type[nn.Module], Compute] = {
@@ -208,18 +253,11 @@ def _planned(layer: nn.Module, input: Any) -> tuple[Broadcast, Plan, Tensor] | N
         return None  # not tied, or another parametrization on top
     rule: Any = weight._modules["0"]
     plan: Plan | None = rule.__dict__.get("plan")
-    if plan is None or plan.form_without_grad == "dense":
+    if plan is None or plan.form == "dense":
         return None
     free: Any = weight._parameters.get("original0")
     if free is None:
         free = weight.original0  # a replica of nn.DataParallel has no Parameters
-    if (
-        plan.form == "dense"
-        and torch.is_grad_enabled()
-        and torch._C._get_tracing_state() is None  # which compares traces with and without
-        and (input.requires_grad or free.requires_grad)
-    ):
-        return None
     return rule, plan, free
 
 
@@ -255,7 +293,8 @@ def _spread(y: Tensor, run: int, bias: Tensor | None, axes: int) -> Tensor:
     channel = -axes - 1
     outputs = y.shape[channel]
     if outputs == 1 and bias is not None:
-        return y + bias.to(y.dtype).reshape(-1, *(1,) * axes)
+        bias = bias if bias.dtype == y.dtype else bias.to(y.dtype)
+        return y + (bias.reshape(-1, *(1,) * axes) if axes else bias)
     if bias is None:
         spread = y.unsqueeze(channel).repeat_interleave(run, channel)
     else:
@@ -269,68 +308,9 @@ def _spread(y: Tensor, run: int, bias: Tensor | None, axes: int) -> Tensor:
     return merged
 
 
-def _windows(layer: Any, x: Tensor) -> Iterator[Tensor]:
-    """What each kernel position sees of a padded input, in the order of the kernel."""
-    axes = len(layer.kernel_size)
-    slices: list[list[slice]] = []
-    for size, k, s, d in zip(
-        x.shape[-axes:], layer.kernel_size, layer.stride, layer.dilation, strict=True
-    ):
-        count = max(0, (size - d * (k - 1) - 1) // s + 1)
-        length = (count - 1) * s + 1 if count else 0
-        slices.append([slice(o * d, o * d + length, s) for o in range(k)])
-    for position in itertools.product(*slices):
-        yield x[(..., *position)]  # type: ignore[index]
-
-
-def _padded(layer: Any, x: Tensor) -> Tensor:
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padding = layer._reversed_padding_repeated_twice
-    return F.pad(x, padding, mode=mode) if any(padding) else x
-
-
-def _shift(layer: Any, rule: Broadcast, base: Tensor, input: Tensor) -> Tensor | None:
-    """Streams without gradients: every stream's filters, one kernel position after another.
-
-    The output is several times the input and far larger than the caches, and every kernel
-    position passes over it: block by block those passes stay in cache.
-    """
-    axes, groups = len(layer.kernel_size), layer.groups
-    if (
-        guarding_is_off()  # somebody traces or transforms: no writing into outputs
-        or input.device.type != "cpu"  # a GPU is fastest with the stock kernel
-        or input.dtype not in (torch.float32, torch.float64)
-        or input.dtype != base.dtype
-        or torch.is_autocast_enabled("cpu")
-        or input.numel() == 0
-    ):
-        return None
-    x = _padded(layer, input if input.dim() == axes + 2 else input.unsqueeze(0))
-    sizes = next(_windows(layer, x)).shape[-axes:]
-    if 0 in sizes:
-        return None  # smaller than the kernel: the stock layer says so
-    filters = base.detach().reshape(base.shape[0], -1, *(1,) * axes)  # (m, positions, 1, …)
-    bias = effective(layer, "bias")
-    shaped = None if bias is None else bias.detach().reshape(groups, -1, *(1,) * axes)
-    y = x.new_empty(x.shape[0], groups, base.shape[0], *sizes)
-    stream_bytes = max(1, y[0, 0].numel() * y.element_size())
-    streams = max(1, min(groups, _BLOCK_BYTES // stream_bytes))
-    samples = max(1, _BLOCK_BYTES // (stream_bytes * groups))
-    for n, g in itertools.product(range(0, len(x), samples), range(0, groups, streams)):
-        block = y[n : n + samples, g : g + streams]
-        windows = _windows(layer, x[n : n + samples, g : g + streams].unsqueeze(2))
-        for position, window in enumerate(windows):
-            if position == 0:
-                torch.mul(window, filters[:, 0], out=block)
-            else:
-                block.addcmul_(window, filters[:, position])
-        if shaped is not None:
-            block.add_(shaped[g : g + streams])
-    y = y.flatten(1, 2)
-    return y if input.dim() == axes + 2 else y.squeeze(0)
-
-
 def _is_channels_last(x: Tensor) -> bool:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False  # vmap cannot say; the format is then nobody's promise
     if x.dim() == 4:
         return _strided_as(x, torch.channels_last)
     return x.dim() == 5 and _strided_as(x, torch.channels_last_3d)
@@ -348,33 +328,22 @@ def _formatted(y: Tensor, input: Tensor) -> Tensor:
     return y.contiguous(memory_format=last)
 
 
-class _Precision:
+def _without_overflow(
+    run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    summed: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
     """float16 sums can overflow where the dense layer does not: compute them in float32."""
-
-    def __init__(self, input: Tensor, summed: bool) -> None:
-        kind = input.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        result = torch.get_autocast_dtype(kind) if autocast else input.dtype
-        self.result = result if summed and result is torch.float16 else None
-        self.off: Any = None
-        if self.result is not None and autocast:
-            self.off = torch.autocast(kind, enabled=False)
-
-    def __enter__(self) -> _Precision:
-        if self.off is not None:
-            self.off.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.off is not None:
-            self.off.__exit__(*error)
-
-    def enter(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.result is None:
-            return x, weight, bias
-        return x.float(), weight.float(), None if bias is None else bias.float()
-
-    def leave(self, y: Tensor) -> Tensor:
-        return y if self.result is None else y.to(self.result)
+    if not summed:
+        return run(x, weight, bias)
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    if (torch.get_autocast_dtype(kind) if autocast else x.dtype) is not torch.float16:
+        return run(x, weight, bias)
+    wide = x.float(), weight.float(), None if bias is None else bias.float()
+    if not autocast:
+        return run(*wide).half()
+    with torch.autocast(kind, enabled=False):
+        return run(*wide).half()

@@ -114,6 +114,9 @@ def main() -> None:
     if rank == 0 and options.save:
         torch.save(tp.untie_state_dict(net, whole), options.save)
         print(f"saved {options.save}", flush=True)
+    # gloo's threads drop the last tensors here; destroying the group would wait for them while
+    # it holds the interpreter's lock, which they need
+    dist.barrier()
     dist.destroy_process_group()
 
 

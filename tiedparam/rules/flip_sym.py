@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import prod
+from math import isqrt, prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiedparam._expansion import TABLE_ENTRIES, Expansion, fold_pairs, look_up
 from tiedparam._layout import Layout
+from tiedparam._matrices import is_unrecorded, transposed
 from tiedparam._registry import register_rule
 from tiedparam._rule import Example, Rule
 
@@ -25,17 +26,17 @@ class FlipSym(Rule):
 
     Shapes, with ``c`` channels per group, ``g`` groups and ``P`` kernel positions:
 
-    * ``pairs``: ``(g·c, c, P // 2)``, the slices at the first half of the positions;
-    * ``centre``: ``(g, c(c+1)/2)``, if ``P`` is odd: the free half of the symmetric slice
-      at the centre, in rectangular full packed format (Gustavson et al. 2010, LAPACK
-      working note 199);
+    * ``free``: one tensor of ``g·(c²P + f)/2`` values, ``f = c`` if every kernel size is odd,
+      else 0. In this order: for each of the first ``P // 2`` positions the slice
+      ``(g, c, c)``; then, if ``P`` is odd, the lower triangles ``(g, c(c+1)/2)`` of the
+      symmetric slice at the centre, by tiles (see `_symmetric`).
     * ``weight``: the layer's own, ``O == C`` in every group.
 
-    Only non-empty ones are stored: ``g·(c²P + f)/2`` values, ``f = c`` if every kernel size
-    is odd, else 0. Multiplicity 2, and 1 on the centre's diagonal.
+    Multiplicity 2, and 1 on the centre's diagonal.
     """
 
     law = "W[i, j, x] = W[j, i, flip(x)]"
+    _expansion: Expansion
 
     def check(self, layout: Layout) -> str | None:
         """Inputs and outputs of a group must be the same channels."""
@@ -50,26 +51,16 @@ class FlipSym(Rule):
         return None
 
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """``pairs`` and ``centre``, as far as they are not empty."""
+        """One matrix, so that optimizers which spare vectors from decay treat it as a weight."""
         groups, c, positions = self._sizes()
-        pairs = [(groups * c, c, positions // 2)] if positions > 1 else []
-        centre = [(groups, c * (c + 1) // 2)] if positions % 2 else []
-        return (*pairs, *centre)
+        count = groups * _free_count(c, positions)
+        columns = c if count % c == 0 else c // 2
+        return ((count // columns, columns),)
 
     def forward(self, *free: Tensor) -> Tensor:
         """Mirror the first half of the positions to the second; unpack the centre."""
-        groups, c, positions = self._sizes()
-        parts = []
-        if positions > 1:
-            half = free[0].reshape(groups, c, c, positions // 2)
-            parts = [half, half.transpose(1, 2).flip(-1)]
-        if positions % 2:
-            # torch transposes by tiles in two dimensions only
-            packed = free[-1] if groups > 1 else free[-1].squeeze(0)
-            parts.insert(1, _unpack_symmetric(packed, c).reshape(groups, c, c, 1))
-        layout = self.bound_layout
-        kernels = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        return layout.native(kernels.reshape(layout.canonical_shape))
+        (values,) = free
+        return self._expansion(values)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The mean of the weight and its flip-transpose, cut to the free half."""
@@ -93,27 +84,35 @@ class FlipSym(Rule):
         groups = layout.canonical(weight).chunk(layout.groups)
         yield layout.native(torch.cat([group.transpose(0, 1).flip(axes) for group in groups]))
 
-    def _sizes(self) -> tuple[int, int, int]:
+    def _bind_layout(self, layout: Layout, dtype: torch.dtype) -> str | None:
+        reason = super()._bind_layout(layout, dtype)
+        if reason is None:
+            self._expansion = Expansion(_expand, _fold, self._sizes(), layout.shape)
+        return reason
+
+    def _sizes(self) -> Sizes:
         """Groups, channels per group, kernel positions."""
         layout = self.bound_layout
         return layout.groups, layout.canonical_shape[1], prod(layout.kernel)
 
     def _blocks(self, weight: Tensor) -> Tensor:
-        """The weight as ``(groups, c, c, positions)``."""
+        """The weight as ``(groups, c, c, positions)``.
+
+        A transposed convolution stores the transposed blocks. By the law these are the flipped
+        ones, which obey it too, so that no rearranging is needed.
+        """
         groups, c, positions = self._sizes()
-        return self.bound_layout.canonical(weight).reshape(groups, c, c, positions)
+        return weight.reshape(groups, c, c, positions)
 
     def _free_half(self, blocks: Tensor) -> tuple[Tensor, ...]:
-        groups, c, positions = self._sizes()
+        positions = blocks.shape[-1]
         half = positions // 2
-        free = []
-        if half:
-            # clone: a slice would keep the full weight's storage alive (S15)
-            pairs = blocks[..., :half].clone(memory_format=torch.contiguous_format)
-            free.append(pairs.reshape(groups * c, c, half))
+        parts = [blocks[..., :half].permute(3, 0, 1, 2).flatten()]
         if positions % 2:
-            free.append(_pack_symmetric(blocks[..., half]))
-        return tuple(free)
+            parts.append(_triangles(blocks[..., half]).flatten())
+        (shape,) = self.free_shapes()
+        # cat copies: a slice would keep the full weight's storage alive (S15)
+        return (torch.cat(parts).reshape(shape),)
 
     @classmethod
     def examples(cls) -> Sequence[Example]:
@@ -133,42 +132,149 @@ class FlipSym(Rule):
         )
 
 
-def _unpack_symmetric(packed: Tensor, n: int) -> Tensor:
-    """Symmetric ``(…, n, n)`` matrices from ``(…, n(n+1)/2)`` values, by slices alone.
+Sizes = tuple[int, int, int]
 
-    Rectangular full packed format: the lower triangle ``[[A, 0], [B, D]]`` is stored as one
-    rectangle that holds ``A`` and ``B`` and, in the corner that ``A`` leaves free, ``Dᵀ``.
+
+def _free_count(c: int, positions: int) -> int:
+    """How many values one group of ``c`` channels has."""
+    return (c * c * positions + (c if positions % 2 else 0)) // 2
+
+
+def _expand(free: Tensor, sizes: Sizes) -> Tensor:
+    """The weight of `FlipSym` as ``(groups·c, c, positions)``.
+
+    Short runs are what makes copies slow. So all slices are laid side by side, row by row, and
+    one transposition of each row's ``(positions, c)`` then puts the positions last.
     """
-    first, second = (n + 1) // 2, n // 2
-    even = 1 - n % 2  # an even order needs one more row, an odd one shifts Dᵀ by a column
-    rectangle = packed.reshape(*packed.shape[:-1], n + even, first)
-    corner = rectangle[..., :second, 1 - even :]
-    if n < _LARGE:
-        right = F.pad(corner.transpose(-1, -2), (0, 0, first, 0))
-        # above its diagonal this holds what the format has put there, and tril takes it away
-        lower = torch.cat([rectangle[..., even:, :], right], -1)
-        return lower.tril() + _transposed(lower.tril(-1))
-    # transposing long rows misses the cache at every entry: by blocks it is twice as fast
-    block, below = rectangle[..., even : even + first, :], rectangle[..., even + first :, :]
-    top = torch.cat([block.tril() + _transposed(block.tril(-1)), _transposed(below)], -1)
-    bottom = torch.cat([below, corner.triu() + _transposed(corner.triu(1))], -1)
-    return torch.cat([top, bottom], -2)
+    groups, c, positions = sizes
+    rows, half = groups * c, positions // 2
+    free = free.reshape(-1)
+    swift = is_unrecorded(free)
+    parts: list[Tensor] = []
+    images: list[Tensor] = []
+    if half:
+        slices = free[: half * rows * c].reshape(half * groups, c, c)
+        parts.extend(slices.reshape(half, rows, 1, c).unbind())
+        images.extend(transposed(slices, swift).reshape(half, rows, 1, c).unbind())
+    if positions % 2:
+        packed = free[half * rows * c :].reshape(groups, -1)
+        parts.append(_symmetric(packed, c, swift).reshape(rows, 1, c))
+    return transposed(torch.cat([*parts, *reversed(images)], 1), swift)
 
 
-_LARGE = 128  # below, more operations cost more than they save
+def _fold(weight: Tensor, sizes: Sizes) -> Tensor:
+    """The adjoint of `_expand`: each entry plus its mirror image."""
+    groups, c, positions = sizes
+    rows, half = groups * c, positions // 2
+    entries = transposed(weight.reshape(rows, c, positions), True)
+    images = transposed(weight.reshape(groups, c, c * positions), True).reshape(rows, positions, c)
+    free = weight.new_empty(groups * _free_count(c, positions))
+    slices = free[: half * rows * c].reshape(half, rows, c)
+    for x, values in enumerate(slices.unbind()):
+        torch.add(entries[:, x], images[:, positions - 1 - x], out=values)
+    if positions % 2:
+        centre = entries[:, half].reshape(groups, c, c)
+        free[half * rows * c :] = _fold_symmetric(centre).flatten()
+    return free
 
 
-def _transposed(matrices: Tensor) -> Tensor:
-    return matrices.transpose(-1, -2).contiguous()
+# Symmetric matrices: squares along the diagonal, and below each a panel -------------------
+
+_TILE = isqrt(TABLE_ENTRIES)
 
 
-def _pack_symmetric(matrices: Tensor) -> Tensor:
-    """The inverse of `_unpack_symmetric`, reading the lower triangle."""
-    n = matrices.shape[-1]
-    first, second = (n + 1) // 2, n // 2
-    even = 1 - n % 2
-    rectangle = matrices.new_zeros(*matrices.shape[:-2], n + even, first)
-    rectangle[..., even : even + first, :] += matrices[..., :first, :first].tril()
-    rectangle[..., :second, 1 - even :] += matrices[..., first:, first:].tril().transpose(-1, -2)
-    rectangle[..., even + first :, :] = matrices[..., first:, :first]
-    return rectangle.flatten(-2)
+def _tiles(c: int) -> list[tuple[int, int]]:
+    """Where the tiles of ``c`` channels start and stop: as large as a table may be."""
+    return [(start, min(c, start + _TILE)) for start in range(0, c, _TILE)]
+
+
+def _pieces(packed: Tensor, c: int) -> list[tuple[Tensor, Tensor]]:
+    """Views of ``(n, c(c+1)/2)``: for each tile its triangle and the panel below it.
+
+    The last tile's panel is empty, and is left as it is: DTensor cannot reshape it.
+    """
+    counts = []
+    for start, stop in _tiles(c):
+        size = stop - start
+        counts += [_free_count(size, 1), (c - stop) * size]
+    parts = packed.split(counts, 1)
+    return [
+        (triangle, panel.reshape(-1, c - stop, stop - start) if stop < c else panel)
+        for (start, stop), triangle, panel in zip(_tiles(c), parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _symmetric(packed: Tensor, c: int, swift: bool) -> Tensor:
+    """Symmetric ``(n, c, c)`` from ``(n, c(c+1)/2)``, by rows of tiles."""
+    n = packed.shape[0]
+    pieces = _pieces(packed, c)
+    # written in place where nobody records: joining the rows would copy the whole again
+    matrices = packed.new_empty(n, c, c) if swift and len(pieces) > 1 else None
+    rows = []
+    for number, (start, stop) in enumerate(_tiles(c)):
+        triangle, panel = pieces[number]
+        size = stop - start
+        tile = look_up(_unpacked, triangle, size, size * size, swift).reshape(n, size, size)
+        row = [
+            earlier[:, start - before : stop - before]
+            for (_, before), (_, earlier) in zip(_tiles(c)[:number], pieces, strict=False)
+        ]
+        row.append(tile)
+        if stop < c:
+            row.append(transposed(panel, swift))
+        out = None if matrices is None else matrices[:, start:stop]
+        rows.append(torch.cat(row, 2, out=out))
+    return torch.cat(rows, 1) if matrices is None else matrices
+
+
+def _fold_symmetric(matrices: Tensor) -> Tensor:
+    """The adjoint of `_symmetric`."""
+    n, c, _ = matrices.shape
+    packed = matrices.new_empty(n, _free_count(c, 1))
+    for (start, stop), (triangle, panel) in zip(_tiles(c), _pieces(packed, c), strict=True):
+        tile = matrices[:, start:stop, start:stop].reshape(n, -1)
+        triangle.copy_(fold_pairs(_unpacked, tile, stop - start, triangle.shape[1]))
+        if stop < c:
+            above = matrices[:, start:stop, stop:].contiguous()
+            torch.add(matrices[:, stop:, start:stop], transposed(above, True), out=panel)
+    return packed
+
+
+def _triangles(matrices: Tensor) -> Tensor:
+    """The inverse of `_symmetric`, reading the lower triangles."""
+    parts = []
+    for start, stop in _tiles(matrices.shape[1]):
+        parts.append(_packed(matrices[:, start:stop, start:stop]))
+        parts.append(matrices[:, stop:, start:stop])
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def _unpacked(packed: Tensor, c: int) -> Tensor:
+    """A symmetric tile ``(n, c, c)`` from ``(n, c(c+1)/2)``.
+
+    A row of the packed rectangle holds a row of the lower triangle's bottom half, and, backwards
+    from the rectangle's end, the row of its top half that has just the missing length. So the
+    rectangle is the bottom half, and turned by 180° it is the top half.
+    """
+    top = c // 2
+    rectangle = packed.reshape(packed.shape[0], c - top, c + 1 - c % 2)
+    turned = rectangle.flip(1, 2)
+    halves = [turned[:, 1:], rectangle] if c % 2 else [turned[..., :c], rectangle[..., :c]]
+    lower = torch.cat(halves, 1)
+    order = torch.arange(c, device=packed.device)
+    return torch.where(order[:, None] >= order, lower, lower.transpose(1, 2))
+
+
+def _packed(matrices: Tensor) -> Tensor:
+    """The inverse of `_unpacked`, reading the lower triangles."""
+    n, c, _ = matrices.shape
+    top = c // 2
+    lower = matrices.tril()
+    rectangle = lower.new_zeros(n, c - top, c + 1 - c % 2)
+    turned = lower[:, :top].flip(1, 2)
+    if c % 2:
+        rectangle[:, :top] = turned
+    else:
+        rectangle[..., 1:] = turned
+    rectangle[..., :c] += lower[:, top:]
+    return rectangle
