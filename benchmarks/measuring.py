@@ -30,11 +30,13 @@ class Setting:
         seconds: what one comparison may take, warm-up aside.
         rounds: the least and the greatest number of rounds.
         slice_ms: calls faster than this are repeated within a round.
+        warm_ms: calls faster than this run once untimed in each round.
     """
 
     seconds: float = 2.0
     rounds: tuple[int, int] = (5, 41)
     slice_ms: float = 0.5
+    warm_ms: float = 10.0
 
     @classmethod
     def quick(cls) -> Setting:
@@ -259,7 +261,9 @@ def interleave(
     """Nanoseconds per call, for each call and round.
 
     All calls take turns in every round, so that what disturbs the machine disturbs all of them,
-    and in a new order each time: who follows a large computation finds the input out of cache.
+    and in a new order each time. Who follows a large computation finds code and data out of
+    cache, and fast calls spread that over many repeats, slow ones over few. So every call that
+    takes less than `Setting.warm_ms` runs once untimed before it is timed.
     """
 
     def timed(call: Callable[[], Any], repeats: int) -> float:
@@ -270,12 +274,14 @@ def interleave(
         _synchronize(device)
         return (time.perf_counter_ns() - start) / repeats
 
-    repeats = {}
+    repeats, fast = {}, set()
     for name, call in calls.items():  # warm-up
         once = timed(call, 1)
         more = max(1, min(20, int(setting.slice_ms * 1e6 / max(once, 1))))
         once = timed(call, more)
         repeats[name] = max(1, math.ceil(setting.slice_ms * 1e6 / max(once, 1)))
+        if once < setting.warm_ms * 1e6:
+            fast.add(name)
     names, order = list(calls), random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in names}
     lowest, highest = setting.rounds
@@ -287,6 +293,8 @@ def interleave(
         for index in range(highest):
             order.shuffle(names)
             for name in names:
+                if name in fast:
+                    calls[name]()
                 samples[name].append(timed(calls[name], repeats[name]))
             if index + 1 >= lowest and time.perf_counter() - begin > setting.seconds:
                 break

@@ -440,7 +440,7 @@ def test_the_optimizer_follows_there_and_back():
         train(each, its)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
-    assert len(optimizer.param_groups[0]["params"]) == 6 - 2 - 1 + 4
+    assert len(optimizer.param_groups[0]["params"]) == 6 - 2 - 1 + 2
     outputs = model(x := images())
     assert tp.untie_model(model, optimizer=optimizer) is model
     assert type(model.layer1.conv2) is nn.Conv2d

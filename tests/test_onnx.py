@@ -83,7 +83,7 @@ STRUCTURED = [
 @pytest.mark.parametrize(("build", "rule", "options", "shape"), STRUCTURED)
 def test_structured_layers_export_their_base(build, rule, options, shape):
     layer = tp.register_tie(build(), rule, **options)
-    assert tp.get_tie(layer).plan.form == "reduced"
+    assert tp.get_tie(layer).plan.otherwise == "reduced"
     program = assert_runs_equal(layer, lambda batch: (torch.randn(batch, *shape),))
     graph = program.model.graph
     products = [n for n in graph if n.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm")]

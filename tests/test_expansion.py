@@ -1,0 +1,156 @@
+"""Fast expansions against the plain formula: look-ups, transpositions, and their adjoint."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tiedparam as tp
+from tiedparam import _expansion
+from tiedparam._matrices import is_eager, is_unrecorded, transposed
+from tiedparam.rules import flip_sym
+
+LAYERS = [
+    lambda: nn.Linear(9, 9),
+    lambda: nn.Linear(10, 10),
+    lambda: nn.Conv2d(7, 7, 3),
+    lambda: nn.Conv1d(12, 12, 4, groups=2),
+    lambda: nn.Conv2d(12, 12, (3, 5), groups=3),
+    lambda: nn.ConvTranspose2d(8, 8, 3, groups=2),
+    lambda: nn.Conv2d(5, 5, 3, groups=5),
+    lambda: nn.Conv2d(11, 11, 1),
+]
+
+
+@pytest.fixture(params=[0, 6, 10**6], ids=["no look-up", "small tiles", "look-up"])
+def bounds(request, monkeypatch):
+    """Weights of this size are looked up; larger ones are cut into tiles of few channels."""
+    monkeypatch.setattr(_expansion, "TABLE_ENTRIES", request.param)
+    monkeypatch.setattr(flip_sym, "_TILE", {0: 384, 6: 3, 10**6: 384}[request.param])
+    # tables are kept by sizes, and the tiles are another now
+    _expansion._places.cache_clear()
+    _expansion._members.cache_clear()
+    yield request.param
+    _expansion._places.cache_clear()
+    _expansion._members.cache_clear()
+
+
+def formula(rule, free):
+    """The plain formula, recorded operation by operation."""
+    expansion = rule._expansion
+    return expansion.expand(free, expansion.sizes).reshape(expansion.shape)
+
+
+@pytest.mark.parametrize("build", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_way_gives_the_same_bits(build, dtype, bounds):
+    layer = build().to(dtype)
+    dense = layer.weight.detach().clone()
+    rule = tp.get_tie(tp.register_tie(layer, "flip_sym"))
+    (mirrored,) = rule.symmetries(dense)
+    weight = layer.weight.detach().clone()
+    assert torch.equal(*rule.symmetries(weight), weight)
+    mean = (dense.double() + mirrored.double()) / 2
+    torch.testing.assert_close(weight, mean.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
+    free = layer.parametrizations.weight.original0
+    assert torch.equal(formula(rule, free), weight)
+    with torch.no_grad():
+        assert torch.equal(rule(free), weight)
+    assert torch.equal(rule.right_inverse(weight)[0], free)
+
+
+@pytest.mark.parametrize("build", LAYERS)
+def test_every_way_has_the_same_derivatives(build, bounds):
+    rule = tp.get_tie(tp.register_tie(build(), "flip_sym"))
+    (shape,) = rule.free_shapes()
+    free = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(rule.bound_layout.shape, dtype=torch.float64)
+    (found,) = torch.autograd.grad(rule(free), free, cotangent)
+    (wanted,) = torch.autograd.grad(formula(rule, free), free, cotangent)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(rule, free, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(rule, free, fast_mode=True)
+    # a cotangent that is expanded, and one that is not contiguous
+    (summed,) = torch.autograd.grad(rule(free).sum(), free)
+    assert torch.equal(summed, rule.multiplicities()[0])
+    if cotangent.dim() == 4:
+        last = cotangent.to(memory_format=torch.channels_last)
+        assert torch.equal(*torch.autograd.grad(rule(free), free, last), found)
+
+
+def test_signed_zeros_and_infinities_stay_where_they_are(bounds):
+    layer = nn.Conv2d(5, 5, 3)
+    tp.register_tie(layer, "flip_sym")
+    free = layer.parametrizations.weight.original0
+    with torch.no_grad():
+        free.zero_().neg_()
+        free[3, 2], free[-1, -1], free[0, 0] = torch.inf, torch.nan, -torch.inf
+    weight = layer.weight.detach().clone()
+    assert weight.isnan().sum() == 1  # the diagonal of the centre
+    assert (weight == torch.inf).sum() == (weight == -torch.inf).sum() == 2
+    zeros = weight[weight == 0]
+    assert len(zeros) == weight.numel() - 5
+    assert zeros.signbit().all()
+
+
+def test_tables_belong_to_no_layer():
+    layer = tp.register_tie(nn.Conv2d(6, 6, 3, bias=False), "flip_sym")
+    layer(torch.randn(1, 6, 4, 4))
+    tensors = [*layer.parameters(), *layer.buffers()]
+    assert sum(t.numel() for t in tensors) == tp.get_tie(layer).free_count
+    moved = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+    moved.load_state_dict(layer.state_dict())
+    assert torch.equal(moved.weight, layer.weight)
+    other = tp.register_tie(nn.Conv2d(6, 6, 3), "flip_sym")
+    made = _expansion._places.cache_info().misses
+    assert other.weight.shape == layer.weight.shape
+    assert _expansion._places.cache_info().misses == made  # one table for both
+    assert _expansion._places.cache_info().maxsize * 4 * _expansion.TABLE_ENTRIES < 10e6
+
+
+def test_a_table_that_was_made_in_inference_mode_serves_training():
+    _expansion._places.cache_clear()
+    layer = tp.register_tie(nn.Linear(7, 7), "flip_sym")
+    with torch.inference_mode():
+        layer(torch.randn(1, 7))
+    layer(torch.randn(1, 7)).sum().backward()
+    assert layer.parametrizations.weight.original0.grad is not None
+
+
+def test_traced_graphs_hold_no_table():
+    layer = tp.register_tie(nn.Conv2d(8, 8, 3, bias=False), "flip_sym")
+    program = torch.export.export(layer, (torch.randn(1, 8, 5, 5),))
+    assert not program.constants
+    assert sum(t.numel() for t in program.state_dict.values()) == tp.get_tie(layer).free_count
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (3, 5, 1), (2, 3, 4), (1, 40, 70), (5, 64, 33)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_transposed(shape, dtype):
+    matrices = torch.randn(shape).to(dtype)
+    for swift in (True, False):
+        result = transposed(matrices, swift)
+        assert result.is_contiguous()
+        assert torch.equal(result, matrices.transpose(1, 2))
+    strided = torch.randn(shape[0], shape[1], 2 * shape[2])[..., ::2]
+    assert torch.equal(transposed(strided, True), strided.transpose(1, 2))
+
+
+def test_who_is_eager():
+    x = torch.randn(3, requires_grad=True)
+    assert is_eager(x)
+    assert not is_unrecorded(x)
+    with torch.no_grad():
+        assert is_unrecorded(x)
+    assert is_unrecorded(x.detach())
+    assert not is_eager(x.to("meta"))
+    seen = []
+    torch.func.vmap(lambda y: seen.append(is_eager(y)) or y)(x.detach()[None])
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(is_eager(x))
+    torch.compile(lambda y: seen.append(is_eager(y)) or y + 1, backend="eager")(x)
+    torch.jit.trace(lambda y: seen.append(is_eager(y)) or y + 1, (x.detach(),), check_trace=False)
+    assert seen == [False] * 4
