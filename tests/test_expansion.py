@@ -112,8 +112,8 @@ def test_tables_belong_to_no_layer():
 
 
 def test_a_table_that_was_made_in_inference_mode_serves_training():
-    _expansion._places.cache_clear()
     layer = tp.register_tie(nn.Linear(7, 7), "flip_sym")
+    _expansion._places.cache_clear()
     with torch.inference_mode():
         layer(torch.randn(1, 7))
     layer(torch.randn(1, 7)).sum().backward()

@@ -115,6 +115,15 @@ def test_frozen_and_shared_parameters_count_as_they_should():
     assert report.totals.optimizer_dense == report.totals.optimizer_stored == 2 * 4 * (44 - 16)
 
 
+def test_multiply_adds_are_those_of_the_form_in_which_the_layer_trains():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv1d(8, 32, 3, groups=8))
+    tp.register_tie(model[0], "channel_shared")
+    tp.register_tie(model[1], "channel_shared", over="groups")
+    summed, streams = tp.report(model).ties
+    assert (summed.multiply_adds_dense, summed.multiply_adds_tied) == (16 * 16 * 9, 16 * 9)
+    assert (streams.multiply_adds_dense, streams.multiply_adds_tied) == (32 * 3, 32 * 3)
+
+
 def test_multiply_adds_of_an_example():
     report = tp.report(tied_model(), example=images())
     assert {row.positions for row in report.ties} == {72, 2}

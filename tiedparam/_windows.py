@@ -18,7 +18,6 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tiedparam._matrices import is_eager
@@ -172,7 +171,7 @@ class _Convolve(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, filters: Tensor, bias: Tensor | None, geometry: Geometry
     ) -> Tensor:
-        ctx.save_for_backward(input, filters, bias)
+        ctx.save_for_backward(input, filters)
         ctx.geometry = geometry
         n, groups, *sizes = input.shape
         m, positions = filters.shape
@@ -201,10 +200,9 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        input, filters, bias = ctx.saved_tensors
+        # recorded operation by operation where somebody wants second derivatives
+        input, filters = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
-        if torch.is_grad_enabled():
-            return *_recorded_gradients(input, filters, bias, geometry, gradient), None
         of_input, of_filters, of_bias = ctx.needs_input_grad[:3]
         n, groups, *sizes = input.shape
         m, positions = filters.shape
@@ -254,21 +252,3 @@ def _blocks(output: Tensor, few: bool) -> Iterator[tuple[int, int]]:
     step = max(1, min(rows, BLOCK_BYTES[few] // (m * entries * output.element_size())))
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
-
-
-def _recorded_gradients(
-    input: Tensor, filters: Tensor, bias: Tensor | None, geometry: Geometry, gradient: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients by torch's own convolution, for second derivatives."""
-    groups, axes = input.shape[1], len(geometry.kernel)
-    operation = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
-    with torch.enable_grad():
-        weight = filters.repeat(groups, 1).reshape(-1, 1, *geometry.kernel)
-        output: Tensor = operation(
-            input, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups
-        )
-        wanted = [t for t in (input, filters, bias) if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
-    return tuple(
-        next(found) if t is not None and t.requires_grad else None for t in (input, filters, bias)
-    )
