@@ -167,11 +167,11 @@ def _fold(weight: Tensor, sizes: Sizes) -> Tensor:
     groups, c, positions = sizes
     rows, half = groups * c, positions // 2
     entries = transposed(weight.reshape(rows, c, positions), True)
-    images = transposed(weight.reshape(groups, c, c * positions), True).reshape(rows, positions, c)
     free = weight.new_empty(groups * _free_count(c, positions))
     slices = free[: half * rows * c].reshape(half, rows, c)
     for x, values in enumerate(slices.unbind()):
-        torch.add(entries[:, x], images[:, positions - 1 - x], out=values)
+        image = transposed(entries[:, positions - 1 - x].reshape(groups, c, c), True)
+        torch.add(entries[:, x], image.reshape(rows, c), out=values)
     if positions % 2:
         centre = entries[:, half].reshape(groups, c, c)
         free[half * rows * c :] = _fold_symmetric(centre).flatten()
