@@ -32,7 +32,8 @@ python -m benchmarks --device cuda        # the same on a GPU
   output and the input's gradient, in float64, to 1e-6. One that disagrees stops the case.
 - All contenders run in one process and take turns in every round, in random order,
   after a warm-up. Fast calls
-  are repeated within a round. The garbage collector is off.
+  are repeated within a round, and run once untimed before: after a large product code and data
+  are out of the caches, which few repeats would bear alone. The garbage collector is off.
 - A figure is the time relative to the dense layer's (the first row) in the same round: the
   median over the rounds, with the lower and upper quartile in brackets. Below 1 is faster.
 - *inference* is a forward under `no_grad`; *training* is a forward and a backward to the input

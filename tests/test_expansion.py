@@ -154,3 +154,19 @@ def test_who_is_eager():
     torch.compile(lambda y: seen.append(is_eager(y)) or y + 1, backend="eager")(x)
     torch.jit.trace(lambda y: seen.append(is_eager(y)) or y + 1, (x.detach(),), check_trace=False)
     assert seen == [False] * 4
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Conv2d(8, 8, 3), lambda: nn.Linear(400, 400)])
+def test_backward_is_deterministic(build):
+    layer = tp.register_tie(build(), "flip_sym")
+    rule, free = tp.get_tie(layer), layer.parametrizations.weight.original0
+    cotangent = torch.randn_like(layer.weight)
+    gradients = []
+    for deterministic in (False, False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            gradients += torch.autograd.grad(rule(free), free, cotangent)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])

@@ -568,11 +568,23 @@ def test_second_derivatives_through_windows(over, bias, axes):
     assert torch.autograd.gradgradcheck(call, (x, *values), fast_mode=True)
 
 
-def windows_pay(n, groups, m, sizes, kernel=3, grad=True):
-    axes = len(sizes)
-    x = torch.empty(n, groups, *sizes, device="meta", requires_grad=grad)
-    geometry = _windows.Geometry((kernel,) * axes, (1,) * axes, (kernel // 2,) * axes, (1,) * axes)
-    return _windows.pays(x, torch.empty(m, kernel**axes), geometry, groups)
+def test_windows_are_used_where_they_pay():
+    layer = tp.register_tie(nn.Conv2d(8, 16, 3), "channel_shared")
+    x = torch.randn(2, 8, 6, 6)
+    assert_computed_by_windows(layer, x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_structured, "convolve", lambda *a: 1 / 0)
+        layer(x[:1])
+        with torch.no_grad():
+            layer(x)
+        layer.requires_grad_(False)
+        layer(x)
+        with pytest.raises(ZeroDivisionError):
+            layer(x.requires_grad_())
+
+
+def windows_pay(n, groups, m, outputs, kernel=3, grad=True):
+    return _windows.pays(n, groups, m, kernel ** len(outputs), outputs, grad=grad)
 
 
 def test_where_windows_pay_at_its_edges():
@@ -593,8 +605,6 @@ def test_where_windows_pay_at_its_edges():
     assert windows_pay(2, 64, 4, (16, 32), grad=False)
     assert not windows_pay(2, 64, 4, (16, 31), grad=False)
     assert not windows_pay(32, 64, 4, (8, 8, 8))
-    with torch.no_grad():
-        assert not windows_pay(2, 1, 2, (4, 4))
 
 
 @pytest.mark.parametrize("over", ["in", "out", "all", "groups"])

@@ -36,7 +36,7 @@ from tiedparam._errors import TieError
 from tiedparam._layout import Layout
 from tiedparam._rule import Rule
 from tiedparam._stock import effective
-from tiedparam._windows import Geometry, convolve, convolves, pays, summed_channels
+from tiedparam._windows import Geometry, convolve, convolves, outputs_of, pays, summed_channels
 
 Compute = Callable[..., Tensor | None]
 
@@ -187,24 +187,37 @@ def _by_windows(
     layer: Any, rule: Broadcast, plan: Plan, free: Tensor, input: Tensor
 ) -> Tensor | None:
     axes, summed = len(layer.kernel_size), plan.reduction.summed
-    if input.dim() != axes + 2 or _is_channels_last(input):
+    if (
+        not convolves(input, free)
+        or input.dim() != axes + 2
+        or input.shape[1] != layer.in_channels
+        or _is_channels_last(input)
+    ):
         return None
-    padding = layer.padding
+    sizes, padding, around = tuple(input.shape[2:]), layer.padding, None
     if layer.padding_mode != "zeros" or isinstance(padding, str):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        input = F.pad(input, layer._reversed_padding_repeated_twice, mode=mode)
+        around = layer._reversed_padding_repeated_twice  # padded here, by torch
+        sizes = tuple(
+            size + before + after
+            for size, before, after in zip(sizes, around[-2::-2], around[::-2], strict=True)
+        )
         padding = (0,) * axes
     geometry = Geometry(layer.kernel_size, layer.stride, padding, layer.dilation)
+    outputs = outputs_of(geometry, sizes)
+    if min(outputs) <= 0:
+        return None  # smaller than the kernel: the stock layer says so
     filters = rule.reduced(free) if summed else free
-    filters = filters.reshape(filters.shape[0], -1)
-    if not convolves(input, filters, geometry):
-        return None
+    m, positions = filters.shape[0], math.prod(layer.kernel_size)
+    grad = torch.is_grad_enabled() and (input.requires_grad or free.requires_grad)
     groups = 1 if summed else layer.groups
-    if rule.compute == "auto" and not pays(input, filters, geometry, groups):
+    if rule.compute == "auto" and not pays(len(input), groups, m, positions, outputs, grad=grad):
         return None
     if summed:
         input = summed_channels(input)
-    return convolve(input, filters, effective(layer, "bias"), geometry)
+    if around is not None:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        input = F.pad(input, around, mode=mode)
+    return convolve(input, filters.reshape(m, positions), effective(layer, "bias"), geometry)
 
 
 def _conv_transpose(

@@ -40,11 +40,7 @@ class Geometry:
 
 @functools.lru_cache(1024)
 class _Frame:
-    """What follows from a geometry and the input's sizes, counted once.
-
-    Attributes:
-        outputs: the output's sizes; some are 0 or less if the kernel is larger than the input.
-    """
+    """What follows from a geometry and the input's sizes, counted once."""
 
     def __init__(self, geometry: Geometry, sizes: tuple[int, ...]) -> None:
         self.geometry, self.sizes = geometry, sizes
@@ -95,39 +91,42 @@ class _Frame:
         return padded.as_strided(shape, self._strides)
 
 
-def convolves(input: Tensor, filters: Tensor, geometry: Geometry) -> bool:
-    """Whether `convolve` can take this input, ``(n, channels, *sizes)``, now."""
+def convolves(input: Tensor, filters: Tensor) -> bool:
+    """Whether `convolve` can take these tensors now."""
     return (
         is_eager(input)
+        and is_eager(filters)
         and input.dtype in (torch.float32, torch.float64)
         and input.dtype == filters.dtype
         and not torch.is_autocast_enabled("cpu")
         and input.numel() > 0
-        # else the input is smaller than the kernel: the stock layer says so
-        and min(_Frame(geometry, tuple(input.shape[2:])).outputs) > 0
     )
 
 
-def pays(input: Tensor, filters: Tensor, geometry: Geometry, groups: int) -> bool:
-    """Whether torch's own convolution is slower here.
+def outputs_of(geometry: Geometry, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The output's sizes; some are 0 or less if the kernel is larger than the input."""
+    return _Frame(geometry, sizes).outputs
+
+
+def pays(
+    n: int, groups: int, m: int, positions: int, outputs: tuple[int, ...], *, grad: bool
+) -> bool:
+    """Whether torch's own convolution is slower.
 
     The bounds come from ``python -m benchmarks --case forms``.
 
     Args:
-        input: ``(n, channels, *sizes)``.
-        filters: ``(m, positions)``.
-        geometry: of the kernel.
+        n: samples.
         groups: how many channels `convolve` will get: all, or one that is their sum.
+        m: filters.
+        positions: of the kernel.
+        outputs: the output's sizes along its spatial axes.
+        grad: whether gradients are recorded.
     """
-    m, positions = filters.shape
-    outputs = _Frame(geometry, tuple(input.shape[2:])).outputs
     entries = prod(outputs)
-    total = len(input) * groups * m * entries
-    grad = torch.is_grad_enabled() and (input.requires_grad or filters.requires_grad)
+    total = n * groups * m * entries
     if groups == 1:  # against one channel that is convolved with m filters
-        if grad:
-            return m > 1 and len(input) > 1
-        return total >= _MANY and positions <= _FEW_POSITIONS
+        return m > 1 and n > 1 if grad else total >= _MANY and positions <= _FEW_POSITIONS
     if m == 1 or total < _SOME:
         return False
     if len(outputs) == 1:
