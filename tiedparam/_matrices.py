@@ -1,8 +1,8 @@
 """Batches of matrices on the CPU: transposed at the speed of memory.
 
-torch transposes by copying element for element, which for large matrices takes 10 to 30 times
-as long as a clone. Its channel shuffle is the same permutation of a contiguous batch, has a
-vectorized kernel, and takes 2 to 3 times as long. It knows no gradients, so it serves where
+torch transposes by copying element for element, which for large matrices takes many times as
+long as a clone. Its channel shuffle is the same permutation of a contiguous batch, and has a
+vectorized kernel. It knows no gradients, so it serves where
 nobody records, traces or transforms; everywhere else ordinary operations do.
 """
 
