@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -114,9 +115,10 @@ def main() -> None:
     if rank == 0 and options.save:
         torch.save(tp.untie_state_dict(net, whole), options.save)
         print(f"saved {options.save}", flush=True)
-    # gloo's threads drop the last tensors here; destroying the group would wait for them while
-    # it holds the interpreter's lock, which they need
+    # gloo's threads drop the last tensors, for which they need the interpreter's lock; destroying
+    # the group would wait for them while it holds that lock. Sleeping gives it away.
     dist.barrier()
+    time.sleep(0.5)
     dist.destroy_process_group()
 
 
