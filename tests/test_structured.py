@@ -430,20 +430,24 @@ def test_output_size_of_transposed_convolutions():
         layer(x, [40, 40])
 
 
-@st.composite
-def streams(draw):
-    axes = draw(st.integers(1, 3))
-    groups = draw(st.integers(2, 5))
-    filters = draw(st.integers(1, 3))
+def small_convolution(draw, axes, inputs, outputs, groups=1):
     sizes = st.integers(1, 3)
-    layer = CONVOLUTIONS[axes, False](
-        groups, groups * filters, draw(st.tuples(*[sizes] * axes)), groups=groups,
+    return CONVOLUTIONS[axes, False](
+        inputs, outputs, draw(st.tuples(*[sizes] * axes)), groups=groups,
         stride=draw(st.tuples(*[st.integers(1, 2)] * axes)),
         dilation=draw(st.tuples(*[st.integers(1, 2)] * axes)),
         padding=draw(st.integers(0, 1)),
         padding_mode=draw(st.sampled_from(["zeros", "circular", "reflect"])),
         bias=draw(st.booleans()),
     )  # fmt: skip
+
+
+@st.composite
+def streams(draw):
+    axes = draw(st.integers(1, 3))
+    groups = draw(st.integers(2, 5))
+    filters = draw(st.integers(1, 3))
+    layer = small_convolution(draw, axes, groups, groups * filters, groups)
     shape = (groups, *(draw(st.integers(6, 8)) for _ in range(axes)))
     batch = draw(st.sampled_from([None, 0, 1, 5]))
     return layer, torch.randn(shape if batch is None else (batch, *shape))
@@ -472,15 +476,7 @@ def assert_computed_by_windows(layer, x):
 def summed(draw):
     axes = draw(st.integers(1, 3))
     inputs, outputs = draw(st.integers(2, 5)), draw(st.integers(1, 5))
-    sizes = st.integers(1, 3)
-    layer = CONVOLUTIONS[axes, False](
-        inputs, outputs, draw(st.tuples(*[sizes] * axes)),
-        stride=draw(st.tuples(*[st.integers(1, 2)] * axes)),
-        dilation=draw(st.tuples(*[st.integers(1, 2)] * axes)),
-        padding=draw(st.integers(0, 1)),
-        padding_mode=draw(st.sampled_from(["zeros", "circular", "reflect"])),
-        bias=draw(st.booleans()),
-    )  # fmt: skip
+    layer = small_convolution(draw, axes, inputs, outputs)
     shape = (inputs, *(draw(st.integers(6, 8)) for _ in range(axes)))
     return layer, torch.randn(draw(st.sampled_from([1, 5])), *shape)
 

@@ -27,7 +27,7 @@ from tiedparam._matrices import is_eager
 
 TABLE_ENTRIES = 147_456
 """Up to so many entries are looked up: the weight of 128 × 128 channels with a 3×3 kernel."""
-_SHAPES = 16  # whose tables are kept: 5 MB at most
+_SHAPES = 16  # whose tables are kept: 10 MB at most, and as much for their adjoints
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 torch transposes by copying element for element, which for large matrices takes many times as
 long as a clone. Its channel shuffle is the same permutation of a contiguous batch, and has a
-vectorized kernel. It knows no gradients, so it serves where
-nobody records, traces or transforms; everywhere else ordinary operations do.
+vectorized kernel. It knows no gradients, so it serves where nobody records, traces or
+transforms; everywhere else ordinary operations do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_unrecorded(tensor: Tensor) -> bool:
 
 
 def transposed(matrices: Tensor, swift: bool) -> Tensor:
-    """Contiguous ``(n, k, g)`` from contiguous ``(n, g, k)``; a view where that is one.
+    """Contiguous ``(n, k, g)`` from ``(n, g, k)``; a view of contiguous vectors.
 
     Args:
         matrices: ``(n, g, k)``.

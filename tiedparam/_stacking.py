@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from tiedparam import _optimizer_guard
 from tiedparam._errors import TieError
+from tiedparam._stock import through
 
 
 class TiedList(parametrize.ParametrizationList):
@@ -64,11 +65,7 @@ class TiedList(parametrize.ParametrizationList):
         originals = self._parameters.values()
         if len(originals) != self.ntensors or self.is_tensor:
             return super().forward()  # a replica of nn.DataParallel, say
-        parametrizations = iter(self._modules.values())
-        value: Tensor = next(parametrizations)(*originals)
-        for parametrization in parametrizations:
-            value = parametrization(value)
-        return value
+        return through(self, *originals)  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TiedList:
         replica: TiedList = type(self).__new__(type(self))

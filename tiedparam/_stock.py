@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
@@ -30,18 +30,14 @@ def effective(layer: nn.Module, tensor_name: str) -> Tensor:
         return cast(Tensor, getattr(layer, tensor_name))
     for original in values._parameters.values():
         if is_sharded(original):
-            return computed(_through(values), values._parameters.values())
+            return computed(partial(through, values), values._parameters.values())
     return cast(Tensor, values())
 
 
-def _through(parametrizations: nn.Module) -> Callable[..., Tensor]:
-    """What a list of parametrizations computes, as a function of its originals."""
-
-    def compute(*originals: Tensor) -> Tensor:
-        first, *others = parametrizations._modules.values()
-        weight: Tensor = first(*originals)  # type: ignore[misc]
-        for other in others:
-            weight = other(weight)  # type: ignore[misc]
-        return weight
-
-    return compute
+def through(parametrizations: nn.Module, *originals: Tensor) -> Tensor:
+    """What a list of parametrizations computes from these originals."""
+    first, *others = parametrizations._modules.values()
+    value: Tensor = first(*originals)  # type: ignore[misc]
+    for other in others:
+        value = other(value)  # type: ignore[misc]
+    return value

@@ -166,21 +166,31 @@ def _conv(layer: Any, input: Tensor) -> Tensor | None:
     if found is None or not _has_channels(layer, input, axes):
         return None
     rule, plan, free = found
-    run = plan.reduction.run
     if plan.form == "windows":
         y = _by_windows(layer, rule, plan, free, input)
         if y is not None or plan.otherwise == "dense":
             return y
+    return _by_sums(layer, rule, plan, free, input, layer._conv_forward)
+
+
+def _by_sums(
+    layer: Any,
+    rule: Broadcast,
+    plan: Plan,
+    free: Tensor,
+    input: Tensor,
+    operation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+) -> Tensor:
+    """The reduced form of a convolution, whose stock operation takes input, weight and bias."""
+    axes, summed, run = len(layer.kernel_size), plan.reduction.summed, plan.reduction.run
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if plan.reduction.summed:
+        if summed:
             x = _sum_inputs(x, layer.groups, axes)
-        y = layer._conv_forward(x, weight, bias if run == 1 else None)
+        y = operation(x, weight, bias if run == 1 else None)
         return _formatted(y if run == 1 else _spread(y, run, bias, axes), input)
 
-    return _without_overflow(
-        compute, plan.reduction.summed, input, rule.reduced(free), effective(layer, "bias")
-    )
+    return _without_overflow(compute, summed, input, rule.reduced(free), effective(layer, "bias"))
 
 
 def _by_windows(
@@ -228,24 +238,17 @@ def _conv_transpose(
     if found is None or not _has_channels(layer, input, axes):
         return None
     rule, plan, free = found
-    run = plan.reduction.run
     padding = layer._output_padding(
         input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
     )
     operation = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
 
-    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if plan.reduction.summed:
-            x = _sum_inputs(x, layer.groups, axes)
-        y = operation(
-            x, weight, bias if run == 1 else None, layer.stride, layer.padding, padding,
-            layer.groups, layer.dilation,
-        )  # fmt: skip
-        return _formatted(y if run == 1 else _spread(y, run, bias, axes), input)
+    def transpose(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return operation(
+            x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation
+        )
 
-    return _without_overflow(
-        compute, plan.reduction.summed, input, rule.reduced(free), effective(layer, "bias")
-    )
+    return _by_sums(layer, rule, plan, free, input, transpose)
 
 
 _COMPUTATIONS: dict[type[nn.Module], Compute] = {
