@@ -25,9 +25,10 @@ from torch.nn.utils import parametrize
 
 from tiedparam import _optimizer_guard
 from tiedparam._errors import TieError
+from tiedparam._interposed import is_bare
 from tiedparam._rule import Rule
 from tiedparam._sharded import is_sharded
-from tiedparam._stock import effective, parametrization_list, parametrization_lists
+from tiedparam._stock import effective, has_values, parametrization_list, parametrization_lists
 from tiedparam._ties import is_stacked, is_tied, named_ties, ties_of
 
 _lock = threading.RLock()
@@ -92,6 +93,8 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
         return None  # tangents are no part of a value's bits
     if not own_forward or is_stacked(layer, tensor_name):
         return None
+    if not is_bare(values, values._modules["0"]):  # type: ignore[arg-type, union-attr]
+        return None  # a hook may change the weight at every call
     return _checked(memory, parametrization_list(layer, tensor_name))
 
 
@@ -110,7 +113,7 @@ def _checked(memory: Memory, values: parametrize.ParametrizationList) -> Tensor 
     if any(type(t) is not nn.Parameter and type(t) is not Tensor for t in present):
         return None  # sharded or fake tensors, whose values cannot be compared
     first = present[0]
-    if first is None or first.device.type == "meta":
+    if first is None or not has_values(first):
         return None
     autocast = torch.is_autocast_enabled(first.device.type)
     precision = torch.get_autocast_dtype(first.device.type) if autocast else None
@@ -315,7 +318,7 @@ class _Frozen:
         """Whether the free values give another weight now."""
         if not is_tied(self.layer, self.tensor_name) or not self.holds():
             return True
-        if self.weight.device.type == "meta":
+        if not has_values(self.weight):
             return False
         try:
             now = self._compute()

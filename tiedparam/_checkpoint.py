@@ -22,7 +22,7 @@ from tiedparam._errors import TieError, TieWarning
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
 from tiedparam._sharded import computed, gathered, is_sharded, whole
-from tiedparam._stock import effective, parametrization_list
+from tiedparam._stock import effective, has_values, parametrization_list
 from tiedparam._ties import free_values, is_stacked, is_tied, named_ties, origins, ties_of
 from tiedparam._write_guard import unguard
 
@@ -163,7 +163,7 @@ def accept(
                 _judge_now_and_later(layer, name, rule, key, value, error_msgs)
             elif problem is None:
                 value = _as_float(value)
-                residual = rule.residual(value) if value.device.type != "meta" else 0.0
+                residual = rule.residual(value) if has_values(value) else 0.0
                 if not residual <= RESIDUAL_TO_WARN:
                     _warn_projected([(key, residual)])
                 with torch.no_grad():
@@ -322,7 +322,7 @@ def _foreign_prefix(model: nn.Module, entries: Mapping[str, Tensor]) -> list[str
 
 def _agree(entry: Tensor, computed: Tensor) -> bool:
     """Equal up to the rounding of the coarser of the two dtypes."""
-    if entry.device.type == "meta" or computed.device.type == "meta":
+    if not (has_values(entry) and has_values(computed)):
         return True
     entry, computed = _as_float(entry).detach(), _as_float(computed).detach()
     if entry.shape != computed.shape:

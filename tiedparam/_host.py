@@ -14,6 +14,7 @@ where the other machinery meets the layer: write guard, values, checkpoints.
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 import sys
@@ -36,6 +37,7 @@ from tiedparam import (
     _values,
 )
 from tiedparam._errors import TieError, describe
+from tiedparam._interposed import refuse_absent
 from tiedparam._linked import Linked
 from tiedparam._sharded import is_sharded
 from tiedparam._stock import effective, parametrization_list, parametrization_lists
@@ -43,19 +45,25 @@ from tiedparam._ties import is_tied, ties_of
 from tiedparam._wrapped import refuse_separate_source
 from tiedparam._write_guard import guard, guarding_is_off, unguard
 
-_inside = threading.local()  # .layer: whose own forward this thread is running
+_inside = threading.local()  # .call: the layer whose forward this thread runs, its arguments
 _HOST_CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
 
 
-class HostMeta(type):
-    """Metaclass of host classes: a shared class must survive one layer's removal."""
+class HostMeta(abc.ABCMeta):
+    """Metaclass of host classes: a shared class must survive one layer's removal.
+
+    It is an ABCMeta, so that a user's class may have a tied layer's class and an abstract one as
+    bases, as stateless copies of models for meta-learning do.
+    """
 
     tied_names: tuple[str, ...]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        makes_its_own = getattr(cls, "__new__") is not object.__new__  # noqa: B009 — of instances
+        if _is_derived(cls) and not makes_its_own:  # fully_shard's classes do
+            return super().__call__(*args, **kwargs)  # a class of the user's
         # ``type(layer)(…)`` makes a layer like this one, which is stock: it has no tie yet
-        stock = next(kind for kind in cls.__mro__ if not isinstance(kind, HostMeta))
-        return stock(*args, **kwargs)
+        return _stock_of(cls)(*args, **kwargs)
 
     def __delattr__(cls, name: str) -> None:
         # torch's remove_parametrizations deletes the property from the class; other layers
@@ -70,7 +78,7 @@ class HostMeta(type):
 
 
 def _is_derived(cls: type) -> bool:
-    """Whether ``fully_shard`` has derived this class from a host class."""
+    """Whether somebody, as ``fully_shard`` does, has derived this class from a host class."""
     return "tied_names" not in vars(cls)
 
 
@@ -110,10 +118,16 @@ def remember_order(layer: nn.Module) -> None:
 
 def stock_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the layer has without its parametrizations."""
-    for kind in type(layer).__mro__:  # fully_shard puts a class of its own before the host's
-        if isinstance(kind, HostMeta) and not _is_derived(kind):
-            return cast(type[nn.Module], kind.__base__)
+    kind = type(layer)
+    if isinstance(kind, HostMeta):
+        return _stock_of(kind)
     return parametrize.type_before_parametrizations(layer)
+
+
+def _stock_of(cls: type) -> type[nn.Module]:
+    # fully_shard, and users, put a class of their own before the host's
+    host = next(k for k in cls.__mro__ if isinstance(k, HostMeta) and not _is_derived(k))
+    return cast(type[nn.Module], host.__base__)
 
 
 def host_class(stock: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
@@ -125,7 +139,7 @@ def host_class(stock: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
 
 def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
     """What a host class overrides."""
-    special = _structured.computation(stock) if "weight" in names else _recurrent.computation(stock)
+    special = _structured.forward(stock) if "weight" in names else _recurrent.computation(stock)
 
     def compute(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = special(self, *args, **kwargs) if special is not None else None
@@ -135,12 +149,12 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
         if torch.compiler.is_compiling():
             return compute(self, *args, **kwargs)
         _cache.refuse_training_forward(self)
-        outer = getattr(_inside, "layer", None)
-        _inside.layer = self
+        outer = getattr(_inside, "call", None)
+        _inside.call = (self, args, kwargs)
         try:
             return compute(self, *args, **kwargs)
         finally:
-            _inside.layer = outer
+            _inside.call = outer
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         if name == "qconfig" and value is not None:
@@ -304,7 +318,8 @@ def _property(name: str, stock: type[nn.Module]) -> property:
         if not _is_parametrized(self, name):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
         traced = guarding_is_off()
-        own_forward = not traced and getattr(_inside, "layer", None) is self
+        call = None if torch.compiler.is_compiling() else _own_call(self)
+        own_forward = not traced and call is not None
         weight = None if traced else _cache.recall(self, name, own_forward=own_forward)
         try:
             if weight is None:
@@ -314,17 +329,29 @@ def _property(name: str, stock: type[nn.Module]) -> property:
             raise TieError(
                 f"computing the tied {describe(self, name)} raised AttributeError: {error}"
             ) from error
+        if call is not None and weight.is_meta:
+            refuse_absent(self, name, call)
         if type(weight) is not Tensor and not traced and is_sharded(weight):
             return _sharded_weight(self, name, weight, own_forward)
         if traced or (own_forward and trusted):
             return weight
         reader = sys._getframe(1)
-        if not is_tied(self, name) or _callers.is_stock_forward(reader):
+        if not is_tied(self, name):
+            return weight
+        if _callers.is_stock_forward(reader):
+            if weight.is_meta:
+                refuse_absent(self, name, reader.f_locals.values())
             return weight
         _callers.refuse_old_reparametrization(self, name, reader)
         return guard(weight, self, name)
 
     return property(read, lambda self, value: _set(self, name, value, sys._getframe(1)))
+
+
+def _own_call(layer: nn.Module) -> tuple[Any, ...] | None:
+    """The arguments of the layer's own forward, if this thread runs it."""
+    call = getattr(_inside, "call", None)
+    return call[1:] if call is not None and call[0] is layer else None
 
 
 def _sharded_weight(layer: nn.Module, name: str, weight: Tensor, inside: bool) -> Tensor:

@@ -26,6 +26,7 @@ from tiedparam._register import INITS, make_rule, remove_tie, tie_one
 from tiedparam._report import Skipped, TieReport, tie_rows, totals_of
 from tiedparam._rollback import rolled_back_on_error
 from tiedparam._rule import Rule
+from tiedparam._stock import never_compiled
 from tiedparam._ties import ties_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,6 +34,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _ON_UNFIT = ("error", "skip")
 
 
+@never_compiled
 def tie_model(
     model: nn.Module,
     plan: Plan | Mapping[Pattern, Value | list[Value]],
@@ -111,6 +113,7 @@ class _PutBack(Exception):  # noqa: N818
     """Ends a dry run."""
 
 
+@never_compiled
 def untie_model(model: Model, *, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> Model:
     """Make every tied tensor of a model a plain Parameter again. All or nothing.
 

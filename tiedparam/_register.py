@@ -27,7 +27,7 @@ from tiedparam._registry import find_rule
 from tiedparam._rollback import rolled_back_on_error
 from tiedparam._rule import Rule, relative_distance
 from tiedparam._sharded import is_sharded
-from tiedparam._stock import effective
+from tiedparam._stock import effective, has_values, never_compiled
 from tiedparam._ties import free_values, get_tie, is_stacked, is_tied, origins
 from tiedparam._wrapped import refuse_wrapped
 from tiedparam._write_guard import unguard
@@ -37,6 +37,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 INITS = ("project", "rescale", "exact")
 
 
+@never_compiled
 def register_tie(
     layer: Layer,
     rule: str | type[Rule] | Rule,
@@ -155,6 +156,7 @@ def tie_one(
     return layer
 
 
+@never_compiled
 @torch.inference_mode(False)
 def remove_tie(
     layer: Layer,
@@ -255,7 +257,11 @@ def residual(
     made = make_rule(rule, options)
     where = describe(layer, tensor_name, root)
     weight = getattr(layer, tensor_name, None)
-    if not isinstance(weight, Tensor) or isinstance(weight, nn.UninitializedParameter):
+    if (
+        not isinstance(weight, Tensor)
+        or isinstance(weight, nn.UninitializedParameter)
+        or not has_values(weight)
+    ):
         raise TieError(
             f"{where} has no values to compare with '{made}'. Name a tensor that it has."
         )
@@ -396,6 +402,8 @@ def _initial_free_values(
 ) -> list[Tensor]:
     """Free values for ``weight`` by ``init``, once the rule has shown that it fits."""
     with torch.no_grad():
+        if has_values(weight) and not has_values(torch.empty(0, device=weight.device)):
+            raise refuse("FakeTensorMode computes no values. Tie the layer outside of it.")
         dense = weight.detach()
         try:
             # the shape first: what follows from a wrong forward would be hard to read
@@ -412,8 +420,10 @@ def _initial_free_values(
         if any(value.numel() == 0 for value in free):
             raise refuse("one of its free values is empty. Leave it out of free_shapes.")
         _refuse_misshapen(lawful, dense, refuse)
-        if dense.device.type != "meta":
+        if has_values(dense):
             rule.residual_at_tying = relative_distance(dense, lawful)
+        elif init == "exact":
+            raise refuse("its weight has no values yet to compare. Use init='project', or load it.")
         if init == "exact" and not torch.equal(lawful, dense):
             raise refuse(
                 f"the weight breaks the law {rule.law} (residual {rule.residual_at_tying:.2e}). "

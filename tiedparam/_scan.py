@@ -37,6 +37,7 @@ from tiedparam._progress import progress as progress_bar
 from tiedparam._register import make_rule, why_refused, why_untieable
 from tiedparam._registry import available_rules
 from tiedparam._rule import Rule
+from tiedparam._stock import has_values
 from tiedparam._table import Column, Table, TableReport, plain, show
 from tiedparam._ties import get_tie, is_tied
 
@@ -430,7 +431,7 @@ def _why_no_values(parameter: nn.Parameter | None, where: str) -> str | None:
         return f"no law has a meaning for {parameter.dtype}."
     if parameter.numel() == 0:
         return "it is empty."
-    if parameter.device.type == "meta":
+    if not has_values(parameter):
         raise TieError(
             f"the model has no values to look at: '{where}' is on the meta device. Load the "
             "model first (model.to_empty, then load_state_dict)."

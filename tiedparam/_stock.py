@@ -1,14 +1,19 @@
-"""Typed access to what torch's ``parametrize`` keeps on a layer."""
+"""Typed access to what torch keeps: parametrizations, whether a tensor has values, compilation."""
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam._sharded import computed, is_sharded
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def parametrization_lists(layer: nn.Module) -> nn.ModuleDict:
@@ -41,3 +46,26 @@ def through(parametrizations: nn.Module, *originals: Tensor) -> Tensor:
     for other in others:
         value = other(value)  # type: ignore[misc]
     return value
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers: those on the meta device and in fake mode do not."""
+    fakes: Any = sys.modules.get("torch._subclasses.fake_tensor")  # not imported: there are none
+    return not (tensor.is_meta or (fakes is not None and isinstance(tensor, fakes.FakeTensor)))
+
+
+def never_compiled(function: F) -> F:
+    """Keep torch.compile out of a function, and of all that it calls, at no cost to an import.
+
+    What changes the structure of a model cannot be traced. Inside a compiled function it runs as
+    it is, between two graphs.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        dynamo: Any = sys.modules.get("torch._dynamo")  # not imported: nothing is compiled
+        run = function if dynamo is None else dynamo.disable(function)
+        return run(*args, **kwargs)
+
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast(F, outside)

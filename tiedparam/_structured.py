@@ -16,7 +16,9 @@ double backward need nothing special. They equal the dense form up to rounding:
     Convolutions that are left with one input channel per group and share their filters, by the
     products of `tiedparam._windows`; where those do not serve, the other form.
 
-`choose_form` says which, from the layer's configuration and never from the batch.
+`choose_form` says which, from the layer's configuration and never from the batch. They run only
+where nothing stands between the layer and its weight, and for inputs that the dense layer takes:
+see `tiedparam._interposed`. Everywhere else the layer computes densely, by torch's own path.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,7 @@ from torch.nn.utils import parametrize
 
 from tiedparam._broadcast import Broadcast, Reduction
 from tiedparam._errors import TieError
+from tiedparam._interposed import TorchsOwn, is_bare
 from tiedparam._layout import Layout
 from tiedparam._rule import Rule
 from tiedparam._stock import effective
@@ -131,20 +134,54 @@ def _applicable(reduction: Reduction, layout: Layout, convolution: bool) -> list
 
 def computation(stock: type[nn.Module]) -> Compute | None:
     """The structured forward for layers of a class, or None if it has a forward of its own."""
-    for kind, compute in _COMPUTATIONS.items():
-        if issubclass(stock, kind):
-            same = stock.forward is kind.forward and getattr(
-                stock, "_conv_forward", None
-            ) is getattr(kind, "_conv_forward", None)
-            return compute if same else None
-    return None
+    kind = _kind(stock)
+    return kind.compute if kind is not None and kind.own.computes(stock) else None
+
+
+def forward(stock: type[nn.Module]) -> Compute | None:
+    """What a tied layer of this class tries first: it gives None where dense compute serves.
+
+    Whether a method was replaced is asked at every call, since it may be at any time.
+    """
+    kind = _kind(stock)
+    if kind is None:
+        return None
+    compute, own, names = kind.compute, kind.own, kind.arguments
+
+    def cheap(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
+        if not own.computes(stock) or own.is_replaced_on(layer):
+            return None
+        if (kwargs and not kwargs.keys() <= names) or not 0 < len(args) + len(kwargs) <= len(names):
+            return None  # the stock forward says what is wrong with them
+        return compute(layer, *args, **kwargs)
+
+    return cheap
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How layers of one stock class are computed.
+
+    Attributes:
+        compute: the structured forward.
+        own: torch's methods, which it stands for.
+        arguments: the names of what the stock forward takes.
+    """
+
+    compute: Compute
+    own: TorchsOwn
+    arguments: frozenset[str]
+
+
+def _kind(stock: type[nn.Module]) -> _Kind | None:
+    return next((found for kind, found in _KINDS.items() if issubclass(stock, kind)), None)
 
 
 def _linear(layer: nn.Linear, input: Tensor) -> Tensor | None:
     found = _planned(layer, input)
     if found is None or not _has_features(layer, input):
         return None
-    rule, plan, free = found
+    rule, plan, free, bias = found
     summed, run = plan.reduction.summed, plan.reduction.run
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -157,7 +194,7 @@ def _linear(layer: nn.Linear, input: Tensor) -> Tensor | None:
         y = (x @ weight.squeeze(0)).unsqueeze(-1) if one else F.linear(x, weight)
         return _spread(y, run, bias, 0)
 
-    return _without_overflow(compute, summed, input, rule.reduced(free), effective(layer, "bias"))
+    return _without_overflow(compute, summed, input, rule.reduced(free), bias)
 
 
 def _conv(layer: Any, input: Tensor) -> Tensor | None:
@@ -165,23 +202,21 @@ def _conv(layer: Any, input: Tensor) -> Tensor | None:
     axes = len(layer.kernel_size)
     if found is None or not _has_channels(layer, input, axes):
         return None
-    rule, plan, free = found
-    if plan.form == "windows":
-        y = _by_windows(layer, rule, plan, free, input)
-        if y is not None or plan.otherwise == "dense":
+    if found.plan.form == "windows":
+        y = _by_windows(layer, found, input)
+        if y is not None or found.plan.otherwise == "dense":
             return y
-    return _by_sums(layer, rule, plan, free, input, layer._conv_forward)
+    return _by_sums(layer, found, input, layer._conv_forward)
 
 
 def _by_sums(
     layer: Any,
-    rule: Broadcast,
-    plan: Plan,
-    free: Tensor,
+    found: _Found,
     input: Tensor,
     operation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
 ) -> Tensor:
     """The reduced form of a convolution, whose stock operation takes input, weight and bias."""
+    rule, plan, free, bias = found
     axes, summed, run = len(layer.kernel_size), plan.reduction.summed, plan.reduction.run
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -190,12 +225,11 @@ def _by_sums(
         y = operation(x, weight, bias if run == 1 else None)
         return _formatted(y if run == 1 else _spread(y, run, bias, axes), input)
 
-    return _without_overflow(compute, summed, input, rule.reduced(free), effective(layer, "bias"))
+    return _without_overflow(compute, summed, input, rule.reduced(free), bias)
 
 
-def _by_windows(
-    layer: Any, rule: Broadcast, plan: Plan, free: Tensor, input: Tensor
-) -> Tensor | None:
+def _by_windows(layer: Any, found: _Found, input: Tensor) -> Tensor | None:
+    rule, plan, free, bias = found
     axes, summed = len(layer.kernel_size), plan.reduction.summed
     if (
         not convolves(input, free)
@@ -227,7 +261,7 @@ def _by_windows(
     if around is not None:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         input = F.pad(input, around, mode=mode)
-    return convolve(input, filters.reshape(m, positions), effective(layer, "bias"), geometry)
+    return convolve(input, filters.reshape(m, positions), bias, geometry)
 
 
 def _conv_transpose(
@@ -237,7 +271,6 @@ def _conv_transpose(
     axes = len(layer.kernel_size)
     if found is None or not _has_channels(layer, input, axes):
         return None
-    rule, plan, free = found
     padding = layer._output_padding(
         input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
     )
@@ -248,22 +281,37 @@ def _conv_transpose(
             x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation
         )
 
-    return _by_sums(layer, rule, plan, free, input, transpose)
+    return _by_sums(layer, found, input, transpose)
 
 
-_COMPUTATIONS: dict[type[nn.Module], Compute] = {
-    nn.Linear: _linear,
-    nn.Conv1d: _conv,
-    nn.Conv2d: _conv,
-    nn.Conv3d: _conv,
-    nn.ConvTranspose1d: _conv_transpose,
-    nn.ConvTranspose2d: _conv_transpose,
-    nn.ConvTranspose3d: _conv_transpose,
+_KINDS: dict[type[nn.Module], _Kind] = {
+    nn.Linear: _Kind(_linear, TorchsOwn.of(nn.Linear), frozenset({"input"})),
+    **{
+        kind: _Kind(_conv, TorchsOwn.of(kind, "_conv_forward"), frozenset({"input"}))
+        for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    },
+    **{
+        kind: _Kind(
+            _conv_transpose,
+            TorchsOwn.of(kind, "_output_padding"),
+            frozenset({"input", "output_size"}),
+        )
+        for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    },
 }
 
 
-def _planned(layer: nn.Module, input: Any) -> tuple[Broadcast, Plan, Tensor] | None:
-    """The rule, plan and free values of a layer that a cheap form computes now."""
+class _Found(NamedTuple):
+    """What a cheap form computes with."""
+
+    rule: Broadcast
+    plan: Plan
+    free: Tensor
+    bias: Tensor | None
+
+
+def _planned(layer: nn.Module, input: Any) -> _Found | None:
+    """What the layer computes with in its cheap form, or None if it computes densely now."""
     weight = layer._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
     if weight is None or len(weight._modules) > 1 or not isinstance(input, Tensor):
         return None  # not tied, or another parametrization on top
@@ -271,14 +319,38 @@ def _planned(layer: nn.Module, input: Any) -> tuple[Broadcast, Plan, Tensor] | N
     plan: Plan | None = rule.__dict__.get("plan")
     if plan is None or plan.form == "dense":
         return None
+    if type(rule).forward is not _EXPAND or not is_bare(weight, rule):
+        return None  # the weight is not what the base alone says
     free: Any = weight._parameters.get("original0")
     if free is None:
         free = weight.original0  # a replica of nn.DataParallel has no Parameters
-    return rule, plan, free
+    bias = effective(layer, "bias")
+    return _Found(rule, plan, free, bias) if _agree(input, free, bias) else None
 
 
-# Whether the stock layer would take this input; if not, it shall say so itself. A tracer would
-# warn of the comparison, and a traced input was accepted already.
+_EXPAND = Broadcast.forward
+
+# Whether the stock layer would take this input; if not, it says so itself.
+
+
+def _agree(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the numbers have one device and dtype, or dtypes that autocast makes one."""
+    device, dtype = input.device, input.dtype
+    if weight.device != device or (bias is not None and bias.device != device):
+        return False
+    if input.layout is not torch.strided or input.is_nested:
+        return False
+    if weight.dtype is dtype and (bias is None or bias.dtype is dtype):
+        return True
+    if not torch.is_autocast_enabled(device.type):
+        return False
+    kinds = {dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
+    return kinds <= _CAST_BY_AUTOCAST
+
+
+_CAST_BY_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
+
+# A tracer would warn of the comparisons, and a traced input was accepted already.
 
 
 def _has_features(layer: nn.Linear, input: Tensor) -> bool:

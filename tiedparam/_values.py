@@ -13,7 +13,7 @@ from tiedparam import _cache
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
 from tiedparam._sharded import is_sharded, whole, write
-from tiedparam._stock import effective, parametrization_lists
+from tiedparam._stock import effective, has_values, parametrization_lists
 from tiedparam._ties import free_values, get_tie, is_stacked, ties_of
 from tiedparam._write_guard import unguard
 
@@ -65,6 +65,11 @@ def assign_(
             raise TieError(
                 f"cannot assign {value.dtype} {tuple(value.shape)} to {where}, which is "
                 f"{present.dtype} {tuple(present.shape)}. Convert the value first."
+            )
+        if has_values(value) and not has_values(present):
+            raise TieError(
+                f"cannot assign to {where}: it is on the meta device, where numbers are lost. Call "
+                "to_empty first."
             )
         free = rule.right_inverse(value)
         if not project and not torch.equal(rule(*free), value):
@@ -123,7 +128,7 @@ def _empty_dense(layer: nn.Module, tensor_name: str) -> Tensor:
 
 
 def _is_unfilled(dense: Tensor) -> bool:
-    return dense.device.type != "meta" and bool(dense.isnan().any())
+    return has_values(dense) and bool(dense.isnan().any())
 
 
 def keep_representatives(layer: nn.Module, tensor_name: str, dense: Tensor) -> None:

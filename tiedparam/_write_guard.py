@@ -8,6 +8,7 @@ but one: it, its views and its ``.data`` refuse to be written in place.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam._errors import TieError, describe
+from tiedparam._interposed import refuse_absent
 
 _WRITING_OPERATORS = frozenset(
     f"__i{name}__"
@@ -70,8 +72,24 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
             result = func(*args, **kwargs)
         for argument in (*args, *kwargs.values()):
             if type(argument) is GuardedWeight and argument._place is not None:
+                _refuse_absent(result, argument, func, (*args, *kwargs.values()))
                 result = _guard_views(result, argument)
         return result
+
+    # what torch does not bring before __torch_function__ (S49)
+
+    def set_(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refused, as every write in place is."""
+        if self._place is not None:
+            _refuse(self, Tensor.set_)
+        return super().set_(*args, **kwargs)
+
+    def _use_count(self) -> int:
+        # torch.utils.swap_tensors asks this of both tensors before it swaps anything
+        if self._place is not None and sys._getframe(1).f_code.co_name == "check_use_count":
+            _refuse(self, torch.utils.swap_tensors)
+        count: int = super()._use_count()  # type: ignore[misc]
+        return count
 
     # saved, copied and shown as what it is for every reader: an ordinary tensor
 
@@ -175,6 +193,22 @@ def _refuse(weight: GuardedWeight, func: Any) -> None:
         f"{action} on the tied {where} would be lost: the weight is "
         f"computed from its free values at every read. {way}"
     )
+
+
+def _refuse_absent(result: Any, weight: GuardedWeight, func: Any, used: tuple[Any, ...]) -> None:
+    """Raise if real numbers were made of a weight that is on the meta device (S38)."""
+    with torch._C.DisableTorchFunctionSubclass():
+        made_up = (
+            weight.is_meta
+            and isinstance(result, Tensor)
+            and not result.is_meta
+            and not getattr(func, "__name__", "").endswith("_as")  # goes by the shape only
+        )
+    if made_up:
+        assert weight._place is not None
+        layer, tensor_name = weight._place[0](), weight._place[1]
+        if layer is not None:
+            refuse_absent(layer, tensor_name, used)
 
 
 def _guard_views(result: Any, weight: GuardedWeight) -> Any:
