@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
 
@@ -21,7 +24,28 @@ class TieWarning(UserWarning):
 def describe_layer(layer: nn.Module) -> str:
     """One line for one layer: ``Conv2d(3, 3, kernel_size=(3, 3), …)``, never its children."""
     kind = type(layer).__name__.removeprefix("FSDP").removeprefix("Tied")
-    return f"{kind}({layer.extra_repr()})"
+    return f"{kind}({extra_repr(layer)})"
+
+
+def extra_repr(layer: nn.Module) -> str:
+    """What a layer says of itself, without computing the tensors that it asks itself for.
+
+    A Linear asks whether it has a bias. A bias that cannot be computed now is often what the
+    message is about.
+    """
+    names = set(layer._modules.get("parametrizations") or ())
+    if not names:
+        return layer.extra_repr()
+    stock = next(
+        kind
+        for kind in type(layer).__mro__
+        if not any(isinstance(getattr(kind, name, None), property) for name in names)
+    )
+    stand_in: Any = object.__new__(stock)
+    stand_in.__dict__.update(layer.__dict__, _parameters={**layer._parameters}, _modules={})
+    stand_in._parameters.update(dict.fromkeys(names, torch.empty(0)))
+    text: str = stand_in.extra_repr()
+    return text
 
 
 def visible(text: str, keep: str = "") -> str:

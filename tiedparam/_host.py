@@ -36,7 +36,7 @@ from tiedparam import (
     _structured,
     _values,
 )
-from tiedparam._errors import TieError, describe
+from tiedparam._errors import TieError, describe, extra_repr
 from tiedparam._interposed import refuse_absent
 from tiedparam._linked import Linked
 from tiedparam._sharded import is_sharded
@@ -278,6 +278,7 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
         "__deepcopy__": deepcopy,
         "__reduce_ex__": reduce,
         "_replicate_for_data_parallel": replicate,
+        "extra_repr": functools.wraps(stock.extra_repr)(extra_repr),
         **_recurrent.members(stock),
     }
     stock_reset = getattr(stock, "reset_parameters", None)

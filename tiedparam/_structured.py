@@ -342,7 +342,7 @@ def _agree(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if weight.dtype is dtype and (bias is None or bias.dtype is dtype):
         return True
-    if not torch.is_autocast_enabled(device.type):
+    if _autocast_dtype(device.type) is None:
         return False
     kinds = {dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
     return kinds <= _CAST_BY_AUTOCAST
@@ -426,12 +426,18 @@ def _without_overflow(
     """float16 sums can overflow where the dense layer does not: compute them in float32."""
     if not summed:
         return run(x, weight, bias)
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    if (torch.get_autocast_dtype(kind) if autocast else x.dtype) is not torch.float16:
+    precision = _autocast_dtype(x.device.type)
+    if (precision or x.dtype) is not torch.float16:
         return run(x, weight, bias)
     wide = x.float(), weight.float(), None if bias is None else bias.float()
-    if not autocast:
+    if precision is None:
         return run(*wide).half()
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return run(*wide).half()
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype to which autocast converts here, or None where it is off."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None  # (asking for meta raises)
+    return torch.get_autocast_dtype(device_type)
