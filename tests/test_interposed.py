@@ -166,6 +166,10 @@ def test_where_nothing_stands_in_between_the_cheap_form_runs(case):
     layer.parametrizations.weight.__class__ = Noted
     layer(x)
     assert not expanded
+    with torch.autocast("cpu"):
+        layer(x.bfloat16())
+    assert not expanded or tp.get_tie(layer).plan.otherwise == "dense"
+    expanded.clear()
     handle = layer.parametrizations.weight[0].register_forward_hook(lambda *_: None)
     layer(x)
     assert expanded
@@ -298,6 +302,12 @@ def test_a_bias_of_another_dtype_is_refused_as_by_the_dense_layer(case):
         dense(layer)(x)
     with pytest.raises(RuntimeError):
         layer(x)
+    layer.bias.data = layer.bias.data.double()
+    with torch.autocast("cpu"):  # which leaves float64 alone
+        with pytest.raises(RuntimeError):
+            dense(layer)(x)
+        with pytest.raises(RuntimeError):
+            layer(x)
 
 
 def test_nested_inputs_are_computed_as_by_the_dense_layer():
@@ -312,7 +322,7 @@ def test_wrong_numbers_of_arguments_raise_as_by_the_dense_layer(case):
     for args, kwargs in ((), {}), ((x, x, x), {}), ((), {"inputs": x}), ((x,), {"input": x}):
         with pytest.raises(TypeError):
             dense(layer)(*args, **kwargs)
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=r"\.forward\(\) "):
             layer(*args, **kwargs)
     torch.testing.assert_close(layer(input=x), layer(x))
 

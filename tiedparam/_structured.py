@@ -151,8 +151,10 @@ def forward(stock: type[nn.Module]) -> Compute | None:
     def cheap(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
         if not own.computes(stock) or own.is_replaced_on(layer):
             return None
-        if (kwargs and not kwargs.keys() <= names) or not 0 < len(args) + len(kwargs) <= len(names):
+        if len(args) > len(names) or (not args and "input" not in kwargs):
             return None  # the stock forward says what is wrong with them
+        if kwargs and not kwargs.keys() <= set(names[len(args) :]):
+            return None
         return compute(layer, *args, **kwargs)
 
     return cheap
@@ -165,12 +167,12 @@ class _Kind:
     Attributes:
         compute: the structured forward.
         own: torch's methods, which it stands for.
-        arguments: the names of what the stock forward takes.
+        arguments: the names of what the stock forward takes, in order.
     """
 
     compute: Compute
     own: TorchsOwn
-    arguments: frozenset[str]
+    arguments: tuple[str, ...]
 
 
 def _kind(stock: type[nn.Module]) -> _Kind | None:
@@ -285,16 +287,16 @@ def _conv_transpose(
 
 
 _KINDS: dict[type[nn.Module], _Kind] = {
-    nn.Linear: _Kind(_linear, TorchsOwn.of(nn.Linear), frozenset({"input"})),
+    nn.Linear: _Kind(_linear, TorchsOwn.of(nn.Linear), ("input",)),
     **{
-        kind: _Kind(_conv, TorchsOwn.of(kind, "_conv_forward"), frozenset({"input"}))
+        kind: _Kind(_conv, TorchsOwn.of(kind, "_conv_forward"), ("input",))
         for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     },
     **{
         kind: _Kind(
             _conv_transpose,
             TorchsOwn.of(kind, "_output_padding"),
-            frozenset({"input", "output_size"}),
+            ("input", "output_size"),
         )
         for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     },
