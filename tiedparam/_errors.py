@@ -33,9 +33,10 @@ def extra_repr(layer: nn.Module) -> str:
     A Linear asks whether it has a bias. A bias that cannot be computed now is often what the
     message is about.
     """
-    names = set(layer._modules.get("parametrizations") or ())
-    if not names:
+    lists = layer._modules.get("parametrizations")
+    if lists is None:
         return layer.extra_repr()
+    names = list(lists._modules)
     stock = next(
         kind
         for kind in type(layer).__mro__

@@ -230,5 +230,5 @@ def _shares_memory(left: Tensor, right: Tensor) -> bool:
         if left.layout is not torch.strided or left.device != right.device:
             return False
         if left.is_meta:  # has no memory, but its views hold the same storage object
-            return left.untyped_storage()._cdata == right.untyped_storage()._cdata
+            return bool(left.untyped_storage()._cdata == right.untyped_storage()._cdata)
         return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr() != 0
