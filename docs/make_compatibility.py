@@ -29,6 +29,7 @@ AREAS = (
     "Inference caches",
     "Copies and files",
     "Whole models",
+    "Hooks and patches",
     "Other parametrizations",
     "Quantization and fusion",
     "Model averaging and parallelism",

@@ -417,7 +417,7 @@ def test_assigning_numbers_to_a_layer_on_meta_is_refused():
 # Fake mode, compiled functions, metaclasses -----------------------------------------------
 
 
-@pytest.mark.feature("Tracing", "Tying and computing in `FakeTensorMode`, as memory estimators do")
+@pytest.mark.feature("Compile and export", "Tying and computing in `FakeTensorMode`")
 @pytest.mark.parametrize("rule", ["flip_sym", "row_repeat", "channel_shared"])
 @pytest.mark.parametrize("init", ["project", "rescale"])
 def test_s50_tying_in_fake_mode(rule, init):
@@ -451,7 +451,8 @@ def test_s50_a_real_layer_computes_in_fake_mode():
 
 
 @pytest.mark.feature(
-    "Tracing", "Tying and untying inside a compiled function (it runs between two graphs)"
+    "Compile and export",
+    "Tying inside a compiled function, between two graphs",
 )
 def test_s50_ties_made_inside_a_compiled_function():
     made = []
@@ -487,7 +488,7 @@ def test_s50_models_tied_inside_a_compiled_function():
     assert torch.equal(model[0].weight, model[0].weight.t())
 
 
-@pytest.mark.feature("Meta-learning", "`higher`'s stateless copies of a tied model")
+@pytest.mark.feature("Libraries", "`higher`'s stateless copies of a tied model")
 def test_s50_higher_adapts_a_tied_model():
     higher = pytest.importorskip("higher")
 

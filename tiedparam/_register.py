@@ -22,6 +22,7 @@ from tiedparam import _cache, _host, _optimizer, _optimizer_guard, _structured
 from tiedparam._checkpoint import unwatch_source, watch_source
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
+from tiedparam._offloaded import refuse_offloaded
 from tiedparam._places import Places
 from tiedparam._registry import find_rule
 from tiedparam._rollback import rolled_back_on_error
@@ -198,6 +199,7 @@ def remove_tie(
     with rule.old_source_allowed() if isinstance(rule, Linked) else nullcontext():
         origin = list(origins(layer, tensor_name))
         refuse_wrapped(layer, origin, where, "untie")
+        refuse_offloaded(layer, where, "untie")
         with torch.enable_grad():
             weight = effective(layer, tensor_name)
         dense = _host.plain_parameter(weight, weight.requires_grad)
@@ -331,7 +333,9 @@ def _weight_to_tie(
     if _has_hooks(weight):
         raise refuse("it carries gradient hooks, which would be lost. Remove them first.")
     inside = places.modules if places is not None else ()
-    refuse_wrapped(layer, [weight], _describe(layer, tensor_name, places), "tie", inside)
+    where = _describe(layer, tensor_name, places)
+    refuse_wrapped(layer, [weight], where, "tie", inside)
+    refuse_offloaded(layer, where, "tie", inside)
     for other, name in (places or Places(layer)).other_holders(layer, tensor_name, weight):
         raise refuse(
             f"it shares its Parameter with {_describe(other, name, places)}. Give one of them a "

@@ -314,9 +314,10 @@ class _Found(NamedTuple):
 
 def _planned(layer: nn.Module, input: Any) -> _Found | None:
     """What the layer computes with in its cheap form, or None if it computes densely now."""
-    weight = layer._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
+    lists = layer._modules.get("parametrizations")
+    weight = lists._modules.get("weight") if lists is not None else None
     if weight is None or len(weight._modules) > 1 or not isinstance(input, Tensor):
-        return None  # not tied, or another parametrization on top
+        return None  # not tied (any more), or another parametrization on top
     rule: Any = weight._modules["0"]
     plan: Plan | None = rule.__dict__.get("plan")
     if plan is None or plan.form == "dense":

@@ -1,0 +1,74 @@
+"""Layers whose values a tool keeps elsewhere, and loads as each layer is called (S38).
+
+accelerate's ``cpu_offload``, ``disk_offload`` and ``dispatch_model`` leave a layer's tensors on
+the meta device between calls; diffusers' group offloading to disk leaves memory that was never
+written. The list of a tied tensor is a module like others, which such a tool loads as it is
+called. A copy, though, reads its source while the source is not called.
+
+Known by the attributes that these tools set on a module, since neither need be installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from tiedparam._errors import TieError
+
+
+@contextmanager
+def loaded(module: nn.Module) -> Iterator[None]:
+    """Have accelerate load the module's tensors, as for a call of it, inside the block."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def refuse_offloaded(
+    layer: nn.Module, where: str, verb: str, inside: Iterable[nn.Module] = ()
+) -> None:
+    """Raise if a tool keeps the values of a layer whose parameters are about to be exchanged.
+
+    Args:
+        layer: the layer to tie or untie.
+        where: how to name the tensor.
+        verb: "tie" or "untie".
+        inside: the modules of the model, where they are known.
+
+    Raises:
+        TieError: if accelerate offloads the layer, or diffusers keeps it on disk.
+    """
+    own = list(layer.modules())  # the lists of parametrizations among them
+    if any(getattr(hook, "offload", False) for module in own for hook in _align_hooks(module)):
+        raise TieError(
+            f"cannot {verb} {where}: accelerate offloads its values, and would look for the old "
+            "ones. Call accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
+        )
+    holders = (m for m in (layer, *inside) if group_on_disk(m) is not None)
+    if any(module is layer for holder in holders for module in holder.modules()):
+        raise TieError(
+            f"cannot {verb} {where}: diffusers keeps its values on disk. {verb.capitalize()} "
+            "before apply_group_offloading, or leave offload_to_disk_path out."
+        )
+
+
+def _align_hooks(module: nn.Module) -> list[Any]:
+    hook: Any = module.__dict__.get("_hf_hook")
+    return list(getattr(hook, "hooks", [hook]))  # a SequentialHook has several
+
+
+def group_on_disk(module: nn.Module) -> Any:
+    """The group by which diffusers keeps this module's values on disk, or None."""
+    registry: Any = module.__dict__.get("_diffusers_hook")
+    hook = registry.get_hook("group_offloading") if registry is not None else None
+    group = getattr(hook, "group", None)
+    return group if getattr(group, "offload_to_disk_path", None) is not None else None
