@@ -10,9 +10,12 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
@@ -121,6 +124,25 @@ def test_s39_hooks_are_obeyed_in_compiled_code(case):
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), dense(layer)(x), rtol=2e-4, atol=2e-4)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rule", ["flip_sym", "row_repeat"])
+def test_s39_hooks_are_obeyed_on_sharded_layers(one_rank, rule):
+    layer = tp.register_tie(nn.Linear(4, 4), rule, init="rescale")
+    wanted, bias = layer.weight.detach() * 3, layer.bias.detach().clone()
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    layer.parametrizations.weight.register_forward_hook(lambda module, args, weight: weight * 3)
+    torch.testing.assert_close(layer.weight.full_tensor().detach(), wanted)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(layer(x), F.linear(x, wanted, bias))
 
 
 def test_s39_a_cached_weight_is_not_kept_past_a_hook():

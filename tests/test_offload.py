@@ -84,8 +84,10 @@ def test_s38_offloaded_layers_compute_as_before(name, index, door, tmp_path):
         wanted = model(x).clone()
         DOORS[door](model, tmp_path)
         leave_junk()
+        away = [value.device for value in model.parameters()]
         for _ in range(2):  # loaded and put away, twice
             torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+            assert [value.device for value in model.parameters()] == away
 
 
 @pytest.mark.parametrize(("name", "index"), EXAMPLES)

@@ -21,18 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from tiedparam._errors import TieError, describe
+from tiedparam._stock import is_watched
 from tiedparam._ties import ties_of
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether calling this module does more than its class's ``forward``."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def is_bare(values: nn.Module, rule: nn.Module) -> bool:

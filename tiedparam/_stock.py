@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -35,8 +36,27 @@ def effective(layer: nn.Module, tensor_name: str) -> Tensor:
         return cast(Tensor, getattr(layer, tensor_name))
     for original in values._parameters.values():
         if is_sharded(original):
-            return computed(partial(through, values), values._parameters.values())
+            return computed(partial(_called_with, values), values._parameters.values())
     return cast(Tensor, values())
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling this module does more than its class's ``forward``."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _called_with(values: nn.Module, *originals: Tensor) -> Tensor:
+    """What calling a list of parametrizations gives, with these tensors as its originals."""
+    if not is_watched(values):
+        return through(values, *originals)
+    named = dict(zip(values._parameters, originals, strict=True))
+    return cast(Tensor, torch.func.functional_call(values, named, ()))
 
 
 def through(parametrizations: nn.Module, *originals: Tensor) -> Tensor:
