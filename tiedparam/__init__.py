@@ -10,6 +10,8 @@ from tiedparam._errors import TieError, TieWarning
 from tiedparam._files import export_dense, load, save
 from tiedparam._layout import Layout
 from tiedparam._model import tie_model, untie_model
+from tiedparam._optimizer_laws import register_optimizer
+from tiedparam._owner import Owner, owner
 from tiedparam._pictures import draw_orbits, draw_residuals, draw_scan, draw_weights
 from tiedparam._plan import Plan, PlanEntry, read_plan, write_plan
 from tiedparam._register import register_tie, remove_tie, residual
@@ -24,6 +26,7 @@ from tiedparam._version import __version__
 __all__ = [
     "Example",
     "Layout",
+    "Owner",
     "Plan",
     "PlanEntry",
     "Report",
@@ -46,7 +49,9 @@ __all__ = [
     "init_",
     "is_tied",
     "load",
+    "owner",
     "read_plan",
+    "register_optimizer",
     "register_rule",
     "register_tie",
     "remove_tie",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,7 +21,22 @@ class TieError(RuntimeError):
 
 
 class TieWarning(UserWarning):
-    """Values were changed as asked, by more than rounding: a loaded weight was projected."""
+    """Something was done as asked that is perhaps not meant.
+
+    A loaded weight was projected by more than rounding, say, or decay acts otherwise than before.
+    """
+
+
+def warn(message: str) -> None:
+    """Give a `TieWarning` that points at the line of the user's that led to it."""
+    level, frame = 1, sys._getframe(0)
+    while _is_inside(frame) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, TieWarning, stacklevel=level)
+
+
+def _is_inside(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in ("tiedparam", "torch")
 
 
 def describe_layer(layer: nn.Module) -> str:

@@ -31,6 +31,7 @@ from tiedparam import (
     _cache,
     _callers,
     _checkpoint,
+    _owner,
     _recurrent,
     _stacking,
     _structured,
@@ -90,6 +91,7 @@ def adopt(layer: nn.Module) -> None:
     parametrization_lists(layer).train(layer.training)
     for name in ties_of(layer):
         _stacking.watch(parametrization_list(layer, name))
+    _owner.remember(layer)
     _recurrent.forget(layer)
     if not isinstance(made_by_torch, HostMeta):
         # its properties close over the layer, which would keep it alive (S11)
@@ -232,7 +234,9 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
                 rule.refuse_partial_copy(self, memo, describe(self, name))
         inherited = getattr(stock, "__deepcopy__", None)
         if inherited is not None:
-            return inherited(self, memo)
+            copied = inherited(self, memo)
+            _owner.remember(copied)
+            return copied
         replica = _revive(*_kind(self))
         memo[id(self)] = replica
         replica.__setstate__(copy.deepcopy(_state(self), memo))
@@ -404,4 +408,6 @@ def _kind(layer: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
 def _revive(stock: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     """Make the empty tied layer that unpickling fills."""
     cls = host_class(stock, names)
-    return cls.__new__(cls)
+    layer = cls.__new__(cls)
+    _owner.remember(layer)
+    return layer

@@ -1,146 +1,127 @@
 """Moving an optimizer between a dense parameter and its free values, state included.
 
-With ``B`` the expansion, ``m`` the multiplicity of a free value and ``g`` the dense
-gradient, a free value receives the gradient ``Bᵀg``. The state follows from that:
-
-=====================================  =======================  =====================
-state                                  tying                    untying
-=====================================  =======================  =====================
-gradient-like (``.grad``,              ``Bᵀs``                  ``B(s / m)``
-``momentum_buffer``, ``exp_avg``, …)
-second moments (``exp_avg_sq``,        ``m · |B|ᵀs``            ``|B|(s / m²)``
-``square_avg``, Adagrad's ``sum``, …)
-weight-like (ASGD's ``ax``; RMSprop's  ``Bᵀs / m``              ``B s``
-momentum of normalized steps)
-``step`` and other scalars             cloned                   cloned
-=====================================  =======================  =====================
-
-so that with equal gradients within each orbit an Adam trajectory goes on unchanged.
-Second moments have no sign: ``|B|`` adds where a signed orbit subtracts.
+What is known of its class stands in `_optimizer_laws`, how each kind of state follows in
+`_optimizer_maps`, and in which group the new parameters stand is decided by `_optimizer_groups`.
+Here a move is planned, with every reason against it, before anything is changed.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
+from tiedparam._errors import warn
+from tiedparam._optimizer_groups import among, destination, exchange, home_of, times
+from tiedparam._optimizer_laws import OptimizerLaw, law_of, unwrapped
+from tiedparam._optimizer_maps import Maps, has_orbits, is_linear, maps_to_dense, maps_to_free
 from tiedparam._rule import Rule
 
-_GRADIENT_LIKE = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
-_SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
-_WEIGHT_LIKE = frozenset({"ax"})
-PARAMETER_SHAPED = _GRADIENT_LIKE | _SECOND_MOMENTS | _WEIGHT_LIKE
-"""Names of optimizer state that has the shape of its parameter."""
 
-Maps = dict[str, Callable[[Sequence[Tensor]], list[Tensor]]]
+@dataclass(frozen=True)
+class Exchange:
+    """What a tie, or its end, puts into the place of what.
 
-
-def maps_to_free(rule: Rule) -> Maps:
-    """How gradient-like, squared and weight-like dense tensors become free ones."""
-
-    def counted(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        counts = rule.multiplicities()
-        return [(t, m.to(t.device, t.dtype)) for t, m in zip(tensors, counts, strict=True)]
-
-    def gradient(dense: Sequence[Tensor]) -> list[Tensor]:
-        (value,) = dense
-        wide = value.to(torch.promote_types(value.dtype, torch.float32))
-        return [part.to(value.dtype) for part in rule.adjoint(wide)]
-
-    def second_moment(dense: Sequence[Tensor]) -> list[Tensor]:
-        (value,) = dense
-        wide = value.to(torch.promote_types(value.dtype, torch.float32))
-        signs = _signs(rule, wide)
-        return [(m * part).to(value.dtype) for part, m in counted(rule.adjoint(wide * signs))]
-
-    def weight(dense: Sequence[Tensor]) -> list[Tensor]:
-        return list(rule.right_inverse(dense[0]))
-
-    return {"gradient": gradient, "second": second_moment, "weight": weight}
-
-
-def refuse_nonlinear(rule: Rule, old: Sequence[nn.Parameter], optimizers: list[Optimizer]) -> None:
-    """The maps hold for linear laws; what there is to move under another law is refused.
-
-    Raises:
-        ValueError: with the reason, if there is a gradient or optimizer state to move.
+    Attributes:
+        rule: the law.
+        old: the Parameters that go: a dense one, or free values.
+        new: those that come; none if a copy is tied.
+        maps: how tensors of each kind become the new ones.
+        tensor_name: the name of the tensor in its layer.
+        tying: whether the free values come, or go.
     """
-    stepped = any(o.state.get(p) for o in optimizers for p in old)
-    if not (stepped or any(p.grad is not None for p in old)) or _is_linear(rule):
+
+    rule: Rule
+    old: list[nn.Parameter]
+    new: list[nn.Parameter]
+    maps: Maps
+    tensor_name: str
+    tying: bool
+
+    @property
+    def remedy(self) -> str:
+        """How to do without the move."""
+        return f"Build the optimizer after {'tying' if self.tying else 'untying'}"
+
+    def multiplicities(self) -> tuple[float, float] | None:
+        """The smallest and the largest, or None if the law has none."""
+        if not has_orbits(self.rule):
+            return None
+        counts = torch.cat([count.flatten() for count in self.rule.multiplicities()])
+        return float(counts.min()), float(counts.max())
+
+
+def tying(rule: Rule, weight: nn.Parameter, free: list[nn.Parameter], name: str) -> Exchange:
+    """The exchange of a dense weight for free values."""
+    return Exchange(rule, [weight], free, maps_to_free(rule) if free else {}, name, True)
+
+
+def untying(rule: Rule, free: list[nn.Parameter], weight: nn.Parameter, name: str) -> Exchange:
+    """The exchange of free values for a dense weight."""
+    return Exchange(rule, free, [weight], maps_to_dense(rule), name, False)
+
+
+def _refuse_unmapped(change: Exchange, optimizers: list[Optimizer]) -> None:
+    """The maps hold where entries are shared; what there is to move by another law is refused."""
+    stepped = any(o.state.get(p) for o in optimizers for p in change.old)
+    pending = any(p.grad is not None for p in change.old)
+    if not change.new or not (stepped or pending) or has_orbits(change.rule):
         return
+    if not stepped and change.tying and is_linear(change.rule):
+        return  # the transpose of any linear law gives the gradient
     what = "optimizer state" if stepped else "a pending gradient"
+    fact = "scales or mixes its free values" if is_linear(change.rule) else "is not linear"
     raise ValueError(
-        f"the rule is not linear, and how {what} follows is not known. Call zero_grad, or build "
-        "the optimizer afterwards"
+        f"the rule {fact}, and how {what} follows is not known. Call zero_grad, or build the "
+        "optimizer afterwards"
     )
-
-
-def _is_linear(rule: Rule) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    left, right = (
-        [torch.randn(s, dtype=torch.float64, device="cpu", generator=generator) for s in shapes]
-        for shapes in (rule.free_shapes(), rule.free_shapes())
-    )
-    with torch.no_grad():
-        both = rule(*(a + 2 * b for a, b in zip(left, right, strict=True)))
-        return torch.allclose(both, rule(*left) + 2 * rule(*right))
-
-
-def maps_to_dense(rule: Rule) -> Maps:
-    """How gradient-like, squared and weight-like free tensors become a dense one."""
-
-    def divided(free: Sequence[Tensor], power: int) -> list[Tensor]:
-        counts = rule.multiplicities()
-        return [t / m.to(t.device, t.dtype) ** power for t, m in zip(free, counts, strict=True)]
-
-    def gradient(free: Sequence[Tensor]) -> list[Tensor]:
-        return [_dense(rule(*divided(free, 1)))]
-
-    def second_moment(free: Sequence[Tensor]) -> list[Tensor]:
-        value = rule(*divided(free, 2))
-        return [_dense(value * _signs(rule, value))]
-
-    def weight(free: Sequence[Tensor]) -> list[Tensor]:
-        return [_dense(rule(*free))]
-
-    return {"gradient": gradient, "second": second_moment, "weight": weight}
 
 
 @dataclass
 class Move:
-    """One planned exchange of parameters in one optimizer; nothing is changed until `apply`."""
+    """One planned exchange of parameters in one optimizer; nothing is changed until `apply`.
+
+    Attributes:
+        optimizer: the optimizer.
+        group: where the old parameters stand.
+        target: where the new ones will.
+        changes: new options of the target.
+        old: what goes.
+        new: what comes.
+        state: the state of each new one.
+        names: their names, for groups that have names.
+        warning: what cannot be carried over, or "".
+    """
 
     optimizer: Optimizer
     group: dict[str, Any]
-    position: int
+    target: dict[str, Any]
+    changes: dict[str, Any]
     old: list[nn.Parameter]
     new: list[nn.Parameter]
     state: list[dict[str, Any]]
-    names: list[str] | None
+    names: list[str]
+    warning: str = ""
 
     def apply(self) -> None:
-        """Exchange the parameters in their group, in place, and their state."""
-        params: list[Any] = self.group["params"]
+        """Exchange the parameters, in place, and their state."""
+        exchange(
+            self.optimizer, self.group, self.target, self.old, self.new, self.names, self.changes
+        )
         for parameter in self.old:
             self.optimizer.state.pop(parameter, None)
-        kept = [p for p in params if not _among(p, self.old)]
-        # in place: schedulers and LBFGS hold the list itself
-        params[:] = [*kept[: self.position], *self.new, *kept[self.position :]]
-        if self.names is not None:
-            self.group["param_names"][:] = self.names
         for parameter, state in zip(self.new, self.state, strict=True):
             if state:
                 self.optimizer.state[parameter] = state
 
 
 def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    """The ``optimizer=`` argument as a list.
+    """The ``optimizer=`` argument as a list, without the wrappers of Lightning and accelerate.
 
     Raises:
         TypeError: if something in it is not an optimizer.
@@ -154,51 +135,107 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Opt
     for item in optimizers:
         if not isinstance(item, Optimizer):
             raise TypeError(f"optimizer= takes torch optimizers, not {type(item).__name__}")
-    return optimizers
+    return [unwrapped(item) for item in optimizers]
 
 
-def plan_moves(
-    optimizers: Sequence[Optimizer],
-    old: list[nn.Parameter],
-    new: list[nn.Parameter],
-    maps: Maps,
-    tensor_name: str,
-) -> list[Move]:
-    """Plan the exchange of ``old`` for ``new`` in every optimizer that holds ``old``.
+def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:
+    """Plan the exchange in every optimizer that holds what goes.
 
     Raises:
-        ValueError: with the reason, if no optimizer holds them, if they stand in several
-            groups, or if there is state whose meaning is not known.
+        ValueError: with the reason, if no optimizer holds it, if it stands in several groups, or
+            if how an optimizer follows is not known.
     """
+    _refuse_unmapped(change, list(optimizers))
     moves = []
     for optimizer in optimizers:
         groups = [
             group for group in optimizer.param_groups
-            if any(_among(p, group["params"]) for p in old)
+            if any(among(p, group["params"]) for p in change.old)
         ]  # fmt: skip
         if not groups:
             continue
-        if len(groups) > 1 or not all(_among(p, groups[0]["params"]) for p in old):
+        if len(groups) > 1 or not all(among(p, groups[0]["params"]) for p in change.old):
             raise ValueError(
                 f"the {type(optimizer).__name__} holds its free values in several groups, or "
                 "only some of them. Put them into one group"
             )
-        if isinstance(optimizer, LBFGS) and optimizer.state:
-            raise ValueError(
-                "LBFGS holds one history for all of its parameters, which cannot follow. Build "
-                "the optimizer after tying"
-            )
-        group = groups[0]
-        positions = [i for i, p in enumerate(group["params"]) if _among(p, old)]
-        states = [dict(optimizer.state.get(p, {})) for p in old]
-        moved = _map_state(optimizer, states, old, len(new), maps)
-        names = _renamed(group, positions, len(new), tensor_name)
-        moves.append(Move(optimizer, group, positions[0], old, new, moved, names))
-    if optimizers and old and not moves and any(p.requires_grad for p in old):
+        law = _law_for(optimizer, change.old, change.new, change.remedy)
+        group, states = groups[0], _moved_state(optimizer, law, change)
+        names = _new_names(group, change)
+        move = Move(optimizer, group, group, {}, change.old, change.new, states, names)
+        moves.append(_placed(move, law, change))
+    if optimizers and change.old and not moves and any(p.requires_grad for p in change.old):
         raise ValueError(
             "none of the optimizers holds it. Pass the optimizer that was built from this model"
         )
     return moves
+
+
+def _law_for(
+    optimizer: Optimizer, old: list[nn.Parameter], new: list[nn.Parameter], remedy: str
+) -> OptimizerLaw:
+    """What is known of the optimizer.
+
+    Raises:
+        ValueError: with the reason, if this does not allow the exchange.
+    """
+    try:
+        law = law_of(optimizer)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. {remedy}, or register its law with tiedparam.register_optimizer"
+        ) from None
+    if law.refused:
+        if new and law.even_fresh:
+            raise ValueError(law.refused)
+        # where nothing takes its place, the state of a parameter is dropped, not moved
+        held = optimizer.state if law.joint else [p for p in old if new and optimizer.state.get(p)]
+        if held:
+            raise ValueError(f"{law.refused}. {remedy}")
+    return law
+
+
+def _placed(move: Move, law: OptimizerLaw, change: Exchange) -> Move:
+    """The move, to a group in which coupled decay is as strong as before (S42)."""
+    rates = law.rates(move.group)
+    if not rates or not change.new:
+        return move
+    counts = change.multiplicities()
+    least, most = counts if counts is not None else (0, 0)
+    weaker = "weaker" if change.tying else "stronger"
+    by, why = f"{most:g} times {weaker}", _SCHEDULED
+    if counts is None:
+        by, why = "otherwise", "the free values are not entries of the weight"
+    elif least != most:
+        by = f"up to {by}"
+        why = f"between {least:g} and {most:g} entries share a value, and a group has one rate"
+    elif most == 1:
+        return move
+    else:
+        factor = most if change.tying else 1 / most
+        found = destination(move.optimizer, move.group, change.old, rates, factor)
+        if found is not None:
+            move.target, move.changes = found
+            return move
+    move.warning = _lost_decay(move.optimizer, rates, by, why)
+    return move
+
+
+_SCHEDULED = (
+    "it needs a group of its own, and a learning-rate scheduler counts the groups, so that none "
+    "can be added. Give the tensor a group of its own beforehand, or build the scheduler afterwards"
+)
+
+
+def _lost_decay(optimizer: Optimizer, rates: dict[str, Any], by: str, why: str) -> str:
+    named = " and ".join(f"{name}={float(rate):g}" for name, rate in rates.items())
+    way = "" if why is _SCHEDULED else (
+        ". Set the rate to what you want, or use AdamW, whose decay is decoupled"
+    )  # fmt: skip
+    return (
+        f"the {type(optimizer).__name__} adds its decay ({named}) to the gradient, and from now "
+        f"on it acts {by} than before: {why}{way}"
+    )
 
 
 def plan_addition(
@@ -217,7 +254,7 @@ def plan_addition(
     moves = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            if any(_among(p, group["params"]) for p in beside):
+            if any(among(p, group["params"]) for p in beside):
                 moves.append(_addition(optimizer, group, new))
                 break
     if optimizers and not moves:
@@ -230,22 +267,41 @@ def plan_addition(
     return moves
 
 
-def _addition(optimizer: Optimizer, group: dict[str, Any], new: nn.Parameter) -> Move:
-    names = None
+def _addition(optimizer: Optimizer, beside: dict[str, Any], new: nn.Parameter) -> Move:
+    law = _law_for(optimizer, [], [new], "Build the optimizer after untying")
+    group = home_of(optimizer, beside)
+    names = []
     if "param_names" in group:
-        taken = set(group["param_names"])
-        name = next(n for i in itertools.count(1) if (n := f"untied_{i}") not in taken)
-        names = [*group["param_names"], name]
-    return Move(optimizer, group, len(group["params"]), [], [new], [{}], names)
+        taken = {name for g in optimizer.param_groups for name in g["param_names"]}
+        names = [next(n for i in itertools.count(1) if (n := f"untied_{i}") not in taken)]
+    move = Move(optimizer, group, group, {}, [], [new], [{}], names)
+    rates, stronger = law.rates(group), times(group)
+    if rates and stronger != 1:  # those of the source's free values are not its own
+        found = destination(optimizer, group, [], rates, 1 / stronger)
+        if found is not None:
+            move.target, move.changes = found
+        else:
+            move.warning = _lost_decay(
+                optimizer, rates, f"{stronger:g} times stronger on it", _SCHEDULED
+            )
+    return move
 
 
-def move_gradient(old: Sequence[nn.Parameter], new: Sequence[nn.Parameter], maps: Maps) -> None:
+def warn_of_losses(moves: Iterable[Move], doing: str) -> None:
+    """Say what the moves do not carry over, before anything is changed."""
+    for move in moves:
+        if move.warning:
+            warn(f"{doing}: {move.warning}.")
+
+
+def move_gradient(change: Exchange) -> None:
     """Carry a pending ``.grad`` over."""
-    if new and any(parameter.grad is not None for parameter in old):
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in old]
+    if change.new and any(parameter.grad is not None for parameter in change.old):
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in change.old]
         with torch.no_grad():
-            for parameter, gradient in zip(new, maps["gradient"](gradients), strict=True):
-                parameter.grad = gradient
+            moved = change.maps["gradient"](gradients)
+        for parameter, gradient in zip(change.new, moved, strict=True):
+            parameter.grad = gradient
 
 
 def share_gradient(weight: nn.Parameter, copy: Rule, origin: Sequence[nn.Parameter]) -> None:
@@ -260,53 +316,52 @@ def share_gradient(weight: nn.Parameter, copy: Rule, origin: Sequence[nn.Paramet
             parameter.grad = share if parameter.grad is None else parameter.grad + share
 
 
-def _map_state(
-    optimizer: Optimizer,
-    states: list[dict[str, Any]],
-    old: list[nn.Parameter],
-    new_count: int,
-    maps: Maps,
-) -> list[dict[str, Any]]:
-    if new_count == 0 or not any(states):
-        return [{} for _ in range(new_count)]
-    moved: list[dict[str, Any]] = [{} for _ in range(new_count)]
+def _moved_state(optimizer: Optimizer, law: OptimizerLaw, change: Exchange) -> list[dict[str, Any]]:
+    """The state of each new parameter.
+
+    Raises:
+        ValueError: with the reason, if an entry is not known, or not what it should be.
+    """
+    kind = type(optimizer).__name__
+    states: list[dict[str, Any]] = [optimizer.state.get(p) or {} for p in change.old]
+    moved: list[dict[str, Any]] = [{} for _ in change.new]
+    if not moved or not any(states):
+        return moved
     if len({frozenset(state) for state in states}) > 1:
         raise ValueError(
-            f"the {type(optimizer).__name__} holds state for some of its free values only, as "
-            "after a step with the others frozen, and how that follows is not known. Build the "
-            "optimizer afterwards"
+            f"the {kind} holds state for some of its free values only, as after a step with the "
+            "others frozen, and how that follows is not known. Build the optimizer afterwards"
         )
     for key in states[0]:
-        values = [state.get(key) for state in states]
-        if _is_scalar(values[0]):
-            for state in moved:
-                value = values[0]
-                state[key] = value.clone() if isinstance(value, Tensor) else value
-            continue
-        kind = _kind(key, states[0])
-        shaped = all(
-            isinstance(v, Tensor) and v.shape == p.shape for v, p in zip(values, old, strict=True)
+        values = [state[key] for state in states]
+        follows = law.state.get(key)
+        known = follows is not None and all(
+            _is_scalar(v) if follows == "scalar" or v is None else _is_like(v, p)
+            for v, p in zip(values, change.old, strict=True)
         )
-        if kind is None or not shaped:
+        if follows is None or not known:
             raise ValueError(
-                f"the {type(optimizer).__name__} holds the state '{key}', and how it follows a "
-                "tie is not known. Build the optimizer after tying"
+                f"the {kind} holds the state '{key}', and how it follows a tie is not known. "
+                f"{change.remedy}"
             )
-        with torch.no_grad():
-            mapped = maps[kind](values)  # type: ignore[arg-type]
+        if follows == "scalar" or values[0] is None:
+            if any(bool(value != values[0]) for value in values):
+                raise ValueError(
+                    f"the free values have made different numbers of steps ('{key}' of the "
+                    f"{kind}), and a dense weight has one. Build the optimizer afterwards"
+                )
+            mapped = [_copied(values[0]) for _ in moved]
+        else:
+            with torch.no_grad():
+                mapped = change.maps[follows](values)
         for state, value in zip(moved, mapped, strict=True):
             state[key] = value
     return moved
 
 
-def _kind(key: str, state: dict[str, Any]) -> str | None:
-    if key == "momentum_buffer" and "square_avg" in state:
-        return "weight"  # RMSprop's buffer holds steps, normalized already
-    if key in _GRADIENT_LIKE:
-        return "gradient"
-    if key in _SECOND_MOMENTS:
-        return "second"
-    return "weight" if key in _WEIGHT_LIKE else None
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    """Whether it is an ordinary tensor of the parameter's shape; 8-bit states are not."""
+    return type(value) is Tensor and value.shape == parameter.shape
 
 
 def _is_scalar(value: Any) -> bool:
@@ -315,31 +370,18 @@ def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _renamed(
-    group: dict[str, Any], positions: list[int], new_count: int, tensor_name: str
-) -> list[str] | None:
-    """The group's ``param_names`` (torch keeps them beside ``params``) after the exchange."""
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _new_names(group: dict[str, Any], change: Exchange) -> list[str]:
+    """The new entries of ``param_names``, which torch keeps beside ``params``."""
     if "param_names" not in group:
-        return None
-    names: list[str] = list(group["param_names"])
-    first = names[positions[0]]
-    stored = f"parametrizations.{tensor_name}.original"
-    if stored in first:
-        added = [first[: first.index(stored)] + tensor_name]
-    else:
-        added = [f"{first.removesuffix(tensor_name)}{stored}{index}" for index in range(new_count)]
-    kept = [name for index, name in enumerate(names) if index not in positions]
-    return [*kept[: positions[0]], *added, *kept[positions[0] :]]
-
-
-def _among(parameter: Any, parameters: Iterable[Any]) -> bool:
-    return any(parameter is other for other in parameters)
-
-
-def _signs(rule: Rule, like: Tensor) -> Tensor:
-    """``B1``: 1 for every entry, −1 where a signed orbit subtracts."""
-    return rule.forward(*(like.new_ones(shape) for shape in rule.free_shapes()))
-
-
-def _dense(value: Tensor) -> Tensor:
-    return value.clone(memory_format=torch.contiguous_format)
+        return []
+    old = (i for i, p in enumerate(group["params"]) if among(p, change.old))
+    first: str = group["param_names"][next(old)]
+    name = change.tensor_name
+    stored = f"parametrizations.{name}.original"
+    if not change.tying:
+        return [first[: first.index(stored)] + name if stored in first else first]
+    return [f"{first.removesuffix(name)}{stored}{index}" for index in range(len(change.new))]

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tiedparam._errors import TieError
-from tiedparam._optimizer import PARAMETER_SHAPED
+from tiedparam._optimizer_laws import parameter_shaped_state
 
 # Marks are attributes of the Parameters: a weak reference to one would keep torch from
 # swapping its contents (`torch.utils.swap_tensors`), as it does when it converts some models.
@@ -105,10 +105,11 @@ def _check_state(optimizer: Optimizer) -> None:
     involved = [getattr(p, _FREE) for p in held if hasattr(p, _FREE)]
     if not involved:
         return
+    shaped = parameter_shaped_state(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
-            for key in PARAMETER_SHAPED & state.keys():
+            for key in shaped & state.keys():
                 value = state[key]
                 if isinstance(value, Tensor) and value.shape != parameter.shape:
                     raise TieError(

@@ -131,17 +131,13 @@ def tie_one(
             for parameter, value in zip(stored, free, strict=True):
                 parameter.copy_(value)
                 _optimizer_guard.carry_attributes(weight, parameter)
-        if stored:
-            maps = _optimizer.maps_to_free(made)
-        else:
-            maps = {}
+        change = _optimizer.tying(made, weight, stored, tensor_name)
         try:
-            if stored:
-                _optimizer.refuse_nonlinear(made, [weight], optimizers)
-            moves = _optimizer.plan_moves(optimizers, [weight], stored, maps, tensor_name)
+            moves = _optimizer.plan_moves(optimizers, change)
         except ValueError as error:
             raise refuse(f"{error}.") from error
-        _optimizer.move_gradient([weight], stored, maps)
+        _optimizer.warn_of_losses(moves, f"tying {where} by '{made}'")
+        _optimizer.move_gradient(change)
         for move in moves:
             move.apply()
         if isinstance(made, Linked):
@@ -205,14 +201,15 @@ def remove_tie(
         dense = _host.plain_parameter(weight, weight.requires_grad)
         try:
             if stored:
-                _optimizer.refuse_nonlinear(rule, stored, optimizers)
-                maps = _optimizer.maps_to_dense(rule)
-                moves = _optimizer.plan_moves(optimizers, stored, [dense], maps, tensor_name)
-                _optimizer.move_gradient(stored, [dense], maps)
+                change = _optimizer.untying(rule, stored, dense, tensor_name)
+                moves = _optimizer.plan_moves(optimizers, change)
             else:
                 moves = _optimizer.plan_addition(optimizers, dense, origin)
         except ValueError as error:
             raise TieError(f"cannot move the optimizer of {where}: {error}.") from error
+        _optimizer.warn_of_losses(moves, f"untying {where}")
+        if stored:
+            _optimizer.move_gradient(change)
         source = rule.source if isinstance(rule, Linked) else None
 
     if isinstance(rule, Linked) and source is not None:

@@ -76,10 +76,13 @@ def _note_parameter(parameter: nn.Parameter) -> Callable[[], None]:
 
 
 def _note_optimizer(optimizer: Optimizer) -> Callable[[], None]:
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
     lists = [
         (value, list(value))
-        for group in optimizer.param_groups
-        for value in (group["params"], group.get("param_names"))
+        for value in (
+            optimizer.param_groups,
+            *(v for group, _ in groups for v in (group["params"], group.get("param_names"))),
+        )
         if value is not None
     ]
     state = dict(optimizer.state)
@@ -87,6 +90,9 @@ def _note_optimizer(optimizer: Optimizer) -> Callable[[], None]:
     def put_back() -> None:
         for value, content in lists:
             value[:] = content
+        for group, options in groups:
+            group.clear()
+            group.update(options)
         optimizer.state.clear()
         optimizer.state.update(state)
 
