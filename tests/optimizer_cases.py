@@ -69,6 +69,25 @@ def lawful_gradients(layer, case, count):
     return [rule.project(torch.randn_like(probe.weight)).detach() for _ in range(count)]
 
 
+def snapshot(model, optimizer):
+    """What a refusal must leave as it was: layers, groups, state and gradients, to the object."""
+    parameters = list(model.parameters())
+    return {
+        "kinds": [type(module) for module in model.modules()],
+        "parameters": [(name, id(p), id(p.grad)) for name, p in model.named_parameters()],
+        "values": [p.detach().clone().tolist() for p in parameters],
+        "groups": [
+            {k: list(map(id, v)) if k == "params" else copy.copy(v) for k, v in group.items()}
+            for group in optimizer.param_groups
+        ],
+        "objects": [id(group) for group in optimizer.param_groups],
+        "state": {
+            id(p): {key: id(value) for key, value in state.items()}
+            for p, state in optimizer.state.items()
+        },
+    }
+
+
 @dataclass(frozen=True)
 class Variant:
     """One optimizer in one of its forms.

@@ -268,7 +268,7 @@ def plan_addition(
 
 
 def _addition(optimizer: Optimizer, beside: dict[str, Any], new: nn.Parameter) -> Move:
-    law = _law_for(optimizer, [], [new], "Build the optimizer after untying")
+    law = _law_for(optimizer, [], [], "Build the optimizer after untying")  # nothing is moved
     group = home_of(optimizer, beside)
     names = []
     if "param_names" in group:

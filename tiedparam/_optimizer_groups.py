@@ -65,8 +65,10 @@ def destination(
         changes[_TIMES] = 1.0  # not 0.9999…: it is compared with what was never changed
     alone = bool(leaving) and all(among(p, leaving) for p in group["params"])
     if not alone or _PLACES in group:
-        for other in optimizer.param_groups:
-            if other is not group and _alike(other, group, changes):
+        home = _numbered(optimizer, _home(optimizer, group, leaving)[0])
+        made = [other for other in optimizer.param_groups if _PLACES in other]
+        for other in [home, *made]:  # not another one of the user's, which is alike by chance
+            if other is not None and other is not group and _alike(other, group, changes):
                 return other, {}
     if alone:
         return group, changes

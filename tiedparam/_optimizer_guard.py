@@ -6,7 +6,8 @@ first tie, raises before such a step writes anything, fused steps included.
 
 State that ``optimizer.load_state_dict`` assigned by index can land on the wrong parameter
 (S19), and fused kernels would read it out of bounds (S17): where a free value is involved,
-shapes are compared before the first step that follows.
+shapes are compared before the first step that follows. There it is also said if the optimizer is
+one, as Muon, that takes what is stored for the weight (S41).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from tiedparam._errors import TieError
-from tiedparam._optimizer_laws import parameter_shaped_state
+from tiedparam._errors import TieError, warn
+from tiedparam._optimizer_laws import parameter_shaped_state, why_unfit
 
 # Marks are attributes of the Parameters: a weak reference to one would keep torch from
 # swapping its contents (`torch.utils.swap_tensors`), as it does when it converts some models.
@@ -105,6 +106,9 @@ def _check_state(optimizer: Optimizer) -> None:
     involved = [getattr(p, _FREE) for p in held if hasattr(p, _FREE)]
     if not involved:
         return
+    unfit = why_unfit(optimizer)
+    if unfit:
+        warn(f"the {type(optimizer).__name__} steps the free values of {involved[0]}. {unfit}.")
     shaped = parameter_shaped_state(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -186,6 +186,12 @@ def parameter_shaped_state(optimizer: Optimizer) -> set[str]:
     return _LAWS[known].parameter_shaped() if known is not None else set()
 
 
+def why_unfit(optimizer: Optimizer) -> str:
+    """Why an optimizer should not step free values at all, or ""."""
+    known = _nearest_known(type(optimizer))
+    return _LAWS[known].refused if known is not None and _LAWS[known].even_fresh else ""
+
+
 def _nearest_known(kind: type) -> type[Optimizer] | None:
     return next((c for c in kind.__mro__ if c in _LAWS), None)
 
