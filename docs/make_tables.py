@@ -1,6 +1,6 @@
-"""Write the tables of rules in README.md and docs/rules.md: ``python docs/make_tables.py``.
+"""Write the tables of rules and of optimizers into the documents: ``python docs/make_tables.py``.
 
-Every row comes from the registry, so a new rule has its row without an edit here. A rule whose
+Every row comes from a registry, so a new rule has its row without an edit here. A rule whose
 options change its law has one row for each law among its examples. The formulas of `FORMULAS`
 are the only thing written by hand; `tests/test_docs.py` checks them against the rules.
 """
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import tiedparam as tp
+from tiedparam._optimizer_laws import OptimizerLaw, known_optimizers
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/rules.md")
 COMMAND = "python docs/make_tables.py"
-_BEGIN, _END = "<!-- table of rules: begin -->", "<!-- table of rules: end -->"
+OPTIMIZER_PAGE = "docs/checkpoints-and-optimizers.md"
 
 
 @dataclass(frozen=True)
@@ -115,16 +116,56 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def optimizer_table() -> str:
+    """Torch's own optimizers in Markdown: how their state and their decay follow a tie."""
+    lines = [
+        "| `torch.optim.` | its state, by kind | decay that moves along | steps of a tied weight |",
+        "|---|---|---|---|",
+    ]
+    laws = known_optimizers().items()  # a process may know more that a user has registered
+    for kind, law in sorted(laws, key=lambda item: item[0].__name__.lower()):
+        if kind.__module__.startswith("torch.optim"):
+            lines.append(f"| `{kind.__name__}` | {' | '.join(_optimizer_cells(law))} |")
+    return "\n".join(lines)
+
+
+def _optimizer_cells(law: OptimizerLaw) -> tuple[str, str, str]:
+    if law.refused:
+        when = "refused" if law.even_fresh else "refused after a step"
+        return f"{when}: {law.refused}", "–", "–"
+    entries: dict[str, list[str]] = {}
+    for name, kind in law.state.items():
+        entries.setdefault(kind, []).append(f"`{name}`")
+    state = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in entries.items())
+    decay = ", ".join(f"`{name}`" for name in law.coupled_decay) or "–"
+    unless = f", unless `{law.decoupled_if}`" if law.decoupled_if else ""
+    return state, decay + unless, "as dense" if law.normalized else "`m` times as long"
+
+
 def with_table(page: str) -> str:
-    """The text of a page with its table brought up to date.
+    """The text of a page with its table of rules brought up to date.
 
     Raises:
         ValueError: if the page has no place for it.
     """
-    pattern = re.compile(re.escape(_BEGIN) + r"\n.*?" + re.escape(_END), re.DOTALL)
+    return _filled(page, "rules", table())
+
+
+def with_optimizer_table(page: str) -> str:
+    """The text of a page with its table of optimizers brought up to date.
+
+    Raises:
+        ValueError: if the page has no place for it.
+    """
+    return _filled(page, "optimizers", optimizer_table())
+
+
+def _filled(page: str, what: str, content: str) -> str:
+    begin, end = (f"<!-- table of {what}: {edge} -->" for edge in ("begin", "end"))
+    pattern = re.compile(re.escape(begin) + r"\n.*?" + re.escape(end), re.DOTALL)
     if len(pattern.findall(page)) != 1:
-        raise ValueError(f"the page must have one place between {_BEGIN!r} and {_END!r}")
-    return pattern.sub(lambda _: f"{_BEGIN}\n{table()}\n{_END}", page)
+        raise ValueError(f"the page must have one place between {begin!r} and {end!r}")
+    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", page)
 
 
 def _option(parameter: inspect.Parameter, chosen: dict[str, Any]) -> str:
@@ -160,6 +201,9 @@ def main() -> None:
         page = ROOT / name
         page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")
         print(f"wrote the table of rules in {name}")
+    page = ROOT / OPTIMIZER_PAGE
+    page.write_text(with_optimizer_table(page.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote the table of optimizers in {OPTIMIZER_PAGE}")
 
 
 if __name__ == "__main__":

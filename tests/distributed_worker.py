@@ -324,6 +324,20 @@ def fsdp_from_meta(start: str) -> dict:
     return {**outcome(model, train(model, alone=False)), "first": first}
 
 
+def owners_of_sharded_values(how: str) -> dict:
+    """Whether the free values lead back to their layers before and after a step."""
+    model = shard(tie(build()), how)
+
+    def found() -> list[tuple[str, tuple[int, ...]]]:
+        names = {id(layer): name for name, layer in model.named_modules()}
+        owners = map(tp.owner, model.parameters())
+        return [(names[id(o.layer)], tuple(o.shape)) for o in owners if o is not None]
+
+    before = found()
+    train(model, 1, alone=False)
+    return {"before": before, "after": found()}
+
+
 def values_of_a_sharded_model() -> dict:
     """Reading, assigning and exporting under fully_shard."""
     model = shard(tie(build()))

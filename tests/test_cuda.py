@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
+from optimizer_cases import MULTIPLICITY, VARIANTS, check_trajectory
 
 import tiedparam as tp
 
@@ -52,3 +54,11 @@ def test_structured_compute_equals_the_dense_layer(over):
     dense.load_state_dict(tp.dense_state_dict(layer))
     x = torch.randn(4, 16, 9, 9, device="cuda", dtype=torch.float64)
     torch.testing.assert_close(layer(x), dense(x))
+
+
+@pytest.mark.parametrize("case", MULTIPLICITY)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_optimizer_that_is_moved_goes_on_as_the_dense_run(case, name):
+    check_trajectory(case, VARIANTS[name], "cuda")
+    if "capturable" in inspect.signature(VARIANTS[name].kind).parameters:
+        check_trajectory(case, VARIANTS[name], "cuda", capturable=True)

@@ -402,6 +402,21 @@ def test_fsdp2_from_meta_starts_from_a_dense_checkpoint(ranks):
         assert torch.equal(value, model.state_dict()[key])
 
 
+@pytest.mark.parametrize("how", ["layers", "root"])
+def test_fsdp2_free_values_lead_back_to_their_layers(ranks, how):
+    model = worker.tie(worker.build())
+    values = dict(model.named_parameters())
+    wanted = [
+        (path.removesuffix(".parametrizations.weight.original0"), tp.owner(value).shape)
+        for path, value in values.items()
+        if "original" in path
+    ]
+    assert wanted
+    for result in ranks(worker.owners_of_sharded_values, how=how):
+        assert result["before"] == wanted
+        assert result["after"] == wanted
+
+
 @pytest.mark.feature("Distributed", "reading, exporting and setting the weights of a sharded model")
 def test_fsdp2_weights_are_read_and_set_as_in_one_process(ranks):
     results = ranks(worker.values_of_a_sharded_model)

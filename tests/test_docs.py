@@ -9,11 +9,11 @@ long messages can be wrapped.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import re
 import warnings
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,7 +29,7 @@ PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES_WITH_CODE]
 _FENCE = re.compile(r"^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Block:
     """A fenced block: its language, its text, and the number of its first line."""
 
@@ -180,6 +180,27 @@ def test_a_rule_without_a_row_is_noticed(generators):
     # and nothing but the two commands is needed to enrol it
     assert "| `forgotten` | `W[i] = w` | – |" in tables.table()
     assert "1 of 6 values stored" in dict(pictures.pictures())["forgotten.svg"]
+
+
+# The table of optimizers -------------------------------------------------------------------
+
+
+def test_the_table_of_optimizers_is_up_to_date(generators):
+    tables, _ = generators
+    page = (ROOT / tables.OPTIMIZER_PAGE).read_text(encoding="utf-8")
+    assert page == tables.with_optimizer_table(page), (
+        f"the table of optimizers in {tables.OPTIMIZER_PAGE} is not what the laws say; "
+        f"run '{tables.COMMAND}' and commit the result"
+    )
+
+
+def test_a_changed_law_is_noticed_in_the_table_of_optimizers(generators, monkeypatch):
+    from tiedparam import _optimizer_laws
+
+    changed = dataclasses.replace(_optimizer_laws._LAWS[torch.optim.Adam], coupled_decay=())
+    monkeypatch.setitem(_optimizer_laws._LAWS, torch.optim.Adam, changed)
+    with pytest.raises(AssertionError, match=r"run 'python docs/make_tables\.py'"):
+        test_the_table_of_optimizers_is_up_to_date(generators)
 
 
 # The table of features ---------------------------------------------------------------------

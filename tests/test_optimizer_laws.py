@@ -15,9 +15,7 @@ from optimizer_cases import (
     TIES,
     VARIANTS,
     Variant,
-    feed,
-    lawful_gradients,
-    lawful_layer,
+    check_trajectory,
     snapshot,
     tie,
 )
@@ -27,59 +25,8 @@ import tiedparam as tp
 from tiedparam import _optimizer_laws
 
 REFUSED = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon, torch.optim.SparseAdam)
-SCALE_FREE = [
-    name for name, v in VARIANTS.items() if v.kind not in (torch.optim.SGD, torch.optim.ASGD)
-]
+SCALE_FREE = [n for n, v in VARIANTS.items() if _optimizer_laws._LAWS[v.kind].normalized]
 DECAYING = [name for name, v in VARIANTS.items() if v.decay is not None]
-
-
-def scale_rate(optimizer, parameters, factor):
-    """Multiply the rate at which an optimizer steps these, which have groups of their own."""
-    for group in optimizer.param_groups:
-        if any(p is q for p in group["params"] for q in parameters):
-            group["lr"] = group["lr"] * factor
-    for parameter in parameters:
-        if "eta" in optimizer.state[parameter]:  # ASGD keeps the rate of its next step there
-            optimizer.state[parameter]["eta"].mul_(factor)
-
-
-def check_trajectory(case, variant, **more):
-    """Tie after 10 steps and untie after 20: weights and bias are those of the dense run.
-
-    float64, lawful weights and gradients, no eps: what is left is rounding, 1e-10 of weights and
-    steps near 1. Steps of SGD and ASGD are proportional to the gradient, and a free value has the
-    sum of its entries' gradients: their rate is divided by the multiplicity while it is tied.
-    """
-    torch.manual_seed(0)
-    dense = lawful_layer(case)
-    twin = copy.deepcopy(dense)
-    gradients = lawful_gradients(dense, case, 30)
-    dense_optimizer, optimizer = (
-        variant.build([{"params": [layer.weight]}, {"params": [layer.bias]}], **more)
-        for layer in (dense, twin)
-    )
-    start = dense.weight.detach().clone()
-    scales = variant.kind in (torch.optim.SGD, torch.optim.ASGD)
-    for step, gradient in enumerate(gradients):
-        if step == 10:
-            tie(twin, case, optimizer=optimizer)
-            if scales:
-                scale_rate(
-                    optimizer, list(twin.parametrizations.parameters()), 1 / MULTIPLICITY[case]
-                )
-        if step == 20:
-            if scales:
-                scale_rate(optimizer, list(twin.parametrizations.parameters()), MULTIPLICITY[case])
-            tp.remove_tie(twin, optimizer=optimizer)
-        for layer, each in ((dense, dense_optimizer), (twin, optimizer)):
-            feed(layer, gradient * variant.gradients)
-            each.step()
-        torch.testing.assert_close(twin.weight, dense.weight, rtol=0, atol=1e-10)
-    torch.testing.assert_close(twin.bias, dense.bias, rtol=0, atol=0)
-    for name, value in dense_optimizer.state[dense.weight].items():
-        moved = optimizer.state[twin.weight][name]
-        torch.testing.assert_close(moved, value, rtol=1e-9, atol=1e-10)
-    assert (dense.weight - start).abs().max() > 1e-3  # it did move
 
 
 @pytest.mark.feature(

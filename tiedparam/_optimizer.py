@@ -121,7 +121,7 @@ class Move:
 
 
 def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    """The ``optimizer=`` argument as a list, without the wrappers of Lightning and accelerate.
+    """The ``optimizer=`` argument as a list: each one once, out of its wrapper.
 
     Raises:
         TypeError: if something in it is not an optimizer.
@@ -135,7 +135,7 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Opt
     for item in optimizers:
         if not isinstance(item, Optimizer):
             raise TypeError(f"optimizer= takes torch optimizers, not {type(item).__name__}")
-    return [unwrapped(item) for item in optimizers]
+    return list({id(inner): inner for inner in map(unwrapped, optimizers)}.values())
 
 
 def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:

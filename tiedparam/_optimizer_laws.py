@@ -224,7 +224,7 @@ _ADAM: dict[str, Kind] = {
 _TORCHS_OWN: dict[type[Optimizer], OptimizerLaw] = {
     optim.SGD: OptimizerLaw({"momentum_buffer": "gradient"}, ("weight_decay",), normalized=False),
     optim.Adam: OptimizerLaw(_ADAM, ("weight_decay",), "decoupled_weight_decay"),
-    optim.AdamW: OptimizerLaw(_ADAM, ("weight_decay",), "decoupled_weight_decay"),
+    optim.AdamW: OptimizerLaw(_ADAM),
     optim.NAdam: OptimizerLaw(
         {
             "step": "scalar",
@@ -281,9 +281,9 @@ _TORCHS_OWN: dict[type[Optimizer], OptimizerLaw] = {
         joint=True,
     ),
     optim.Muon: OptimizerLaw(
-        refused="Muon orthogonalizes a weight as a matrix, and the free values are not that "
-        "matrix. Give it matrices that are not tied, and the free values to another optimizer "
-        "(tiedparam.owner tells them apart)",
+        refused="Muon orthogonalizes a weight as a matrix, and its free values are another one. "
+        "Give them to another optimizer, and Muon the matrices that are not tied "
+        "(tiedparam.owner tells which)",
         even_fresh=True,
     ),
     optim.SparseAdam: OptimizerLaw(
