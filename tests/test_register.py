@@ -594,10 +594,10 @@ def test_an_instance_survives_a_look_and_every_refusal():
     tp.residual(layer, rule)
     with pytest.raises(TypeError):
         tp.register_tie(layer, rule, optimizer="adam")
-    optimizer = torch.optim.Rprop(layer.parameters())
+    optimizer = torch.optim.Adafactor(layer.parameters())
     layer(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    with pytest.raises(tp.TieError, match="how it follows"):
+    with pytest.raises(tp.TieError, match="Adafactor keeps the second moments of rows"):
         tp.register_tie(layer, rule, optimizer=optimizer)
     tp.register_tie(layer, rule)
 
