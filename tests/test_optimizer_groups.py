@@ -11,7 +11,12 @@ import warnings
 import pytest
 import torch
 from optimizer_cases import Odd, lawful_layer, snapshot, tie
+from rule_of_two_tensors import TwoHalves
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import tiedparam as tp
 
@@ -121,6 +126,59 @@ def test_s19_whatever_the_order_of_untying_parameters_stand_where_they_stood(see
     fresh = torch.optim.Adam([{"params": g["params"]} for g in optimizer.param_groups], lr=0.01)
     fresh.load_state_dict(optimizer.state_dict())
     fresh.step()
+
+
+def test_s19_places_are_counted_anew_when_others_come_and_go():
+    """While a weight is away, one before it becomes two values, and another one a copy."""
+    model = nn.Sequential(nn.Conv2d(4, 2, 3), *(nn.Linear(4, 4) for _ in range(4)))
+    optimizer = adam(model)
+    tp.register_tie(model[3], "row_repeat", groups=2, optimizer=optimizer)
+    tp.register_tie(model[0], TwoHalves, optimizer=optimizer)  # multiplicity 1: it stays
+    tp.register_tie(model[1], "copy", source=model[4], optimizer=optimizer)
+    tp.remove_tie(model[3], optimizer=optimizer)
+    assert named(model, optimizer)[0]["params"] == [
+        "0.parametrizations.weight.original0", "0.parametrizations.weight.original1", "0.bias",
+        "1.bias", "2.weight", "2.bias", "3.weight", "3.bias", "4.weight", "4.bias",
+    ]  # fmt: skip
+    tp.register_tie(model[3], "row_repeat", groups=2, optimizer=optimizer)
+    tp.remove_tie(model[0], optimizer=optimizer)
+    tp.remove_tie(model[3], optimizer=optimizer)
+    assert named(model, optimizer)[0]["params"] == [
+        "0.weight", "0.bias", "1.bias", "2.weight", "2.bias", "3.weight", "3.bias", "4.weight",
+        "4.bias",
+    ]  # fmt: skip
+
+
+def test_s19_groups_are_counted_anew_when_one_of_them_goes():
+    model = make_model()
+    optimizer = torch.optim.Adam(model[:2].parameters(), weight_decay=0.5)
+    tp.register_tie(model[0], "row_repeat", groups=2, optimizer=optimizer)
+    optimizer.add_param_group({"params": list(model[2:].parameters()), "lr": 0.1})
+    tp.register_tie(model[2], "row_repeat", groups=2, optimizer=optimizer)
+    assert len(optimizer.param_groups) == 4
+    tp.remove_tie(model[0], optimizer=optimizer)  # its group goes, before the user's second one
+    tp.remove_tie(model[2], optimizer=optimizer)
+    assert [group["params"] for group in named(model, optimizer)] == [
+        ["0.weight", "0.bias", "1.weight"],
+        ["2.weight", "2.bias", "3.weight", "3.bias", "4.scale"],
+    ]
+
+
+def test_s42_a_multiplicity_whose_inverse_is_rounded_leads_back():
+    assert 49 * (1 / 49) != 1
+    layer = nn.Linear(4, 49)
+    optimizer = torch.optim.Adam(layer.parameters(), weight_decay=0.3)
+    before = snapshot(layer, optimizer)
+    tp.register_tie(layer, "row_repeat", optimizer=optimizer)
+    tp.remove_tie(layer, optimizer=optimizer)
+    assert snapshot(layer, optimizer)["groups"] == [
+        {**group, "params": [id(layer.weight), id(layer.bias)]} for group in before["groups"]
+    ]
+    alone = torch.optim.Adam([layer.weight], weight_decay=0.3)
+    tp.register_tie(layer, "row_repeat", optimizer=alone)
+    tp.remove_tie(layer, optimizer=alone)
+    assert alone.param_groups[0].keys() == optimizer.param_groups[0].keys()
+    assert alone.param_groups[0]["weight_decay"] == pytest.approx(0.3, rel=1e-15)
 
 
 def test_s42_a_group_of_one_changes_its_rate_in_place():
@@ -320,21 +378,23 @@ def test_s42_untying_carries_the_decay_of_an_optimizer_that_was_built_after_tyin
     assert group["weight_decay"] == 0.5
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_s42_an_untied_copy_decays_as_the_user_has_set_it(alone):
+@pytest.mark.parametrize("source", ["with others", "in a second group", "alone"])
+def test_s42_an_untied_copy_decays_as_the_user_has_set_it(source):
     """Its source's free values decay more strongly, since they stand for several entries."""
     model = make_model()
     tp.register_tie(model[3], "copy", source=model[2], root=model)
     parameters = list(model.parameters())
-    groups = [[model[2].weight], [p for p in parameters if p is not model[2].weight]]
-    groups = groups if alone else [parameters]
+    first = {"with others": [], "in a second group": parameters[:1], "alone": [model[2].weight]}
+    others = [p for p in parameters if all(p is not q for q in first[source])]
+    groups = [group for group in (first[source], others) if group]
     optimizer = torch.optim.Adam([{"params": g} for g in groups], weight_decay=0.5)
     tp.register_tie(model[2], "row_repeat", groups=2, optimizer=optimizer)
     tp.remove_tie(model[3], optimizer=optimizer)
     (its,) = [g for g in optimizer.param_groups if any(p is model[3].weight for p in g["params"])]
     assert its["weight_decay"] == 0.5
-    source = model[2].parametrizations.weight.original0
-    (other,) = [g for g in optimizer.param_groups if any(p is source for p in g["params"])]
+    assert source == "alone" or its is optimizer.param_groups[len(groups) - 1]
+    value = model[2].parametrizations.weight.original0
+    (other,) = [g for g in optimizer.param_groups if any(p is value for p in g["params"])]
     assert other["weight_decay"] == 2.0
     train(model, optimizer)
 
@@ -386,6 +446,28 @@ def test_s42_a_saved_optimizer_goes_on_in_one_that_was_moved_in_the_same_way():
     assert named(resumed, its_optimizer) == named(model, optimizer)
     for name, value in model.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_s42_torchs_checkpoint_functions_take_the_groups():
+    def build():
+        model = make_model()
+        optimizer = adam(model)
+        tp.register_tie(model[0], "row_repeat", groups=2, optimizer=optimizer)
+        train(model, optimizer)
+        return model, optimizer
+
+    model, optimizer = build()
+    train(model, optimizer)
+    resumed, its_optimizer = build()
+    resumed.load_state_dict(model.state_dict())
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    set_optimizer_state_dict(resumed, its_optimizer, saved)
+    for each, its in ((model, optimizer), (resumed, its_optimizer)):
+        train(each, its, seed=2)
+        tp.untie_model(each, optimizer=its)
+        train(each, its, seed=3)
+    assert named(resumed, its_optimizer) == named(model, optimizer)
+    assert torch.equal(resumed[0].weight, model[0].weight)
 
 
 def test_s42_trajectory_in_a_group_that_is_shared_with_others():

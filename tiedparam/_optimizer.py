@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tiedparam._errors import warn
-from tiedparam._optimizer_groups import among, destination, exchange, home_of, times
+from tiedparam._optimizer_groups import among, destination, exchange, times
 from tiedparam._optimizer_laws import OptimizerLaw, law_of, unwrapped
 from tiedparam._optimizer_maps import Maps, has_orbits, is_linear, maps_to_dense, maps_to_free
 from tiedparam._rule import Rule
@@ -267,9 +267,8 @@ def plan_addition(
     return moves
 
 
-def _addition(optimizer: Optimizer, beside: dict[str, Any], new: nn.Parameter) -> Move:
+def _addition(optimizer: Optimizer, group: dict[str, Any], new: nn.Parameter) -> Move:
     law = _law_for(optimizer, [], [], "Build the optimizer after untying")  # nothing is moved
-    group = home_of(optimizer, beside)
     names = []
     if "param_names" in group:
         taken = {name for g in optimizer.param_groups for name in g["param_names"]}

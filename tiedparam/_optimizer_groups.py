@@ -124,12 +124,6 @@ def exchange(
         _dissolve(optimizer, group)
 
 
-def home_of(optimizer: Optimizer, group: Group) -> Group:
-    """The group of the user's that a group made here comes from; any other group itself."""
-    places = group.get(_PLACES)
-    return (_numbered(optimizer, places[0][0]) if places else None) or group
-
-
 def _numbered(optimizer: Optimizer, number: int) -> Group | None:
     groups: list[Group] = optimizer.param_groups
     return groups[number] if number < len(groups) else None  # the user may have deleted some
@@ -139,8 +133,9 @@ def _home(optimizer: Optimizer, group: Group, old: Sequence[Any]) -> tuple[int, 
     """The number of the group that parameters belong to, and their places in it."""
     positions = [i for i, p in enumerate(group["params"]) if among(p, old)]
     if _PLACES in group:
-        entries = [group[_PLACES][i] for i in positions] or group[_PLACES][:1]
-        return entries[0][0], sorted({slot for entry in entries for slot in entry[1]})
+        entries = [group[_PLACES][i] for i in positions]
+        (number, _), *_ = entries or group[_PLACES]
+        return number, sorted({slot for _, slots in entries for slot in slots})
     number = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
     slots = []
     for slot in positions:
