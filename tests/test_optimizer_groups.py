@@ -378,6 +378,28 @@ def test_s42_untying_carries_the_decay_of_an_optimizer_that_was_built_after_tyin
     assert group["weight_decay"] == 0.5
 
 
+def test_s42_values_come_back_though_the_decay_was_switched_off_meanwhile():
+    model = make_model()
+    optimizer = adam(model)
+    tp.register_tie(model[0], "row_repeat", groups=2, optimizer=optimizer)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    tp.remove_tie(model[0], optimizer=optimizer)
+    (group,) = optimizer.param_groups
+    assert group["params"][0] is model[0].weight
+
+
+def test_s42_values_of_a_group_with_another_rate_keep_it():
+    model = make_model()
+    optimizer = adam(model)
+    tp.register_tie(model[0], "row_repeat", groups=2, optimizer=optimizer)
+    optimizer.param_groups[1]["lr"] = 0.2
+    tp.remove_tie(model[0], optimizer=optimizer)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.5]
+    assert optimizer.param_groups[1]["lr"] == 0.2
+    assert optimizer.param_groups[1]["params"] == [model[0].weight]
+
+
 @pytest.mark.parametrize("source", ["with others", "in a second group", "alone"])
 def test_s42_an_untied_copy_decays_as_the_user_has_set_it(source):
     """Its source's free values decay more strongly, since they stand for several entries."""

@@ -198,7 +198,7 @@ def _law_for(
 def _placed(move: Move, law: OptimizerLaw, change: Exchange) -> Move:
     """The move, to a group in which coupled decay is as strong as before (S42)."""
     rates = law.rates(move.group)
-    if not rates or not change.new:
+    if not change.new or (not rates and times(move.group) == 1):
         return move
     counts = change.multiplicities()
     least, most = counts if counts is not None else (0, 0)
@@ -217,7 +217,8 @@ def _placed(move: Move, law: OptimizerLaw, change: Exchange) -> Move:
         if found is not None:
             move.target, move.changes = found
             return move
-    move.warning = _lost_decay(move.optimizer, rates, by, why)
+    if rates:
+        move.warning = _lost_decay(move.optimizer, rates, by, why)
     return move
 
 

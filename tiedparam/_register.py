@@ -66,8 +66,9 @@ def register_tie(
             their weight for next to nothing ignore it: see `Rule.gains_from_cache`, and
             `frozen` for whole models.
         optimizer: the optimizer or optimizers that hold the dense parameter; they are
-            moved to the free values, state included. A stepping optimizer that was left
-            out raises.
+            moved to the free values, state and coupled decay included. They must be of
+            ``torch.optim``, or known by `register_optimizer`. A stepping optimizer that was
+            left out raises.
         root: the model that holds the layer: names it in messages, finds a ``source=`` given
             as a path, refuses layers that share the Parameter with another one, and keeps a
             copy from being separated from its source.
@@ -79,6 +80,10 @@ def register_tie(
     Raises:
         TieError: if anything does not fit. Nothing was changed then.
         TypeError: for arguments of a wrong type and options that the rule does not have.
+
+    Warns:
+        TieWarning: if decay that the optimizer adds to the gradient becomes weaker, with by how
+            much and the way out.
     """
     _check_arguments(layer, tensor_name, init, root)
     made = make_rule(rule, options)
@@ -176,6 +181,9 @@ def remove_tie(
     Raises:
         TieError: if the tensor is not tied, if another parametrization is stacked on the
             tie, or if an optimizer cannot follow. Nothing was changed then.
+
+    Warns:
+        TieWarning: if decay that the optimizer adds to the gradient becomes stronger.
     """
     rule = get_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
