@@ -73,6 +73,13 @@ def test_other_parameters_have_no_owner():
         tp.owner(torch.ones(1))
 
 
+def test_another_parametrization_beside_a_tie_owns_nothing():
+    layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", nn.Tanh(), unsafe=True)
+    assert tp.owner(layer.parametrizations.bias.original) is None
+    assert owns(layer)
+
+
 def pickled(layer):
     return pickle.loads(pickle.dumps(layer))
 

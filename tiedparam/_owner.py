@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tiedparam._rule import Rule
-from tiedparam._ties import free_values, ties_of
+from tiedparam._ties import get_tie, is_tied
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,11 @@ def owner(parameter: nn.Parameter) -> Owner | None:
     if not isinstance(parameter, nn.Parameter):
         raise TypeError(f"owner takes a Parameter, not {type(parameter).__name__}")
     for layer in list(_tied_layers):
-        for name, rule in ties_of(layer).items():
-            if any(value is parameter for value in free_values(layer, name)):
+        # by the tables: for a model of many ties, attributes of modules would take a minute
+        lists = layer.__dict__.get("_modules", {}).get("parametrizations")
+        for name, values in lists._modules.items() if lists is not None else ():
+            held = any(value is parameter for value in values._parameters.values())
+            if held and is_tied(layer, name):  # not another parametrization, beside a tie
+                rule = get_tie(layer, name)
                 return Owner(layer, name, rule.bound_layout.shape, rule)
     return None
