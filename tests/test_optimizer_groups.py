@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from optimizer_cases import Odd, lawful_layer, snapshot, tie
+from optimizer_cases import VARIANTS, Odd, lawful_layer, snapshot, tie
 from rule_of_two_tensors import TwoHalves
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -347,6 +347,29 @@ def test_s42_a_scheduler_that_was_built_after_tying_keeps_its_groups(foreach):
     scheduler.step()
     tp.register_tie(model[0], "row_repeat", groups=2, optimizer=optimizer)  # the group is there
     assert [len(group["params"]) for group in optimizer.param_groups] == [7, 1]
+
+
+@pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if v.decay is not None])
+def test_s42_every_optimizer_steps_beside_a_group_that_is_kept_empty_for_a_scheduler(name):
+    variant = VARIANTS[name]
+    layer = lawful_layer("row_repeat")
+    decay = {variant.decay: 0.5}
+    optimizer = variant.build(layer.parameters(), **decay)
+    tie(layer, "row_repeat", optimizer=optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch)
+    for again in (False, True):
+        tp.remove_tie(layer, optimizer=optimizer)
+        assert [len(group["params"]) for group in optimizer.param_groups] == [2, 0]
+        before = layer.weight.detach().clone()
+        layer(torch.ones(3, 6, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+        assert not torch.equal(layer.weight, before)
+        if not again:
+            tie(layer, "row_repeat", optimizer=optimizer)
+    fresh = variant.build([{"params": g["params"]} for g in optimizer.param_groups], **decay)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    fresh.step()
 
 
 def test_the_rate_of_a_new_group_is_a_tensor_of_its_own():
