@@ -444,6 +444,20 @@ def test_s42_an_untied_copy_decays_as_the_user_has_set_it(source):
     train(model, optimizer)
 
 
+def test_s42_a_scheduler_keeps_an_untied_copy_in_the_group_of_its_source():
+    pair = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+    tp.register_tie(pair[1], "copy", source=pair[0], root=pair)
+    optimizer = adam(pair)
+    tp.register_tie(pair[0], "row_repeat", groups=2, optimizer=optimizer)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+    said = "from now on it acts 3 times stronger than you have set it: it needs a group of its own"
+    with pytest.warns(tp.TieWarning, match=said):
+        tp.remove_tie(pair[1], optimizer=optimizer)
+    (group,) = optimizer.param_groups
+    assert group["weight_decay"] == 1.5
+    assert group["params"][1] is pair[1].weight
+
+
 def test_s42_a_tensor_as_rate_of_decay():
     layer = nn.Linear(6, 8)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=torch.tensor(0.5))

@@ -16,6 +16,9 @@ from optimizer_cases import (
     VARIANTS,
     Variant,
     check_trajectory,
+    feed,
+    lawful_gradients,
+    lawful_layer,
     snapshot,
     tie,
 )
@@ -59,6 +62,22 @@ def test_s42_coupled_decay_is_as_strong_as_in_the_dense_run(case, name):
     variant = VARIANTS[name]
     # as strong as the gradients, or it would not be seen
     check_trajectory(case, variant, **{variant.decay: 0.5 * variant.gradients})
+
+
+def test_the_first_steps_of_radam_are_proportional_to_the_gradient():
+    """Five with the default betas; then they are normalized."""
+    torch.manual_seed(0)
+    dense = lawful_layer("row_repeat")
+    twin = tie(copy.deepcopy(dense), "row_repeat")
+    optimizers = [torch.optim.RAdam(layer.parameters(), eps=0) for layer in (dense, twin)]
+    for step, gradient in enumerate(lawful_gradients(dense, "row_repeat", 8)):
+        before = [layer.weight.detach().clone() for layer in (dense, twin)]
+        for layer, optimizer in zip((dense, twin), optimizers, strict=True):
+            feed(layer, gradient)
+            optimizer.step()
+        one, other = dense.weight - before[0], twin.weight - before[1]
+        factor = MULTIPLICITY["row_repeat"] if step < 5 else 1
+        torch.testing.assert_close(other, factor * one, rtol=1e-9, atol=1e-12)
 
 
 OTHER_KIND = {

@@ -59,7 +59,7 @@ def tie_model(
             values of their own.
         cache: as in `register_tie`, for every tie; laws that gain nothing from it ignore it.
         optimizer: the optimizer or optimizers that hold the dense parameters; they are moved
-            to the free values, state included.
+            to the free values, as by `register_tie`.
         dry_run: do everything, put everything back, and return the report of it.
         on_unfit: ``"error"`` changes nothing if a tensor cannot carry its rule, and lists all
             reasons; ``"skip"`` leaves such tensors as they are, and lists them in the report.
@@ -120,7 +120,7 @@ def untie_model(model: Model, *, optimizer: Optimizer | Iterable[Optimizer] | No
     Args:
         model: the model; without ties nothing happens.
         optimizer: the optimizer or optimizers that hold the free values; they are moved to
-            the dense parameters, state included.
+            the dense parameters, as by `remove_tie`.
 
     Returns:
         The model itself.

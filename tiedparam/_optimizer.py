@@ -203,9 +203,9 @@ def _placed(move: Move, law: OptimizerLaw, change: Exchange) -> Move:
     counts = change.multiplicities()
     least, most = counts if counts is not None else (0, 0)
     weaker = "weaker" if change.tying else "stronger"
-    by, why = f"{most:g} times {weaker}", _SCHEDULED
+    by, why = f"{most:g} times {weaker} than before", _SCHEDULED
     if counts is None:
-        by, why = "otherwise", "the free values are not entries of the weight"
+        by, why = "otherwise than before", "the free values are not entries of the weight"
     elif least != most:
         by = f"up to {by}"
         why = f"between {least:g} and {most:g} entries share a value, and a group has one rate"
@@ -235,7 +235,7 @@ def _lost_decay(optimizer: Optimizer, rates: dict[str, Any], by: str, why: str) 
     )  # fmt: skip
     return (
         f"the {type(optimizer).__name__} adds its decay ({named}) to the gradient, and from now "
-        f"on it acts {by} than before: {why}{way}"
+        f"on it acts {by}: {why}{way}"
     )
 
 
@@ -282,7 +282,7 @@ def _addition(optimizer: Optimizer, group: dict[str, Any], new: nn.Parameter) ->
             move.target, move.changes = found
         else:
             move.warning = _lost_decay(
-                optimizer, rates, f"{stronger:g} times stronger on it", _SCHEDULED
+                optimizer, rates, f"{stronger:g} times stronger than you have set it", _SCHEDULED
             )
     return move
 
