@@ -81,28 +81,27 @@ def register_optimizer(
     on the gradients, the values and the state of that entry alone. With ``B`` the expansion,
     ``m`` the multiplicity of a free value and ``s`` an entry of the state, the kinds are:
 
-    ======================== ============== ============== ===================================
-    kind                     tying          untying        for example
-    ======================== ============== ============== ===================================
-    ``"gradient"``           ``Bᵀs``        ``B(s / m)``   ``exp_avg``
-    ``"gradient magnitude"`` ``|B|ᵀs``      ``|B|(s / m)`` Adamax's ``exp_inf``
-    ``"squared gradient"``   ``m |B|ᵀs``    ``|B|(s / m²)`` ``exp_avg_sq``
-    ``"weight"``             ``Bᵀs / m``    ``B s``        averaged weights, normalized steps
-    ``"weight magnitude"``   ``|B|ᵀs / m``  ``|B| s``      Rprop's ``step_size``, squared steps
-    ``"scalar"``             as it is       as it is       ``step``
-    ``"zeros"``              zeros          zeros          what may start anew
-    ======================== ============== ============== ===================================
+    ========================  ===============  ================  =============================
+    kind                      tying            untying           for example
+    ========================  ===============  ================  =============================
+    ``"gradient"``            ``Bᵀs``          ``B(s / m)``      ``exp_avg``
+    ``"gradient magnitude"``  ``|B|ᵀs``        ``|B|(s / m)``    Adamax's ``exp_inf``
+    ``"squared gradient"``    ``m |B|ᵀs``      ``|B|(s / m²)``   ``exp_avg_sq``
+    ``"weight"``              ``Bᵀs / m``      ``B s``           averaged weights, unit steps
+    ``"weight magnitude"``    ``|B|ᵀs / m``    ``|B| s``         ``step_size``, squared steps
+    ``"scalar"``              as it is         as it is          ``step``
+    ``"zeros"``               zeros            zeros             what may start anew
+    ========================  ===============  ================  =============================
 
-    Compare a tied run with a dense one before you rely on it; the documentation shows how.
+    Compare a tied run with a dense one before you rely on it.
 
     Args:
         optimizer_class: the class; of its subclasses, those that leave the update as it is.
         state: the kind of every entry that ``optimizer.state[parameter]`` may hold. An entry
             that is not named here makes the move raise.
-        coupled_decay: the names of the options that are rates of decay added to the gradient,
-            as Adam's ``"weight_decay"`` is; ``()`` if there is none, as in AdamW.
-        decoupled_if: the option that takes the decay out of the gradient when it is true, as
-            Adam's ``"decoupled_weight_decay"`` does.
+        coupled_decay: the options that are rates of decay added to the gradient, as Adam's
+            ``"weight_decay"`` is; ``()`` if there is none, as in AdamW.
+        decoupled_if: the option that, if true, takes the decay out of the gradient.
 
     Raises:
         TypeError: if the class is not an optimizer's, or a kind is none of the above.
