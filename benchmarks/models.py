@@ -132,9 +132,7 @@ def tie_everywhere(model: nn.Module, rule: str) -> int:
     waiting: dict[tuple[Any, ...], nn.Module] = {}
     count = 0
     for layer in layers:
-        chosen = next(iter(variants(rule, layer)), None)
-        if chosen is None:
-            continue  # its options are a choice that nobody has made here
+        chosen = variants(rule, layer)[0]
         if "source" in chosen:
             key = (type(layer), tuple(layer.weight.shape))
             source = waiting.pop(key, None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,7 +21,26 @@ class TieError(RuntimeError):
 
 
 class TieWarning(UserWarning):
-    """Values were changed as asked, by more than rounding: a loaded weight was projected."""
+    """What was done as asked, and is hardly meant.
+
+    A loaded weight was projected by more than rounding; a tie frees nothing, or keeps next to
+    nothing of the weight.
+    """
+
+
+def warn(message: str) -> None:
+    """Give a `TieWarning` that points at the user's line, however deep in here it is found."""
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and _is_machinery(frame):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, TieWarning, stacklevel=level)
+
+
+def _is_machinery(frame: FrameType) -> bool:
+    # torch's: its decorators, such as that of inference_mode, stand in between
+    name = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return name in ("tiedparam", "torch")
 
 
 def describe_layer(layer: nn.Module) -> str:

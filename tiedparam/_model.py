@@ -17,12 +17,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from tiedparam._concerns import Concerns
 from tiedparam._errors import TieError
 from tiedparam._linked import Linked
 from tiedparam._optimizer import as_optimizers
 from tiedparam._places import Places
 from tiedparam._plan import Pattern, Plan, PlanEntry, Value
-from tiedparam._register import INITS, make_rule, remove_tie, tie_one
+from tiedparam._register import INITS, check_max_residual, make_rule, remove_tie, tie_one
 from tiedparam._report import Skipped, TieReport, tie_rows, totals_of
 from tiedparam._rollback import rolled_back_on_error
 from tiedparam._rule import Rule
@@ -40,6 +41,7 @@ def tie_model(
     plan: Plan | Mapping[Pattern, Value | list[Value]],
     *,
     init: str = "project",
+    max_residual: float | None = None,
     cache: bool = False,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     dry_run: bool = False,
@@ -57,6 +59,7 @@ def tie_model(
             entry that selects a tensor wins. Modules without the tensor are passed over.
         init: as in `register_tie`; ``"rescale"`` leaves copies as they are, since they have no
             values of their own.
+        max_residual: as in `register_tie`, for every tie.
         cache: as in `register_tie`, for every tie; laws that gain nothing from it ignore it.
         optimizer: the optimizer or optimizers that hold the dense parameters; they are moved
             to the free values, state included.
@@ -71,14 +74,19 @@ def tie_model(
         TieError: if an entry selects nothing (with the nearest names), or, listing all
             reasons, if something does not fit. Nothing was changed then.
         TypeError: for arguments of a wrong type and options that a rule does not have.
+
+    Warns:
+        TieWarning: one for all ties that free nothing, or keep next to nothing of their weight, as
+            `register_tie` warns of each.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"tie_model takes an nn.Module, not {type(model).__name__}")
     if on_unfit not in _ON_UNFIT:
         raise TieError(f"on_unfit={on_unfit!r} is unknown. Choose 'error' or 'skip'.")
+    check_max_residual(max_residual)
     plan = Plan.of(plan)
     optimizers = as_optimizers(optimizer)
-    skipped = list[Skipped]()
+    skipped, concerns = list[Skipped](), Concerns()
     given = [entry.options.get("source") for entry in plan.entries]
     outside = [source for source in given if isinstance(source, nn.Module)]
     try:
@@ -87,7 +95,7 @@ def tie_model(
             wanted = _sources_first(_select(model, plan, init), model)
             places = Places(model)
             for each in wanted:
-                reason = each.make(places, optimizers, cache)
+                reason = each.make(places, optimizers, cache, max_residual, concerns)
                 if reason is not None:
                     name = each.entry.tensor_name
                     skipped.append(Skipped(each.path, name, str(each.rule), reason))
@@ -102,6 +110,7 @@ def tie_model(
                 tuple(skipped),
                 dry_run,
             )
+            concerns.tell(len(made))
             if dry_run:
                 raise _PutBack
     except _PutBack:
@@ -168,7 +177,14 @@ class _Tie:
     rule: Rule
     init: str
 
-    def make(self, places: Places, optimizers: list[Optimizer], cache: bool) -> str | None:
+    def make(
+        self,
+        places: Places,
+        optimizers: list[Optimizer],
+        cache: bool,
+        max_residual: float | None,
+        concerns: Concerns,
+    ) -> str | None:
         """Tie it, or return why that cannot be."""
         try:
             tie_one(
@@ -177,8 +193,10 @@ class _Tie:
                 self.entry.tensor_name,
                 places,
                 init=self.init,
+                max_residual=max_residual,
                 cache=cache,
                 optimizer=optimizers,
+                concerned=concerns.note,
             )
         except TieError as error:
             where = f"{self.path}.{self.entry.tensor_name}".removeprefix(".")

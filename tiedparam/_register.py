@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,8 @@ from torch.optim import Optimizer
 
 from tiedparam import _cache, _host, _optimizer, _optimizer_guard, _structured
 from tiedparam._checkpoint import unwatch_source, watch_source
-from tiedparam._errors import TieError, describe
+from tiedparam._concerns import Concern, concern_of
+from tiedparam._errors import TieError, describe, warn
 from tiedparam._linked import Linked
 from tiedparam._offloaded import refuse_offloaded
 from tiedparam._places import Places
@@ -45,6 +47,7 @@ def register_tie(
     tensor_name: str = "weight",
     *,
     init: str = "project",
+    max_residual: float | None = None,
     cache: bool = False,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     root: nn.Module | None = None,
@@ -60,6 +63,9 @@ def register_tie(
             lawful weight (for trained weights); ``"rescale"``, the projection times the
             square root of each orbit's multiplicity (for fresh i.i.d. ones, whose standard
             deviation it keeps); ``"exact"``, raise unless the weight is lawful already.
+        max_residual: how far the weight may be from the law (see `residual`); above it this is an
+            error. A number that is given also says that what lies below is meant, without a
+            warning.
         cache: keep the computed weight between calls in eval mode without gradients. The
             free values are compared, bit for bit, before it is used again, which takes a
             fraction of computing it (on a GPU it waits for the device). Laws that compute
@@ -79,11 +85,27 @@ def register_tie(
     Raises:
         TieError: if anything does not fit. Nothing was changed then.
         TypeError: for arguments of a wrong type and options that the rule does not have.
+
+    Warns:
+        TieWarning: if the tie frees nothing, or if ``"project"`` keeps less than a quarter of the
+            norm of a weight that was no nearer to the law than a random one. Tensors of fewer
+            than 64 entries and copies, which replace the weight by definition, are left out.
     """
     _check_arguments(layer, tensor_name, init, root)
+    check_max_residual(max_residual)
     made = make_rule(rule, options)
     places = Places(root) if root is not None else None
-    return tie_one(layer, made, tensor_name, places, init=init, cache=cache, optimizer=optimizer)
+    return tie_one(
+        layer,
+        made,
+        tensor_name,
+        places,
+        init=init,
+        max_residual=max_residual,
+        cache=cache,
+        optimizer=optimizer,
+        concerned=lambda concern: warn(f"{concern.fact()} {concern.advice()}"),
+    )
 
 
 @torch.inference_mode(False)  # Parameters made in inference mode could never be trained
@@ -93,11 +115,15 @@ def tie_one(
     tensor_name: str,
     places: Places | None,
     *,
-    init: str,
-    cache: bool,
-    optimizer: Optimizer | Iterable[Optimizer] | None,
+    init: str = "project",
+    max_residual: float | None = None,
+    cache: bool = False,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    concerned: Callable[[Concern], None] | None = None,
 ) -> Layer:
     """`register_tie` with a rule that is made, and a root that is looked through.
+
+    ``concerned`` is told of a tie that is hardly meant, while all can still be put back.
 
     Raises:
         TieError: if anything does not fit. Nothing was changed then.
@@ -120,7 +146,7 @@ def tie_one(
             raise refuse(reason)
         if any(is_sharded(effective(*source)) for source in made.sources()):
             raise refuse("its source is sharded already. Tie before fully_shard.")
-        free = _initial_free_values(made, weight, init, refuse)
+        free = _initial_free_values(made, weight, init, max_residual, refuse)
         _host.remember_order(layer)
         parametrize.register_parametrization(layer, tensor_name, made)
         _host.adopt(layer)
@@ -147,6 +173,12 @@ def tie_one(
         if isinstance(made, Linked):
             watch_source(made)
             _optimizer.share_gradient(weight, made, list(origins(layer, tensor_name)))
+        if concerned is not None:
+            projected = init == "project" and max_residual is None
+            dense = weight.detach()
+            concern = concern_of(where, tensor_name, made, dense, projected=projected)
+            if concern is not None:
+                concerned(concern)
     _optimizer_guard.retire(
         [weight],
         f"the dense parameter of {where}",
@@ -285,6 +317,24 @@ def _check_arguments(layer: object, tensor_name: object, init: object, root: obj
         raise TieError(f"init={init!r} is unknown. Choose one of {', '.join(map(repr, INITS))}.")
 
 
+def check_max_residual(value: object) -> None:
+    """Raise unless it is a limit of residuals, or None.
+
+    Raises:
+        TypeError: if it is no number.
+        TieError: if it is negative or not a number.
+    """
+    if value is None:
+        return
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"max_residual= takes a number, not {type(value).__name__}")
+    if not value >= 0:  # type: ignore[operator]  # a NaN is no limit either
+        raise TieError(
+            f"max_residual={value!r} is no limit. Choose a number from 0, for lawful weights only, "
+            "to 1, for all."
+        )
+
+
 def make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:
     """A fresh rule from a name or a class, or the given one."""
     if isinstance(rule, Rule):
@@ -402,9 +452,13 @@ def _describe(layer: nn.Module, tensor_name: str, places: Places | None) -> str:
 
 
 def _initial_free_values(
-    rule: Rule, weight: nn.Parameter, init: str, refuse: Callable[[str], TieError]
+    rule: Rule,
+    weight: nn.Parameter,
+    init: str,
+    max_residual: float | None,
+    refuse: Callable[[str], TieError],
 ) -> list[Tensor]:
-    """Free values for ``weight`` by ``init``, once the rule has shown that it fits."""
+    """Free values for ``weight`` by ``init``, once rule and weight have shown that they fit."""
     with torch.no_grad():
         if has_values(weight) and not has_values(torch.empty(0, device=weight.device)):
             raise refuse("FakeTensorMode computes no values. Tie the layer outside of it.")
@@ -428,6 +482,8 @@ def _initial_free_values(
             rule.residual_at_tying = relative_distance(dense, lawful)
         elif init == "exact":
             raise refuse("its weight has no values yet to compare. Use init='project', or load it.")
+        if max_residual is not None:
+            _refuse_distant(rule.residual_at_tying, max_residual, refuse)
         if init == "exact" and not torch.equal(lawful, dense):
             raise refuse(
                 f"the weight breaks the law {rule.law} (residual {rule.residual_at_tying:.2e}). "
@@ -442,6 +498,21 @@ def _initial_free_values(
                 for value, count in zip(free, counts, strict=True)
             ]
         return free
+
+
+def _refuse_distant(
+    residual: float | None, limit: float, refuse: Callable[[str], TieError]
+) -> None:
+    if residual is None:
+        raise refuse(
+            "its weight has no values yet, so its residual is not known. Load it first, or leave "
+            "out max_residual=."
+        )
+    if not residual <= limit:  # not a number is no small number
+        raise refuse(
+            f"its residual {residual:.3g} is above max_residual={limit:g}. Leave it dense, choose "
+            "a law that it is near to (tiedparam.scan lists them), or raise the limit."
+        )
 
 
 def _refuse_misshapen(value: object, dense: Tensor, refuse: Callable[[str], TieError]) -> None:

@@ -85,10 +85,12 @@ class Repeat(Broadcast):
 
     @classmethod
     def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
-        """The bias of streams, as `channel_shared` has their filters; else ``outputs`` is a choice."""
+        """For the bias of streams, the pattern of their filters. Elsewhere how often is a choice;
+        1 stands for it, and ties nothing.
+        """
         if len(layout.shape) == 1 and layout.layer_groups > 1:
             return ({"outputs": layout.layer_groups, "order": "tile"},)
-        return ()
+        return ({"outputs": 1},)
 
     @classmethod
     def examples(cls) -> Sequence[Example]:
