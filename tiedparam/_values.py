@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tiedparam import _cache
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
+from tiedparam._rule import Rule
 from tiedparam._sharded import is_sharded, whole, write
 from tiedparam._stock import effective, has_values, parametrization_lists
 from tiedparam._ties import free_values, get_tie, is_stacked, ties_of
@@ -64,7 +65,7 @@ def assign_(
         if value.shape != present.shape or value.dtype != present.dtype:
             raise TieError(
                 f"cannot assign {value.dtype} {tuple(value.shape)} to {where}, which is "
-                f"{present.dtype} {tuple(present.shape)}. Convert the value first."
+                f"{present.dtype} {tuple(present.shape)}. {_conversion(value, present, rule, tensor_name)}"
             )
         if has_values(value) and not has_values(present):
             raise TieError(
@@ -82,6 +83,27 @@ def assign_(
         for parameter, content in zip(free_values(layer, tensor_name), free, strict=True):
             write(parameter, content)
     return layer
+
+
+def _conversion(value: Tensor, present: Tensor, rule: Rule, tensor_name: str) -> str:
+    """The call that was meant, as far as shape and dtype of the value tell."""
+    cast = "" if value.dtype == present.dtype else f".to({present.dtype})"
+    shape = tuple(present.shape)
+    if value.shape == present.shape:
+        return f"Pass value{cast}."
+    if _stretches(value.shape, shape):
+        # all rows alike, say: a form that the law may well keep
+        return f"To repeat these values call tiedparam.assign_(layer, value{cast}.expand{shape})."
+    if tuple(value.shape) in rule.free_shapes():
+        free = f"layer.parametrizations.{tensor_name}.original{rule.free_shapes().index(value.shape)}"
+        return f"To set the free values write under torch.no_grad(): {free}.copy_(value)."
+    return "Convert the value first."
+
+
+def _stretches(shape: torch.Size, goal: tuple[int, ...]) -> bool:
+    return len(shape) <= len(goal) and all(
+        size in (1, wanted) for size, wanted in zip(shape[::-1], goal[::-1], strict=False)
+    )
 
 
 def init_(
