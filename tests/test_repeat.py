@@ -36,7 +36,10 @@ def layers_and_options(draw: st.DrawFn) -> tuple[nn.Module, str, int, str]:
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     outputs = groups * per_group
     times = draw(st.sampled_from([n for n in range(1, outputs + 1) if outputs % n == 0]))
-    order, name = draw(st.sampled_from(["block", "tile"])), draw(st.sampled_from(["weight", "bias"]))
+    order, name = (
+        draw(st.sampled_from(["block", "tile"])),
+        draw(st.sampled_from(["weight", "bias"])),
+    )
     inputs = groups * draw(st.integers(1, 3))
     dims = draw(st.integers(0, 3))
     if dims == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tiedparam import _cache
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
-from tiedparam._rule import Rule
 from tiedparam._sharded import is_sharded, whole, write
 from tiedparam._stock import effective, has_values, parametrization_lists
 from tiedparam._ties import free_values, get_tie, is_stacked, ties_of
@@ -63,9 +62,11 @@ def assign_(
     with torch.no_grad():
         present = effective(layer, tensor_name)
         if value.shape != present.shape or value.dtype != present.dtype:
+            sizes = {shape: number for number, shape in enumerate(rule.free_shapes())}
             raise TieError(
                 f"cannot assign {value.dtype} {tuple(value.shape)} to {where}, which is "
-                f"{present.dtype} {tuple(present.shape)}. {_conversion(value, present, rule, tensor_name)}"
+                f"{present.dtype} {tuple(present.shape)}. "
+                f"{_meant(value, present, tensor_name, sizes)}"
             )
         if has_values(value) and not has_values(present):
             raise TieError(
@@ -85,18 +86,19 @@ def assign_(
     return layer
 
 
-def _conversion(value: Tensor, present: Tensor, rule: Rule, tensor_name: str) -> str:
+def _meant(
+    value: Tensor, present: Tensor, tensor_name: str, free: Mapping[tuple[int, ...], int]
+) -> str:
     """The call that was meant, as far as shape and dtype of the value tell."""
     cast = "" if value.dtype == present.dtype else f".to({present.dtype})"
     shape = tuple(present.shape)
     if value.shape == present.shape:
-        return f"Pass value{cast}."
-    if _stretches(value.shape, shape):
-        # all rows alike, say: a form that the law may well keep
-        return f"To repeat these values call tiedparam.assign_(layer, value{cast}.expand{shape})."
-    if tuple(value.shape) in rule.free_shapes():
-        free = f"layer.parametrizations.{tensor_name}.original{rule.free_shapes().index(value.shape)}"
-        return f"To set the free values write under torch.no_grad(): {free}.copy_(value)."
+        return f"Convert the value first: value{cast}."
+    if _stretches(value.shape, shape):  # one row for all, say, which many laws keep
+        return f"To repeat the value call tiedparam.assign_(layer, value{cast}.expand{shape})."
+    if tuple(value.shape) in free:
+        parameter = f"layer.parametrizations.{tensor_name}.original{free[tuple(value.shape)]}"
+        return f"To set the free values call {parameter}.copy_(value) under torch.no_grad()."
     return "Convert the value first."
 
 
