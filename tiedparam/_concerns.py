@@ -80,7 +80,8 @@ class Concern:
             for options in kind.variants(layout):
                 other = kind(**options)
                 misfit = other._bind_layout(layout, self.weight.dtype)
-                if misfit is not None or other.free_count >= entries or not other.options():
+                unlike = other.options() not in ({}, self.rule.options())
+                if misfit is not None or other.free_count >= entries or not unlike:
                     continue
                 if self.kept is None:
                     found[_shown(other)] = f"store {other.free_count:,}"
