@@ -18,9 +18,9 @@ from torch import Tensor
 from tiedparam._errors import warn
 from tiedparam._rule import Rule
 
-KEPT = 0.25
-"""A weight that keeps less of its norm than this was ruined: 1/16 of its energy is left."""
-ENTRIES = 64
+KEPT = 0.2
+"""A weight that keeps less of its norm than this was ruined: 4 % of its energy is left."""
+ENTRIES = 128
 """With fewer than so many entries a weight may cancel by luck, and chance says little."""
 SHOWN = 3
 """So many ties of one model are described; the others are counted."""
@@ -134,7 +134,8 @@ class Concerns:
         if not self.count:
             return
         more = self.count - len(self._facts)
-        lines = [f"{self.count:,} of {ties:,} ties are hardly meant:", *self._facts]
+        are = "is" if self.count == 1 else "are"
+        lines = [f"{self.count:,} of {ties:,} ties {are} hardly meant:", *self._facts]
         lines += [f"… and {more:,} more."] if more else []
         lines.append(
             "For fresh layers pass init='rescale'; for trained ones look first, with "

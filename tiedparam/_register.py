@@ -87,9 +87,9 @@ def register_tie(
         TypeError: for arguments of a wrong type and options that the rule does not have.
 
     Warns:
-        TieWarning: if the tie frees nothing, or if ``"project"`` keeps less than a quarter of the
+        TieWarning: if the tie frees nothing, or if ``"project"`` keeps less than a fifth of the
             norm of a weight that was no nearer to the law than a random one. Tensors of fewer
-            than 64 entries and copies, which replace the weight by definition, are left out.
+            than 128 entries and copies, which replace the weight by definition, are left out.
     """
     _check_arguments(layer, tensor_name, init, root)
     check_max_residual(max_residual)

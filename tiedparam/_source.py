@@ -22,6 +22,9 @@ def find_source(
         source: what the user gave.
         name: the ``source_name`` that the user gave.
         root: the model, if it is known.
+
+    Raises:
+        TypeError: if it is a tensor of which nobody knows the layer.
     """
     if isinstance(source, nn.Module):
         return source, name
@@ -60,12 +63,12 @@ def _holder(tensor: Tensor, root: nn.Module | None) -> tuple[nn.Module, str] | s
         return place
     call = "source=layer, source_name='weight'"
     if not isinstance(tensor, nn.Parameter):
-        return (
+        raise TypeError(
             "source= was given a tensor that no layer holds. Pass the layer and the tensor's name "
             f"({call}), and what is made of it as fn=, such as fn=torch.t."
         )
     if root is None:
-        return (
+        raise TypeError(
             "source= was given a Parameter, which does not know its layer. Pass the layer "
             f"({call}), or root=model to have it found."
         )

@@ -13,20 +13,22 @@ from tiedparam._rule import Rule
 from tiedparam._stock import parametrization_list, parametrization_lists
 
 
-def is_tied(module: nn.Module, tensor_name: str | None = None) -> bool:
+def is_tied(module: nn.Module, tensor_name: str | None = None, *, recurse: bool = True) -> bool:
     """Whether anything in a module is tied.
 
     Args:
         module: a layer, or a whole model.
-        tensor_name: ask for this tensor of this very layer alone.
+        tensor_name: ask for this tensor of this very layer.
+        recurse: whether layers inside of the module count; if not, its own tensors alone.
 
     Example::
 
         is_tied(model)  # any layer of it
-        is_tied(model.conv, "bias")  # this tensor
+        [layer for layer in model.modules() if is_tied(layer, recurse=False)]
+        is_tied(model.conv, "bias")
     """
     if tensor_name is None:
-        return any(ties_of(part) for part in module.modules())
+        return any(ties_of(part) for part in (module.modules() if recurse else (module,)))
     if not parametrize.is_parametrized(module, tensor_name):
         return False
     return isinstance(parametrization_list(module, tensor_name)[0], Rule)
