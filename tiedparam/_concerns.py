@@ -5,17 +5,21 @@ the nearest lawful weight keeps ``√(free/N)`` of its norm: ``row_repeat`` on 5
 4 % (S37). That is what ``init="project"`` makes of every fresh layer, and of a trained one that
 has nothing of the law. The projection is orthogonal, so ``kept² + residual² = 1``, and a weight
 that keeps less than `KEPT` is at least ``0.95 · chance`` away, whatever the law.
+
+``max_residual=`` is the user's own limit, above which a tie is refused.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 
 from torch import Tensor
 
-from tiedparam._errors import warn
+from tiedparam._errors import TieError, warn
 from tiedparam._rule import Rule
 
 KEPT = 0.2
@@ -142,6 +146,41 @@ class Concerns:
             "tiedparam.residual or tiedparam.scan, or set a limit with max_residual=."
         )
         warn("\n".join(lines))
+
+
+# The limit that a user may set ----------------------------------------------------------------
+
+
+def check_max_residual(value: object) -> None:
+    """Raise unless it is a limit of residuals, or None.
+
+    Raises:
+        TypeError: if it is no number.
+        TieError: if it is negative or not a number.
+    """
+    if value is None:
+        return
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"max_residual= takes a number, not {type(value).__name__}")
+    if not value >= 0:  # type: ignore[operator]  # a NaN is no limit either
+        raise TieError(
+            f"max_residual={value!r} is no limit. Choose a number from 0, for lawful weights only, "
+            "to 1, for all."
+        )
+
+
+def refuse_distant(residual: float | None, limit: float, refuse: Callable[[str], TieError]) -> None:
+    """Raise if a weight is further from its law than the user allows."""
+    if residual is None:
+        raise refuse(
+            "its weight has no values yet, so its residual is not known. Load it first, or leave "
+            "out max_residual=."
+        )
+    if not residual <= limit:  # not a number is no small number
+        raise refuse(
+            f"its residual {residual:.3g} is above max_residual={limit:g}. Leave it dense, choose "
+            "a law that it is near to (tiedparam.scan lists them), or raise the limit."
+        )
 
 
 def _kept(residual: float) -> float:

@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from tiedparam._concerns import Concerns
+from tiedparam._concerns import Concerns, check_max_residual
 from tiedparam._errors import TieError
 from tiedparam._linked import Linked
 from tiedparam._optimizer import as_optimizers
 from tiedparam._places import Places
 from tiedparam._plan import Pattern, Plan, PlanEntry, Value
-from tiedparam._register import INITS, check_max_residual, make_rule, remove_tie, tie_one
+from tiedparam._register import INITS, make_rule, remove_tie, tie_one
 from tiedparam._report import Skipped, TieReport, tie_rows, totals_of
 from tiedparam._rollback import rolled_back_on_error
 from tiedparam._rule import Rule

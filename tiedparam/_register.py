@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from tiedparam import _cache, _host, _optimizer, _optimizer_guard, _structured
 from tiedparam._checkpoint import unwatch_source, watch_source
-from tiedparam._concerns import Concern, concern_of
+from tiedparam._concerns import Concern, check_max_residual, concern_of, refuse_distant
 from tiedparam._errors import TieError, describe, warn
 from tiedparam._linked import Linked
 from tiedparam._offloaded import refuse_offloaded
@@ -173,12 +172,10 @@ def tie_one(
         if isinstance(made, Linked):
             watch_source(made)
             _optimizer.share_gradient(weight, made, list(origins(layer, tensor_name)))
-        if concerned is not None:
-            projected = init == "project" and max_residual is None
-            dense = weight.detach()
-            concern = concern_of(where, tensor_name, made, dense, projected=projected)
-            if concern is not None:
-                concerned(concern)
+        unasked = init == "project" and max_residual is None
+        concern = concern_of(where, tensor_name, made, weight.detach(), projected=unasked)
+        if concern is not None and concerned is not None:
+            concerned(concern)
     _optimizer_guard.retire(
         [weight],
         f"the dense parameter of {where}",
@@ -315,24 +312,6 @@ def _check_arguments(layer: object, tensor_name: object, init: object, root: obj
         raise TypeError(f"root= takes the model that holds the layer, not {type(root).__name__}")
     if init not in INITS:
         raise TieError(f"init={init!r} is unknown. Choose one of {', '.join(map(repr, INITS))}.")
-
-
-def check_max_residual(value: object) -> None:
-    """Raise unless it is a limit of residuals, or None.
-
-    Raises:
-        TypeError: if it is no number.
-        TieError: if it is negative or not a number.
-    """
-    if value is None:
-        return
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"max_residual= takes a number, not {type(value).__name__}")
-    if not value >= 0:  # type: ignore[operator]  # a NaN is no limit either
-        raise TieError(
-            f"max_residual={value!r} is no limit. Choose a number from 0, for lawful weights only, "
-            "to 1, for all."
-        )
 
 
 def make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:
@@ -483,7 +462,7 @@ def _initial_free_values(
         elif init == "exact":
             raise refuse("its weight has no values yet to compare. Use init='project', or load it.")
         if max_residual is not None:
-            _refuse_distant(rule.residual_at_tying, max_residual, refuse)
+            refuse_distant(rule.residual_at_tying, max_residual, refuse)
         if init == "exact" and not torch.equal(lawful, dense):
             raise refuse(
                 f"the weight breaks the law {rule.law} (residual {rule.residual_at_tying:.2e}). "
@@ -498,21 +477,6 @@ def _initial_free_values(
                 for value, count in zip(free, counts, strict=True)
             ]
         return free
-
-
-def _refuse_distant(
-    residual: float | None, limit: float, refuse: Callable[[str], TieError]
-) -> None:
-    if residual is None:
-        raise refuse(
-            "its weight has no values yet, so its residual is not known. Load it first, or leave "
-            "out max_residual=."
-        )
-    if not residual <= limit:  # not a number is no small number
-        raise refuse(
-            f"its residual {residual:.3g} is above max_residual={limit:g}. Leave it dense, choose "
-            "a law that it is near to (tiedparam.scan lists them), or raise the limit."
-        )
 
 
 def _refuse_misshapen(value: object, dense: Tensor, refuse: Callable[[str], TieError]) -> None:

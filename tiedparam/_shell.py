@@ -39,11 +39,11 @@ from tiedparam import (
     write_plan,
 )
 from tiedparam._atomic import refuse_foreign_suffix
+from tiedparam._concerns import check_max_residual
 from tiedparam._errors import visible
 from tiedparam._functions import find_function
 from tiedparam._offline import LayerHint, open_model, read_hints
 from tiedparam._plan import plan_from_data
-from tiedparam._register import check_max_residual
 from tiedparam._registry import find_rule
 from tiedparam._stored import files_of
 from tiedparam._table import Column, Table, TableReport
