@@ -62,17 +62,20 @@ class Concern:
             )
         does = [f"{shown} would {result}" for shown, result in self.others.items()]
         others = f" {', '.join(does)}." if does else ""
-        return _shortened(f"the tie of {self.where} by '{rule}' {fact}{others}")
+        where, law = _shortened(self.where, 160), _shortened(str(rule), 160)
+        return _shortened(f"the tie of {where} by '{law}' {fact}{others}", 600)
 
     def advice(self) -> str:
         """What to do, with the call that looks before tying."""
+        if self.kept is None and not self.others:
+            return "Leave it out, or choose another law: tiedparam.scan(model) tries all."
         name = f"'{self.rule.name}'" if self.rule.name else type(self.rule).__name__
         tensor = [] if self.tensor_name == "weight" else [f"'{self.tensor_name}'"]
         shown = _shown(self.rule) if self.kept is not None else next(iter(self.others), "")
         call = ", ".join(["layer", name, *tensor, *([shown] if shown else [])])
         return (
             "For a fresh layer pass init='rescale', which keeps its scale; for a trained one see "
-            f"first how far it is: tiedparam.residual({_shortened(call)})."
+            f"first how far it is: tiedparam.residual({_shortened(call, 160)})."
         )
 
     @cached_property
@@ -192,5 +195,5 @@ def _shown(rule: Rule) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in rule.options().items())
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 400 else f"{text[:399]}…"
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
