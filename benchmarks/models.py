@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -116,11 +117,19 @@ def tie_pair(layer: nn.Module, rule: str, options: dict[str, Any]) -> nn.ModuleD
     if "source" in options:
         pair["source"] = deepcopy(layer)
         options = {**options, "source": pair["source"]}
+    return pair if _tied(pair["tied"], rule, options) else None
+
+
+def _tied(layer: nn.Module, rule: str, options: dict[str, Any]) -> bool:
+    """Tie a fresh layer, unless the rule does not fit or frees nothing, which shows nothing."""
+    init = "project" if "source" in options else "rescale"
     try:
-        tp.register_tie(pair["tied"], rule, **options)
-    except tp.TieError:
-        return None
-    return pair
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", tp.TieWarning)
+            tp.register_tie(layer, rule, init=init, **options)
+    except (tp.TieError, tp.TieWarning):
+        return False
+    return True
 
 
 def tie_everywhere(model: nn.Module, rule: str) -> int:
@@ -142,12 +151,7 @@ def tie_everywhere(model: nn.Module, rule: str) -> int:
             chosen["source"] = source
         elif isinstance(layer, nn.Linear) and layer.out_features <= 10:
             continue  # a classifier whose outputs are all equal would learn nothing
-        try:
-            tp.register_tie(layer, rule, init="project" if "source" in chosen else "rescale",
-                            **chosen)  # fmt: skip
-        except tp.TieError:
-            continue
-        count += 1
+        count += _tied(layer, rule, chosen)
     return count
 
 

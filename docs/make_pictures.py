@@ -50,6 +50,10 @@ CASES: dict[str, dict[str, Case]] = {
             {"over": "groups"},
         ),
     },
+    "repeat": {
+        f"repeat-{order}": (lambda: nn.Linear(4, 6), "", {"outputs": 2, "order": order})
+        for order in ("block", "tile")
+    },
     "copy": {
         "copy": (
             lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)),

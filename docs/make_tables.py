@@ -69,6 +69,10 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
         "`(O/g)·(C/g)·P`",
         lambda r: _canonical(r)[0] // _groups(r) * _inputs(r) * _positions(r),
     ),
+    "repeat": (
+        "`O/outputs` × the values of one row",
+        lambda r: prod(_canonical(r)) // r.outputs,
+    ),
     "copy": ("0", lambda r: 0),
     "squared_copy": ("0", lambda r: 0),
 }
@@ -108,7 +112,8 @@ def table() -> str:
     ]
     for row in rows():
         shape = row.rule.bound_layout.shape
-        formula = FORMULAS[row.key][0] if row.key in FORMULAS else "see its docstring"
+        found = FORMULAS.get(row.key) or FORMULAS.get(row.name)
+        formula = found[0] if found else "see its docstring"
         lines.append(
             f"| `{row.name}` | `{row.rule.law}` | {row.options} | {formula} "
             f"| {row.rule.free_count} of {prod(shape)}, weight `{shape}` |"
@@ -169,9 +174,9 @@ def _filled(page: str, what: str, content: str) -> str:
 
 
 def _option(parameter: inspect.Parameter, chosen: dict[str, Any]) -> str:
-    value = chosen.get(parameter.name, parameter.default)
-    if value is inspect.Parameter.empty:
+    if parameter.default is inspect.Parameter.empty:
         return f"`{parameter.name}=`"
+    value = chosen.get(parameter.name, parameter.default)
     return f"`{parameter.name}={getattr(value, '__name__', repr(value))}`"
 
 

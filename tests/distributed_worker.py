@@ -312,7 +312,7 @@ def fsdp_from_meta(start: str) -> dict:
                 module.reset_parameters()
     elif start == "init":
         for module in model.modules():
-            if tp.is_tied(module):
+            if tp.is_tied(module, recurse=False):
                 # ranks that would fill with different values take the first one's
                 tp.init_(module, lambda weight: nn.init.normal_(weight).add_(10 * dist.get_rank()))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import safetensors.torch
@@ -168,7 +169,7 @@ def test_literal_linear():
         ("in", "W[o, c, x] = w[o, x]"),
         ("out", "W[o, c, x] = w[c, x]"),
         ("all", "W[o, c, x] = w[x]"),
-        ("groups", "W[g·m + r, c, x] = w[r, c, x]"),
+        ("groups", "W[k·m + r, c, x] = w[r, c, x]"),
     ],
 )
 def test_repr_shows_the_law_of_this_option(over, law):
@@ -385,16 +386,61 @@ def test_refuses_streams_without_groups(build):
     )
 
 
-@pytest.mark.parametrize("over", OVERS)
-def test_refuses_tensors_without_channels(over):
+@pytest.mark.parametrize(
+    ("over", "advice"),
+    [
+        ("in", "Tie a weight; every output has a filter of its own here, and a bias too."),
+        ("out", "To give all outputs one bias, as they have one filter, use 'row_repeat'."),
+        ("all", "To give all outputs one bias, as they have one filter, use 'row_repeat'."),
+        ("groups", "use 'repeat', outputs=2, order='tile'."),
+    ],
+)
+def test_refuses_tensors_without_channels(over, advice):
     assert_refused(
         nn.Conv1d(4, 4, 3, groups=2),
         "channel_shared",
         "no input channels",
-        "Tie a weight, or use 'row_repeat'",
+        advice,
         tensor_name="bias",
         over=over,
     )
+
+
+@pytest.mark.feature("Layers", "the bias of streams follows their filters (`repeat`)")
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+def test_the_advice_for_the_bias_of_streams_gives_the_pattern_of_the_filters(kind):
+    conv = kind(4, 8, 3, groups=4)
+    tp.register_tie(conv, "channel_shared", over="groups")
+    with pytest.raises(tp.TieError) as caught:
+        tp.register_tie(conv, "channel_shared", "bias", over="groups")
+    rule, *options = re.search(r"use '(\w+)', (.*)\.$", str(caught.value)).groups()
+    (options,) = options
+    chosen = {
+        key: int(value) if value.isdecimal() else value.strip("'")
+        for key, value in (option.split("=") for option in options.split(", "))
+    }
+    assert (rule, chosen) == ("repeat", {"outputs": 4, "order": "tile"})
+    tp.register_tie(conv, rule, "bias", **chosen)
+    assert tp.get_tie(conv, "bias").orbit_labels().tolist() == [1, 2, 1, 2, 1, 2, 1, 2]
+    weight = tp.get_tie(conv).bound_layout.canonical(conv.weight.detach().clone())
+    for one in range(8):
+        for other in range(8):  # outputs have one filter exactly if they have one bias
+            same = bool(torch.equal(weight[one], weight[other]))
+            assert same == bool(conv.bias[one] == conv.bias[other])
+
+
+def test_the_advice_for_a_bias_without_groups_names_no_law_that_repeats_nothing():
+    assert_refused(
+        nn.Conv1d(4, 4, 3), "channel_shared", "has groups=1", tensor_name="bias", over="groups"
+    )
+
+
+def test_the_law_of_streams_does_not_call_an_index_by_the_name_of_the_number_of_groups():
+    law = tp.get_tie(
+        tp.register_tie(nn.Conv1d(4, 8, 3, groups=4), "channel_shared", over="groups")
+    ).law
+    assert "g" not in law
+    assert "``k`` counts the groups" in tp.available_rules()["channel_shared"].__doc__
 
 
 def test_refuses_unknown_options():

@@ -244,7 +244,7 @@ def canonical_entries(
     entries = {}
     for index in itertools.product(*map(range, weight.shape)):
         value = weight[index].item()
-        if isinstance(layer, _ConvTransposeNd):
+        if isinstance(layer, _ConvTransposeNd) and tensor_name == "weight":
             channel, output, *position = index
             group, channel = divmod(channel, layer.in_channels // layer.groups)
             index = (group * weight.shape[1] + output, channel, *position)

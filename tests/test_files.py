@@ -54,7 +54,7 @@ def tie(net: Net) -> Net:
     tp.register_tie(net.stem, "channel_shared", over="in", compute="dense")
     tp.register_tie(net.body[0], "flip_sym")
     tp.register_tie(net.head, "row_repeat", groups=3)
-    tp.register_tie(net.head, "row_repeat", "bias")
+    tp.register_tie(net.head, "repeat", "bias", outputs=net.head.out_features)
     tp.register_tie(net.up, "channel_shared", over="groups")
     tp.register_tie(net.later, "copy", source="late", root=net)
     tp.register_tie(net.late, "squared_copy", source="body.0", root=net)

@@ -95,6 +95,7 @@ def tied(model: nn.Module) -> dict[str, str]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:1 of 4 ties is hardly meant")
 def test_patterns_are_globs_types_and_functions():
     model = ResNet()
     plan = {
@@ -116,6 +117,7 @@ def test_patterns_are_globs_types_and_functions():
         assert torch.equal(weight, weight.transpose(0, 1).flip(2, 3))
 
 
+@pytest.mark.filterwarnings("ignore:1 of 6 ties is hardly meant")
 def test_the_first_match_wins_for_every_tensor():
     model = ResNet()
     plan = {
@@ -417,6 +419,38 @@ def test_rescale_keeps_the_deviation_and_leaves_copies_alone():
     assert torch.equal(model[1].weight, model[0].weight)
 
 
+# What a plan does not find -------------------------------------------------------------------
+
+
+def test_a_layer_type_that_is_absent_is_skipped_and_reported_where_that_is_asked():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    plan = {
+        nn.Conv1d: "flip_sym",
+        nn.Linear: ["flip_sym", ("row_repeat", {"tensor_name": "bias", "groups": 2})],
+        (lambda name, module: False): "row_repeat",
+    }
+    with pytest.raises(tp.TieError, match="the pattern Conv1d selects nothing"):
+        tp.tie_model(model, plan)
+    assert not tp.is_tied(model)
+    report = tp.tie_model(model, plan, on_unfit="skip")
+    assert [row.layer for row in report.ties] == ["0"]
+    assert [(left.layer, left.tensor_name, left.rule) for left in report.skipped] == [
+        ("Conv1d", "weight", "flip_sym"),
+        ("Linear", "bias", "row_repeat(groups=2)"),
+        ("<lambda>", "weight", "row_repeat(groups=1)"),
+    ]
+    assert "the pattern Conv1d selects nothing" in report.notes()[0]
+    assert "'0' has no Parameter 'bias' of its own" in report.skipped[1].reason
+
+
+def test_a_misspelt_name_is_an_error_though_what_does_not_fit_is_skipped():
+    model = nn.Sequential(nn.Linear(4, 4))
+    before = everything(model)
+    with pytest.raises(tp.TieError, match="the pattern 'conv1' selects nothing: no module has"):
+        tp.tie_model(model, {"conv1": "flip_sym", "0": "flip_sym"}, on_unfit="skip")
+    assert everything(model) == before
+
+
 # Optimizers, untying -------------------------------------------------------------------------
 
 
@@ -454,7 +488,9 @@ def test_the_optimizer_follows_there_and_back():
 def test_cache_goes_to_every_tie():
     model = ResNet()
     tp.tie_model(model, {"layer*.conv*": "flip_sym"}, cache=True)
-    assert [tp.get_tie(m).memory.checked for m in model.modules() if tp.is_tied(m)] == [True] * 4
+    assert [
+        tp.get_tie(m).memory.checked for m in model.modules() if tp.is_tied(m, recurse=False)
+    ] == [True] * 4
 
 
 def test_untying_is_all_or_nothing():

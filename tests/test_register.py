@@ -443,7 +443,7 @@ def test_is_tied_and_get_tie():
     assert tp.is_tied(model[0])
     assert tp.is_tied(model[0], "weight")
     assert not tp.is_tied(model[0], "bias")
-    assert not tp.is_tied(model)
+    assert not tp.is_tied(model, recurse=False)
     assert str(tp.get_tie(model[0])) == "flip_sym"
     with pytest.raises(tp.TieError, match="'bias' of Linear.* is not tied"):
         tp.get_tie(model[0], "bias")
@@ -672,3 +672,35 @@ def test_unknown_options_are_listed_with_the_known_ones():
             tp.register_tie(nn.Linear(4, 4), "row_repeat", **options)
     with pytest.raises(TypeError, match="'copy'.*'source'.*Its options are: source=, source_name"):
         tp.register_tie(nn.Linear(4, 4), "copy")
+
+
+def test_is_tied_asks_a_layer_or_all_of_a_model():
+    layer = tp.register_tie(nn.Linear(3, 4), "row_repeat", init="rescale")
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), layer), nn.ReLU())
+    assert tp.is_tied(model)
+    assert tp.is_tied(model[0])
+    assert tp.is_tied(layer)
+    assert not tp.is_tied(model[0][0])
+    assert not tp.is_tied(nn.Sequential(nn.Linear(3, 3)))
+    # a name asks this very layer
+    assert tp.is_tied(layer, "weight")
+    assert not tp.is_tied(layer, "bias")
+    assert not tp.is_tied(model, "weight")
+    assert [part for part in model.modules() if tp.is_tied(part, recurse=False)] == [layer]
+    tp.untie_model(model)
+    assert not tp.is_tied(model)
+
+
+def test_is_tied_of_parametrizations_that_are_no_ties():
+    normed = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    assert not tp.is_tied(normed)
+    assert not tp.is_tied(normed[0], "weight")
+
+
+def test_a_layer_that_holds_tied_layers_is_not_tied_itself_for_the_library():
+    attention = nn.MultiheadAttention(4, 2)
+    tp.register_tie(attention.out_proj, "flip_sym")
+    assert tp.is_tied(attention)
+    tp.register_tie(attention, "row_repeat", "in_proj_weight", groups=3)  # and can be tied
+    assert [row.layer for row in tp.report(attention).ties] == ["", "out_proj"]
+    tp.untie_model(attention)

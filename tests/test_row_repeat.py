@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import safetensors.torch
@@ -305,3 +306,50 @@ def test_the_mean_of_large_opposite_values_does_not_overflow():
     assert torch.equal(rule.project(layer.weight), expected)
     (generic,) = tp.Rule.right_inverse(rule, layer.weight)
     assert torch.equal(generic, expected[:1])
+
+
+# Values that are assigned --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "call"),
+    [
+        (torch.tensor([1.0, 2.0, 3.0]), r"tiedparam\.assign_\(layer, (value\.expand\(4, 3\))\)"),
+        (torch.tensor([[1.0, 2.0, 3.0]]), r"assign_\(layer, (value\.expand\(4, 3\))\)"),
+        (torch.tensor(2.0), r"assign_\(layer, (value\.expand\(4, 3\))\)"),
+        (
+            torch.tensor([1.0, 2.0, 3.0]).double(),
+            r"assign_\(layer, (value\.to\(torch\.float32\)\.expand\(4, 3\))\)",
+        ),
+        (torch.ones(4, 3).double(), r"Convert the value first: (value\.to\(torch\.float32\))\."),
+    ],
+    ids=["a vector", "a row", "a number", "a vector of another type", "another type"],
+)
+def test_a_vector_that_is_assigned_shows_the_call_that_was_meant(value, call):
+    layer = tp.register_tie(nn.Linear(3, 4), "row_repeat")
+    before = layer.weight.detach().clone()
+    with pytest.raises(tp.TieError, match=call) as caught:
+        tp.assign_(layer, value)
+    assert torch.equal(layer.weight, before)
+    said = re.search(call, str(caught.value))[1]
+    tp.assign_(layer, eval(said, {"value": value, "torch": torch}))
+    assert torch.equal(layer.weight, value.to(torch.float32).expand(4, 3))
+    with pytest.raises(tp.TieError, match=call):
+        layer.weight = value
+
+
+def test_free_values_that_are_assigned_show_where_they_go():
+    layer = tp.register_tie(nn.Linear(3, 4), "row_repeat", groups=2)
+    rows = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    with pytest.raises(tp.TieError, match=r"call (layer\S+) under torch\.no_grad") as caught:
+        tp.assign_(layer, rows)
+    with torch.no_grad():
+        eval(re.search(r"call (layer\S+)", str(caught.value))[1], {"layer": layer, "value": rows})
+    assert torch.equal(layer.weight, rows.repeat_interleave(2, 0))
+
+
+def test_values_that_are_nothing_like_the_weight():
+    layer = tp.register_tie(nn.Linear(3, 4), "row_repeat")
+    for value in (torch.ones(4), torch.ones(2, 4, 3), torch.ones(3, 4)):
+        with pytest.raises(tp.TieError, match=r"cannot assign .* Convert the value first\.$"):
+            tp.assign_(layer, value)

@@ -526,6 +526,41 @@ def test_inits(net, files, capsys):
     )
 
 
+def test_a_limit_for_residuals(files, capsys):
+    def tie(*more):
+        return "tie", "model.pt", "--tie", "body.2=flip_sym", *more, "-o", "t.safetensors"
+
+    error = refused(capsys, *tie("--max-residual", "0.1"))
+    assert "'body.2.weight' by 'flip_sym': its residual 0." in error
+    assert "is above --max-residual 0.1. Leave it dense" in error
+    assert "(tiedparam scan lists them)" in error
+    assert not Path("t.safetensors").exists()
+    assert "Skipped: 'body.2.weight'" in good(
+        capsys, *tie("--max-residual", "0.1", "--skip-unfit", "--dry-run")
+    )
+    good(capsys, *tie("--max-residual", "1"))
+    for limit in ("-0.1", "nan", "much", ""):
+        with pytest.raises(SystemExit) as caught:
+            main([*tie(), f"--max-residual={limit}"])
+        assert caught.value.code == 2
+        assert "is not a number from 0 up" in capsys.readouterr().err
+
+
+def test_ties_that_are_hardly_meant_are_one_line_on_stderr(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 1))
+    torch.save(model.state_dict(), "fresh.pt")
+    command = ("tie", "fresh.pt", "--tie", "*=row_repeat", "-o", "t.safetensors", "--json")
+    code, out, err = call(capsys, *command)
+    assert code == 0
+    assert len(json.loads(out)["rows"]) == 2
+    (line,) = err.splitlines()
+    assert line.startswith("warning: 2 of 2 ties are hardly meant: the tie of '0.weight' by ")
+    assert "'1.weight' by 'row_repeat(groups=1)' frees nothing: 256 of 256" in line
+    assert "pass --init rescale" in line
+    assert "with tiedparam scan, or set a limit with --max-residual." in line
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -563,10 +598,10 @@ def test_without_a_command_the_help_is_shown(capsys):
     assert "examples:" in err
 
 
-COMMANDS = ["rules", "scan", "tie", "untie", "report", "demo", "bench"]
+COMMANDS = ["rules", "scan", "tie", "untie", "report", "demo"]
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "bench"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -619,19 +654,11 @@ def test_an_interrupt_is_one_line(files, capsys, monkeypatch):
     assert err.endswith("report: interrupted\n")
 
 
-def test_bench_runs_from_a_checkout_only(capfd, monkeypatch, tmp_path):
-    assert main(["bench", "--list"]) == 0
-    assert "row_repeat" in capfd.readouterr().out
-    assert main(["bench", "--nonsense"]) == 2  # what the benchmarks say
-    assert main(["bench", "--help"]) == 0
-    assert "--case" in capfd.readouterr().out
-    capfd.readouterr()
-    monkeypatch.setattr(_shell, "__file__", str(tmp_path / "tiedparam" / "_shell.py"))
-    assert main(["bench"]) == 1
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err.endswith("Run this from a checkout.\n")
-    assert len(err.splitlines()) == 1
+def test_the_benchmarks_are_no_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench"])
+    assert caught.value.code == 2
+    assert "invalid choice: 'bench'" in capsys.readouterr().err
 
 
 # The process -------------------------------------------------------------------------------

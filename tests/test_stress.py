@@ -267,7 +267,7 @@ class TiedModel(RuleBasedStateMachine):
         if not hasattr(self, "model"):
             return
         for layer in self.model.modules():
-            if tp.is_tied(layer):
+            if tp.is_tied(layer, recurse=False):
                 tie = tp.get_tie(layer)
                 with torch.no_grad():
                     weight = tie(*layer.parametrizations.weight.parameters(recurse=False))

@@ -94,7 +94,8 @@ class Broadcast(Rule):
         return Reduction(
             summed=last + 1 in blocks.shared and inputs > 1,
             run=run,
-            shared_banks=last > 0 and 0 in blocks.shared,
+            # blocks of outputs that are the layer's groups, each with the same bank
+            shared_banks=last > 0 and 0 in blocks.shared and blocks.outputs[0] == layout.groups,
         )
 
     def reduced(self, base: Tensor) -> Tensor:

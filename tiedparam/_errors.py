@@ -23,20 +23,24 @@ class TieError(RuntimeError):
 class TieWarning(UserWarning):
     """Something was done as asked that is perhaps not meant.
 
-    A loaded weight was projected by more than rounding, say, or decay acts otherwise than before.
+    A loaded weight was projected by more than rounding, say; a tie frees nothing, or keeps next to
+    nothing of the weight; decay acts otherwise than before.
     """
 
 
 def warn(message: str) -> None:
-    """Give a `TieWarning` that points at the line of the user's that led to it."""
-    level, frame = 1, sys._getframe(0)
-    while _is_inside(frame) and frame.f_back is not None:
+    """Give a `TieWarning` that points at the user's line, however deep in here it is found."""
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and _is_machinery(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, TieWarning, stacklevel=level)
 
 
-def _is_inside(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).partition(".")[0] in ("tiedparam", "torch")
+def _is_machinery(frame: FrameType) -> bool:
+    # torch's: its decorators, such as that of inference_mode, stand in between
+    name = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return name in ("tiedparam", "torch")
 
 
 def describe_layer(layer: nn.Module) -> str:

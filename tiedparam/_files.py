@@ -24,8 +24,9 @@ from tiedparam._errors import TieError, describe
 from tiedparam._fit import entries_for, placeholder, ties_to_make
 from tiedparam._header import Header
 from tiedparam._optimizer_guard import watch_free_values
+from tiedparam._places import Places
 from tiedparam._progress import progress
-from tiedparam._register import register_tie
+from tiedparam._register import tie_one
 from tiedparam._rollback import rolled_back_on_error
 from tiedparam._safetensors_format import Entry, check_entries, write
 from tiedparam._stock import effective
@@ -110,10 +111,11 @@ def load(path: PathLike, model: Model) -> Model:
         new = ties_to_make(header, model, stored.module_metadata)
         entries = entries_for(model, stored, header, new)
         with _values_kept_on_error(model), rolled_back_on_error(model.modules(), ()):
+            places = Places(model)
             for tie, rule in new:
                 layer = model.get_submodule(tie.layer)
                 if not is_tied(layer, tie.tensor):  # a layer under two names is tied once
-                    register_tie(layer, rule, tie.tensor, root=model)
+                    tie_one(layer, rule, tie.tensor, places)  # whatever it held: it is replaced
             _give_memory(model)
             _load_state_dict(model, entries)
             for tie in header.ties:  # not that of the values that were replaced

@@ -27,18 +27,22 @@ FUNCTIONS: dict[str, Function] = {
 
 
 def find_function(name: str) -> Function:
-    """The function that a file means by ``name``.
+    """The function that a file, or a user, means by ``name``.
 
     Raises:
         TieError: if it is none of `FUNCTIONS`; the message suggests the nearest names.
     """
-    if isinstance(name, str) and name in FUNCTIONS:
-        return FUNCTIONS[name]
+    if isinstance(name, str):
+        # "t" is how repr shows torch.t
+        bare = {known.__name__: known for known in FUNCTIONS.values()}
+        if name in FUNCTIONS or name in bare:
+            return FUNCTIONS.get(name) or bare[name]
     near = difflib.get_close_matches(str(name), FUNCTIONS, n=1, cutoff=0.4)
     known = ", ".join(f"'{known}'" for known in FUNCTIONS)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known are {known}."
     raise TieError(
-        f"fn={name!r} is no function that a file can name. {hint} Others only in Python."
+        f"fn={name!r} is no function that a file can name. {hint} Others only in "
+        "Python, as the function itself."
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -21,17 +21,22 @@ class Layout:
         groups: the convolution's groups, 1 for every other layer.
         transposed: whether it is the weight of a transposed convolution, or of another layer
             that stores ``W[in, out]``.
+        layer_groups: the groups of the layer that holds the tensor. A bias has none of its own,
+            and a law may want to treat it as its layer's filters are treated.
     """
 
     shape: tuple[int, ...]
     groups: int = 1
     transposed: bool = False
+    layer_groups: int = field(default=1, compare=False, repr=False)  # says nothing of the axes
 
     @classmethod
     def of(cls, layer: nn.Module, tensor_name: str, shape: tuple[int, ...]) -> Layout:
         """The layout of ``layer``'s tensor ``tensor_name``, which has shape ``shape``."""
-        if isinstance(layer, _ConvNd) and tensor_name == "weight":
-            return cls(tuple(shape), layer.groups, layer.transposed)
+        if isinstance(layer, _ConvNd):
+            if tensor_name == "weight":
+                return cls(tuple(shape), layer.groups, layer.transposed, layer.groups)
+            return cls(tuple(shape), layer_groups=layer.groups)
         if tensor_name == "weight" and _stores_inputs_first(layer):
             return cls(tuple(shape), transposed=True)
         return cls(tuple(shape))

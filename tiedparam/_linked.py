@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam._errors import TieError, describe, describe_layer
+from tiedparam._functions import find_function
 from tiedparam._layout import Layout
 from tiedparam._offloaded import loaded
 from tiedparam._rule import Rule
 from tiedparam._sharded import gathered
+from tiedparam._source import Source, find_source, shown
 from tiedparam._stock import effective, parametrization_list
 
 
@@ -34,19 +36,22 @@ class Linked(Rule):
     gains_from_cache = False  # the numbers are the source's: checking costs what computing does
 
     def __init__(
-        self, source: nn.Module | str, source_name: str | None, fn: Callable[[Tensor], Tensor]
+        self, source: Source, source_name: str | None, fn: Callable[[Tensor], Tensor] | str
     ) -> None:
         super().__init__()
-        if not isinstance(source, (nn.Module, str)):
+        if not isinstance(source, (nn.Module, str, Tensor)):
             raise TypeError(
-                f"source= takes the layer to read (or, with root=, its path), not {source!r}"
+                "source= takes the layer to read (or, with root=, its path), not a "
+                f"{type(source).__name__}"
             )
         if source_name is not None and not isinstance(source_name, str):
             raise TypeError(f"source_name= takes the name of a tensor, not {source_name!r}")
+        if isinstance(fn, str):
+            fn = find_function(fn)
         if not callable(fn):
             raise TypeError(f"fn= takes a function of the source's tensor, not {fn!r}")
         # a tuple: a module in an attribute would become a submodule of this one
-        self._source: tuple[nn.Module | str] = (source,)
+        self._source: tuple[Source] = (source,)
         self.source_name = source_name
         self.fn = fn
         self._meeting: weakref.ref[nn.Module] | None = None
@@ -62,8 +67,9 @@ class Linked(Rule):
                 module has taken its place in the model (S30).
         """
         (source,) = self._source
-        if isinstance(source, str):
-            raise TieError(f"the source '{source}' is a path; register the tie with root=model.")
+        if not isinstance(source, nn.Module):
+            given = f"'{source}' is a path" if isinstance(source, str) else "is a tensor"
+            raise TieError(f"the source {given}; register the tie with root=model.")
         if self._meeting is not None and not torch.compiler.is_compiling():
             self._refuse_exchanged_source(source)
         return source
@@ -72,6 +78,11 @@ class Linked(Rule):
     def meeting(self) -> nn.Module | None:
         """The smallest module that holds both ends, where ``root`` was given."""
         return self._meeting() if self._meeting is not None else None
+
+    @property
+    def path_to_source(self) -> str:
+        """Where the source lies in `meeting`."""
+        return ".".join(self._path_to_source)
 
     def sources(self) -> Iterator[tuple[nn.Module, str]]:
         """The one tensor that is read."""
@@ -121,11 +132,11 @@ class Linked(Rule):
 
     def bind(self, layer: nn.Module, tensor_name: str, root: nn.Module | None) -> str | None:
         """Find the source, refuse cycles and shapes that do not fit."""
-        if self.source_name is None:
-            self.source_name = tensor_name
-        reason = self._find_source(root)
+        reason = self.find_source(root)
         if reason:
             return reason
+        if self.source_name is None:
+            self.source_name = tensor_name
         source, name = self.source, self.source_name
         present = getattr(source, name, None)
         if not isinstance(present, Tensor):
@@ -171,17 +182,25 @@ class Linked(Rule):
             self.layout = layout
         return reason
 
-    def _find_source(self, root: nn.Module | None) -> str | None:
-        (source,) = self._source
-        if isinstance(source, nn.Module):
-            return None
-        if root is None:
-            return f"the source '{source}' is a path, and the model is unknown. Pass root=model."
-        try:
-            self._source = (root.get_submodule(source),)
-        except AttributeError:
-            return f"the model has no layer '{source}'. Correct source=."
+    def find_source(self, root: nn.Module | None) -> str | None:
+        """Look up what ``source=`` means, or return why it means nothing."""
+        found = find_source(*self._source, self.source_name, root)
+        if isinstance(found, str):
+            return found
+        source, self.source_name = found
+        self._source = (source,)
         return None
+
+    def extra_repr(self) -> str:
+        """The law, and which source it reads."""
+        try:
+            source: Source = self.source
+        except TieError:
+            (source,) = self._source  # not found yet, or exchanged: which one the error says
+            if isinstance(source, nn.Module):
+                return f"{super().extra_repr()}; reads a source that was exchanged"
+        place = shown(source, self.source_name or "weight", self.meeting, self.path_to_source)
+        return f"{super().extra_repr()}; reads {place}"
 
     # The smallest module that holds both ends ------------------------------------------
 

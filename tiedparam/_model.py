@@ -11,12 +11,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from tiedparam._concerns import Concerns, check_max_residual
 from tiedparam._errors import TieError
 from tiedparam._linked import Linked
 from tiedparam._optimizer import as_optimizers
@@ -40,6 +41,7 @@ def tie_model(
     plan: Plan | Mapping[Pattern, Value | list[Value]],
     *,
     init: str = "project",
+    max_residual: float | None = None,
     cache: bool = False,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     dry_run: bool = False,
@@ -57,12 +59,15 @@ def tie_model(
             entry that selects a tensor wins. Modules without the tensor are passed over.
         init: as in `register_tie`; ``"rescale"`` leaves copies as they are, since they have no
             values of their own.
+        max_residual: as in `register_tie`, for every tie.
         cache: as in `register_tie`, for every tie; laws that gain nothing from it ignore it.
         optimizer: the optimizer or optimizers that hold the dense parameters; they are moved
             to the free values, as by `register_tie`.
         dry_run: do everything, put everything back, and return the report of it.
         on_unfit: ``"error"`` changes nothing if a tensor cannot carry its rule, and lists all
-            reasons; ``"skip"`` leaves such tensors as they are, and lists them in the report.
+            reasons; ``"skip"`` leaves such tensors as they are, and lists them in the report, with
+            layer types and functions that select nothing here. A glob that fits no name at all is
+            misspelt, and stays an error.
 
     Returns:
         The report: what was tied, what was skipped, and what that saves.
@@ -71,23 +76,29 @@ def tie_model(
         TieError: if an entry selects nothing (with the nearest names), or, listing all
             reasons, if something does not fit. Nothing was changed then.
         TypeError: for arguments of a wrong type and options that a rule does not have.
+
+    Warns:
+        TieWarning: one for all ties that free nothing, or keep next to nothing of their weight, as
+            `register_tie` warns of each.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"tie_model takes an nn.Module, not {type(model).__name__}")
     if on_unfit not in _ON_UNFIT:
         raise TieError(f"on_unfit={on_unfit!r} is unknown. Choose 'error' or 'skip'.")
+    check_max_residual(max_residual)
     plan = Plan.of(plan)
     optimizers = as_optimizers(optimizer)
-    skipped = list[Skipped]()
+    skipped, concerns = list[Skipped](), Concerns()
     given = [entry.options.get("source") for entry in plan.entries]
     outside = [source for source in given if isinstance(source, nn.Module)]
     try:
         with rolled_back_on_error([*model.modules(), *outside], optimizers):
             # in here, since a pattern may be a function of the user's, which may do anything
-            wanted = _sources_first(_select(model, plan, init), model)
+            selected, absent = _select(model, plan, init, skip=on_unfit == "skip")
+            wanted = _sources_first(selected, model)
             places = Places(model)
             for each in wanted:
-                reason = each.make(places, optimizers, cache)
+                reason = each.make(places, optimizers, cache, max_residual, concerns)
                 if reason is not None:
                     name = each.entry.tensor_name
                     skipped.append(Skipped(each.path, name, str(each.rule), reason))
@@ -99,9 +110,10 @@ def tie_model(
             report = TieReport(
                 tuple(row for row in rows if (row.layer, row.tensor_name) in made),
                 totals_of(model, rows, optimizers),
-                tuple(skipped),
+                (*absent, *skipped),
                 dry_run,
             )
+            concerns.tell(len(made))
             if dry_run:
                 raise _PutBack
     except _PutBack:
@@ -168,7 +180,14 @@ class _Tie:
     rule: Rule
     init: str
 
-    def make(self, places: Places, optimizers: list[Optimizer], cache: bool) -> str | None:
+    def make(
+        self,
+        places: Places,
+        optimizers: list[Optimizer],
+        cache: bool,
+        max_residual: float | None,
+        concerns: Concerns,
+    ) -> str | None:
         """Tie it, or return why that cannot be."""
         try:
             tie_one(
@@ -177,8 +196,10 @@ class _Tie:
                 self.entry.tensor_name,
                 places,
                 init=self.init,
+                max_residual=max_residual,
                 cache=cache,
                 optimizer=optimizers,
+                concerned=concerns.note,
             )
         except TieError as error:
             where = f"{self.path}.{self.entry.tensor_name}".removeprefix(".")
@@ -186,11 +207,14 @@ class _Tie:
         return None
 
 
-def _select(model: nn.Module, plan: Plan, default_init: str) -> list[_Tie]:
-    """The ties that a plan asks for, in the model's order.
+def _select(
+    model: nn.Module, plan: Plan, default_init: str, *, skip: bool
+) -> tuple[list[_Tie], list[Skipped]]:
+    """The ties that a plan asks for, in the model's order; and the entries that select nothing.
 
     Raises:
-        TieError: if an entry selects no tensor at all, or names an unknown rule or init.
+        TieError: if an entry names an unknown rule or init; or if one selects no tensor at all,
+            unless that is to be skipped. A glob that no module's name fits is misspelt, even so.
     """
     names: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -216,14 +240,22 @@ def _select(model: nn.Module, plan: Plan, default_init: str) -> list[_Tie]:
                 if isinstance(rule, Linked) and init == "rescale":
                     init = "project"
                 ties.append(_Tie(paths[0], module, entry, rule, init))
-    problems = [
-        _why_nothing(entry, names, left_out)
-        for entry, found, left_out in zip(plan.entries, selects, without, strict=True)
-        if not found
-    ]
+    absent, problems = list[Skipped](), []
+    for entry, rule_and_init, found, left_out in zip(
+        plan.entries, rules, selects, without, strict=True
+    ):
+        if found:
+            continue
+        reason = _why_nothing(entry, names, left_out)
+        if skip and (left_out or not isinstance(entry.pattern, str)):
+            rule = make_rule(rule_and_init[0], dict(entry.options))
+            pattern = entry.pattern_text().strip("'")
+            absent.append(Skipped(pattern, entry.tensor_name, str(rule), reason))
+        else:
+            problems.append(reason)
     if problems:
         raise TieError("\n".join(problems))
-    return ties
+    return ties, absent
 
 
 def _checked(entry: PlanEntry, default_init: str) -> tuple[type[Rule], str]:
@@ -304,16 +336,11 @@ def _sources_first(ties: list[_Tie], model: nn.Module) -> list[_Tie]:
 def _source_ties(
     tie: _Tie, by_tensor: Mapping[tuple[nn.Module, str], _Tie], model: nn.Module
 ) -> Iterator[_Tie]:
-    if isinstance(tie.rule, Linked):
-        source: Any = tie.entry.options.get("source")
-        if isinstance(source, str):
-            try:
-                source = model.get_submodule(source)
-            except AttributeError:
-                return  # register_tie says so
-        name = tie.entry.options.get("source_name") or tie.entry.tensor_name
-        if (source, name) in by_tensor:
-            yield by_tensor[source, name]
+    # a source that is not found is for register_tie to tell
+    if isinstance(tie.rule, Linked) and tie.rule.find_source(model) is None:
+        place = tie.rule.source, tie.rule.source_name or tie.entry.tensor_name
+        if place in by_tensor:
+            yield by_tensor[place]
 
 
 def _all_reasons(skipped: list[Skipped], wanted: int) -> str:

@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from tiedparam import _cache, _host, _optimizer, _optimizer_guard, _structured
 from tiedparam._checkpoint import unwatch_source, watch_source
-from tiedparam._errors import TieError, describe
+from tiedparam._concerns import Concern, check_max_residual, concern_of, refuse_distant
+from tiedparam._errors import TieError, describe, warn
 from tiedparam._linked import Linked
 from tiedparam._offloaded import refuse_offloaded
 from tiedparam._places import Places
@@ -45,6 +46,7 @@ def register_tie(
     tensor_name: str = "weight",
     *,
     init: str = "project",
+    max_residual: float | None = None,
     cache: bool = False,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     root: nn.Module | None = None,
@@ -60,6 +62,9 @@ def register_tie(
             lawful weight (for trained weights); ``"rescale"``, the projection times the
             square root of each orbit's multiplicity (for fresh i.i.d. ones, whose standard
             deviation it keeps); ``"exact"``, raise unless the weight is lawful already.
+        max_residual: how far the weight may be from the law (see `residual`); above it this is an
+            error. A number that is given also says that what lies below is meant, without a
+            warning.
         cache: keep the computed weight between calls in eval mode without gradients. The
             free values are compared, bit for bit, before it is used again, which takes a
             fraction of computing it (on a GPU it waits for the device). Laws that compute
@@ -82,13 +87,27 @@ def register_tie(
         TypeError: for arguments of a wrong type and options that the rule does not have.
 
     Warns:
+        TieWarning: if the tie frees nothing, or if ``"project"`` keeps less than a fifth of the
+            norm of a weight that was no nearer to the law than a random one. Tensors of fewer
+            than 128 entries and copies, which replace the weight by definition, are left out.
         TieWarning: if decay that the optimizer adds to the gradient becomes weaker, with by how
             much and the way out.
     """
     _check_arguments(layer, tensor_name, init, root)
+    check_max_residual(max_residual)
     made = make_rule(rule, options)
     places = Places(root) if root is not None else None
-    return tie_one(layer, made, tensor_name, places, init=init, cache=cache, optimizer=optimizer)
+    return tie_one(
+        layer,
+        made,
+        tensor_name,
+        places,
+        init=init,
+        max_residual=max_residual,
+        cache=cache,
+        optimizer=optimizer,
+        concerned=lambda concern: warn(f"{concern.fact()} {concern.advice()}"),
+    )
 
 
 @torch.inference_mode(False)  # Parameters made in inference mode could never be trained
@@ -98,11 +117,15 @@ def tie_one(
     tensor_name: str,
     places: Places | None,
     *,
-    init: str,
-    cache: bool,
-    optimizer: Optimizer | Iterable[Optimizer] | None,
+    init: str = "project",
+    max_residual: float | None = None,
+    cache: bool = False,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    concerned: Callable[[Concern], None] | None = None,
 ) -> Layer:
     """`register_tie` with a rule that is made, and a root that is looked through.
+
+    ``concerned`` is told of a tie that is hardly meant, while all can still be put back.
 
     Raises:
         TieError: if anything does not fit. Nothing was changed then.
@@ -125,7 +148,7 @@ def tie_one(
             raise refuse(reason)
         if any(is_sharded(effective(*source)) for source in made.sources()):
             raise refuse("its source is sharded already. Tie before fully_shard.")
-        free = _initial_free_values(made, weight, init, refuse)
+        free = _initial_free_values(made, weight, init, max_residual, refuse)
         _host.remember_order(layer)
         parametrize.register_parametrization(layer, tensor_name, made)
         _host.adopt(layer)
@@ -148,6 +171,10 @@ def tie_one(
         if isinstance(made, Linked):
             watch_source(made)
             _optimizer.share_gradient(weight, made, list(origins(layer, tensor_name)))
+        unasked = init == "project" and max_residual is None
+        concern = concern_of(where, tensor_name, made, weight.detach(), projected=unasked)
+        if concern is not None and concerned is not None:
+            concerned(concern)
     _optimizer_guard.retire(
         [weight],
         f"the dense parameter of {where}",
@@ -407,9 +434,13 @@ def _describe(layer: nn.Module, tensor_name: str, places: Places | None) -> str:
 
 
 def _initial_free_values(
-    rule: Rule, weight: nn.Parameter, init: str, refuse: Callable[[str], TieError]
+    rule: Rule,
+    weight: nn.Parameter,
+    init: str,
+    max_residual: float | None,
+    refuse: Callable[[str], TieError],
 ) -> list[Tensor]:
-    """Free values for ``weight`` by ``init``, once the rule has shown that it fits."""
+    """Free values for ``weight`` by ``init``, once rule and weight have shown that they fit."""
     with torch.no_grad():
         if has_values(weight) and not has_values(torch.empty(0, device=weight.device)):
             raise refuse("FakeTensorMode computes no values. Tie the layer outside of it.")
@@ -433,6 +464,8 @@ def _initial_free_values(
             rule.residual_at_tying = relative_distance(dense, lawful)
         elif init == "exact":
             raise refuse("its weight has no values yet to compare. Use init='project', or load it.")
+        if max_residual is not None:
+            refuse_distant(rule.residual_at_tying, max_residual, refuse)
         if init == "exact" and not torch.equal(lawful, dense):
             raise refuse(
                 f"the weight breaks the law {rule.law} (residual {rule.residual_at_tying:.2e}). "

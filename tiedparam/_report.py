@@ -155,7 +155,10 @@ class Report(TableReport[TieRow]):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A tensor that a plan selected and that was left as it is, and why."""
+    """A tensor that a plan selected and that was left as it is, and why.
+
+    Where a layer type or function of the plan selected nothing, ``layer`` is its name.
+    """
 
     layer: str
     tensor_name: str

@@ -13,7 +13,6 @@ import inspect
 import io
 import json
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +39,7 @@ from tiedparam import (
     write_plan,
 )
 from tiedparam._atomic import refuse_foreign_suffix
+from tiedparam._concerns import check_max_residual
 from tiedparam._errors import visible
 from tiedparam._functions import find_function
 from tiedparam._offline import LayerHint, open_model, read_hints
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 1 after a `TieError` or `OSError`, whose message is printed, with a
         line for each reason; 130 if it was interrupted. Without a command the help goes to stderr
-        and the code is 2. ``bench`` returns what the benchmarks return.
+        and the code is 2.
 
     Raises:
         SystemExit: from argparse, with 2 for wrong usage and 0 after ``--help``.
@@ -76,14 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     parser = _parser()
-    arguments, others = parser.parse_known_args(argv)
-    if arguments.command is None and not others:
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
         parser.print_help(sys.stderr)
         return 2
-    if arguments.command == "bench":
-        arguments.rest = others
-    elif others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         _import_modules(getattr(arguments, "imports", ()))
         with _warnings_in_one_line():
@@ -114,6 +110,12 @@ _WORDS = {
     "call remove_tie first": "run tiedparam untie first",
     "If it is a rule of your own, import its module first.": "Rules of your own need --import.",
     "pass on_unfit='skip'": "pass --skip-unfit",
+    "pass init='rescale'": "pass --init rescale",
+    "with tiedparam.residual or tiedparam.scan, or set a limit with max_residual=": (
+        "with tiedparam scan, or set a limit with --max-residual"
+    ),
+    "above max_residual=": "above --max-residual ",
+    "tiedparam.scan": "tiedparam scan",
 }
 
 
@@ -173,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tiedparam {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="<command>")
-    for add in (_add_rules, _add_scan, _add_tie, _add_untie, _add_report, _add_demo, _add_bench):
+    for add in (_add_rules, _add_scan, _add_tie, _add_untie, _add_report, _add_demo):
         add(commands)
     return parser
 
@@ -184,7 +186,6 @@ def _command(
     run: Callable[[argparse.Namespace], int | None],
     text: str,
     *examples: str,
-    help_too: bool = True,
 ) -> argparse.ArgumentParser:
     """A subcommand with a help text that ends in examples, and ``--help`` to show it."""
     shown = "".join(f"  tiedparam {name} {example}\n" for example in examples)
@@ -192,7 +193,6 @@ def _command(
         name,
         help=text[0].lower() + text.partition(".")[0][1:],
         description=text,
-        add_help=help_too,
         epilog=f"{'examples' if len(examples) > 1 else 'example'}:\n{shown}{_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -416,6 +416,10 @@ def _add_tie(commands: Any) -> None:
         "weights that are lawful already (default: project)",
     )  # fmt: skip
     parser.add_argument(
+        "--max-residual", type=_limit, metavar="R",
+        help="refuse tensors further from their law than this, as scan measures it (0 to 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--skip-unfit", action="store_true", help="leave out tensors that cannot carry their law"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be tied")
@@ -438,6 +442,7 @@ def _run_tie(arguments: argparse.Namespace) -> None:
             model,
             plan,
             init=arguments.init,
+            max_residual=arguments.max_residual,
             dry_run=arguments.dry_run,
             on_unfit="skip" if arguments.skip_unfit else "error",
         )
@@ -483,7 +488,7 @@ def _run_untie(arguments: argparse.Namespace) -> None:
     _print_written(untied, arguments, files, before)
 
 
-# report, demo, bench -----------------------------------------------------------------------
+# report, demo ------------------------------------------------------------------------------
 
 
 def _add_report(commands: Any) -> None:
@@ -549,27 +554,6 @@ def _run_demo(arguments: argparse.Namespace) -> None:
     demo(out, seed=arguments.seed, epochs=arguments.epochs)
 
 
-def _add_bench(commands: Any) -> None:
-    _command(
-        commands,
-        "bench",
-        _run_bench,
-        "Run the benchmarks of a checkout. All arguments go to python -m benchmarks.",
-        "--case row_repeat",
-        help_too=False,
-    )
-
-
-def _run_bench(arguments: argparse.Namespace) -> int:
-    checkout = Path(__file__).resolve().parent.parent
-    if not (checkout / "benchmarks" / "__main__.py").is_file():
-        raise TieError(
-            "the benchmarks are not installed with the package. Run this from a checkout."
-        )
-    rest = [argument for argument in arguments.rest if argument != "--"]
-    return subprocess.run([sys.executable, "-m", "benchmarks", *rest], cwd=checkout).returncode
-
-
 # Arguments ---------------------------------------------------------------------------------
 
 
@@ -582,6 +566,15 @@ def between(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def _limit(text: str) -> float:
+    try:
+        value = float(text)
+        check_max_residual(value)
+    except (ValueError, TieError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up") from error
+    return value
 
 
 def _path(text: str) -> Path:

@@ -13,12 +13,25 @@ from tiedparam._rule import Rule
 from tiedparam._stock import parametrization_list, parametrization_lists
 
 
-def is_tied(module: nn.Module, tensor_name: str | None = None) -> bool:
-    """Whether the tensor (or, without a name, any tensor of this very layer) is tied."""
+def is_tied(module: nn.Module, tensor_name: str | None = None, *, recurse: bool = True) -> bool:
+    """Whether anything in a module is tied.
+
+    Args:
+        module: a layer, or a whole model.
+        tensor_name: ask for this tensor of this very layer.
+        recurse: whether layers inside of the module count; if not, its own tensors alone.
+
+    Example::
+
+        is_tied(model)  # any layer of it
+        [layer for layer in model.modules() if is_tied(layer, recurse=False)]
+        is_tied(model.conv, "bias")
+    """
+    if tensor_name is None:
+        return any(ties_of(part) for part in (module.modules() if recurse else (module,)))
     if not parametrize.is_parametrized(module, tensor_name):
         return False
-    names = parametrization_lists(module) if tensor_name is None else [tensor_name]
-    return any(isinstance(parametrization_list(module, name)[0], Rule) for name in names)
+    return isinstance(parametrization_list(module, tensor_name)[0], Rule)
 
 
 def get_tie(layer: nn.Module, tensor_name: str = "weight") -> Rule:
@@ -58,7 +71,7 @@ def is_stacked(layer: nn.Module, tensor_name: str) -> bool:
 
 def ties_of(layer: nn.Module) -> dict[str, Rule]:
     """The tied tensors of one layer and their rules."""
-    if not is_tied(layer):
+    if not parametrize.is_parametrized(layer):
         return {}
     names = parametrization_lists(layer)
     return {name: get_tie(layer, name) for name in names if is_tied(layer, name)}

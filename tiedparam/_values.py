@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -62,9 +62,11 @@ def assign_(
     with torch.no_grad():
         present = effective(layer, tensor_name)
         if value.shape != present.shape or value.dtype != present.dtype:
+            sizes = {shape: number for number, shape in enumerate(rule.free_shapes())}
             raise TieError(
                 f"cannot assign {value.dtype} {tuple(value.shape)} to {where}, which is "
-                f"{present.dtype} {tuple(present.shape)}. Convert the value first."
+                f"{present.dtype} {tuple(present.shape)}. "
+                f"{_meant(value, present, tensor_name, sizes)}"
             )
         if has_values(value) and not has_values(present):
             raise TieError(
@@ -82,6 +84,28 @@ def assign_(
         for parameter, content in zip(free_values(layer, tensor_name), free, strict=True):
             write(parameter, content)
     return layer
+
+
+def _meant(
+    value: Tensor, present: Tensor, tensor_name: str, free: Mapping[tuple[int, ...], int]
+) -> str:
+    """The call that was meant, as far as shape and dtype of the value tell."""
+    cast = "" if value.dtype == present.dtype else f".to({present.dtype})"
+    shape = tuple(present.shape)
+    if value.shape == present.shape:
+        return f"Convert the value first: value{cast}."
+    if _stretches(value.shape, shape):  # one row for all, say, which many laws keep
+        return f"To repeat the value call tiedparam.assign_(layer, value{cast}.expand{shape})."
+    if tuple(value.shape) in free:
+        parameter = f"layer.parametrizations.{tensor_name}.original{free[tuple(value.shape)]}"
+        return f"To set the free values call {parameter}.copy_(value) under torch.no_grad()."
+    return "Convert the value first."
+
+
+def _stretches(shape: torch.Size, goal: tuple[int, ...]) -> bool:
+    return len(shape) <= len(goal) and all(
+        size in (1, wanted) for size, wanted in zip(shape[::-1], goal[::-1], strict=False)
+    )
 
 
 def init_(

@@ -122,6 +122,15 @@ def unguard(weight: Tensor) -> Tensor:
     return weight
 
 
+def place_of(tensor: Tensor) -> tuple[nn.Module, str] | None:
+    """Layer and tensor name of a tied weight as it was read; None for any other tensor."""
+    if type(tensor) is not GuardedWeight or tensor._place is None or tensor._detached:
+        return None
+    layer, tensor_name = tensor._place
+    holder = layer()
+    return (holder, tensor_name) if holder is not None else None
+
+
 def _own(weight: GuardedWeight, requires_grad: bool = True) -> Tensor:
     """What ``nn.Parameter(layer.weight)`` needs: the same class, but memory of its own."""
     with torch._C.DisableTorchFunctionSubclass():

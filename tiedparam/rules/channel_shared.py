@@ -1,4 +1,4 @@
-"""Per-channel sharing: W[o, c, x] = w[o, x], w[c, x], w[x] or w[o mod m, c, x]."""
+"""Per-channel sharing: W[o, c, x] = w[o, x], w[c, x], w[x] or w[o mod (O/g), c, x]."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LAWS = {
     "in": "W[o, c, x] = w[o, x]",
     "out": "W[o, c, x] = w[c, x]",
     "all": "W[o, c, x] = w[x]",
-    "groups": "W[g·m + r, c, x] = w[r, c, x]",
+    "groups": "W[k·m + r, c, x] = w[r, c, x]",
 }
 
 
@@ -30,18 +30,20 @@ class ChannelShared(Broadcast):
     ``"in"``              ``W[o, c, x] = w[o, x]``        ``(O, 1, *kernel)``
     ``"out"``             ``W[o, c, x] = w[c, x]``        ``(1, C/g, *kernel)``
     ``"all"``             ``W[o, c, x] = w[x]``           ``(1, 1, *kernel)``
-    ``"groups"``          ``W[g·m+r, c, x] = w[r, c, x]``  ``(O/g, C/g, *kernel)``
+    ``"groups"``          ``W[k·m+r, c, x] = w[r, c, x]``  ``(O/g, C/g, *kernel)``
     ====================  ==============================  =======================
 
     ``"in"`` applies one kernel per output to every input channel, which equals summing
-    the channels first. ``"groups"`` filters ``g`` independent streams (the groups of a
-    grouped convolution, ``m = O/g`` filters each) with one small bank.
+    the channels first. ``"groups"`` filters independent streams (the groups of a grouped
+    convolution) with one small bank: ``k`` counts the groups, from 0 to ``g − 1``, and ``r`` the
+    ``m = O/g`` filters of a group.
 
     Args:
         over: which channels share: ``"in"``, ``"out"``, ``"all"`` or ``"groups"``.
 
     ``O`` outputs, ``C`` inputs, ``g`` groups; ``c`` runs within a group; ``weight`` has the
-    layer's own shape and the law speaks of the canonical layout. The bias is left alone.
+    layer's own shape and the law speaks of the canonical layout. The bias is left alone; that of
+    streams follows the filters by `repeat`, ``outputs=g, order="tile"``.
     Each stored value receives the sum of its copies' gradients.
 
     Source: "same filter for each channel", the PyTorch forum; the projection is the orbit
@@ -64,14 +66,24 @@ class ChannelShared(Broadcast):
         if not isinstance(self.over, str) or self.over not in _LAWS:
             known = ", ".join(f"'{over}'" for over in _LAWS)
             return f"over={self.over!r} is unknown. Choose one of {known}."
-        if len(layout.shape) < 2:
-            return "the tensor has no input channels. Tie a weight, or use 'row_repeat'."
-        if self.over == "groups" and layout.groups == 1:
+        vector = len(layout.shape) < 2
+        if self.over == "groups" and (layout.layer_groups if vector else layout.groups) == 1:
             return (
                 "over='groups' shares one bank between the groups of a convolution, and this "
                 "layer has groups=1. Build the layer with groups=, or use over='in'."
             )
+        if vector:
+            return f"the tensor has no input channels. {self._for_vectors(layout)}"
         return None
+
+    def _for_vectors(self, layout: Layout) -> str:
+        """How a bias follows the filters of this law."""
+        if self.over == "in":
+            return "Tie a weight; every output has a filter of its own here, and a bias too."
+        if self.over == "groups":
+            options = f"outputs={layout.layer_groups}, order='tile'"
+            return f"To repeat a bias as the filters are repeated use 'repeat', {options}."
+        return "To give all outputs one bias, as they have one filter, use 'row_repeat'."
 
     def blocks(self) -> Blocks:
         """The canonical axes, outputs split by group for ``over="groups"``."""

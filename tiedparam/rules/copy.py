@@ -23,10 +23,12 @@ class Copy(Linked):
     both uses arrive in the source.
 
     Args:
-        source: the layer to read; with ``register_tie(..., root=model)`` also its path.
+        source: the layer to read; with ``register_tie(..., root=model)`` also its path, that of
+            its tensor (``"encoder.weight"``), or the tensor itself (``model.encoder.weight``).
         source_name: which of its tensors; by default the one with the tied tensor's name.
         fn: any differentiable function whose result has the tied tensor's shape, such as
-            ``torch.square``, ``torch.t`` for a tied autoencoder, or a tile or crop.
+            ``torch.square``, ``torch.t`` for a tied autoencoder, or a tile or crop. Those that
+            plans can name may be given by name: ``"t"``.
 
     ``free``: none; ``weight``: the layer's own shape. `register_tie` raises `TieError` if the
     source or its tensor does not exist, if ``fn`` gives another shape, dtype or device, or if
@@ -39,9 +41,9 @@ class Copy(Linked):
 
     def __init__(
         self,
-        source: nn.Module | str,
+        source: nn.Module | str | Tensor,
         source_name: str | None = None,
-        fn: Callable[[Tensor], Tensor] = identity,
+        fn: Callable[[Tensor], Tensor] | str = identity,
     ) -> None:
         super().__init__(source, source_name, fn)
 

@@ -11,6 +11,7 @@ from tiedparam._broadcast import Blocks, Broadcast
 from tiedparam._layout import Layout
 from tiedparam._registry import register_rule
 from tiedparam._rule import Example
+from tiedparam.rules.repeat import repeated
 
 
 @register_rule("row_repeat")
@@ -58,8 +59,8 @@ class RowRepeat(Broadcast):
 
     def blocks(self) -> Blocks:
         """``(groups, out/groups, *rest)``, shared along the rows of a block."""
-        out, *rest = self.bound_layout.canonical_shape
-        return Blocks((self.groups, out // self.groups), tuple(rest), shared=(1,))
+        shape = self.bound_layout.canonical_shape
+        return repeated(shape, shape[0] // self.groups, "block")
 
     @classmethod
     def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:

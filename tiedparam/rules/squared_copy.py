@@ -21,7 +21,8 @@ class SquaredCopy(Linked):
     """A tensor that is the elementwise square of another layer's: ``W = source.W²``.
 
     Args:
-        source: the layer to read; with ``register_tie(..., root=model)`` also its path.
+        source: the layer to read; with ``register_tie(..., root=model)`` also its path, as for
+            `copy`.
         source_name: which of its tensors; by default the one with the tied tensor's name.
 
     ``free``: none; ``weight``: the source's shape. Raises as `copy` does; for shapes that
@@ -32,7 +33,7 @@ class SquaredCopy(Linked):
 
     law = "W = source.W²"
 
-    def __init__(self, source: nn.Module | str, source_name: str | None = None) -> None:
+    def __init__(self, source: nn.Module | str | Tensor, source_name: str | None = None) -> None:
         super().__init__(source, source_name, squared)
 
     @classmethod
