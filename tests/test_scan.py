@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiedparam as tp
-from tiedparam import _cost, _scan
+from tiedparam import _cost, _near_copies, _scan_report
+from tiedparam._linked import Linked
 
 
 def by_name(report: tp.ScanReport) -> dict[tuple[str, str], object]:
@@ -77,7 +78,7 @@ def test_every_variant_of_every_rule_can_be_made():
             assert len(variants) >= 1
             for options in variants:
                 assert "source" not in options
-                source = {"source": nn.Linear(2, 2)} if issubclass(kind, _scan.Linked) else {}
+                source = {"source": nn.Linear(2, 2)} if issubclass(kind, Linked) else {}
                 kind(**options, **source)
     assert {"over": "groups"} in tp.available_rules()["channel_shared"].variants(layouts[2])
     assert {"over": "groups"} not in tp.available_rules()["channel_shared"].variants(layouts[1])
@@ -279,7 +280,7 @@ def test_the_bound_on_pairs_is_kept_and_said():
         model[11].weight.copy_(noisy(model[2].weight))  # far apart
         model[7].weight.copy_(noisy(model[4].weight.t()))
     report = tp.scan(model, ["copy"], pairs=1)
-    assert report.pairs == _scan.Pairs(fitting=2 * 66, compared=2 * 11, per_tensor=1)
+    assert report.pairs == _scan_report.Pairs(fitting=2 * 66, compared=2 * 11, per_tensor=1)
     assert {c.rule for c in report.found()} == {"copy of 2.weight", "copy(fn='t') of 4.weight"}
     assert "22 of 132 fitting pairs were compared in full, the 1 nearest of" in str(report)
     assert tp.scan(model, ["copy"], pairs=0).candidates == ()
@@ -534,7 +535,7 @@ def test_no_dense_copies_are_held_beyond_one_layer():
     few, many = peak(4), peak(24)
     assert few > one_layer  # it is measured at all
     # 20 layers more add the samples that copies are looked for by, and no more copies of layers
-    assert many - few < one_layer + 20 * 6 * _scan.SAMPLED * 8
+    assert many - few < one_layer + 20 * 6 * _near_copies.SAMPLED * 8
     assert few < 12 * one_layer  # what one law on one layer needs on the way
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
-from tiedparam._scan import Candidate, ScanReport
+from tiedparam._scan_report import Candidate, ScanReport
 from tiedparam._ties import get_tie
 from tiedparam._write_guard import unguard
 

@@ -14,7 +14,7 @@ from tiedparam import _cost
 from tiedparam._linked import Linked
 from tiedparam._optimizer import as_optimizers
 from tiedparam._rule import Rule
-from tiedparam._scan import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
+from tiedparam._scan_report import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
 from tiedparam._table import Column, Table, TableReport, plain, show
 from tiedparam._ties import origins, ties_of
 

@@ -1,0 +1,242 @@
+"""What a scan found: its rows, how they are ranked, and how they are shown."""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from tiedparam._near_copies import SAMPLED
+from tiedparam._plan import Plan, PlanEntry
+from tiedparam._rule import Rule
+from tiedparam._table import Column, Table, TableReport, plain, show
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One tensor and one law that it can carry.
+
+    Attributes:
+        layer: path of the layer in the model.
+        tensor_name: which of its tensors.
+        rule: the rule with its options, as text.
+        rule_class: the rule.
+        options: its options; a source is given as its path.
+        shape: of the tensor.
+        dense_values: how many entries it has.
+        free_values: how many numbers the rule stores.
+        multiplicity: how many entries share a free value, least and most; None for a copy.
+        residual: ``‖W − project(W)‖ / ‖W‖``; 0 for a zero weight.
+        expected: the residual of a random weight of this shape (and scale, for a copy).
+        z_score: how many standard deviations ``residual²`` lies from that of a normal i.i.d.
+            weight; far below zero means that the law is kept on purpose. None if unknown.
+        constant: whether all entries are equal: such a tensor keeps many laws and says nothing.
+        multiply_adds_dense: multiply-adds per position without the tie, None if unknown.
+        multiply_adds_tied: the same with the tie, in training.
+        positions: on how many positions the layer works for the example; None without one.
+    """
+
+    layer: str
+    tensor_name: str
+    rule: str
+    rule_class: type[Rule]
+    options: Mapping[str, Any]
+    shape: tuple[int, ...]
+    dense_values: int
+    free_values: int
+    multiplicity: tuple[int, int] | None
+    residual: float
+    expected: float
+    z_score: float | None
+    constant: bool
+    multiply_adds_dense: int | None
+    multiply_adds_tied: int | None
+    positions: int | None = None
+
+    @property
+    def compression(self) -> float:
+        """Dense by free values; infinite for a copy."""
+        return self.dense_values / self.free_values if self.free_values else math.inf
+
+    @property
+    def relative(self) -> float | None:
+        """Residual by expected residual: 1 for a random weight, 0 for a lawful one.
+
+        None for a constant tensor, whose residual says nothing.
+        """
+        if self.constant or not self.expected:
+            return None
+        return self.residual / self.expected
+
+    def entry(self) -> PlanEntry:
+        """The entry of a plan that ties this tensor by this rule."""
+        rule = self.rule_class.name or self.rule_class
+        return PlanEntry(glob.escape(self.layer), rule, dict(self.options), self.tensor_name)
+
+
+@dataclass(frozen=True)
+class NotLookedAt:
+    """A tensor that was left out, and why."""
+
+    layer: str
+    tensor_name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """How much of the search for copies was done.
+
+    Attributes:
+        fitting: pairs of tensor and function of another tensor whose shapes fit.
+        compared: how many of them were compared in full; the others by sampled entries only.
+        per_tensor: how many were allowed for each tensor and function.
+    """
+
+    fitting: int = 0
+    compared: int = 0
+    per_tensor: int = 0
+
+
+def _path(candidate: Candidate | NotLookedAt) -> str:
+    return f"{candidate.layer}.{candidate.tensor_name}".removeprefix(".")
+
+
+# what candidates and ties have in common
+WHAT_IT_TIES: list[Column[Any]] = [
+    Column("tensor", "tensor", _path),
+    Column("rule", "rule", lambda r: r.rule),
+    Column("shape", "shape", lambda r: r.shape),
+    Column("dense_values", "dense", lambda r: r.dense_values),
+    Column("free_values", "free", lambda r: r.free_values),
+    Column("compression", "ratio", lambda r: r.compression),
+    Column("multiplicity", "mult.", lambda r: r.multiplicity, lambda r: _span(r.multiplicity)),
+    Column("residual", "residual", lambda r: r.residual),
+]
+WHAT_IT_COSTS: list[Column[Any]] = [
+    Column("multiply_adds_dense", "mult-adds", lambda r: r.multiply_adds_dense),
+    Column("multiply_adds_tied", "tied", lambda r: r.multiply_adds_tied),
+]
+WHERE_IT_LIES: list[Column[Any]] = [
+    Column("layer", "", lambda r: r.layer),
+    Column("tensor_name", "", lambda r: r.tensor_name),
+]
+_COLUMNS: list[Column[Candidate]] = [
+    *WHAT_IT_TIES,
+    Column("expected", "random", lambda c: c.expected),
+    Column("relative", "relative", lambda c: c.relative),
+    *WHAT_IT_COSTS,
+]
+_ONLY_DATA: list[Column[Candidate]] = [
+    *WHERE_IT_LIES,
+    Column("z_score", "", lambda c: c.z_score),
+    Column("constant", "", lambda c: c.constant),
+    Column("positions", "", lambda c: c.positions),
+]
+
+
+def _span(multiplicity: tuple[int, int] | None) -> str:
+    """``4``, ``1–2``, or ``–`` for a copy."""
+    if multiplicity is None:
+        return "–"
+    least, most = multiplicity
+    return show(least) if least == most else f"{show(least)}–{show(most)}"
+
+
+@dataclass(frozen=True)
+class ScanReport(TableReport[Candidate]):
+    """What `scan` saw. Print it, or go on with `found`, `plan` and `rows`.
+
+    Attributes:
+        candidates: every tensor with every rule that fits it, in the model's order.
+        not_looked_at: tensors that were left out, and why.
+        pairs: how much of the search for copies was done.
+    """
+
+    candidates: tuple[Candidate, ...]
+    not_looked_at: tuple[NotLookedAt, ...] = ()
+    pairs: Pairs = field(default_factory=Pairs)
+
+    shown_rows: ClassVar[int | None] = 40
+
+    def ranked(self) -> list[Candidate]:
+        """The candidates, those first that keep their law better than a random weight would."""
+
+        def key(candidate: Candidate) -> tuple[bool, float]:
+            relative = candidate.relative
+            unknown = relative is None or math.isnan(relative)
+            return unknown, 0.0 if unknown or relative is None else relative
+
+        return sorted(self.candidates, key=key)
+
+    def found(self, below: float = 0.9) -> list[Candidate]:
+        """Near-symmetries that chance does not explain, the clearest first.
+
+        Args:
+            below: how small the residual must be, as a part of what a random weight has. It
+                must also lie four standard deviations below that, so that a tensor of few
+                entries does not stand out by luck. Constant tensors are left out.
+        """
+        return [
+            c for c in self.ranked()
+            if c.relative is not None and c.relative < below
+            and c.z_score is not None and c.z_score < -4
+        ]  # fmt: skip
+
+    def plan(self, below: float = 0.9) -> Plan:
+        """A plan for `tie_model`: for each tensor the clearest of what was `found`.
+
+        Where several laws are kept equally well, the one that stores least.
+        """
+        best: dict[tuple[str, str], Candidate] = {}
+        for candidate in self.found(below):
+            key = (candidate.layer, candidate.tensor_name)
+            if key not in best or _better(candidate, best[key]):
+                best[key] = candidate
+        return Plan(tuple(candidate.entry() for candidate in best.values()))
+
+    def table(self) -> Table[Candidate]:
+        """The ranked candidates."""
+        return Table(_COLUMNS, self.ranked())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat dictionary for every candidate, in the model's order."""
+        return Table([*_COLUMNS, *_ONLY_DATA], self.candidates).data()
+
+    def notes(self) -> list[str]:
+        """What was not looked at, and how copies were searched."""
+        notes = []
+        if not self.candidates:
+            notes.append("No tensor of the model can carry one of the rules.")
+        fitting, compared = self.pairs.fitting, self.pairs.compared
+        if fitting and compared == fitting:
+            notes.append(f"Copies: every fitting pair of tensors was compared ({fitting:,}).")
+        elif fitting:
+            notes.append(
+                f"Copies: {compared:,} of {fitting:,} fitting pairs were compared in full, the "
+                f"{self.pairs.per_tensor} nearest of each tensor; the others by {SAMPLED:,} "
+                "sampled entries only, and have no row (pairs= sets the bound)."
+            )
+        by_reason: dict[str, list[str]] = {}
+        for left_out in self.not_looked_at:
+            by_reason.setdefault(left_out.reason, []).append(_path(left_out))
+        for reason, names in by_reason.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            notes.append(f"Not looked at: {', '.join(names[:3])}{more}: {reason}")
+        return notes
+
+    def to_data(self) -> dict[str, Any]:
+        """Rows, notes, what was left out, and the bound on copies."""
+        return {
+            "kind": "scan",
+            "rows": plain(self.rows()),
+            "not_looked_at": [plain(vars(left_out)) for left_out in self.not_looked_at],
+            "pairs": plain(vars(self.pairs)),
+            "notes": self.notes(),
+        }
+
+
+def _better(one: Candidate, other: Candidate) -> bool:
+    return one.relative == other.relative and one.free_values < other.free_values
