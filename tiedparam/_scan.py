@@ -1,15 +1,8 @@
 """Look before you tie: how far every tensor of a model is from every law that fits it.
 
 A residual alone says little: a law that stores half of the values is half kept by any random
-weight. So every residual stands beside the one that a random weight would have.
-
-Laws on one tensor, ``n`` entries and ``f`` free values
-    For i.i.d. normal entries ``residual² ~ Beta((n − f)/2, f/2)``: the projection is orthogonal
-    and keeps ``f`` of ``n`` dimensions. Expected: ``sqrt(1 − f/n)``.
-Copies
-    ``residual² = 1 + q − 2·sqrt(q)·cosine`` with ``q = ‖fn(source)‖² / ‖W‖²``, and the cosine
-    of unrelated weights has mean 0 and variance ``1/n``. Expected: ``sqrt(1 + q)``, which is √2
-    for equal scales.
+weight, and a law of equal entries by any weight with a mean. So every residual stands beside the
+one that a random tensor of the same mean and spread would have (`tiedparam._random_tensor`).
 
 The work is linear in the model's size. Copies are looked for in all pairs by some sampled
 entries, and compared in full for the nearest few of each tensor.
@@ -17,7 +10,6 @@ entries, and compared in full for the nearest few of each tensor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +26,7 @@ from tiedparam._near_copies import Sources, sample
 from tiedparam._places import Places
 from tiedparam._plan import PlanEntry
 from tiedparam._progress import progress as progress_bar
+from tiedparam._random_tensor import Moments, RandomResidual
 from tiedparam._register import make_rule, why_refused, why_untieable
 from tiedparam._registry import available_rules
 from tiedparam._rule import Rule
@@ -103,7 +96,7 @@ class _Tensor:
     layer: nn.Module
     name: str
     value: Tensor
-    constant: bool
+    moments: Moments
 
     @property
     def layout(self) -> Layout:
@@ -165,8 +158,7 @@ def _tensors_of(model: nn.Module) -> tuple[list[_Tensor], list[NotLookedAt]]:
                 continue
             assert parameter is not None
             value = parameter.detach()
-            constant = bool((value == value.reshape(-1)[0]).all())
-            tensors.append(_Tensor(path, layer, name, value, constant))
+            tensors.append(_Tensor(path, layer, name, value, Moments.of(value)))
         if hasattr(layer, "_packed_params") and hasattr(layer, "weight"):
             left_out.append(NotLookedAt(path, "weight", "the layer is quantized."))
     return tensors, left_out
@@ -225,7 +217,7 @@ class _Scan:
         self._broken: set[type[Rule]] = set()
         self._misfits: dict[int, NotLookedAt] = {}
         self._fitted: set[int] = set()
-        self._spans: dict[tuple[str, Layout], tuple[int, int]] = {}
+        self._shapes: dict[tuple[str, Layout], _OfShape] = {}
 
     def laws_on(self, tensor: _Tensor) -> Iterator[Candidate]:
         """The candidates of one tensor alone."""
@@ -274,13 +266,11 @@ class _Scan:
             entries, free = tensor.value.numel(), rule.free_count
             if free >= entries:
                 continue  # it ties nothing
-            residual = rule.residual(tensor.value)
-            # the Beta distribution of the module's first lines
-            mean = (entries - free) / entries
-            deviation = math.sqrt(mean * (1 - mean) / (entries / 2 + 1))
-            yield self._candidate(
-                tensor, rule, options, residual, mean, deviation, self._span(rule)
+            known = self._of_shape(rule, tensor.value)
+            random = RandomResidual.from_law(
+                tensor.moments, entries, free, known.unlawful, is_complex=tensor.value.is_complex()
             )
+            yield self._candidate(tensor, rule, options, random, known.multiplicity)
 
     def copies_among(
         self, tensors: list[_Tensor], pairs: int, found: dict[int, list[Candidate]]
@@ -291,7 +281,7 @@ class _Scan:
         rules = [choice for choice in self.rules if issubclass(choice.rule, Linked)]
         work = sum(tensor.value.numel() for tensor in tensors)
         # a constant tensor is near to every other constant one
-        tensors = [t for t in tensors if t.value.dim() >= 2 and not t.constant]
+        tensors = [t for t in tensors if t.value.dim() >= 2 and not t.moments.constant]
         fitting = compared = 0
         values = [tensor.value for tensor in tensors]
         own = [sample(value) for value in values]
@@ -336,30 +326,26 @@ class _Scan:
         refused = why_refused(tensor.layer, rule)
         if refused is not None or rule.bind(tensor.layer, tensor.name, None) is not None:
             return None
-        computed = rule.forward()
-        wide = torch.promote_types(computed.dtype, torch.float32)
-        norms = [float(torch.linalg.vector_norm(v.to(wide))) for v in (computed, tensor.value)]
-        if not norms[1]:
-            return None
-        scale = (norms[0] / norms[1]) ** 2
-        mean, deviation = 1 + scale, 2 * math.sqrt(scale / tensor.value.numel())
-        residual = rule.residual(tensor.value)
+        random = RandomResidual.from_copy(
+            tensor.moments,
+            Moments.of(rule.forward()),
+            tensor.value.numel(),
+            is_complex=tensor.value.is_complex(),
+        )
         shown = {**options, "source": source.path}
         if source.name != tensor.name:
             shown["source_name"] = source.name
-        return self._candidate(tensor, rule, shown, residual, mean, deviation, None)
+        return self._candidate(tensor, rule, shown, random, None)
 
     def _candidate(
         self,
         tensor: _Tensor,
         rule: Rule,
         options: Mapping[str, Any],
-        residual: float,
-        mean: float,
-        deviation: float,
+        random: RandomResidual,
         multiplicity: tuple[int, int] | None,
     ) -> Candidate:
-        """The record; ``mean`` and ``deviation`` are those of a random weight's residual²."""
+        residual, constant = rule.residual(tensor.value), tensor.moments.constant
         _structured.prepare(tensor.layer, tensor.name, rule)
         shape = tuple(tensor.value.shape)
         costs = _cost.multiply_adds(tensor.layer, tensor.name, shape, rule)
@@ -378,22 +364,47 @@ class _Scan:
             free_values=rule.free_count,
             multiplicity=multiplicity,
             residual=residual,
-            expected=math.sqrt(mean),
-            z_score=(residual**2 - mean) / deviation if deviation and not tensor.constant else None,
-            constant=tensor.constant,
+            expected=random.expected,
+            z_score=None if constant else random.z_score(residual),
+            p_value=None
+            if constant
+            else random.p_value(residual, rounding=torch.finfo(tensor.value.dtype).eps),
+            constant=constant,
             multiply_adds_dense=costs[0] if costs else None,
             multiply_adds_tied=costs[1] if costs else None,
             positions=self.positions.get(tensor.layer),
         )
 
-    def _span(self, rule: Rule) -> tuple[int, int]:
-        """Least and greatest multiplicity; layers of one shape are counted once."""
+    def _of_shape(self, rule: Rule, value: Tensor) -> _OfShape:
+        """What a bound rule says of every tensor like ``value``; once for each shape."""
         key = (f"{type(rule).__qualname__} {rule}", rule.bound_layout)
-        if key not in self._spans:
+        if key not in self._shapes:
             counts = rule.multiplicities()
             least, most = min(c.min() for c in counts), max(c.max() for c in counts)
-            self._spans[key] = int(least), int(most)
-        return self._spans[key]
+            self._shapes[key] = _OfShape((int(least), int(most)), _unlawful(rule, value))
+        return self._shapes[key]
+
+
+def _unlawful(rule: Rule, like: Tensor) -> float:
+    """The residual² of a tensor of equal entries."""
+    equal = like.new_ones(like.shape)
+    # all that share without signs: an expansion costs a fraction of a projection
+    if torch.equal(rule.forward(*(like.new_ones(shape) for shape in rule.free_shapes())), equal):
+        return 0.0
+    return min(1.0, rule.residual(equal) ** 2)
+
+
+@dataclass(frozen=True)
+class _OfShape:
+    """What a rule says of all tensors of one shape.
+
+    Attributes:
+        multiplicity: how many entries share a free value, least and most.
+        unlawful: the residual² of a tensor of equal entries.
+    """
+
+    multiplicity: tuple[int, int]
+    unlawful: float
 
 
 def _linked(kind: type[Rule], options: Mapping[str, Any], source: _Tensor) -> Linked:

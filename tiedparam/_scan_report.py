@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from tiedparam._linked import Linked
 from tiedparam._near_copies import SAMPLED
 from tiedparam._plan import Plan, PlanEntry
 from tiedparam._rule import Rule
 from tiedparam._table import Column, Table, TableReport, plain, show
+
+_LUCK = 1e-3
+"""How likely a model of random tensors may show a find."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,12 @@ class Candidate:
         free_values: how many numbers the rule stores.
         multiplicity: how many entries share a free value, least and most; None for a copy.
         residual: ``‖W − project(W)‖ / ‖W‖``; 0 for a zero weight.
-        expected: the residual of a random weight of this shape (and scale, for a copy).
-        z_score: how many standard deviations ``residual²`` lies from that of a normal i.i.d.
-            weight; far below zero means that the law is kept on purpose. None if unknown.
+        expected: the root mean square residual of random tensors with the mean and the spread of
+            this one.
+        z_score: how many standard deviations ``residual²`` lies from that of such a tensor; far
+            below zero means that the law is kept on purpose. None if all of them are equally far.
+        p_value: how likely such a tensor is as near to the law as this one: at most this. None
+            for a constant tensor.
         constant: whether all entries are equal: such a tensor keeps many laws and says nothing.
         multiply_adds_dense: multiply-adds per position without the tie, None if unknown.
         multiply_adds_tied: the same with the tie, in training.
@@ -50,6 +57,7 @@ class Candidate:
     residual: float
     expected: float
     z_score: float | None
+    p_value: float | None
     constant: bool
     multiply_adds_dense: int | None
     multiply_adds_tied: int | None
@@ -62,9 +70,11 @@ class Candidate:
 
     @property
     def relative(self) -> float | None:
-        """Residual by expected residual: 1 for a random weight, 0 for a lawful one.
+        """Residual by expected residual: 1 for a random tensor, 0 for a lawful one.
 
-        None for a constant tensor, whose residual says nothing.
+        Random is a tensor of the same mean and spread, so that a common offset of the entries,
+        which every law that shares keeps, counts for nothing. None for a constant tensor, whose
+        residual says nothing.
         """
         if self.constant or not self.expected:
             return None
@@ -132,6 +142,7 @@ _COLUMNS: list[Column[Candidate]] = [
 _ONLY_DATA: list[Column[Candidate]] = [
     *WHERE_IT_LIES,
     Column("z_score", "", lambda c: c.z_score),
+    Column("p_value", "", lambda c: c.p_value),
     Column("constant", "", lambda c: c.constant),
     Column("positions", "", lambda c: c.positions),
 ]
@@ -162,28 +173,36 @@ class ScanReport(TableReport[Candidate]):
     shown_rows: ClassVar[int | None] = 40
 
     def ranked(self) -> list[Candidate]:
-        """The candidates, those first that keep their law better than a random weight would."""
+        """The candidates by `Candidate.relative`; those first that luck does not explain."""
 
-        def key(candidate: Candidate) -> tuple[bool, float]:
+        def key(candidate: Candidate) -> tuple[bool, bool, float]:
             relative = candidate.relative
             unknown = relative is None or math.isnan(relative)
-            return unknown, 0.0 if unknown or relative is None else relative
+            known = 0.0 if unknown or relative is None else relative
+            return unknown, not _is_below(candidate.p_value, limit), known
 
+        limit = self._least_likely()
         return sorted(self.candidates, key=key)
+
+    def _least_likely(self) -> float:
+        """The p-value below which a candidate is no luck, for as many as were compared."""
+        one_by_one = sum(not issubclass(c.rule_class, Linked) for c in self.candidates)
+        return _LUCK / max(1, one_by_one + self.pairs.fitting)
 
     def found(self, below: float = 0.9) -> list[Candidate]:
         """Near-symmetries that chance does not explain, the clearest first.
 
         Args:
-            below: how small the residual must be, as a part of what a random weight has. It
-                must also lie four standard deviations below that, so that a tensor of few
-                entries does not stand out by luck. Constant tensors are left out.
+            below: how small the residual must be, as a part of what a random tensor of the same
+                mean and spread has. Its `Candidate.p_value` must be small as well: if all of the
+                model's tensors were random, one model in 1,000 would show a find. So a tensor
+                of few entries does not stand out by luck, however many are compared.
+                Constant tensors are left out.
         """
+        limit = self._least_likely()
         return [
-            c for c in self.ranked()
-            if c.relative is not None and c.relative < below
-            and c.z_score is not None and c.z_score < -4
-        ]  # fmt: skip
+            c for c in self.ranked() if _is_below(c.relative, below) and _is_below(c.p_value, limit)
+        ]
 
     def plan(self, below: float = 0.9) -> Plan:
         """A plan for `tie_model`: for each tensor the clearest of what was `found`.
@@ -236,6 +255,10 @@ class ScanReport(TableReport[Candidate]):
             "pairs": plain(vars(self.pairs)),
             "notes": self.notes(),
         }
+
+
+def _is_below(number: float | None, limit: float) -> bool:
+    return number is not None and number < limit
 
 
 def _better(one: Candidate, other: Candidate) -> bool:
