@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import warnings
@@ -558,7 +559,8 @@ def test_the_report_is_text_markdown_html_json_and_rows():
     model = encoder()
     plant(model)
     report = tp.scan(model, example=torch.randn(1, 3, 16))
-    text = str(report).splitlines()
+    headline, empty, *text = str(report).splitlines()
+    assert (headline, empty) == (report.headline(), "")
     assert text[0].split() == [
         "tensor", "rule", "shape", "dense", "free", "ratio", "mult.", "residual", "random",
         "relative", "mult-adds", "tied",
@@ -566,13 +568,17 @@ def test_the_report_is_text_markdown_html_json_and_rows():
     hidden = len(report.candidates) - 40
     assert hidden > 0
     assert f"{hidden} more rows are in rows() and to_markdown()." in text
-    assert len(text) == 2 + 40 + 1 + 1 + len(report.notes())
-    assert len(report.to_markdown().splitlines()) == 2 + len(report.candidates) + 1 + len(
-        report.notes()
-    )
+    assert len(text) == 2 + 40 + 1 + 1 + len(report.notes()) + 1 + 1 + 1
+    assert text[-2:] == ["Next:", f"  {report.next_steps()[0]}"]
+    markdown = report.to_markdown().splitlines()
+    assert len(markdown) == 2 + 2 + len(report.candidates) + 1 + len(report.notes()) + 1 + 3
+    assert markdown[-3:] == ["```", *report.next_steps(), "```"]
     assert report._repr_html_().count("<tr>") == 41
+    assert report.headline() in html.unescape(report._repr_html_())
     data = json.loads(report.to_json())
     assert data["kind"] == "scan"
+    assert data["headline"] == report.headline()
+    assert data["next_steps"] == report.next_steps()
     assert len(data["rows"]) == len(report.rows()) == len(report.candidates)
     row = next(row for row in data["rows"] if row["rule"] == "flip_sym")
     assert row["tensor"] == f"{row['layer']}.{row['tensor_name']}"
@@ -673,3 +679,79 @@ def test_options_that_fit_nothing_are_said_and_sources_are_not_given():
     for name in ("source", "source_name"):
         with pytest.raises(tp.TieError, match=f"the sources of 'copy' itself. Leave out {name}="):
             tp.scan(model, [("copy", {name: "0"})])
+
+
+# How many, and what next ------------------------------------------------------------------------
+
+
+def planted_by(rules: int) -> nn.Sequential:
+    """Square layers, the first of which are symmetric."""
+    model = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(8)))
+    with torch.no_grad():
+        for layer in model[:rules]:
+            layer.weight += layer.weight.t().clone()
+    return model
+
+
+def test_a_report_begins_with_how_many_tensors_look_tied():
+    assert tp.scan(planted_by(1)).headline() == "1 of 8 tensors looks tied: 0.weight (flip_sym)."
+    assert str(tp.scan(planted_by(2))).startswith(
+        "2 of 8 tensors look tied: 0.weight (flip_sym), 1.weight (flip_sym).\n\ntensor "
+    )
+    many = tp.scan(planted_by(7))
+    assert many.headline().startswith("7 of 8 tensors look tied: ")
+    assert many.headline().count("flip_sym") == 5
+    assert many.headline().endswith(" and 2 more.")
+
+
+def test_a_report_without_finds_says_so_and_what_it_means():
+    text = str(tp.scan(planted_by(0)))
+    assert text.startswith(
+        "None of 8 tensors looks tied: each is about as far from every law as a random tensor of "
+        "the same mean and spread. A law would be imposed, not found: train on after tying.\n"
+    )
+    assert text.endswith(
+        '\nNext:\n  tp.register_tie(layer, "rule", init="rescale")  # by your own choice'
+    )
+    assert tp.scan(nn.ReLU()).next_steps() == []
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_a_report_ends_with_the_line_that_ties_what_was_found(count):
+    model = planted_by(count)
+    seen = tp.scan(model)
+    *_, head, line = str(seen).splitlines()
+    assert head == "Next:"
+    exec(line.strip(), {"tp": tp, "model": model, "seen": seen})
+    assert [tp.is_tied(layer) for layer in model] == [n < count for n in range(8)]
+    assert tp.scan(model).found() == []
+
+
+def test_the_line_spells_out_options_sources_and_odd_names():
+    model = nn.ModuleDict({"a[1]": nn.Linear(9, 12), "it's": nn.Linear(12, 9),
+                           "c": nn.MultiheadAttention(4, 2), "d": nn.Linear(4, 12)})  # fmt: skip
+    with torch.no_grad():
+        model["it's"].weight.copy_(model["a[1]"].weight.t())
+        model["d"].weight.copy_(model["c"].in_proj_weight)
+    seen = tp.scan(model)
+    (line,) = seen.next_steps()
+    assert "'fn': torch.t" in line
+    assert "'source_name': 'in_proj_weight'" in line
+    exec(line, {"tp": tp, "torch": torch, "model": model})
+    assert torch.equal(model["it's"].weight, model["a[1]"].weight.t())
+    assert tp.is_tied(model["d"])
+    both = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "b": nn.MultiheadAttention(4, 2)})
+    with torch.no_grad():
+        for name in ("in_proj_weight", "out_proj.weight"):
+            both["b"].get_parameter(name).copy_(both["a"].get_parameter(name))
+    exec(tp.scan(both).next_steps()[0], {"tp": tp, "torch": torch, "model": both})
+    assert tp.is_tied(both["b"], "in_proj_weight")
+    assert tp.is_tied(both["b"].out_proj)
+
+
+def test_a_rule_without_a_name_is_named_by_the_plan(registry):
+    class Own(type(tp.register_tie(nn.Linear(2, 2), "flip_sym").parametrizations.weight[0])):
+        name = ""
+
+    seen = tp.scan(planted_by(1), [Own])
+    assert seen.next_steps() == ["tp.tie_model(model, seen.plan())  # seen is what scan returned"]

@@ -10,10 +10,13 @@ from typing import Any, ClassVar
 
 from tiedparam._linked import Linked
 from tiedparam._near_copies import SAMPLED
+from tiedparam._next_steps import in_python
 from tiedparam._plan import Plan, PlanEntry
 from tiedparam._rule import Rule
 from tiedparam._table import Column, Table, TableReport, plain, show
 
+_NAMED = 5
+"""How many finds the headline names."""
 _LUCK = 1e-3
 """How likely a model of random tensors may show a find."""
 
@@ -209,12 +212,15 @@ class ScanReport(TableReport[Candidate]):
 
         Where several laws are kept equally well, the one that stores least.
         """
+        return Plan(tuple(candidate.entry() for candidate in self._clearest(below)))
+
+    def _clearest(self, below: float = 0.9) -> list[Candidate]:
         best: dict[tuple[str, str], Candidate] = {}
         for candidate in self.found(below):
             key = (candidate.layer, candidate.tensor_name)
             if key not in best or _better(candidate, best[key]):
                 best[key] = candidate
-        return Plan(tuple(candidate.entry() for candidate in best.values()))
+        return list(best.values())
 
     def table(self) -> Table[Candidate]:
         """The ranked candidates."""
@@ -224,11 +230,36 @@ class ScanReport(TableReport[Candidate]):
         """A flat dictionary for every candidate, in the model's order."""
         return Table([*_COLUMNS, *_ONLY_DATA], self.candidates).data()
 
+    def headline(self) -> str:
+        """How many tensors look tied, which, and by what."""
+        looked_at = len({(c.layer, c.tensor_name) for c in self.candidates})
+        if not looked_at:
+            return "No tensor of the model can carry one of the rules."
+        clearest = self._clearest()
+        if not clearest:
+            return (
+                f"None of {looked_at:,} tensors looks tied: each is about as far from every law as "
+                "a random tensor of the same mean and spread. A law would be imposed, not found: "
+                "train on after tying."
+            )
+        some = [f"{_path(c)} ({c.rule})" for c in clearest[:_NAMED]]
+        more = f" and {len(clearest) - _NAMED:,} more" if len(clearest) > _NAMED else ""
+        look = "looks" if len(clearest) == 1 else "look"
+        return f"{len(clearest):,} of {looked_at:,} tensors {look} tied: {', '.join(some)}{more}."
+
+    def next_steps(self) -> list[str]:
+        """The line that ties what was found."""
+        if not self.candidates:
+            return []
+        plan = self.plan()
+        if not plan.entries:
+            return ['tp.register_tie(layer, "rule", init="rescale")  # by your own choice']
+        spelled_out = in_python(plan)
+        return [spelled_out or "tp.tie_model(model, seen.plan())  # seen is what scan returned"]
+
     def notes(self) -> list[str]:
         """What was not looked at, and how copies were searched."""
         notes = []
-        if not self.candidates:
-            notes.append("No tensor of the model can carry one of the rules.")
         fitting, compared = self.pairs.fitting, self.pairs.compared
         if fitting and compared == fitting:
             notes.append(f"Copies: every fitting pair of tensors was compared ({fitting:,}).")
@@ -247,9 +278,11 @@ class ScanReport(TableReport[Candidate]):
         return notes
 
     def to_data(self) -> dict[str, Any]:
-        """Rows, notes, what was left out, and the bound on copies."""
+        """Rows, notes, what was left out, the bound on copies, and what was found in words."""
         return {
             "kind": "scan",
+            "headline": self.headline(),
+            "next_steps": self.next_steps(),
             "rows": plain(self.rows()),
             "not_looked_at": [plain(vars(left_out)) for left_out in self.not_looked_at],
             "pairs": plain(vars(self.pairs)),

@@ -13,6 +13,7 @@ import inspect
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -42,6 +43,7 @@ from tiedparam import (
 from tiedparam._atomic import refuse_foreign_suffix
 from tiedparam._errors import visible
 from tiedparam._functions import find_function
+from tiedparam._next_steps import in_shell
 from tiedparam._offline import LayerHint, open_model, read_hints
 from tiedparam._plan import plan_from_data
 from tiedparam._registry import find_rule
@@ -50,12 +52,16 @@ from tiedparam._table import Column, Table, TableReport
 from tiedparam._ties import ties_of
 
 INTERRUPTED = 130
+_PAIRS = 2
 
 T = TypeVar("T")
 
 _PICTURE = Path("tiedparam-demo.png")
 _CODES = "exit codes: 0 fine, 1 it could not be done, 2 wrong usage"
-_FILE = "a .safetensors file, what torch.save wrote of a state dict, or a *.index.json"
+_FILE = (
+    "a .safetensors file, what torch.save wrote of a state dict, a *.index.json, or a folder with "
+    "one of them, as save_pretrained writes it"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,10 +158,14 @@ def _warnings_in_one_line() -> Iterator[None]:
         yield
 
 
+def _program() -> str:
+    """How the user called this."""
+    return "tiedparam" if Path(sys.argv[0]).name == "tiedparam" else "python -m tiedparam"
+
+
 def _parser() -> argparse.ArgumentParser:
-    by_name = Path(sys.argv[0]).name == "tiedparam"
     parser = argparse.ArgumentParser(
-        prog="tiedparam" if by_name else "python -m tiedparam",
+        prog=_program(),
         description=(
             "Weight tying for stock PyTorch layers. Works on checkpoint files, from names and "
             "shapes alone, without the code of their models."
@@ -259,11 +269,11 @@ def _open(arguments: argparse.Namespace, hints: Iterable[LayerHint] = ()) -> nn.
 
 
 def _print(result: TableReport[Any], as_json: bool, **more: Any) -> None:
-    """A report on stdout, with more facts about files."""
+    """A report on stdout, with more facts about files, or the shell's own steps to take."""
     if as_json:
         print(json.dumps({**result.to_data(), **more}, indent=2, ensure_ascii=False))
         return
-    print(_in_words_of_the_shell(str(result)))
+    print(_in_words_of_the_shell(result.text(more.get("next_steps", ()))))
     if "files" in more:
         sizes = f"{more['bytes']:,} B, from {more['bytes_before']:,} B"
         print(f"Wrote {', '.join(more['files'])}: {sizes}.")
@@ -360,7 +370,7 @@ def _add_scan(commands: Any) -> None:
     parser.add_argument(
         "--pairs",
         type=between(0, 10**6),
-        default=2,
+        default=_PAIRS,
         metavar="N",
         help="with how many others each tensor is compared for copies (default: 2)",
     )
@@ -382,9 +392,50 @@ def _run_scan(arguments: argparse.Namespace) -> None:
     planned = found.plan()
     if plan is not None and planned.entries:
         write_plan(planned, plan)
-    _print(found, arguments.json)
+    _print(found, arguments.json, next_steps=_after_scan(planned, arguments))
     if plan is not None and not planned.entries:
         raise TieError("nothing was found that chance does not explain, so there is no plan.")
+
+
+def _after_scan(planned: Plan, arguments: argparse.Namespace) -> list[str]:
+    """The commands that tie what was found, with the names of the user's files."""
+
+    def command(name: str, *options: str) -> str:
+        return " ".join([_program(), name, *_given_again(arguments), *options])
+
+    output = f"-o {shlex.quote(_tied_name(arguments.file))}"
+    if not planned.entries:
+        return [command("tie", "--tie 'LAYERS=RULE'", "--init rescale", output)]
+    if arguments.plan is not None:
+        return [command("tie", f"--plan {shlex.quote(str(arguments.plan))}", output)]
+    spelled_out = in_shell(planned)
+    if spelled_out is not None:
+        return [command("tie", spelled_out, output)]
+    laws = [f"--rule {shlex.quote(rule)}" for rule in arguments.rule or ()]
+    pairs = [] if arguments.pairs == _PAIRS else [f"--pairs {arguments.pairs}"]
+    return [
+        command("scan", *laws, *pairs, "--plan plan.toml"),
+        command("tie", "--plan plan.toml", output),
+    ]
+
+
+def _given_again(arguments: argparse.Namespace) -> list[str]:
+    """The file of a command and how it is to be read, for another command."""
+    key = ["--key", arguments.key] if arguments.key is not None else []
+    words = [
+        str(arguments.file),
+        *key,
+        *(word for module in arguments.imports for word in ("--import", module)),
+        *(word for name, n in arguments.groups for word in ("--groups", f"{name}={n}")),
+        *(word for name in arguments.transposed for word in ("--transposed", name)),
+    ]
+    return [shlex.quote(word) for word in words]
+
+
+def _tied_name(file: Path) -> str:
+    """What to call the tied checkpoint of a file or folder: ``model-tied.safetensors``."""
+    name = file.resolve().name.removesuffix(".index.json")
+    return f"{name if file.is_dir() else Path(name).stem}-tied.safetensors"
 
 
 # tie and untie -----------------------------------------------------------------------------
