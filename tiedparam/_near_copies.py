@@ -57,9 +57,9 @@ class Sources:
             if kind not in self._samples:
                 continue
             numbers, samples = self._samples[kind]
-            sources, values = torch.tensor(numbers), torch.stack(samples)
+            sources, values = torch.tensor(numbers, device="cpu"), torch.stack(samples)
             squares = values.abs().square().sum(1)
-            for chunk in torch.tensor(indices).split(_ROWS):
+            for chunk in torch.tensor(indices, device="cpu").split(_ROWS):
                 mine = torch.stack([own[index] for index in chunk.tolist()])
                 products = (mine @ values.mH).real
                 distances = mine.abs().square().sum(1, keepdim=True) + squares - 2 * products
@@ -87,7 +87,7 @@ def sample(value: Tensor) -> Tensor:
         flat = value.reshape(-1)
     else:
         generator = torch.Generator().manual_seed(count)
-        chosen = torch.randint(count, (SAMPLED,), generator=generator)
+        chosen = torch.randint(count, (SAMPLED,), generator=generator, device="cpu")
         flat = value[torch.unravel_index(chosen.to(value.device), value.shape)]
     wide = torch.complex128 if value.is_complex() else torch.float64
     return flat.to("cpu", wide)
