@@ -303,7 +303,7 @@ def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimiz
         checkpoint_stored=stored_bytes + buffers,
         optimizer_dense=trainable + saved_states,
         optimizer_stored=trainable,
-        optimizer_held=sum(map(_state_bytes, optimizers)) if optimizers else None,
+        optimizer_held=sum(map(state_bytes, optimizers)) if optimizers else None,
         multiply_adds_dense=sum(dense for dense, _ in counted) if counted else None,
         multiply_adds_tied=sum(tied for _, tied in counted) if counted else None,
     )
@@ -319,7 +319,8 @@ def _persistent_buffers(model: nn.Module) -> Iterator[Tensor]:
             yield buffer
 
 
-def _state_bytes(optimizer: Optimizer) -> int:
+def state_bytes(optimizer: Optimizer) -> int:
+    """The bytes of all tensors in an optimizer's state."""
     return sum(
         value.numel() * value.element_size()
         for state in optimizer.state.values()

@@ -566,8 +566,8 @@ def _add_demo(commands: Any) -> None:
         help="train a small CNN on real digits, tie it by every law, show what that costs",
         description=(
             "Train a small CNN of stock layers on scikit-learn's digits, tie a copy of it by "
-            "each law, fine-tune the copies, and print one table (stdout; progress goes to "
-            "stderr). Writes a picture of the tied kernels. No network, fixed seeds. "
+            "each law, fine-tune the copies, and print one table (stdout; a terminal shows "
+            "progress). Writes a picture of the tied kernels. No network, fixed seeds. "
             "Needs pip install 'tiedparam[demo]'."
         ),
         epilog="example: tiedparam demo --epochs 5 --out kernels.png",
