@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +168,18 @@ def test_a_transposed_convolution_is_drawn_as_an_ordinary_one(rule, options, tra
     tp.assign_(layers[1], tp.get_tie(layers[1]).bound_layout.native(layers[0].weight.detach()))
     one, other = (tp.draw_weights(layer) for layer in layers)
     assert rendered(one) == rendered(other)
+
+
+@pytest.mark.parametrize("over", ["in", "out", "groups"])
+def test_the_docs_draw_a_transposed_convolution_as_an_ordinary_one(over, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "docs"))
+    picture = importlib.import_module("make_pictures").picture
+    one, other = (
+        picture(tp.get_tie(tp.register_tie(kind(4, 6, 3, groups=2), "channel_shared", over=over)))
+        for kind in (nn.Conv1d, nn.ConvTranspose1d)
+    )
+    assert one == other
+    assert "outputs ↓, inputs →" in one
 
 
 def test_gpt2s_conv1d_is_drawn_as_a_linear_layer():

@@ -369,3 +369,26 @@ def test_moments_of_complex_half_and_infinite_numbers():
 def test_the_spread_is_not_eaten_up_by_the_mean():
     values: Tensor = 1000 + torch.randn(5000, dtype=torch.float64) / 100
     assert Moments.of(values.float()).spread == pytest.approx(values.std().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_of_eight_bits_are_left_out_and_nothing_else(dtype):
+    model = nn.Sequential(filled((4, 4), 0.0).to(torch.float32), nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(model[0].weight.to(dtype), requires_grad=False)
+    report = tp.scan(model)
+    assert {c.layer for c in report.candidates} == {"1"}
+    assert [(left.layer, left.reason) for left in report.not_looked_at] == [
+        ("0", f"nothing can be computed in {dtype}. Convert the layer first (.float()).")
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex32, torch.complex64])
+def test_every_dtype_that_a_law_takes_is_looked_at(dtype):
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    holder = filled((6, 6), 2.0, wide)
+    expected = {row.rule: row.relative for row in rows_of(holder)}
+    holder.weight = nn.Parameter(holder.weight.detach().to(dtype))
+    found = {row.rule: row.relative for row in rows_of(holder)}
+    assert found == pytest.approx(expected, abs=0.02)
+    assert len(found) >= 4

@@ -190,6 +190,8 @@ def _why_no_values(parameter: nn.Parameter | None, where: str) -> str | None:
         return "it is no Parameter."
     if not (parameter.is_floating_point() or parameter.is_complex()):
         return f"no law has a meaning for {parameter.dtype}."
+    if parameter.dtype.itemsize < 2:  # float8: torch computes nothing in it
+        return f"nothing can be computed in {parameter.dtype}. Convert the layer first (.float())."
     if parameter.numel() == 0:
         return "it is empty."
     if not has_values(parameter):
@@ -387,9 +389,11 @@ class _Scan:
 
 def _unlawful(rule: Rule, like: Tensor) -> float:
     """The residual² of a tensor of equal entries."""
-    equal = like.new_ones(like.shape)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    equal = like.new_ones(like.shape, dtype=wide)
+    free = (like.new_ones(shape, dtype=wide) for shape in rule.free_shapes())
     # all that share without signs: an expansion costs a fraction of a projection
-    if torch.equal(rule.forward(*(like.new_ones(shape) for shape in rule.free_shapes())), equal):
+    if torch.equal(rule.forward(*free), equal):
         return 0.0
     return min(1.0, rule.residual(equal) ** 2)
 
