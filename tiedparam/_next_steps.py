@@ -1,9 +1,11 @@
-"""What to type to tie by a plan, as one line of Python or as options of the shell."""
+"""What to type to tie by a plan: one line of Python, or commands of the shell."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 from tiedparam._errors import TieError
@@ -32,6 +34,52 @@ def in_python(plan: Plan) -> str | None:
         for pattern, of in values.items()
     )
     return f"tp.tie_model(model, {{{', '.join(entries)}}})"
+
+
+def after_scan(planned: Plan, arguments: argparse.Namespace, program: str) -> list[str]:
+    """The commands of the shell that tie what a scan found, with the names of the user's files.
+
+    Args:
+        planned: what was found.
+        arguments: of the command ``scan``.
+        program: how the shell was called.
+    """
+
+    def command(name: str, *options: str) -> str:
+        return " ".join([program, name, *_given_again(arguments), *options])
+
+    output = f"-o {shlex.quote(_tied_name(arguments.file))}"
+    if not planned.entries:
+        return [command("tie", "--tie 'LAYERS=RULE'", "--init rescale", output)]
+    if arguments.plan is not None:
+        return [command("tie", f"--plan {shlex.quote(str(arguments.plan))}", output)]
+    spelled_out = in_shell(planned)
+    if spelled_out is not None:
+        return [command("tie", spelled_out, output)]
+    laws = [f"--rule {shlex.quote(rule)}" for rule in arguments.rule or ()]
+    return [
+        command("scan", *laws, f"--pairs {arguments.pairs}", "--plan plan.toml"),
+        command("tie", "--plan plan.toml", output),
+    ]
+
+
+def _given_again(arguments: argparse.Namespace) -> list[str]:
+    """The file of a command and how it is to be read, for another command."""
+    key = ["--key", arguments.key] if arguments.key is not None else []
+    words = [
+        str(arguments.file),
+        *key,
+        *(word for module in arguments.imports for word in ("--import", module)),
+        *(word for name, n in arguments.groups for word in ("--groups", f"{name}={n}")),
+        *(word for name in arguments.transposed for word in ("--transposed", name)),
+    ]
+    return [shlex.quote(word) for word in words]
+
+
+def _tied_name(file: Path) -> str:
+    """What to call the tied checkpoint of a file or folder: ``model-tied.safetensors``."""
+    name = file.resolve().name.removesuffix(".index.json")
+    return f"{name if file.is_dir() else Path(name).stem}-tied.safetensors"
 
 
 def in_shell(plan: Plan) -> str | None:

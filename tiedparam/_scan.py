@@ -16,23 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tiedparam import _cost, _structured
 from tiedparam._errors import TieError
 from tiedparam._layout import Layout
 from tiedparam._linked import Linked
 from tiedparam._near_copies import Sources, sample
-from tiedparam._places import Places
 from tiedparam._plan import PlanEntry
 from tiedparam._progress import progress as progress_bar
 from tiedparam._random_tensor import Moments, RandomResidual
-from tiedparam._register import make_rule, why_refused, why_untieable
+from tiedparam._register import make_rule, why_refused
 from tiedparam._registry import available_rules
 from tiedparam._rule import Rule
 from tiedparam._scan_report import Candidate, NotLookedAt, Pairs, ScanReport
-from tiedparam._stock import has_values
-from tiedparam._ties import get_tie, is_tied
+from tiedparam._scanned import ScannedTensor, tensors_of
 
 RuleChoice = str | type[Rule] | tuple[str | type[Rule], Mapping[str, Any]]
 
@@ -75,7 +72,7 @@ def scan(
     if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 0:
         raise TypeError(f"pairs= takes a number of pairs per tensor, 0 or more, not {pairs!r}")
     chosen = _chosen_rules(rules)
-    tensors, left_out = _tensors_of(model)
+    tensors, left_out = tensors_of(model)
     positions = _cost.positions(model, example) if example is not None else {}
     passes = sum(pairs > 0 or not issubclass(choice.rule, Linked) for choice in chosen)
     total = sum(t.value.numel() for t in tensors) * passes
@@ -86,21 +83,6 @@ def scan(
         left_out += looked.idle()
     in_order = [candidate for tensor in tensors for candidate in found[id(tensor)]]
     return ScanReport(tuple(in_order), tuple(left_out), searched)
-
-
-@dataclass
-class _Tensor:
-    """A Parameter that can be tied, and where it lies."""
-
-    path: str
-    layer: nn.Module
-    name: str
-    value: Tensor
-    moments: Moments
-
-    @property
-    def layout(self) -> Layout:
-        return Layout.of(self.layer, self.name, tuple(self.value.shape))
 
 
 @dataclass(frozen=True)
@@ -135,73 +117,6 @@ def _chosen_rules(rules: Iterable[RuleChoice] | None) -> list[_Choice]:
     return chosen
 
 
-def _tensors_of(model: nn.Module) -> tuple[list[_Tensor], list[NotLookedAt]]:
-    """Every Parameter once, in the model's order; and what no rule can be put on."""
-    tensors, left_out = [], []
-    places = Places(model)
-    for path, layer in model.named_modules():
-        if isinstance(layer, parametrize.ParametrizationList):
-            continue  # its layer speaks for it
-        for name in _tensor_names(layer):
-            parameter = layer._parameters.get(name)
-            where = f"{path}.{name}".removeprefix(".")
-            if is_tied(layer, name):
-                reason: str | None = f"it is tied by '{get_tie(layer, name)}' already."
-            elif parameter is not None and (
-                others := list(places.other_holders(layer, name, parameter))
-            ):
-                reason = _why_shared(places, [(layer, name), *others])
-            else:
-                reason = why_untieable(layer, name) or _why_no_values(parameter, where)
-            if reason is not None:
-                left_out.append(NotLookedAt(path, name, reason))
-                continue
-            assert parameter is not None
-            value = parameter.detach()
-            tensors.append(_Tensor(path, layer, name, value, Moments.of(value)))
-        if hasattr(layer, "_packed_params") and hasattr(layer, "weight"):
-            left_out.append(NotLookedAt(path, "weight", "the layer is quantized."))
-    return tensors, left_out
-
-
-def _why_shared(places: Places, holders: list[tuple[nn.Module, str]]) -> str:
-    """Why the first of the holders of one Parameter cannot be tied."""
-    padded = [
-        places.describe(layer, name)
-        for layer, name in holders
-        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.padding_idx is not None
-    ]
-    # said here: else who gives the embedding its own Parameter is refused by the next law
-    circle = f" No other law can go on {padded[0]}, because of its padding_idx." if padded else ""
-    return (
-        f"it shares its Parameter with {places.describe(*holders[1])}, and a rule would take it "
-        f"away. Give one of them a Parameter of its own, and tie it to the other by 'copy'.{circle}"
-    )
-
-
-def _tensor_names(layer: nn.Module) -> Iterator[str]:
-    yield from (name for name, parameter in layer._parameters.items() if parameter is not None)
-    if parametrize.is_parametrized(layer):
-        yield from layer.parametrizations  # type: ignore[misc]
-
-
-def _why_no_values(parameter: nn.Parameter | None, where: str) -> str | None:
-    if parameter is None:
-        return "it is no Parameter."
-    if not (parameter.is_floating_point() or parameter.is_complex()):
-        return f"no law has a meaning for {parameter.dtype}."
-    if parameter.dtype.itemsize < 2:  # float8: torch computes nothing in it
-        return f"nothing can be computed in {parameter.dtype}. Convert the layer first (.float())."
-    if parameter.numel() == 0:
-        return "it is empty."
-    if not has_values(parameter):
-        raise TieError(
-            f"the model has no values to look at: '{where}' is on the meta device. Load the "
-            "model first (model.to_empty, then load_state_dict)."
-        )
-    return None
-
-
 class _Scan:
     """One pass over a model."""
 
@@ -221,7 +136,7 @@ class _Scan:
         self._fitted: set[int] = set()
         self._shapes: dict[tuple[str, Layout], _OfShape] = {}
 
-    def laws_on(self, tensor: _Tensor) -> Iterator[Candidate]:
+    def laws_on(self, tensor: ScannedTensor) -> Iterator[Candidate]:
         """The candidates of one tensor alone."""
         refused: dict[str, NotLookedAt] = {}
         for choice in self.rules:
@@ -240,7 +155,7 @@ class _Scan:
             if number not in self._fitted:
                 yield misfit
 
-    def _leave_out(self, choice: _Choice, tensor: _Tensor, error: Exception) -> None:
+    def _leave_out(self, choice: _Choice, tensor: ScannedTensor, error: Exception) -> None:
         self._broken.add(choice.rule)
         reason = (
             f"the rule '{choice.rule.name or choice.rule.__name__}' raised "
@@ -249,7 +164,7 @@ class _Scan:
         self.left_out.append(NotLookedAt(tensor.path, tensor.name, reason))
 
     def _law_on(
-        self, tensor: _Tensor, choice: _Choice, refused: dict[str, NotLookedAt]
+        self, tensor: ScannedTensor, choice: _Choice, refused: dict[str, NotLookedAt]
     ) -> Iterator[Candidate]:
         for options in choice.variants(tensor.layout):
             rule = make_rule(choice.rule, dict(options))
@@ -275,7 +190,7 @@ class _Scan:
             yield self._candidate(tensor, rule, options, random, known.multiplicity)
 
     def copies_among(
-        self, tensors: list[_Tensor], pairs: int, found: dict[int, list[Candidate]]
+        self, tensors: list[ScannedTensor], pairs: int, found: dict[int, list[Candidate]]
     ) -> Pairs:
         """Compare tensors with functions of each other; add the candidates to ``found``."""
         if not pairs:
@@ -307,7 +222,7 @@ class _Scan:
         return Pairs(fitting, compared, pairs)
 
     def _functions(
-        self, choice: _Choice, tensors: list[_Tensor]
+        self, choice: _Choice, tensors: list[ScannedTensor]
     ) -> Iterator[tuple[Mapping[str, Any], Sources]]:
         """Every set of options of a rule that copies, with samples of what the sources give."""
         by_options: dict[str, tuple[Mapping[str, Any], Sources]] = {}
@@ -322,7 +237,11 @@ class _Scan:
         yield from by_options.values()
 
     def _copy(
-        self, kind: type[Rule], options: Mapping[str, Any], tensor: _Tensor, source: _Tensor
+        self,
+        kind: type[Rule],
+        options: Mapping[str, Any],
+        tensor: ScannedTensor,
+        source: ScannedTensor,
     ) -> Candidate | None:
         rule = _linked(kind, options, source)
         refused = why_refused(tensor.layer, rule)
@@ -341,7 +260,7 @@ class _Scan:
 
     def _candidate(
         self,
-        tensor: _Tensor,
+        tensor: ScannedTensor,
         rule: Rule,
         options: Mapping[str, Any],
         random: RandomResidual,
@@ -411,7 +330,7 @@ class _OfShape:
     unlawful: float
 
 
-def _linked(kind: type[Rule], options: Mapping[str, Any], source: _Tensor) -> Linked:
+def _linked(kind: type[Rule], options: Mapping[str, Any], source: ScannedTensor) -> Linked:
     rule = make_rule(kind, {**options, "source": source.layer, "source_name": source.name})
     assert isinstance(rule, Linked)
     return rule

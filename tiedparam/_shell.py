@@ -13,7 +13,6 @@ import inspect
 import io
 import json
 import os
-import shlex
 import subprocess
 import sys
 import warnings
@@ -43,7 +42,7 @@ from tiedparam import (
 from tiedparam._atomic import refuse_foreign_suffix
 from tiedparam._errors import visible
 from tiedparam._functions import find_function
-from tiedparam._next_steps import in_shell
+from tiedparam._next_steps import after_scan
 from tiedparam._offline import LayerHint, open_model, read_hints
 from tiedparam._plan import plan_from_data
 from tiedparam._registry import find_rule
@@ -52,7 +51,6 @@ from tiedparam._table import Column, Table, TableReport
 from tiedparam._ties import ties_of
 
 INTERRUPTED = 130
-_PAIRS = 2
 
 T = TypeVar("T")
 
@@ -370,7 +368,7 @@ def _add_scan(commands: Any) -> None:
     parser.add_argument(
         "--pairs",
         type=between(0, 10**6),
-        default=_PAIRS,
+        default=2,
         metavar="N",
         help="with how many others each tensor is compared for copies (default: 2)",
     )
@@ -392,50 +390,9 @@ def _run_scan(arguments: argparse.Namespace) -> None:
     planned = found.plan()
     if plan is not None and planned.entries:
         write_plan(planned, plan)
-    _print(found, arguments.json, next_steps=_after_scan(planned, arguments))
+    _print(found, arguments.json, next_steps=after_scan(planned, arguments, _program()))
     if plan is not None and not planned.entries:
         raise TieError("nothing was found that chance does not explain, so there is no plan.")
-
-
-def _after_scan(planned: Plan, arguments: argparse.Namespace) -> list[str]:
-    """The commands that tie what was found, with the names of the user's files."""
-
-    def command(name: str, *options: str) -> str:
-        return " ".join([_program(), name, *_given_again(arguments), *options])
-
-    output = f"-o {shlex.quote(_tied_name(arguments.file))}"
-    if not planned.entries:
-        return [command("tie", "--tie 'LAYERS=RULE'", "--init rescale", output)]
-    if arguments.plan is not None:
-        return [command("tie", f"--plan {shlex.quote(str(arguments.plan))}", output)]
-    spelled_out = in_shell(planned)
-    if spelled_out is not None:
-        return [command("tie", spelled_out, output)]
-    laws = [f"--rule {shlex.quote(rule)}" for rule in arguments.rule or ()]
-    pairs = [] if arguments.pairs == _PAIRS else [f"--pairs {arguments.pairs}"]
-    return [
-        command("scan", *laws, *pairs, "--plan plan.toml"),
-        command("tie", "--plan plan.toml", output),
-    ]
-
-
-def _given_again(arguments: argparse.Namespace) -> list[str]:
-    """The file of a command and how it is to be read, for another command."""
-    key = ["--key", arguments.key] if arguments.key is not None else []
-    words = [
-        str(arguments.file),
-        *key,
-        *(word for module in arguments.imports for word in ("--import", module)),
-        *(word for name, n in arguments.groups for word in ("--groups", f"{name}={n}")),
-        *(word for name in arguments.transposed for word in ("--transposed", name)),
-    ]
-    return [shlex.quote(word) for word in words]
-
-
-def _tied_name(file: Path) -> str:
-    """What to call the tied checkpoint of a file or folder: ``model-tied.safetensors``."""
-    name = file.resolve().name.removesuffix(".index.json")
-    return f"{name if file.is_dir() else Path(name).stem}-tied.safetensors"
 
 
 # tie and untie -----------------------------------------------------------------------------
