@@ -839,14 +839,18 @@ def test_a_scan_ends_with_the_command_that_ties_what_was_found(options, step, fi
     assert again["headline"] == out.splitlines()[0]
 
 
-def test_the_commands_repeat_how_the_file_is_read(net, files, capsys):
+@pytest.mark.usefixtures("registry")
+def test_the_commands_repeat_how_the_file_is_read(net, files, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(files)
     Path("my file").mkdir()
     torch.save({"my model": net.state_dict()}, "my file/it's.pt")
     Path("own_rules.py").write_text(OWN_RULE)
     out = good(capsys, "scan", "my file/it's.pt", "--key", "my model", "--import", "own_rules")
     (command,) = suggested(out)
     good(capsys, *shlex.split(command))
+    assert "--import own_rules" in command
     assert tp.is_tied(tp.load("it's-tied.safetensors", Net()).body[0])
+    del sys.modules["own_rules"]
 
 
 def test_many_finds_go_by_a_plan(tmp_path, monkeypatch, capsys):
