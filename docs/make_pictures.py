@@ -1,6 +1,7 @@
 """Draw the tying pattern of every rule into docs/images: ``python docs/make_pictures.py``.
 
-One SVG file for each law. Every square is an entry of a small weight; entries of one colour
+One SVG file for each law. Every square is an entry of a small weight, outputs down and inputs
+across, whatever the order in which the layer stores them; entries of one colour
 share one stored value and carry its number. A dark frame marks the first entry of each
 orbit. A rule of copies has no stored values: its source is drawn beside it, filled with
 1, 2, 3, …, and the copy shows what ``fn`` makes of them.
@@ -86,7 +87,7 @@ def pictures() -> Iterator[tuple[str, str]]:
 
 def picture(rule: tp.Rule) -> str:
     """The pattern of one bound rule as SVG."""
-    shape = rule.bound_layout.shape
+    shape = rule.bound_layout.canonical_shape
     if rule.free_count:
         labels = orbit_numbers(rule)
         head = f"{rule}, weight {shape}: {rule.free_count} of {prod(shape)} values stored"
@@ -96,8 +97,9 @@ def picture(rule: tp.Rule) -> str:
     numbers = torch.arange(1.0, stored.numel() + 1).reshape(stored.shape)
     with torch.no_grad():
         getattr(source, name).copy_(numbers)
-        copied = rule()
-    every = torch.ones(stored.shape, dtype=torch.bool)
+        copied = rule.bound_layout.canonical(rule())
+    numbers = tp.Layout.of(source, name, tuple(stored.shape)).canonical(numbers)
+    every = torch.ones(numbers.shape, dtype=torch.bool)
     none = torch.zeros(copied.shape, dtype=torch.bool)
     parts = [
         ("source", _Grid(numbers.long(), numbers.long(), every)),
@@ -118,6 +120,8 @@ class _Grid:
     def __init__(self, colours: Tensor, texts: Tensor, marked: Tensor) -> None:
         self.colours, self.texts, self.marked = (blocks(t) for t in (colours, texts, marked))
         self.outputs, self.inputs, self.height, self.length = self.colours.shape
+        # a bias has outputs alone
+        self.axes = "outputs ↓" if colours.dim() < 2 else "outputs ↓, inputs →"
         # a matrix is drawn without gaps
         self.gap = GAP if self.height * self.length > 1 else 0
 
@@ -150,11 +154,12 @@ def _svg(head: str, parts: list[tuple[str, _Grid]]) -> str:
     body, left, bottom = [], MARGIN, 0
     for caption, grid in parts:
         top = MARGIN + HEAD
-        if caption:
-            body.append(f'<text x="{left}" y="{top + 12}" class="left">{escape(caption)}</text>')
-            top += HEAD
+        said = f"{caption}: {grid.axes}" if caption else grid.axes
+        body.append(f'<text x="{left}" y="{top + 12}" class="left">{escape(said)}</text>')
+        top += HEAD
         body += grid.cells(left, top)
         width, height = grid.size
+        width = max(width, 7 * len(said))
         left, bottom = left + width + 4 * MARGIN, max(bottom, top + height)
     width = max(left - 3 * MARGIN, 2 * MARGIN + 7 * len(head))
     height = bottom + MARGIN

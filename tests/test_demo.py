@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import tiedparam as tp
-from tiedparam import _demo
+from tiedparam import _demo, _progress
 from tiedparam.__main__ import main
 
 LAWS = ("flip_sym", "channel_shared", "row_repeat", "copy", "squared_copy")
@@ -56,14 +57,38 @@ def test_the_demo_shows_each_law():
     assert set(LAWS) <= tp.available_rules().keys()
 
 
-def test_stdout_has_the_table_and_stderr_the_progress(run):
+def test_stdout_has_the_table_and_a_log_no_bars(run):
     done, _ = run
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 100
-    assert "step/s" not in done.stdout
     assert "\r" not in done.stdout
-    bars = re.findall(r"(\S[^\r\n]*): 100%", done.stderr)
+    assert done.stderr == ""  # it is no terminal
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("with_tqdm", [True, False])
+def test_a_terminal_shows_a_bar_for_every_training(with_tqdm, tmp_path, monkeypatch):
+    monkeypatch.setattr(_progress, "PATIENCE", 0.0)
+    if not with_tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["demo", "--epochs", "1", "--out", str(tmp_path / "p.png")]) == 0
+    ended = r"(\S[^\r\n]*): 100%" if with_tqdm else r"(\S[^\r\n]*) \[#+\] 100%"
+    bars = re.findall(ended, terminal.getvalue())
     assert list(dict.fromkeys(bars)) == ["training", *ROWS]
+
+
+def test_without_a_console_there_is_no_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    for shown in (None, True):
+        with _progress.progress(2, "working", shown) as advance:
+            advance(2)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_numbers_of_the_table(run, tied_models):
@@ -162,7 +187,7 @@ def test_a_broken_law_would_be_reported(images, tied_models, monkeypatch):
         _demo.check_law(model, tie)
 
 
-@pytest.mark.parametrize("package", ["sklearn", "matplotlib", "tqdm"])
+@pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
 def test_a_missing_extra_is_one_line(package, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +130,106 @@ def test_dense_against_tied_weights():
         tp.draw_weights([nn.ReLU()])
     with pytest.raises(tp.TieError, match="no weight to draw"):
         tp.draw_weights([])
+
+
+# The canonical layout, and what is said of it ------------------------------------------------
+
+
+def labels_of(axes) -> tuple[str, str]:
+    return axes.get_ylabel(), axes.get_xlabel()
+
+
+def examples() -> list:
+    return [
+        pytest.param(name, example, id=f"{name}-{number}")
+        for name, kind in tp.available_rules().items()
+        for number, example in enumerate(kind.examples())
+    ]
+
+
+@pytest.mark.parametrize("transposed", [nn.ConvTranspose1d, nn.ConvTranspose2d])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("channel_shared", {"over": "in"}),
+        ("channel_shared", {"over": "out"}),
+        ("channel_shared", {"over": "groups"}),
+        ("row_repeat", {"groups": 2}),
+    ],
+)
+def test_a_transposed_convolution_is_drawn_as_an_ordinary_one(rule, options, transposed):
+    ordinary = {nn.ConvTranspose1d: nn.Conv1d, nn.ConvTranspose2d: nn.Conv2d}[transposed]
+    layers = [
+        tp.register_tie(kind(4, 6, 3, groups=2), rule, **options) for kind in (ordinary, transposed)
+    ]
+    one, other = (tp.draw_orbits(layer) for layer in layers)
+    assert rendered(one) == rendered(other)
+    assert labels_of(one.axes[0])[0] == "outputs"
+    tp.assign_(layers[1], tp.get_tie(layers[1]).bound_layout.native(layers[0].weight.detach()))
+    one, other = (tp.draw_weights(layer) for layer in layers)
+    assert rendered(one) == rendered(other)
+
+
+@pytest.mark.parametrize("over", ["in", "out", "groups"])
+def test_the_docs_draw_a_transposed_convolution_as_an_ordinary_one(over, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "docs"))
+    picture = importlib.import_module("make_pictures").picture
+    one, other = (
+        picture(tp.get_tie(tp.register_tie(kind(4, 6, 3, groups=2), "channel_shared", over=over)))
+        for kind in (nn.Conv1d, nn.ConvTranspose1d)
+    )
+    assert one == other
+    assert "outputs ↓, inputs →" in one
+
+
+def test_gpt2s_conv1d_is_drawn_as_a_linear_layer():
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    linear = tp.register_tie(nn.Linear(3, 5), "row_repeat")
+    stored_otherwise = tp.register_tie(pytorch_utils.Conv1D(5, 3), "row_repeat")
+    assert stored_otherwise.weight.shape == (3, 5)
+    assert rendered(tp.draw_orbits(linear)) == rendered(tp.draw_orbits(stored_otherwise))
+
+
+@pytest.mark.parametrize(("rule", "example"), examples())
+def test_every_picture_of_every_rule_names_its_axes(rule, example):
+    model = example.build()
+    layer = model.get_submodule(example.path)
+    tp.register_tie(layer, rule, example.tensor_name, root=model, **example.options)
+    layout = tp.get_tie(layer, example.tensor_name).bound_layout
+    rows, columns = "outputs", "inputs of the output's group" if layout.groups > 1 else "inputs"
+    if isinstance(layer, nn.Embedding):
+        rows, columns = "embeddings", "features"
+    for figure in (
+        tp.draw_orbits(layer, example.tensor_name, corner=99),
+        tp.draw_weights(layer, "", example.tensor_name, corner=99),
+    ):
+        down, across = labels_of(figure.axes[0])
+        assert down == rows
+        assert across.startswith(columns) == (len(layout.shape) > 1)
+        assert across.endswith("values each") == (torch.Size(layout.kernel).numel() > 1)
+        height, width, *_ = image_of(figure).shape
+        assert height >= layout.canonical_shape[0]
+        assert width >= (*layout.canonical_shape, 1)[1]
+
+
+def test_axes_say_how_much_is_not_drawn():
+    layer = tp.register_tie(nn.Conv2d(20, 1000, 3), "channel_shared")
+    assert labels_of(tp.draw_orbits(layer).axes[0]) == (
+        "outputs (the first 8 of 1,000)", "inputs (the first 8 of 20), 3×3 values each"
+    )  # fmt: skip
+    figure = tp.draw_weights([torch.ones(9, 3), torch.ones(4), torch.ones(())])
+    assert [labels_of(axes) for axes in figure.axes[:3]] == [
+        ("axis 0 (the first 8 of 9)", "axis 1"), ("axis 0", ""), ("", ""),
+    ]  # fmt: skip
+    assert figure.axes[3].get_ylabel() == "value"
+
+
+def test_the_pictures_of_a_scan_name_their_axes(report):
+    residuals = tp.draw_residuals(report).axes[0]
+    assert labels_of(residuals) == ("tensor", "residual, and where a random tensor lies")
+    heat, bar = tp.draw_scan(report).axes
+    assert labels_of(heat) == ("tensor", "law")
+    assert bar.get_ylabel() == "relative"
 
 
 @pytest.fixture

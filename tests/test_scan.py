@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
 import json
 import math
 import warnings
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiedparam as tp
-from tiedparam import _cost, _scan
+from tiedparam import _cost, _near_copies, _scan_report
+from tiedparam._linked import Linked
 
 
 def by_name(report: tp.ScanReport) -> dict[tuple[str, str], object]:
@@ -54,8 +57,15 @@ def test_every_tensor_and_rule_that_fits_is_there():
                     assert row.compression == parameter.numel() / made.free_count
                     counts = torch.cat([count.flatten() for count in made.multiplicities()])
                     assert row.multiplicity == (counts.min().item(), counts.max().item())
+                    if row.constant:  # as norms begin
+                        assert row.relative is row.z_score is row.p_value is None
+                        continue
+                    values = parameter.detach().double()
+                    centred = (values - values.mean()).norm() / values.norm()
+                    degrees = parameter.numel() - 1
                     assert row.expected == pytest.approx(
-                        math.sqrt(1 - made.free_count / parameter.numel())
+                        centred.item() * math.sqrt((degrees + 1 - made.free_count) / degrees),
+                        rel=1e-5,
                     )
     assert set(found) == expected
     assert len(expected) > 30
@@ -77,7 +87,7 @@ def test_every_variant_of_every_rule_can_be_made():
             assert len(variants) >= 1
             for options in variants:
                 assert "source" not in options
-                source = {"source": nn.Linear(2, 2)} if issubclass(kind, _scan.Linked) else {}
+                source = {"source": nn.Linear(2, 2)} if issubclass(kind, Linked) else {}
                 kind(**options, **source)
     assert {"over": "groups"} in tp.available_rules()["channel_shared"].variants(layouts[2])
     assert {"over": "groups"} not in tp.available_rules()["channel_shared"].variants(layouts[1])
@@ -110,25 +120,28 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.3, -20.0])
 @pytest.mark.parametrize(("build", "rule", "options"), SHAPES)
-def test_expected_residual_and_z_score_by_monte_carlo(build, rule, options):
+def test_expected_residual_and_z_score_by_monte_carlo(build, rule, options, mean):
     draws, layer = 400, build()
-    squares, scores = [], []
+    ratios, scores, likely = [], [], []
     for _ in range(draws):
         with torch.no_grad():
-            layer.weight.normal_(std=0.3)
+            layer.weight.normal_(mean, std=0.3)
         (row,) = (
             c for c in tp.scan(layer, [(rule, options)]).candidates if c.tensor_name == "weight"
         )
-        squares.append(row.residual**2)
+        ratios.append(row.relative**2)
         scores.append(row.z_score)
-        expected = row.expected
-    squares, scores = torch.tensor(squares), torch.tensor(scores)
-    spread = squares.std().item() / math.sqrt(draws)
-    assert squares.mean().item() == pytest.approx(expected**2, abs=4 * spread)
+        likely.append(row.p_value)
+    ratios, scores, likely = (torch.tensor(values) for values in (ratios, scores, likely))
+    spread = ratios.std().item() / math.sqrt(draws)
+    assert ratios.mean().item() == pytest.approx(1, abs=4 * spread)
     # the z score is what its name says: mean 0, deviation 1
     assert abs(scores.mean().item()) < 4 / math.sqrt(draws)
     assert scores.std().item() == pytest.approx(1, abs=0.15)
+    for level in (0.5, 0.1, 0.01):  # and so is the p-value, which is a bound
+        assert (likely <= level).double().mean().item() <= level + 4 * math.sqrt(level / draws)
 
 
 @pytest.mark.parametrize("rule", ["copy", "squared_copy"])
@@ -155,6 +168,8 @@ def test_expected_residual_of_copies_by_monte_carlo(rule, scale):
 def test_copies_of_equal_scale_are_expected_at_the_root_of_two():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with torch.no_grad():
+        for layer in model:
+            layer.weight -= layer.weight.mean()
         model[1].weight.mul_(model[0].weight.norm() / model[1].weight.norm())
     found = by_name(tp.scan(model, ["copy"]))
     assert found["1.weight", "copy of 0.weight"].expected == pytest.approx(math.sqrt(2))
@@ -216,8 +231,8 @@ def test_planted_near_symmetries_stand_out_and_can_be_tied():
         ("layers.2.linear2", "copy(fn='t') of layers.2.linear1.weight"),
     }
     assert planted <= found
-    # squares are positive: their common mean is kept by every law that shares
-    assert {where for where, _ in found - planted - implied} == {"layers.2.self_attn"}
+    # nothing else: that squares are positive, and so have a mean, is no law
+    assert found == planted | implied
     first = report.ranked()[: len(planted | implied)]
     assert {(c.layer, c.rule) for c in first} == planted | implied
     assert all(c.relative < 0.1 for c in first)
@@ -279,7 +294,7 @@ def test_the_bound_on_pairs_is_kept_and_said():
         model[11].weight.copy_(noisy(model[2].weight))  # far apart
         model[7].weight.copy_(noisy(model[4].weight.t()))
     report = tp.scan(model, ["copy"], pairs=1)
-    assert report.pairs == _scan.Pairs(fitting=2 * 66, compared=2 * 11, per_tensor=1)
+    assert report.pairs == _scan_report.Pairs(fitting=2 * 66, compared=2 * 11, per_tensor=1)
     assert {c.rule for c in report.found()} == {"copy of 2.weight", "copy(fn='t') of 4.weight"}
     assert "22 of 132 fitting pairs were compared in full, the 1 nearest of" in str(report)
     assert tp.scan(model, ["copy"], pairs=0).candidates == ()
@@ -444,13 +459,21 @@ def test_multiply_adds_are_those_that_torch_counts(build, shape, positions):
 
 
 class MultiplyAdds(FlopCounterMode):
-    """torch's counter, which knows no matrix-vector product."""
+    """torch's counter, which knows no matrix-vector product.
+
+    Its tracker of modules is left out: that hooks every module, and what is hooked is computed as
+    the hooks can see it, from the whole weight.
+    """
+
+    class NoTracker(contextlib.nullcontext):
+        parents = frozenset({"Global"})
 
     def __init__(self) -> None:
         def mv(matrix_shape, vector_shape, *args, out_shape=None, **kwargs):
             return 2 * matrix_shape[0] * matrix_shape[1]
 
         super().__init__(display=False, custom_mapping={torch.ops.aten.mv: mv})
+        self.mod_tracker = self.NoTracker()
 
     @property
     def total(self) -> float:
@@ -534,7 +557,7 @@ def test_no_dense_copies_are_held_beyond_one_layer():
     few, many = peak(4), peak(24)
     assert few > one_layer  # it is measured at all
     # 20 layers more add the samples that copies are looked for by, and no more copies of layers
-    assert many - few < one_layer + 20 * 6 * _scan.SAMPLED * 8
+    assert many - few < one_layer + 20 * 6 * _near_copies.SAMPLED * 8
     assert few < 12 * one_layer  # what one law on one layer needs on the way
 
 
@@ -545,7 +568,8 @@ def test_the_report_is_text_markdown_html_json_and_rows():
     model = encoder()
     plant(model)
     report = tp.scan(model, example=torch.randn(1, 3, 16))
-    text = str(report).splitlines()
+    headline, empty, *text = str(report).splitlines()
+    assert (headline, empty) == (report.headline(), "")
     assert text[0].split() == [
         "tensor", "rule", "shape", "dense", "free", "ratio", "mult.", "residual", "random",
         "relative", "mult-adds", "tied",
@@ -553,13 +577,17 @@ def test_the_report_is_text_markdown_html_json_and_rows():
     hidden = len(report.candidates) - 40
     assert hidden > 0
     assert f"{hidden} more rows are in rows() and to_markdown()." in text
-    assert len(text) == 2 + 40 + 1 + 1 + len(report.notes())
-    assert len(report.to_markdown().splitlines()) == 2 + len(report.candidates) + 1 + len(
-        report.notes()
-    )
+    assert len(text) == 2 + 40 + 1 + 1 + len(report.notes()) + 1 + 1 + 1
+    assert text[-2:] == ["Next:", f"  {report.next_steps()[0]}"]
+    markdown = report.to_markdown().splitlines()
+    assert len(markdown) == 2 + 2 + len(report.candidates) + 1 + len(report.notes()) + 1 + 3
+    assert markdown[-3:] == ["```", *report.next_steps(), "```"]
     assert report._repr_html_().count("<tr>") == 41
+    assert report.headline() in html.unescape(report._repr_html_())
     data = json.loads(report.to_json())
     assert data["kind"] == "scan"
+    assert data["headline"] == report.headline()
+    assert data["next_steps"] == report.next_steps()
     assert len(data["rows"]) == len(report.rows()) == len(report.candidates)
     row = next(row for row in data["rows"] if row["rule"] == "flip_sym")
     assert row["tensor"] == f"{row['layer']}.{row['tensor_name']}"
@@ -660,3 +688,79 @@ def test_options_that_fit_nothing_are_said_and_sources_are_not_given():
     for name in ("source", "source_name"):
         with pytest.raises(tp.TieError, match=f"the sources of 'copy' itself. Leave out {name}="):
             tp.scan(model, [("copy", {name: "0"})])
+
+
+# How many, and what next ------------------------------------------------------------------------
+
+
+def planted_by(rules: int) -> nn.Sequential:
+    """Square layers, the first of which are symmetric."""
+    model = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(8)))
+    with torch.no_grad():
+        for layer in model[:rules]:
+            layer.weight += layer.weight.t().clone()
+    return model
+
+
+def test_a_report_begins_with_how_many_tensors_look_tied():
+    assert tp.scan(planted_by(1)).headline() == "1 of 8 tensors looks tied: 0.weight (flip_sym)."
+    assert str(tp.scan(planted_by(2))).startswith(
+        "2 of 8 tensors look tied: 0.weight (flip_sym), 1.weight (flip_sym).\n\ntensor "
+    )
+    many = tp.scan(planted_by(7))
+    assert many.headline().startswith("7 of 8 tensors look tied: ")
+    assert many.headline().count("flip_sym") == 5
+    assert many.headline().endswith(" and 2 more.")
+
+
+def test_a_report_without_finds_says_so_and_what_it_means():
+    text = str(tp.scan(planted_by(0)))
+    assert text.startswith(
+        "None of 8 tensors looks tied: each is about as far from every law as a random tensor of "
+        "the same mean and spread. A law would be imposed, not found: train on after tying.\n"
+    )
+    assert text.endswith(
+        '\nNext:\n  tp.register_tie(layer, "rule", init="rescale")  # by your own choice'
+    )
+    assert tp.scan(nn.ReLU()).next_steps() == []
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_a_report_ends_with_the_line_that_ties_what_was_found(count):
+    model = planted_by(count)
+    seen = tp.scan(model)
+    *_, head, line = str(seen).splitlines()
+    assert head == "Next:"
+    exec(line.strip(), {"tp": tp, "model": model, "seen": seen})
+    assert [tp.is_tied(layer) for layer in model] == [n < count for n in range(8)]
+    assert tp.scan(model).found() == []
+
+
+def test_the_line_spells_out_options_sources_and_odd_names():
+    model = nn.ModuleDict({"a[1]": nn.Linear(9, 12), "it's": nn.Linear(12, 9),
+                           "c": nn.MultiheadAttention(4, 2), "d": nn.Linear(4, 12)})  # fmt: skip
+    with torch.no_grad():
+        model["it's"].weight.copy_(model["a[1]"].weight.t())
+        model["d"].weight.copy_(model["c"].in_proj_weight)
+    seen = tp.scan(model)
+    (line,) = seen.next_steps()
+    assert "'fn': torch.t" in line
+    assert "'source_name': 'in_proj_weight'" in line
+    exec(line, {"tp": tp, "torch": torch, "model": model})
+    assert torch.equal(model["it's"].weight, model["a[1]"].weight.t())
+    assert tp.is_tied(model["d"])
+    both = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "b": nn.MultiheadAttention(4, 2)})
+    with torch.no_grad():
+        for name in ("in_proj_weight", "out_proj.weight"):
+            both["b"].get_parameter(name).copy_(both["a"].get_parameter(name))
+    exec(tp.scan(both).next_steps()[0], {"tp": tp, "torch": torch, "model": both})
+    assert tp.is_tied(both["b"], "in_proj_weight")
+    assert tp.is_tied(both["b"].out_proj)
+
+
+def test_a_rule_without_a_name_is_named_by_the_plan(registry):
+    class Own(type(tp.register_tie(nn.Linear(2, 2), "flip_sym").parametrizations.weight[0])):
+        name = ""
+
+    seen = tp.scan(planted_by(1), [Own])
+    assert seen.next_steps() == ["tp.tie_model(model, seen.plan())  # seen is what scan returned"]

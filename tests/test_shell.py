@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiedparam as tp
-from tiedparam import _offline, _shell
+from tiedparam import _next_steps, _offline, _shell
 from tiedparam._shell import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -436,7 +436,8 @@ def test_a_bad_file_gets_one_line(bad, command, files, capsys):
     more = {"tie": ["--plan", "plan.toml", "-o", "out"], "untie": ["-o", "out"]}.get(command, [])
     assert "bad.bin" in refused(capsys, command, "bad.bin", *more)
     assert "nowhere.pt" in refused(capsys, command, "nowhere.pt", *more)
-    assert "Is a directory" in refused(capsys, command, ".", *more)
+    Path("empty").mkdir()
+    assert "the folder 'empty' holds no checkpoint" in refused(capsys, command, "empty", *more)
 
 
 @given(content=st.binary(max_size=300))
@@ -758,8 +759,9 @@ def test_an_entry_of_a_checkpoint_by_its_key(net, files, capsys):
     torch.save({"model": net.state_dict(), "epoch": 3}, "epoch3.pt")
     assert "(in the shell: --key model)" in refused(capsys, "scan", "epoch3.pt")
     for command in (["scan"], ["report"], ["tie", "--plan", "plan.toml", "--dry-run"]):
-        whole = good(capsys, *command, "model.pt")
-        assert good(capsys, *command, "epoch3.pt", "--key", "model") == whole
+        whole = good(capsys, *command, "model.pt").partition("\nNext:")[0]
+        part = good(capsys, *command, "epoch3.pt", "--key", "model").partition("\nNext:")[0]
+        assert part == whole
     assert "no entry 'net'. It has 'model', 'epoch'." in (
         refused(capsys, "scan", "epoch3.pt", "--key", "net")
     )
@@ -828,3 +830,102 @@ def test_an_empty_name_is_wrong_usage(files, capsys):
 def test_the_demo_replaces_no_picture_of_the_users(files, capsys):
     Path("mine.png").write_bytes(b"mine")
     assert "'mine.png' exists already" in refused(capsys, "demo", "--out", "mine.png")
+
+
+# What to type next ---------------------------------------------------------------------------
+
+
+def suggested(out: str) -> list[str]:
+    """The commands that a scan ends with."""
+    lines = out.rstrip("\n").splitlines()
+    lines = lines[lines.index("Next:") + 1 :]
+    assert lines
+    return [line.removeprefix("  python -m tiedparam ") for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [
+        ((), "tie model.pt --tie body.0=flip_sym -o model-tied.safetensors"),
+        (("--plan", "the plan.toml"), "tie model.pt --plan 'the plan.toml' -o model-tied.safe"),
+        (
+            ("--groups", "up=2", "--groups", "stem=2", "--transposed", "up"),
+            "tie model.pt --groups up=2 --groups stem=2 --transposed up --tie body.0=flip_sym",
+        ),
+    ],
+)
+def test_a_scan_ends_with_the_command_that_ties_what_was_found(options, step, files, capsys):
+    out = good(capsys, "scan", "model.pt", *options)
+    assert re.match(r"1 of \d+ tensors looks tied: body\.0\.weight \(flip_sym\)\.\n\ntensor", out)
+    (command,) = suggested(out)
+    assert command.startswith(step)
+    good(capsys, *shlex.split(command))
+    assert tp.is_tied(tp.load("model-tied.safetensors", Net()).body[0])
+    again = json.loads(good(capsys, "scan", "model.pt", *options, "--force", "--json"))
+    assert [step.removeprefix("python -m tiedparam ") for step in again["next_steps"]] == [command]
+    assert again["headline"] == out.splitlines()[0]
+
+
+@pytest.mark.usefixtures("registry")
+def test_the_commands_repeat_how_the_file_is_read(net, files, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(files)
+    Path("my file").mkdir()
+    torch.save({"my model": net.state_dict()}, "my file/it's.pt")
+    Path("own_rules.py").write_text(OWN_RULE)
+    out = good(capsys, "scan", "my file/it's.pt", "--key", "my model", "--import", "own_rules")
+    (command,) = suggested(out)
+    good(capsys, *shlex.split(command))
+    assert "--import own_rules" in command
+    assert tp.is_tied(tp.load("it's-tied.safetensors", Net()).body[0])
+    del sys.modules["own_rules"]
+
+
+def test_many_finds_go_by_a_plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(4)))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight += layer.weight.t().clone()
+    torch.save(model.state_dict(), "m.pt")
+    out = good(capsys, "scan", "m.pt", "--rule", "flip_sym", "--pairs", "0")
+    assert suggested(out) == [
+        "scan m.pt --rule flip_sym --pairs 0 --plan plan.toml",
+        "tie m.pt --plan plan.toml -o m-tied.safetensors",
+    ]
+    for command in suggested(out):
+        good(capsys, *shlex.split(command))
+    assert all(map(tp.is_tied, tp.load("m-tied.safetensors", model)))
+
+
+def test_a_scan_without_finds_says_what_that_means(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).state_dict(), "m.pt")
+    out = good(capsys, "scan", "m.pt")
+    assert out.startswith("None of 4 tensors looks tied: each is about as far from every law as ")
+    assert suggested(out) == ["tie m.pt --tie 'LAYERS=RULE' --init rescale -o m-tied.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        tp.PlanEntry("a.b", "flip_sym"),
+        tp.PlanEntry("0", "row_repeat", {"groups": 4}),
+        tp.PlanEntry("0", "copy", {"source": "1", "fn": torch.t}),
+        tp.PlanEntry("a", "copy", {"source": "b", "source_name": "w"}, "in_proj_weight"),
+        tp.PlanEntry("[[]x]", "channel_shared", {"over": "in"}),
+    ],
+)
+def test_an_entry_as_an_option_is_read_as_the_same_entry(entry):
+    _, option = shlex.split(_next_steps.in_shell(tp.Plan((entry,))))
+    assert _shell._entry(option) == entry
+
+
+def test_what_an_option_cannot_say_is_left_to_a_plan():
+    for entry in (
+        tp.PlanEntry("a=b", "flip_sym"),
+        tp.PlanEntry("a", "copy", {"source": "b,c"}),
+        tp.PlanEntry("a", "copy", {"source": "b", "fn": lambda weight: weight}),
+    ):
+        assert _next_steps.in_shell(tp.Plan((entry,))) is None
+    assert _next_steps.in_shell(tp.Plan(4 * (tp.PlanEntry("a", "flip_sym"),))) is None

@@ -18,7 +18,8 @@ from tiedparam._register import register_tie, remove_tie, residual
 from tiedparam._registry import available_rules, register_rule
 from tiedparam._report import Report, TieReport, report
 from tiedparam._rule import Example, Rule
-from tiedparam._scan import ScanReport, scan
+from tiedparam._scan import scan
+from tiedparam._scan_report import ScanReport
 from tiedparam._ties import get_tie, is_tied
 from tiedparam._values import assign_, init_
 from tiedparam._version import __version__

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
 
 from tiedparam import TieError, get_tie, is_tied, register_tie, residual
+from tiedparam._pictures import first_of_each
+from tiedparam._progress import progress
+from tiedparam._report import state_bytes
 
 BATCH = 64
 LEVELS = 16
@@ -66,7 +68,9 @@ TOGETHER = (FLIP_SYM, CHANNEL_SHARED, ROW_REPEAT, COPY)
 
 
 def demo(out: Path, *, seed: int = 0, epochs: int = 30) -> None:
-    """Run the demo: the table goes to stdout, progress to stderr, the picture to ``out``.
+    """Run the demo: the table goes to stdout, the picture to ``out``.
+
+    Progress is drawn on stderr, if that is a terminal.
 
     Args:
         out: the PNG file to write.
@@ -77,7 +81,7 @@ def demo(out: Path, *, seed: int = 0, epochs: int = 30) -> None:
         TieError: before anything is run, if a package of the ``demo`` extra is missing or
             ``out`` cannot be written; after it, if a law were broken.
     """
-    for package in ("sklearn", "matplotlib", "tqdm"):
+    for package in ("sklearn", "matplotlib"):
         needed(package)
     reason = _why_not_writable(out)
     if reason is not None:
@@ -222,7 +226,7 @@ def tie_and_tune(
         residual=distance,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         checkpoint_bytes=checkpoint_bytes(model),
-        optimizer_bytes=optimizer_bytes(optimizer),
+        optimizer_bytes=state_bytes(optimizer),
         before=accuracy(dense, data),
         after_tying=after_tying,
         after_tuning=accuracy(model, data),
@@ -234,7 +238,7 @@ def tie_and_tune(
 def train(
     model: nn.Module, data: Data, epochs: int, seed: int, *, learning_rate: float, title: str
 ) -> Optimizer:
-    """Train in place by Adam, with a progress bar on stderr. Returns the optimizer."""
+    """Train in place by Adam, with a bar if somebody watches. Returns the optimizer."""
     optimizer = Adam(model.parameters(), lr=learning_rate)
     order = torch.Generator().manual_seed(seed)
     pictures, labels = data.train_pictures, data.train_labels
@@ -243,11 +247,13 @@ def train(
         for _ in range(epochs)
         for batch in torch.split(torch.randperm(len(labels), generator=order), BATCH)
     ]
-    for batch in needed("tqdm").tqdm(batches, desc=f"{title:>15}", unit="step", file=sys.stderr):
-        optimizer.zero_grad()
-        loss = cross_entropy(model(pictures[batch]), labels[batch])
-        loss.backward()
-        optimizer.step()
+    with progress(len(batches), f"{title:>15}") as advance:
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = cross_entropy(model(pictures[batch]), labels[batch])
+            loss.backward()
+            optimizer.step()
+            advance(1)
     return optimizer
 
 
@@ -263,16 +269,6 @@ def checkpoint_bytes(model: nn.Module) -> int:
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     return file.getbuffer().nbytes
-
-
-def optimizer_bytes(optimizer: Optimizer) -> int:
-    """The bytes of all tensors in the optimizer's state."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -351,7 +347,7 @@ INK = "#222222"
 CAPTION = (
     "A corner of each weight: red is positive, blue negative, each block on its own scale. "
     "Framed: a stored value. Not framed: computed by the law.\n"
-    "The marks show where three of the stored values are used. "
+    "Outputs go down, inputs across. The marks show where three of the stored values are used. "
     "Above the model as trained, below its copies, tied and fine-tuned."
 )
 
@@ -407,12 +403,12 @@ def _corner_of(layer: nn.Module, rows: int) -> Panel:
     labels = torch.arange(1, weight.numel() + 1).reshape(weight.shape)
     stored = torch.ones(weight.shape, dtype=torch.bool)
     if is_tied(layer):
-        stored[:] = False
         rule = get_tie(layer)
-        if rule.free_count:  # else a copy, entry by entry
+        if rule.free_count:
             labels = rule.orbit_labels().abs()
-            _, first = needed("numpy").unique(labels, return_index=True)
-            stored.view(-1)[first] = True
+            stored = first_of_each(labels)
+        else:  # a copy, entry by entry
+            stored[:] = False
     kernel = weight.shape[-1] if weight.dim() == 4 else 1
 
     def corner(tensor: Tensor) -> Tensor:

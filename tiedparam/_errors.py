@@ -66,7 +66,7 @@ def extra_repr(layer: nn.Module) -> str:
     )
     stand_in: Any = object.__new__(stock)
     stand_in.__dict__.update(layer.__dict__, _parameters={**layer._parameters}, _modules={})
-    stand_in._parameters.update(dict.fromkeys(names, torch.empty(0)))
+    stand_in._parameters.update(dict.fromkeys(names, torch.empty(0, device="cpu")))
     text: str = stand_in.extra_repr()
     return text
 

@@ -87,8 +87,9 @@ def load(path: PathLike, model: Model) -> Model:
     is put back as it was, ties included; for that, its values are held twice meanwhile.
 
     Args:
-        path: a safetensors file, what ``torch.save`` wrote of a state dict, or the index file
-            of several (``*.index.json``). Pickles are read with ``weights_only=True``.
+        path: a safetensors file, what ``torch.save`` wrote of a state dict, the index file of
+            several (``*.index.json``), or a folder that holds one of these under the name that
+            transformers' ``save_pretrained`` gives it. Pickles are read with ``weights_only=True``.
         model: the model. Parameters and persistent buffers on the meta device get memory on
             the CPU. A stored value may be widened to the model's dtype, but never rounded.
 

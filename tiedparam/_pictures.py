@@ -1,25 +1,26 @@
 """Pictures of ties and scans. Every function returns a matplotlib figure; none shows or saves it.
 
 What is drawn of a weight is its corner: blocks of kernels, outputs down and inputs across, as
-`mosaic` lays them out. matplotlib is imported when a picture is asked for, and no state of it
-(pyplot, styles) is touched.
+`mosaic` lays them out, whatever the order in which the layer stores them. matplotlib is imported
+when a picture is asked for, and no state of it (pyplot, styles) is touched.
 """
 
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Sequence
 from importlib import import_module
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tiedparam._errors import TieError, describe
+from tiedparam._layout import Layout
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
-from tiedparam._scan import Candidate, ScanReport
+from tiedparam._scan_report import Candidate, ScanReport
 from tiedparam._ties import get_tie
 from tiedparam._write_guard import unguard
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 CORNER = 8
 """How many outputs and inputs of a weight are drawn, unless something else is asked for."""
-_INK = "#222222"
+_INK, _PAPER = "#222222", (1.0, 1.0, 1.0)
 _MOST_ROWS = 40
 
 
@@ -41,8 +42,9 @@ def draw_orbits(layer: nn.Module, tensor_name: str = "weight", *, corner: int = 
         corner: how many outputs and inputs to draw.
 
     Returns:
-        The figure. A dark frame marks the first entry of each orbit, a stroke an entry that is
-        minus its stored value. Entries of a copy have the colours of its source's entries.
+        The figure: outputs down, inputs across, in the canonical layout. A dark frame marks the
+        first entry of each orbit, a stroke an entry that is minus its stored value. Entries of a
+        copy have the colours of its source's entries.
 
     Raises:
         TieError: if the tensor is not tied, or matplotlib is not installed.
@@ -50,12 +52,9 @@ def draw_orbits(layer: nn.Module, tensor_name: str = "weight", *, corner: int = 
     rule = get_tie(layer, tensor_name)
     figure, axes = _figure(1)
     numbers = orbit_numbers(rule)
-    shown = mosaic(numbers.abs(), corner)
-    colours = torch.ones(*shown.shape, 3)
-    for number in shown.unique().tolist():
-        if number:
-            colours[shown == number] = torch.tensor(orbit_colour(number))
-    axes[0].imshow(colours.numpy(), interpolation="nearest")
+    shown = mosaic(numbers.abs(), corner).tolist()
+    colours = [[orbit_colour(n) if n else _PAPER for n in row] for row in shown]
+    axes[0].imshow(colours, interpolation="nearest")
     patches = _needed("matplotlib.patches")
     if not isinstance(rule, Linked):
         for y, x in mosaic(first_of_each(numbers), corner).nonzero().tolist():
@@ -63,7 +62,8 @@ def draw_orbits(layer: nn.Module, tensor_name: str = "weight", *, corner: int = 
             axes[0].add_patch(frame)
     for y, x in (mosaic(numbers, corner) < 0).nonzero().tolist():
         axes[0].plot([x - 0.3, x + 0.3], [y, y], color=_INK)
-    shape = rule.bound_layout.shape
+    shape = rule.bound_layout.canonical_shape
+    _name_axes(axes[0], layer, shape, corner, rule.bound_layout.groups)
     stored = f"{rule.free_count:,} of {numbers.numel():,} values stored"
     axes[0].set_title(f"{rule}: {rule.law}\n{'×'.join(map(str, shape))}, {stored}", size=10)
     return figure
@@ -85,7 +85,8 @@ def draw_weights(
         corner: how many outputs and inputs to draw.
 
     Returns:
-        The figure: red is positive, blue negative.
+        The figure: red is positive, blue negative. Of a layer, outputs go down and inputs across;
+        a tensor, of which that is not known, is drawn as it lies.
 
     Raises:
         TieError: if a layer has no such tensor, or matplotlib is not installed.
@@ -97,7 +98,16 @@ def draw_weights(
     values = [_values_of(weight, tensor_name) for weight in weights]
     if not values:
         raise TieError("there is no weight to draw. Pass layers or tensors.")
-    shown = [_with_gaps(value, corner) for value in values]
+    layouts = [
+        Layout.of(weight, tensor_name, tuple(value.shape))
+        if isinstance(weight, nn.Module)
+        else Layout(tuple(value.shape))
+        for weight, value in zip(weights, values, strict=True)
+    ]
+    shown = [
+        _with_gaps(layout.canonical(value), corner)
+        for layout, value in zip(layouts, values, strict=True)
+    ]
     scale = max(float(value.abs().nan_to_num(0).max()) for value in shown) or 1.0
     figure, axes = _figure(len(shown))
     figure.set_layout_engine("constrained", wspace=0.1)
@@ -105,21 +115,25 @@ def draw_weights(
         image = axes[number].imshow(
             value.numpy(), cmap="RdBu_r", vmin=-scale, vmax=scale, interpolation="nearest"
         )
+        layout = layouts[number]
+        shape = layout.canonical_shape
+        _name_axes(axes[number], weights[number], shape, corner, layout.groups)
         if number < len(titles):
             axes[number].set_title(titles[number], size=10)
-    figure.colorbar(image, ax=axes, shrink=0.7)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="value")
     return figure
 
 
 def draw_residuals(report: ScanReport) -> Figure:
-    """The residuals of every layer against what a random weight has.
+    """The residuals of every layer against what a random tensor has.
 
     Args:
         report: what `scan` returned.
 
     Returns:
         The figure: a row for each tensor, a dot for each rule at its residual, joined to a stroke
-        where a random weight lies. A dot far to the left of its stroke is a law that is kept.
+        where a random tensor of the same mean and spread lies. A dot far to the left of its
+        stroke is a law that is kept.
         Of a large model the tensors with the clearest finds are drawn, and the title says how
         many there are.
 
@@ -138,7 +152,8 @@ def draw_residuals(report: ScanReport) -> Figure:
         axes.plot(expected, y, "|", color=_INK, markersize=5)
         axes.plot(residuals, y, "o", color=f"C{number % 10}", markersize=4, label=kind)
     axes.set_yticks(range(len(rows)), rows, size=8)
-    axes.set(xlabel="residual, and where a random weight lies", ylim=(len(rows) - 0.5, -0.5))
+    axes.set(xlabel="residual, and where a random tensor lies", ylabel="tensor")
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_title(f"{title} tensors", size=10)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -146,7 +161,7 @@ def draw_residuals(report: ScanReport) -> Figure:
 
 
 def draw_scan(report: ScanReport) -> Figure:
-    """A scan as a heat map: tensors down, rules across, residuals relative to random weights.
+    """A scan as a heat map: tensors down, rules across, residuals relative to random tensors.
 
     Args:
         report: what `scan` returned.
@@ -161,16 +176,18 @@ def draw_scan(report: ScanReport) -> Figure:
     """
     candidates, rows, title = _clearest(report)
     columns = sorted({_kind(c) for c in candidates})
-    values = torch.full((len(rows), len(columns)), float("nan"))
+    values = [[math.nan] * len(columns) for _ in rows]
     for c in candidates:
-        place = rows.index(_name(c)), columns.index(_kind(c))
-        values[place] = torch.fmin(values[place], torch.tensor(c.relative))
+        row, column = rows.index(_name(c)), columns.index(_kind(c))
+        if c.relative is not None and not values[row][column] <= c.relative:
+            values[row][column] = c.relative  # a copy: of its nearest source
     figure, (axes,) = _figure(1, framed=True, size=(3 + 0.5 * len(columns), 2 + 0.22 * len(rows)))
-    image = axes.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", size=8)
     axes.set_yticks(range(len(rows)), rows, size=8)
-    axes.set_title(f"{title} tensors: residual / that of a random weight", size=10)
-    figure.colorbar(image, ax=axes)
+    axes.set(xlabel="law", ylabel="tensor")
+    axes.set_title(f"{title} tensors: residual / that of a random tensor", size=10)
+    figure.colorbar(image, ax=axes, label="relative")
     return figure
 
 
@@ -181,28 +198,29 @@ def orbit_numbers(rule: Rule) -> Tensor:
     """For each entry of a bound rule's weight the number of the stored value it comes from.
 
     Returns:
-        Numbers from 1, negative where the entry is minus the value. For a copy the number of the
-        source's entry, if each entry comes from one.
+        Numbers from 1 in the canonical layout, negative where the entry is minus the value. For a
+        copy the number of the source's entry, if each entry comes from one.
     """
     if not isinstance(rule, Linked):
-        return rule.orbit_labels()
+        return rule.bound_layout.canonical(rule.orbit_labels())
     ((source, name),) = rule.sources()
     shape = unguard(getattr(source, name)).shape
-    numbers = torch.arange(1, shape.numel() + 1, dtype=torch.float64).reshape(shape)
+    numbers = torch.arange(1, shape.numel() + 1, dtype=torch.float64, device="cpu").reshape(shape)
     # each entry is some f(number): the chain rule, along the numbers and along ones
     scaled, slope = (
         torch.func.jvp(rule.fn, (numbers,), (along,))[1]
         for along in (numbers, torch.ones_like(numbers))
     )
     origins: Tensor = (scaled / slope).round().nan_to_num(0)
-    return origins.to(torch.int64)
+    return rule.bound_layout.canonical(origins.to(torch.int64))
 
 
 def first_of_each(numbers: Tensor) -> Tensor:
     """True at the first entry of every orbit."""
     flat = numbers.abs().flatten()
-    order = torch.arange(len(flat))
-    first = torch.full((int(flat.max()) + 1,), len(flat)).scatter_reduce(0, flat, order, "amin")
+    order = torch.arange(len(flat), device="cpu")
+    none = torch.full((int(flat.max()) + 1,), len(flat), device="cpu")
+    first = none.scatter_reduce(0, flat, order, "amin")
     return (first[flat] == order).reshape(numbers.shape)
 
 
@@ -231,7 +249,7 @@ def mosaic(tensor: Tensor, corner: int) -> Tensor:
 
 
 def _with_gaps(value: Tensor, corner: int) -> Tensor:
-    between = mosaic(torch.ones(value.shape, dtype=torch.bool), corner)
+    between = mosaic(value.new_ones(value.shape, dtype=torch.bool), corner)
     return mosaic(value, corner).masked_fill(~between, float("nan"))
 
 
@@ -245,7 +263,7 @@ def _values_of(weight: nn.Module | Tensor, tensor_name: str) -> Tensor:
 
 def _clearest(report: ScanReport) -> tuple[list[Candidate], list[str], str]:
     """What to draw of a scan: candidates, the names of their tensors, ``"40 of 50"``."""
-    ranked = [c for c in report.ranked() if c.relative is not None and isfinite(c.relative)]
+    ranked = [c for c in report.ranked() if c.relative is not None and math.isfinite(c.relative)]
     if not ranked:
         raise TieError("the scan found no tensor that could be drawn. Scan a model with weights.")
     names = list(dict.fromkeys(map(_name, ranked)))
@@ -261,6 +279,26 @@ def _name(candidate: Candidate) -> str:
 
 def _kind(candidate: Candidate) -> str:
     return candidate.rule.split(" of ")[0]
+
+
+def _name_axes(
+    axes: Any, drawn: nn.Module | Tensor, shape: tuple[int, ...], corner: int, groups: int
+) -> None:
+    """Say what goes down and across, and how much of it is not drawn."""
+    if isinstance(drawn, Tensor):
+        names = ["axis 0", "axis 1"]
+    elif isinstance(drawn, (nn.Embedding, nn.EmbeddingBag)):
+        names = ["embeddings", "features"]
+    else:
+        names = ["outputs", "inputs of the output's group" if groups > 1 else "inputs"]
+    texts = [
+        f"{name} (the first {corner:,} of {count:,})" if count > corner else name
+        for name, count in zip(names, shape, strict=False)  # a bias has outputs alone
+    ]
+    if math.prod(shape[2:]) > 1:
+        texts[1] += f", {'×'.join(map(str, shape[2:]))} values each"
+    for name, text in zip(("ylabel", "xlabel"), texts, strict=False):
+        axes.set(**{name: text})
 
 
 def _figure(

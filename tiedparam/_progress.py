@@ -28,11 +28,11 @@ def progress(total: int, title: str, shown: bool | None = None) -> Iterator[Call
     Yields:
         A function that says how much more is done.
     """
-    if shown is None:
+    patience = PATIENCE if shown is None else 0.0
+    if sys.stderr is None:  # a program without a console
+        shown = False
+    elif shown is None:
         shown = sys.stderr.isatty()
-        patience = PATIENCE
-    else:
-        patience = 0.0
     if not shown:
         yield lambda amount: None
         return

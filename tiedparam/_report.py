@@ -14,7 +14,7 @@ from tiedparam import _cost
 from tiedparam._linked import Linked
 from tiedparam._optimizer import as_optimizers
 from tiedparam._rule import Rule
-from tiedparam._scan import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
+from tiedparam._scan_report import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
 from tiedparam._table import Column, Table, TableReport, plain, show
 from tiedparam._ties import origins, ties_of
 
@@ -306,7 +306,7 @@ def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimiz
         checkpoint_stored=stored_bytes + buffers,
         optimizer_dense=trainable + saved_states,
         optimizer_stored=trainable,
-        optimizer_held=sum(map(_state_bytes, optimizers)) if optimizers else None,
+        optimizer_held=sum(map(state_bytes, optimizers)) if optimizers else None,
         multiply_adds_dense=sum(dense for dense, _ in counted) if counted else None,
         multiply_adds_tied=sum(tied for _, tied in counted) if counted else None,
     )
@@ -322,7 +322,8 @@ def _persistent_buffers(model: nn.Module) -> Iterator[Tensor]:
             yield buffer
 
 
-def _state_bytes(optimizer: Optimizer) -> int:
+def state_bytes(optimizer: Optimizer) -> int:
+    """The bytes of all tensors in an optimizer's state."""
     return sum(
         value.numel() * value.element_size()
         for state in optimizer.state.values()

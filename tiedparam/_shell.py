@@ -42,6 +42,7 @@ from tiedparam._atomic import refuse_foreign_suffix
 from tiedparam._concerns import check_max_residual
 from tiedparam._errors import visible
 from tiedparam._functions import find_function
+from tiedparam._next_steps import after_scan
 from tiedparam._offline import LayerHint, open_model, read_hints
 from tiedparam._plan import plan_from_data
 from tiedparam._registry import find_rule
@@ -55,7 +56,10 @@ T = TypeVar("T")
 
 _PICTURE = Path("tiedparam-demo.png")
 _CODES = "exit codes: 0 fine, 1 it could not be done, 2 wrong usage"
-_FILE = "a .safetensors file, what torch.save wrote of a state dict, or a *.index.json"
+_FILE = (
+    "a .safetensors file, what torch.save wrote of a state dict, a *.index.json, or a folder with "
+    "one of them, as save_pretrained writes it"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,10 +158,14 @@ def _warnings_in_one_line() -> Iterator[None]:
         yield
 
 
+def _program() -> str:
+    """How the user called this."""
+    return "tiedparam" if Path(sys.argv[0]).name == "tiedparam" else "python -m tiedparam"
+
+
 def _parser() -> argparse.ArgumentParser:
-    by_name = Path(sys.argv[0]).name == "tiedparam"
     parser = argparse.ArgumentParser(
-        prog="tiedparam" if by_name else "python -m tiedparam",
+        prog=_program(),
         description=(
             "Weight tying for stock PyTorch layers. Works on checkpoint files, from names and "
             "shapes alone, without the code of their models."
@@ -259,11 +267,11 @@ def _open(arguments: argparse.Namespace, hints: Iterable[LayerHint] = ()) -> nn.
 
 
 def _print(result: TableReport[Any], as_json: bool, **more: Any) -> None:
-    """A report on stdout, with more facts about files."""
+    """A report on stdout, with more facts about files, or the shell's own steps to take."""
     if as_json:
         print(json.dumps({**result.to_data(), **more}, indent=2, ensure_ascii=False))
         return
-    print(_in_words_of_the_shell(str(result)))
+    print(_in_words_of_the_shell(result.text(more.get("next_steps", ()))))
     if "files" in more:
         sizes = f"{more['bytes']:,} B, from {more['bytes_before']:,} B"
         print(f"Wrote {', '.join(more['files'])}: {sizes}.")
@@ -382,7 +390,7 @@ def _run_scan(arguments: argparse.Namespace) -> None:
     planned = found.plan()
     if plan is not None and planned.entries:
         write_plan(planned, plan)
-    _print(found, arguments.json)
+    _print(found, arguments.json, next_steps=after_scan(planned, arguments, _program()))
     if plan is not None and not planned.entries:
         raise TieError("nothing was found that chance does not explain, so there is no plan.")
 
@@ -520,8 +528,8 @@ def _add_demo(commands: Any) -> None:
         help="train a small CNN on real digits, tie it by every law, show what that costs",
         description=(
             "Train a small CNN of stock layers on scikit-learn's digits, tie a copy of it by "
-            "each law, fine-tune the copies, and print one table (stdout; progress goes to "
-            "stderr). Writes a picture of the tied kernels. No network, fixed seeds. "
+            "each law, fine-tune the copies, and print one table (stdout; a terminal shows "
+            "progress). Writes a picture of the tied kernels. No network, fixed seeds. "
             "Needs pip install 'tiedparam[demo]'."
         ),
         epilog="example: tiedparam demo --epochs 5 --out kernels.png",

@@ -1,7 +1,8 @@
 """Checkpoint files of every kind, read as one table: names → tensors.
 
-A ``.safetensors`` file, what ``torch.save`` wrote of a state dict, or several of either kind
-with an index file. The tensors are read when they are used. Pickles are read with torch's
+A ``.safetensors`` file, what ``torch.save`` wrote of a state dict, several of either kind
+with an index file, or a folder that holds one of these as transformers' ``save_pretrained`` names
+it. The tensors are read when they are used. Pickles are read with torch's
 ``weights_only=True``, so no code of a file is ever run.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,27 +26,38 @@ from tiedparam._safetensors_format import SafetensorsFile
 _INDEX = ".index.json"
 _LARGEST_INDEX = 1 << 28
 _LONGEST_NAME = 255  # bytes, of a file
+_IN_FOLDERS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What transformers calls the weights in a folder; each is a whole checkpoint."""
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", _INDEX)
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.\w+)")
 
 
 class StoredCheckpoint(Mapping[str, Tensor]):
     """The tensors of a checkpoint by name.
 
     Args:
-        path: a file, or the index of a sharded checkpoint (``*.index.json``).
+        path: a file, the index of a sharded checkpoint (``*.index.json``), or a folder that holds
+            one of the two.
         key: in which entry of a file by ``torch.save`` the state dict stands, if that holds more.
 
     Attributes:
-        path: as given.
+        path: of the file.
         metadata: what a single safetensors file's header says beside the tensors.
         module_metadata: what torch notes of each module in a saved state dict.
 
     Raises:
-        TieError: if the files do not hold a checkpoint, or not a whole one.
+        TieError: if the files do not hold a checkpoint, or not a whole one, or a folder holds
+            none or several.
         OSError: if they cannot be opened.
     """
 
     def __init__(self, path: PathLike, key: str | None = None) -> None:
-        self.path = Path(path)
+        self.path = file_of(Path(path))
         self.metadata: dict[str, str] = {}
         self.module_metadata: dict[str, Any] = {}
         self._parts: dict[str, Mapping[str, Tensor]] = {}
@@ -95,8 +108,45 @@ class StoredCheckpoint(Mapping[str, Tensor]):
         self._parts = {key: shards[place] for key, place in places.items()}
 
 
+def file_of(path: Path) -> Path:
+    """The file that a path means: itself, or the one checkpoint of a folder.
+
+    Raises:
+        TieError: if a folder holds no checkpoint, or several; the message says what it holds.
+    """
+    if not path.is_dir():
+        return path
+    known = [name for name in _IN_FOLDERS if (path / name).is_file()]
+    if len(known) == 1:
+        return path / known[0]
+    if known:
+        raise TieError(
+            f"the folder '{path}' holds several checkpoints: {_some(known)}. Name the one that you "
+            f"mean, such as '{path / known[0]}'."
+        )
+    names = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(_ENDINGS))
+    shards = [match for name in names if (match := _SHARD.fullmatch(name)) is not None]
+    if shards:
+        index = f"{shards[0][1]}{shards[0][2]}{_INDEX}"
+        raise TieError(
+            f"the folder '{path}' holds parts of a checkpoint without their index: "
+            f"{_some([shard[0] for shard in shards])}. Fetch '{index}' as well."
+        )
+    expected = _some(list(_IN_FOLDERS))
+    if names:
+        raise TieError(
+            f"the folder '{path}' holds none of {expected}. It holds {_some(names)}. Name the file "
+            f"that you mean, such as '{path / names[0]}'."
+        )
+    raise TieError(
+        f"the folder '{path}' holds no checkpoint: none of {expected}. Name another folder, or a "
+        "file."
+    )
+
+
 def files_of(path: Path) -> list[Path]:
     """All files that a checkpoint consists of."""
+    path = file_of(path)
     if not path.name.endswith(_INDEX):
         return [path]
     return [path, *(path.with_name(name) for name in dict.fromkeys(_read_index(path).values()))]

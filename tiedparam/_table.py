@@ -121,7 +121,8 @@ class Table(Generic[Record]):
 class TableReport(Generic[Record]):
     """A result that is read as a table with notes below it.
 
-    A subclass says what `table` shows and which `notes` follow; all the forms come from that.
+    A subclass says what `table` shows and which `notes` follow, and may say what stands above it
+    (`headline`) and what to type next (`next_steps`); all the forms come from that.
     """
 
     shown_rows: ClassVar[int | None] = None
@@ -134,6 +135,14 @@ class TableReport(Generic[Record]):
     def notes(self) -> list[str]:
         """What stands below the table, one line each."""
         raise NotImplementedError
+
+    def headline(self) -> str:
+        """What stands above the table; nothing, unless a subclass says more."""
+        return ""
+
+    def next_steps(self) -> list[str]:
+        """What to type next, one line of code each; nothing, unless a subclass says more."""
+        return []
 
     def to_data(self) -> dict[str, Any]:
         """Everything as dictionaries, lists, strings, numbers, truth values and None."""
@@ -149,20 +158,39 @@ class TableReport(Generic[Record]):
 
     def to_markdown(self) -> str:
         """The table and the notes in Markdown."""
-        shown = self.table()
-        parts = [shown.markdown()] if shown.records else []
-        parts += ["\n".join(f"- {note}" for note in self.notes())] if self.notes() else []
-        return "\n\n".join(parts)
+        shown, notes, steps = self.table(), self.notes(), self.next_steps()
+        return _joined(
+            self.headline(),
+            shown.markdown() if shown.records else "",
+            "\n".join(f"- {note}" for note in notes),
+            "\n".join(["```", *steps, "```"]) if steps else "",
+        )
 
     def __str__(self) -> str:
+        return self.text(self.next_steps())
+
+    def text(self, next_steps: Sequence[str]) -> str:
+        """What ``str`` shows, with other steps to take: the shell has its own."""
         shown, notes = self._shortened()
-        parts = [shown.text()] if shown.records else []
-        return "\n\n".join([*parts, "\n".join(notes)] if notes else parts)
+        return _joined(
+            visible(self.headline()),
+            shown.text() if shown.records else "",
+            "\n".join(notes),
+            "\n".join(["Next:", *(f"  {visible(step)}" for step in next_steps)])
+            if next_steps
+            else "",
+        )
 
     def _repr_html_(self) -> str:
         shown, notes = self._shortened()
-        below = "".join(f"<p>{escape(note)}</p>\n" for note in notes)
-        return (shown.html() + "\n" if shown.records else "") + below
+        steps = "\n".join(self.next_steps())
+        parts = [
+            f"<p>{escape(self.headline())}</p>" if self.headline() else "",
+            shown.html() if shown.records else "",
+            *(f"<p>{escape(note)}</p>" for note in notes),
+            f"<pre>{escape(steps)}</pre>" if steps else "",
+        ]
+        return "".join(part + "\n" for part in parts if part)
 
     def _shortened(self) -> tuple[Table[Record], list[str]]:
         table, notes = self.table(), self.notes()
@@ -171,6 +199,10 @@ class TableReport(Generic[Record]):
             del table.records[self.shown_rows :]
             notes.insert(0, f"{hidden:,} more rows are in rows() and to_markdown().")
         return table, notes
+
+
+def _joined(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
 
 
 def plain(value: Any) -> Any:
