@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from tiedparam import _header
 from tiedparam._checkpoint import signatures_of, tie_state_dict
-from tiedparam._errors import TieError, TieWarning
+from tiedparam._errors import TieError, TieWarning, quoted, shown_shape, some_of
 from tiedparam._header import Header, StoredTie
 from tiedparam._layout import Layout
 from tiedparam._linked import Linked
@@ -25,8 +25,6 @@ from tiedparam._rule import Rule
 from tiedparam._stock import effective
 from tiedparam._stored import StoredCheckpoint
 from tiedparam._ties import free_values, get_tie, is_stacked, is_tied, named_ties
-
-_SHOWN = 20
 
 
 def ties_to_make(
@@ -38,7 +36,7 @@ def ties_to_make(
         try:
             rule = _fitting_rule(tie, model)
         except TieError as error:
-            problems.append(f"'{tie.key}' was saved tied by '{tie.rule}': {error}")
+            problems.append(f"{quoted(tie.key)} was saved tied by {quoted(tie.rule)}: {error}")
             continue
         if rule is not None:
             new.append((tie, rule))
@@ -46,7 +44,7 @@ def ties_to_make(
         written = signatures_of(module_metadata.get(prefix[:-1], {})).get(name)
         if written is not None and written != str(present):
             problems.append(
-                f"'{prefix}{name}' was saved under the rule '{written}' and is tied by "
+                f"'{prefix}{name}' was saved under the rule {quoted(written)} and is tied by "
                 f"'{present}' here. Tie it as it was."
             )
     _raise(problems)
@@ -88,7 +86,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 
 def _shown(layout: Layout) -> str:
     groups = f" in {layout.groups} groups" if layout.groups > 1 else ""
-    return f"{layout.shape}{groups}{', transposed' if layout.transposed else ''}"
+    return f"{shown_shape(layout.shape)}{groups}{', transposed' if layout.transposed else ''}"
 
 
 def _refuse_another_tie(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.Module) -> None:
@@ -103,7 +101,7 @@ def _refuse_another_tie(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.
         path, name = str(tie.options["source"]), tie.options["source_name"]
         ((source, source_name),) = present.sources()
         if _submodule(model, path) is not source or source_name != name:
-            raise TieError(f"it reads '{path}.{name}' there and another tensor here.")
+            raise TieError(f"it reads {quoted(f'{path}.{name}')} there and another tensor here.")
 
 
 def entries_for(
@@ -116,7 +114,9 @@ def entries_for(
     entries: OrderedDict[str, Tensor] = OrderedDict(stored)
     for alias, kept in header.aliases.items():
         if kept not in stored or alias in stored:
-            raise TieError(f"its alias '{alias}' of '{kept}' is wrong. Fetch or save it again.")
+            raise TieError(
+                f"its alias {quoted(alias)} of {quoted(kept)} is wrong. Fetch or save it again."
+            )
         entries[alias] = entries[kept]
     slots = _slots(model, new)
     _raise(_misfits(entries, slots))
@@ -186,14 +186,14 @@ def _misfits(entries: Mapping[str, Tensor], slots: Mapping[str, _Slot]) -> list[
         slot = slots.get(key)
         if slot is None and _FREE_KEY.search(key):
             problems.append(
-                f"the model has no '{key}': that is a free value of a tied model. Tie the model as "
+                f"the model has no {quoted(key)}: that is a free value of a tied model. Tie the model as "
                 "that one was, or write the file with tiedparam.save, which says how."
             )
         elif slot is None:
-            problems.append(f"the model has no '{key}'.")
+            problems.append(f"the model has no {quoted(key)}.")
         elif tuple(value.shape) != slot.shape:
             problems.append(
-                f"size mismatch for '{key}': {tuple(value.shape)} there, {slot.shape} here."
+                f"size mismatch for '{key}': {shown_shape(value.shape)} there, {slot.shape} here."
             )
         elif not _holds(slot.dtype, value.dtype):
             problems.append(
@@ -253,7 +253,7 @@ def _warn_unshared(aliases: Mapping[str, str], slots: Mapping[str, _Slot]) -> No
     if apart:
         warnings.warn(
             f"these were one tensor when they were saved and are two in this model: "
-            f"{', '.join(apart[:_SHOWN])}. They get equal values and will train apart. Share them "
+            f"{some_of(apart)}. They get equal values and will train apart. Share them "
             "in the model before you load, or tie one to the other by 'copy'.",
             TieWarning,
             stacklevel=4,
@@ -264,9 +264,7 @@ def _raise(problems: list[str]) -> None:
     if len(problems) == 1:
         raise TieError(problems[0])
     if problems:
-        shown = "\n  ".join(problems[:_SHOWN])
-        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise TieError(f"it does not fit the model:\n  {shown}{more}")
+        raise TieError("it does not fit the model:\n  " + some_of(problems, "\n  "))
 
 
 def placeholder(layer: nn.Module, name: str, rule: Rule) -> Tensor:

@@ -18,15 +18,19 @@ from torch import nn
 
 from tiedparam._errors import TieError
 from tiedparam._functions import FUNCTIONS, Function, find_function, function_name
+from tiedparam._json import read_json
 from tiedparam._layout import Layout
 from tiedparam._linked import Linked
 from tiedparam._registry import find_rule
 from tiedparam._rule import Rule
-from tiedparam._safetensors_format import CHECKSUM
+from tiedparam._safetensors_format import CHECKSUM, are_sizes
 from tiedparam._ties import is_stacked, ties_of
 
 LAYOUT_VERSION = 2
 """The version of the header and of how rules lay out their free values."""
+
+_MOST_COPIES = 200
+"""Copies that read each other in turn; Python's recursion ends before that."""
 
 KEY = "tiedparam"
 """The metadata's key for the header."""
@@ -175,7 +179,7 @@ def read(metadata: Mapping[str, str]) -> Header | None:
     if CHECKSUM not in metadata:
         raise TieError("its checksum is missing. Fetch or save it again.")
     try:
-        content = json.loads(metadata[KEY])
+        content = read_json(metadata[KEY])
         version = content.pop("layout")
         if type(version) is not int or version < 1:
             raise ValueError("no version")
@@ -199,6 +203,8 @@ def read(metadata: Mapping[str, str]) -> Header | None:
             raise ValueError("more than that")
         if len({(tie.layer, tie.tensor) for tie in header.ties}) < len(header.ties):
             raise ValueError("a tensor is tied twice")
+        if _longest_chain(header.ties) > _MOST_COPIES:
+            raise ValueError("copies of copies of copies")
     except TieError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -290,6 +296,26 @@ def _law_options(rule: Rule) -> Any:
     return options
 
 
+def _longest_chain(ties: list[StoredTie]) -> int:
+    """How many copies read each other in turn, at most; cycles are judged when they are tied."""
+    reads = {
+        tie.key: f"{tie.options['source']}.{tie.options.get('source_name')}".removeprefix(".")
+        for tie in ties
+        if isinstance(tie.options.get("source"), str)
+    }
+    lengths: dict[str, int] = {}
+    for key in reads:
+        chain = []
+        while key in reads and key not in lengths:
+            lengths[key] = 0  # visited, should it come round
+            chain.append(key)
+            key = reads[key]
+        length = lengths.get(key, 0)
+        for link in reversed(chain):
+            lengths[link] = length = length + 1
+    return max(lengths.values(), default=0)
+
+
 def _read_tie(value: dict[str, Any]) -> StoredTie:
     kinds: dict[str, type] = {
         "layer": str, "tensor": str, "rule": str, "options": dict, "shape": list,
@@ -303,7 +329,7 @@ def _read_tie(value: dict[str, Any]) -> StoredTie:
         raise ValueError("a field of a wrong type")
     if value["residual"] is not None and not 0 <= value["residual"] < inf:
         raise ValueError("no residual")
-    if not all(type(size) is int and size > 0 for size in value["shape"]) or value["groups"] < 1:
+    if not are_sizes(value["shape"]) or 0 in value["shape"] or value["groups"] < 1:
         raise ValueError("sizes must be positive")
     if max(prod(value["shape"]), value["groups"]) >= 2**60:  # bytes are counted in 64 bits
         raise ValueError("larger than any tensor")

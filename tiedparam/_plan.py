@@ -33,7 +33,7 @@ from typing import Any
 from torch import nn
 
 from tiedparam._atomic import whole_files
-from tiedparam._errors import TieError
+from tiedparam._errors import LONGEST_MESSAGE, TieError, shortened
 from tiedparam._functions import find_function, function_name
 from tiedparam._json import read_json
 from tiedparam._register import INITS
@@ -226,7 +226,8 @@ def read_data(path: str | os.PathLike[str]) -> Any:
             return tomllib.loads(text)
         return read_json(text)
     except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
-        raise TieError(f"'{path}' is not {kind.upper()}: {error}. Correct the file.") from error
+        reason = shortened(error, LONGEST_MESSAGE // 2)
+        raise TieError(f"'{path}' is not {kind.upper()}: {reason}. Correct the file.") from error
 
 
 def _kind(path: Path) -> str:

@@ -41,7 +41,9 @@ from tiedparam import (
 )
 from tiedparam._atomic import refuse_foreign_suffix
 from tiedparam._errors import visible
+from tiedparam._exports import left_by_older
 from tiedparam._functions import find_function
+from tiedparam._json import read_json
 from tiedparam._offline import LayerHint, open_model, read_hints
 from tiedparam._plan import plan_from_data
 from tiedparam._registry import find_rule
@@ -282,7 +284,7 @@ def _size(files: Iterable[Path]) -> int:
 
 
 def _refuse_existing(arguments: argparse.Namespace, *others: Path) -> None:
-    for path in (arguments.output, *others):
+    for path in (arguments.output, *left_by_older(arguments.output), *others):
         if path.exists() and not arguments.force:
             raise TieError(f"'{path}' exists already. Pass --force to replace it.")
     refuse_foreign_suffix(arguments.output)
@@ -473,7 +475,7 @@ def _run_untie(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     shards = f"{glob.escape(output.stem)}-*-of-*{glob.escape(output.suffix)}"
     others = output.parent.glob(shards) if arguments.max_shard_size else ()
-    _refuse_existing(arguments, output.with_name(f"{output.name}.index.json"), *others)
+    _refuse_existing(arguments, *others)
     model = _open(arguments)
     if not any(ties_of(layer) for layer in model.modules()):
         raise TieError(f"'{arguments.file}' holds no ties. It is dense already.")
@@ -647,7 +649,7 @@ def _rule_and_options(text: str) -> tuple[str, dict[str, Any]]:
         if not (found and key):
             raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is not like 'groups=4'")
         try:
-            options[key] = value if key in _TEXTS else json.loads(value)
+            options[key] = value if key in _TEXTS else read_json(value)
         except ValueError:
             options[key] = value
     return name, options
