@@ -320,7 +320,8 @@ def _foreign_prefix(model: nn.Module, entries: Mapping[str, Tensor]) -> list[str
         if found is not None:
             prefix = entry.removesuffix(found)
             return [
-                f"its keys begin with {quoted(prefix)}, as in {quoted(entry)}. Take that away first."
+                f"its keys begin with {quoted(prefix)}, as in {quoted(entry)}. Take that away "
+                "first."
             ]
     return []
 

@@ -186,8 +186,8 @@ def _misfits(entries: Mapping[str, Tensor], slots: Mapping[str, _Slot]) -> list[
         slot = slots.get(key)
         if slot is None and _FREE_KEY.search(key):
             problems.append(
-                f"the model has no {quoted(key)}: that is a free value of a tied model. Tie the model as "
-                "that one was, or write the file with tiedparam.save, which says how."
+                f"the model has no {quoted(key)}: that is a free value of a tied model. Tie the "
+                "model as that one was, or write the file with tiedparam.save, which says how."
             )
         elif slot is None:
             problems.append(f"the model has no {quoted(key)}.")

@@ -176,8 +176,8 @@ def _dense_form(
     for tie in header.ties:
         if tie.stacked:
             raise TieError(
-                f"another parametrization was stacked on the tie of {quoted(tie.key)}. Load it into its "
-                "model in Python."
+                f"another parametrization was stacked on the tie of {quoted(tie.key)}. Load it "
+                "into its model in Python."
             )
         dtype = _dtype_of(tie, ties, stored, header.aliases, known)
         result[tie.key] = torch.empty(tie.shape, dtype=dtype, device="meta")

@@ -168,8 +168,8 @@ class SafetensorsFile(Mapping[str, Tensor]):
             raise self._bad(f"its entry {quoted(name)} is malformed")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise TieError(
-                f"{quoted(name)} in '{self.path}' has the dtype {str(dtype)[:40]!r}, which tiedparam "
-                f"does not read. Convert it to one of {', '.join(DTYPES)}."
+                f"{quoted(name)} in '{self.path}' has the dtype {str(dtype)[:40]!r}, which "
+                f"tiedparam does not read. Convert it to one of {', '.join(DTYPES)}."
             )
         return Entry(name, DTYPES[dtype], tuple(shape)), offsets[0], offsets[1]
 

@@ -99,7 +99,7 @@ def _bytes_of(file: BinaryIO, record: zipfile.ZipInfo) -> bytes:
 def _storage_sizes(pickled: bytes) -> dict[str, int]:
     """How many bytes each storage has, as the pickle says. Nothing of it is imported or run."""
     for operation, argument, _ in pickletools.genops(pickled):
-        if operation.name == "LONG_BINPUT" and argument > len(pickled):
+        if operation.name == "LONG_BINPUT" and int(argument or 0) > len(pickled):
             raise ValueError("its pickle asks for more memory than it can use")
     reader = _Sizes(io.BytesIO(pickled))
     reader.load()
