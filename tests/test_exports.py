@@ -174,6 +174,7 @@ def test_shards_without_their_index_tell_of_an_interrupted_export(tmp_path):
         value_in(tmp_path / "other.safetensors.index.json")
     with pytest.raises(FileNotFoundError):
         value_in(tmp_path / "no folder" / "other.safetensors.index.json")
+    assert export(2.0, tmp_path / "m.safetensors", "one file") == list(tmp_path.iterdir())
 
 
 def test_an_export_through_a_link_replaces_what_the_link_points_to(tmp_path):

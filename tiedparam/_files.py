@@ -23,6 +23,7 @@ from tiedparam._checkpoint import untie_with
 from tiedparam._errors import LONGEST_MESSAGE, TieError, describe, shortened
 from tiedparam._exports import MARK, index_content, index_of, left_by_older, shards_of
 from tiedparam._fit import entries_for, placeholder, ties_to_make
+from tiedparam._functions import Functions, as_functions
 from tiedparam._header import Header
 from tiedparam._optimizer_guard import watch_free_values
 from tiedparam._progress import progress
@@ -54,8 +55,9 @@ def save(model: nn.Module, path: PathLike) -> None:
 
     Raises:
         TieError: if the state is not made of plain tensors with values, or a tie cannot be
-            named in a file: a function of one's own, a source outside of the model, a rule
-            without a registered name. Nothing was written then.
+            named in a file: a function that no module has by its name (a lambda, a partial), a
+            source outside of the model, a rule without a registered name. Nothing was written
+            then.
         OSError: if the file cannot be written.
     """
     if not isinstance(model, nn.Module):
@@ -77,7 +79,7 @@ def save(model: nn.Module, path: PathLike) -> None:
         )
 
 
-def load(path: PathLike, model: Model) -> Model:
+def load(path: PathLike, model: Model, *, functions: Functions | None = None) -> Model:
     """Fill a model from a file: one by `save`, or any dense checkpoint.
 
     A file by `save` ties a fresh dense model as its header says; a model that is tied already
@@ -91,12 +93,17 @@ def load(path: PathLike, model: Model) -> Model:
             of several (``*.index.json``). Pickles are read with ``weights_only=True``.
         model: the model. Parameters and persistent buffers on the meta device get memory on
             the CPU. A stored value may be widened to the model's dtype, but never rounded.
+        functions: the functions that copies in the file may have, by the names under which they
+            were saved: ``{"my_module:tile": my_module.tile}``. A file's word alone imports
+            nothing. Not needed for `torch.t` and `torch.square`, nor for a copy that is tied by
+            its function in the model already.
 
     Returns:
         The model itself.
 
     Raises:
-        TieError: if the file is damaged, or does not fit the model; the message lists what.
+        TieError: if the file is damaged, names a function that was not allowed, or does not
+            fit the model; the message lists what.
         OSError: if the file cannot be read.
 
     Warns:
@@ -105,11 +112,12 @@ def load(path: PathLike, model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load(path, model) takes an nn.Module, not {type(model).__name__}")
+    functions = as_functions(functions)
     stored = StoredCheckpoint(path)
     try:
         header = _header.read(stored.metadata) or Header([], {}, {})
-        new = ties_to_make(header, model, stored.module_metadata)
-        entries = entries_for(model, stored, header, new)
+        new = ties_to_make(header, model, stored.module_metadata, functions)
+        entries = entries_for(model, stored, header, new, functions)
         with _values_kept_on_error(model), rolled_back_on_error(model.modules(), ()):
             for tie, rule in new:
                 layer = model.get_submodule(tie.layer)

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from tiedparam import _header
 from tiedparam._checkpoint import signatures_of, tie_state_dict
 from tiedparam._errors import TieError, TieWarning, quoted, shown_shape, some_of
+from tiedparam._functions import Functions, function_name
 from tiedparam._header import Header, StoredTie
 from tiedparam._layout import Layout
 from tiedparam._linked import Linked
@@ -28,13 +29,16 @@ from tiedparam._ties import free_values, get_tie, is_stacked, is_tied, named_tie
 
 
 def ties_to_make(
-    header: Header, model: nn.Module, module_metadata: Mapping[str, Mapping[str, object]]
+    header: Header,
+    model: nn.Module,
+    module_metadata: Mapping[str, Mapping[str, object]],
+    functions: Functions,
 ) -> list[tuple[StoredTie, Rule]]:
     """The ties that the model lacks, once all that the file speaks of are known to fit."""
     new, problems = [], []
     for tie in header.ties:
         try:
-            rule = _fitting_rule(tie, model)
+            rule = _fitting_rule(tie, model, functions)
         except TieError as error:
             problems.append(f"{quoted(tie.key)} was saved tied by {quoted(tie.rule)}: {error}")
             continue
@@ -51,15 +55,16 @@ def ties_to_make(
     return new
 
 
-def _fitting_rule(tie: StoredTie, model: nn.Module) -> Rule | None:
+def _fitting_rule(tie: StoredTie, model: nn.Module, functions: Functions) -> Rule | None:
     """The rule to tie a tensor with, or None if it is tied by it already."""
     layer = _submodule(model, tie.layer)
     if layer is None:
         raise TieError("the model has no such layer. Build the model that was saved.")
-    rule = tie.make()
     if is_tied(layer, tie.tensor):
+        rule = tie.make({**_function_of(get_tie(layer, tie.tensor)), **functions})
         _refuse_another_tie(tie, rule, layer, model)
         return None
+    rule = tie.make(functions)
     if tie.stacked:
         raise TieError(
             "another parametrization was stacked on it. Tie the model and register that one first."
@@ -68,13 +73,21 @@ def _fitting_rule(tie: StoredTie, model: nn.Module) -> Rule | None:
         raise TieError("it has another parametrization here. Build the model that was saved.")
     if not isinstance(layer._parameters.get(tie.tensor), nn.Parameter):
         raise TieError("the model has no such Parameter. Build the model that was saved.")
-    probe = tie.make()  # binding leaves its traces
+    probe = tie.make(functions)  # binding leaves its traces
     reason = probe.bind(layer, tie.tensor, model)
     if reason is not None:
         raise TieError(reason)
     if probe.bound_layout != tie.layout:
         raise TieError(f"it was {_shown(tie.layout)} and is {_shown(probe.bound_layout)} here.")
     return rule
+
+
+def _function_of(present: Rule) -> Functions:
+    """The function of a copy in the model, by its name: the model's own code brought it."""
+    try:
+        return {function_name(present.fn): present.fn} if isinstance(present, Linked) else {}
+    except TieError:  # one without a name
+        return {}
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
@@ -109,6 +122,7 @@ def entries_for(
     stored: StoredCheckpoint,
     header: Header,
     new: list[tuple[StoredTie, Rule]],
+    functions: Functions,
 ) -> OrderedDict[str, Tensor]:
     """What ``load_state_dict`` will be given, once the model is known to take it."""
     entries: OrderedDict[str, Tensor] = OrderedDict(stored)
@@ -118,7 +132,7 @@ def entries_for(
                 f"its alias {quoted(alias)} of {quoted(kept)} is wrong. Fetch or save it again."
             )
         entries[alias] = entries[kept]
-    slots = _slots(model, new)
+    slots = _slots(model, new, functions)
     _raise(_misfits(entries, slots))
     for key in [prefix + name for prefix, _, name, _ in named_ties(model)]:
         if key in entries:  # widened before it is projected, not after
@@ -157,7 +171,9 @@ class _Slot:
         self.shape, self.dtype, self.tensor, self.dense = tuple(shape), dtype, tensor, dense
 
 
-def _slots(model: nn.Module, new: list[tuple[StoredTie, Rule]]) -> dict[str, _Slot]:
+def _slots(
+    model: nn.Module, new: list[tuple[StoredTie, Rule]], functions: Functions
+) -> dict[str, _Slot]:
     """All names that the model will take, the ties that will be made included."""
     slots = {
         key: _Slot(value.shape, value.dtype, id(value))
@@ -169,7 +185,7 @@ def _slots(model: nn.Module, new: list[tuple[StoredTie, Rule]]) -> dict[str, _Sl
         slots[prefix + name] = _Slot(place.shape, place.dtype, (id(layer), name), dense=True)
     for tie, _ in new:
         slot = slots.pop(tie.key)
-        probe = tie.make()
+        probe = tie.make(functions)
         probe.bind(model.get_submodule(tie.layer), tie.tensor, model)
         for number, shape in enumerate(probe.free_shapes()):
             key = f"{tie.layer}.parametrizations.{tie.tensor}.original{number}".removeprefix(".")

@@ -1,7 +1,7 @@
 """What a saved file says of a model's ties: names, options and shapes as JSON, never code.
 
 `of_model` writes it. `read` checks its form; `StoredTie.make` makes the rule that it speaks of,
-by name from the registry, and its function by name from `_functions.py`.
+by name from the registry, and its function by name from those that the reader allows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tiedparam._errors import TieError
-from tiedparam._functions import FUNCTIONS, Function, find_function, function_name
+from tiedparam._functions import Functions, find_function, function_name
 from tiedparam._json import read_json
 from tiedparam._layout import Layout
 from tiedparam._linked import Linked
@@ -72,8 +72,11 @@ class StoredTie:
         """The layout that the rule was bound to."""
         return Layout(tuple(self.shape), self.groups, self.transposed)
 
-    def make(self) -> Rule:
+    def make(self, functions: Functions) -> Rule:
         """A fresh rule, not bound yet; a copy's source is a path.
+
+        Args:
+            functions: what a copy's function may be, beside those that all files may name.
 
         Raises:
             TieError: if the rule, one of its options or a function is not known.
@@ -84,7 +87,7 @@ class StoredTie:
             if not all(isinstance(options.get(k), str) for k in ("source", "source_name")):
                 raise TieError(f"rule '{self.rule}': its source is not named.")
             if "fn" in options:
-                options["fn"] = find_function(str(options["fn"]))
+                options["fn"] = find_function(options["fn"], functions)
         try:
             return kind(**options)
         except Exception as error:  # a rule may be anybody's
@@ -236,7 +239,7 @@ def _options(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
         if value is inspect.Parameter.empty:
             raise TieError(f"its options() does not say its {name}=. Add it there.")
         if value is not parameter.default:
-            options[name] = _name_of(value) if named else _as_json(name, value)
+            options[name] = function_name(value) if named else _as_json(name, value)
     return options
 
 
@@ -256,20 +259,12 @@ def _path_of(source: nn.Module, paths: Mapping[int, str]) -> str:
     return paths[id(source)]
 
 
-def _name_of(function: Function) -> str:
-    name = function_name(function)
-    if name is None:
-        shown = getattr(function, "__name__", type(function).__name__)
-        raise TieError(
-            f"a file cannot name its function '{shown}', only {', '.join(FUNCTIONS)}. Register a "
-            "rule of your own for it (tiedparam.register_rule), or call remove_tie first."
-        )
-    return name
-
-
 def _refuse_changed(rule: Rule, stored: StoredTie) -> None:
     """Raise unless what is stored makes a rule that gives the same weight, to the bit."""
-    again = stored.make()
+    named = {}
+    if isinstance(rule, Linked) and "fn" in stored.options:
+        named[stored.options["fn"]] = rule.fn
+    again = stored.make(named)
     if isinstance(rule, Linked) and isinstance(again, Linked):
         same = again.fn is rule.fn and again.source_name == rule.source_name
     else:

@@ -22,6 +22,7 @@ from tiedparam import _header
 from tiedparam._atomic import PathLike
 from tiedparam._errors import LONGEST_MESSAGE, TieError, quoted, shortened, some_of
 from tiedparam._files import aliases_of, load
+from tiedparam._functions import Functions
 from tiedparam._header import Header, StoredTie
 from tiedparam._plan import read_data
 from tiedparam._stored import StoredCheckpoint
@@ -86,7 +87,10 @@ def _is_hint(table: Any) -> bool:
 
 
 def open_model(
-    path: PathLike, hints: Iterable[LayerHint] = (), key: str | None = None
+    path: PathLike,
+    hints: Iterable[LayerHint] = (),
+    key: str | None = None,
+    functions: Functions | None = None,
 ) -> nn.Module:
     """The model that a checkpoint file holds the state of, as far as the file shows it.
 
@@ -95,6 +99,7 @@ def open_model(
         hints: groups and transposition of convolutions; for each the first that fits counts.
             What the header of a tied file says goes first.
         key: in which entry of a file by ``torch.save`` the state dict stands.
+        functions: what copies in the file may have as ``fn=``; see `tiedparam.load`.
 
     Returns:
         A model with the file's names, whose layers cannot be called in a meaningful order.
@@ -124,7 +129,7 @@ def open_model(
     for name, module in model.named_modules():
         if name in versions:
             module._version = versions[name]
-    return model if header is None else load(path, model)
+    return model if header is None else load(path, model, functions=functions)
 
 
 def _refuse_unknown_ties(names: Iterable[str]) -> None:
