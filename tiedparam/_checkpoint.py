@@ -8,6 +8,7 @@ when its source has been loaded, whichever comes first.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections import OrderedDict
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tiedparam._bits import same_bits
+from tiedparam._callers import refuse_loading_by_key
 from tiedparam._errors import TieError, TieWarning, quoted, shown_shape, some_of
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
@@ -159,8 +162,11 @@ def accept(
                     "with tiedparam.tie_state_dict(model, dense), and load the result with "
                     "torch.distributed.checkpoint.state_dict.set_model_state_dict."
                 )
-            elif present:
-                problem = f"'{key}' stands in it both dense and tied. Remove one of the two."
+            elif problem is None and not _are_its_own(layer, name, keys, state_dict):
+                problem = (
+                    f"'{key}' stands in it both dense and tied. Load the dense entries alone, or "
+                    "the result of tiedparam.tie_state_dict(model, dense)."
+                )
             elif problem is None and isinstance(rule, Linked):
                 _judge_now_and_later(layer, name, rule, key, value, error_msgs)
             elif problem is None:
@@ -177,8 +183,24 @@ def accept(
             state_dict.update(zip(keys, free_values(layer, name), strict=True))
 
 
+def _are_its_own(
+    layer: nn.Module, name: str, keys: list[str], state_dict: Mapping[str, Any]
+) -> bool:
+    """Whether those free values that a dictionary has are what the layer holds anyway.
+
+    torch's ``full_state_dict=True`` and accelerate complete a dense dictionary from the model
+    (S46): what the model has itself says nothing, and the dense entry counts.
+    """
+    return all(
+        k not in state_dict
+        or (isinstance(state_dict[k], Tensor) and same_bits(unguard(state_dict[k]), own))
+        for k, own in zip(keys, map(unguard, free_values(layer, name)), strict=True)
+    )
+
+
 def sign(layer: nn.Module, destination: Any, prefix: str) -> None:
     """Note rule and options in the state dict's metadata; no key is added (S28)."""
+    refuse_loading_by_key(layer, [prefix + name for name in ties_of(layer)], sys._getframe(1))
     metadata = getattr(destination, "_metadata", None)
     if metadata is not None:
         signatures = {name: str(rule) for name, rule in ties_of(layer).items()}
@@ -343,7 +365,8 @@ def _agree(entry: Tensor, computed: Tensor) -> bool:
 def _disagreement(key: str, rule: Rule) -> str:
     return (
         f"'{key}' is tied by '{rule}' and disagrees with its source. Load a checkpoint that "
-        "keeps the law, or remove the entry to take the source's values."
+        "keeps the law, or remove the entry to take the source's values. Parts of a checkpoint "
+        "are put together first: tiedparam.tie_state_dict(model, dense)."
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam import _header
+from tiedparam._bits import same_bits
 from tiedparam._checkpoint import signatures_of, tie_state_dict
 from tiedparam._errors import TieError, TieWarning, quoted, shown_shape, some_of
 from tiedparam._functions import Functions, function_name
@@ -246,18 +247,11 @@ def _disagreeing(entries: Mapping[str, Tensor], slots: Mapping[str, _Slot]) -> l
     problems = []
     for key, value in entries.items():
         earlier = first.setdefault(slots[key].tensor, key)
-        if earlier != key and not _same_bits(value, entries[earlier]):
+        if earlier != key and not same_bits(value, entries[earlier]):
             problems.append(
                 f"'{earlier}' and '{key}' are one tensor here and have different values there."
             )
     return problems
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one is other or one.dtype != other.dtype or one.numel() == 0:
-        return one.dtype == other.dtype
-    raw = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
-    return torch.equal(*raw)
 
 
 def _warn_unshared(aliases: Mapping[str, str], slots: Mapping[str, _Slot]) -> None:

@@ -73,8 +73,8 @@ def find_function(name: object, allowed: Functions) -> Function:
     near = difflib.get_close_matches(str(name), FUNCTIONS, n=1, cutoff=0.4)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(FUNCTIONS)}."
     raise TieError(
-        f"fn={shortened(repr(name))} is no function that a file can name. {hint} One of your own is called "
-        "'module:name'."
+        f"fn={shortened(repr(name))} is no function that a file can name. {hint} One of your own "
+        "is called 'module:name'."
     )
 
 
