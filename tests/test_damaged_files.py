@@ -175,6 +175,11 @@ def by_torch(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+@pytest.mark.feature(
+    "Copies and files",
+    "damaged and crafted files",
+    refused="no value is given that `safetensors` or `torch.load` does not give; fetch it again",
+)
 def test_a_damaged_file_never_gives_a_value_that_safetensors_does_not(sound, tmp_path):
     path = tmp_path / "file"
     seen = Counter()
@@ -246,6 +251,9 @@ def replaced(record, data):
     return lambda name, old: data if name.endswith(record) else old
 
 
+@pytest.mark.feature(
+    "Copies and files", "archives by `torch.save` that another program packed anew, deflated or not"
+)
 def test_s47_a_deflated_checkpoint_is_read_rightly(tmp_path):
     path = repacked(tmp_path, method=zipfile.ZIP_DEFLATED)
     layer = nn.Linear(4, 4)

@@ -40,6 +40,9 @@ def export(value: float, path: Path, form: str) -> list[Path]:
     return tp.export_dense(model(value), path, max_shard_size=FORMS[form])
 
 
+@pytest.mark.feature(
+    "Copies and files", "an export over an older one, one file or shards: nothing old stays"
+)
 @pytest.mark.parametrize("old", FORMS)
 @pytest.mark.parametrize("new", FORMS)
 def test_an_export_replaces_all_that_an_older_one_of_its_name_left(old, new, tmp_path):
@@ -128,6 +131,11 @@ def test_shards_without_marks_load(tmp_path):
         value_in(index)
 
 
+@pytest.mark.feature(
+    "Copies and files",
+    "shards of two exports, or of one that was killed over an older one",
+    refused="their marks differ; export again",
+)
 def test_s48_files_of_two_exports_are_refused(tmp_path):
     files = {}
     for name, value in (("one", 1.0), ("two", 2.0)):

@@ -62,6 +62,10 @@ def forget(tmp_path):
     (tmp_path / "imported").unlink()
 
 
+@pytest.mark.feature(
+    "Copies and files",
+    "`copy` with a function of one's own, saved as `module:name`, loaded with `functions=`",
+)
 def test_a_function_of_ones_own_is_saved_by_name_and_loads_where_it_is_allowed(mine, tmp_path):
     for name, function in (
         ("my_functions:tile", mine.tile),
@@ -155,6 +159,11 @@ def renamed(weight):
 original, renamed = renamed, None
 
 
+@pytest.mark.feature(
+    "Copies and files",
+    "saving a `copy` whose function is a lambda, a partial or a bound method",
+    refused="it has no name; write it with `def` at the top of a module",
+)
 @pytest.mark.parametrize(
     ("function", "kind"),
     [
@@ -314,6 +323,11 @@ def as_attribute(rule, index):
 INDEX = (torch.arange(16).reshape(4, 4) % 3).tolist()
 
 
+@pytest.mark.feature(
+    "Copies and files",
+    "a rule with a persistent buffer, a Parameter or a layer of its own",
+    refused="no file would give it back; say it in `options()`, or read another layer by `copy`",
+)
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
