@@ -943,11 +943,11 @@ def test_forward_mode_gradients_are_not_dropped():
     assert torch.equal(tangent, torch.full((1, 4), 5.0))
 
 
-def test_a_rules_own_parameter_is_compared_too():
+def test_a_rules_own_buffer_is_compared_too():
     class Scaled(type(tp.get_tie(cached_conv()))):
         def __init__(self):
             super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
+            self.register_buffer("scale", torch.ones(()), persistent=False)
 
         def forward(self, *values):
             return self.scale * super().forward(*values)

@@ -489,11 +489,11 @@ class Shrinking(Circulant):
 
 
 class IndexBuffer(Circulant):
-    """Stores an index in every checkpoint."""
+    """Stores an index in every checkpoint, unseen by the check at registration."""
 
-    def __init__(self):
-        super().__init__()
+    def train(self, mode=True):  # torch calls it when it takes the rule
         self.register_buffer("index", torch.zeros(3))
+        return super().train(mode)
 
 
 class Restless(Circulant):
@@ -569,10 +569,9 @@ class Detached(Copy):
 class OwnSource(Copy):
     """Registers the source below the linked layer, with keys of its own (S27)."""
 
-    def bind(self, layer, tensor_name, root):
-        reason = super().bind(layer, tensor_name, root)
+    def train(self, mode=True):  # unseen by the check at registration
         self.registered = copy.deepcopy(self.source)
-        return reason
+        return super().train(mode)
 
 
 CAUGHT = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -17,8 +17,14 @@ OpenFile = Callable[[PathLike], BinaryIO]
 
 
 @contextmanager
-def whole_files() -> Iterator[OpenFile]:
+def whole_files(obsolete: Callable[[], Iterable[Path]] = lambda: ()) -> Iterator[OpenFile]:
     """Write one file or several; they appear under their names when the block ends.
+
+    The last file is the one by which readers find the others, if there are others. Whenever the
+    process is killed, that one leads to old files only, or to new ones only, or is not there.
+
+    Args:
+        obsolete: says at the end which files the new ones replace, under whatever names.
 
     Yields:
         A function that opens a file for writing under a temporary name in the folder of its
@@ -57,8 +63,7 @@ def whole_files() -> Iterator[OpenFile]:
     try:
         yield open_file
         finish()
-        for temporary, target in written:
-            os.replace(temporary, target)
+        _put_in_place(written, obsolete())
     except BaseException:
         for file in current:
             with suppress(OSError):  # a full disk raises once more on close
@@ -66,8 +71,27 @@ def whole_files() -> Iterator[OpenFile]:
         for temporary, _ in written:
             temporary.unlink(missing_ok=True)
         raise
-    for folder in {target.parent for _, target in written}:
-        _sync_folder(folder)
+
+
+def _put_in_place(written: list[tuple[Path, Path]], obsolete: Iterable[Path]) -> None:
+    """Rename what was written, and remove what it replaces, so that no mixture can be read."""
+    obsolete = list(obsolete)
+    *parts, (_, head) = written
+    if any(target.exists() for _, target in parts):
+        # by the old head, one would find parts of both
+        head.unlink(missing_ok=True)
+        _sync_folder(head.parent)
+    for renamed in (parts, written[-1:]):
+        for temporary, target in renamed:
+            os.replace(temporary, target)
+        # on the disk before the next step: a disk that loses power may change the order
+        for folder in {target.parent for _, target in renamed}:
+            _sync_folder(folder)
+    new = {target for _, target in written}
+    for path in obsolete:
+        if Path(os.path.realpath(path)) not in new:
+            path.unlink(missing_ok=True)
+            _sync_folder(path.parent)
 
 
 _FOREIGN = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".index.json")

@@ -7,6 +7,9 @@ from a user's code.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
+from functools import lru_cache
 from types import FrameType
 
 from torch import nn
@@ -56,6 +59,47 @@ def refuse_quantization(layer: nn.Module, writer: FrameType) -> None:
             f"torch.ao.quantization cannot convert the tied {describe_layer(layer)}. Call "
             "remove_tie first; quantized numbers are then as many as dense ones."
         )
+
+
+def refuse_loading_by_key(layer: nn.Module, keys: list[str], reader: FrameType) -> None:
+    """Raise if accelerate is about to pass over the dense entries of a tied layer (S46).
+
+    With ``device_map=`` its ``load_checkpoint_in_model`` asks for the model's keys, and then
+    sets each tensor of its files under its key. A tied tensor has no dense key in the model.
+    """
+    caller: FrameType | None = reader
+    while caller is not None and _module(caller) in ("torch.nn.modules.module", "tiedparam._host"):
+        caller = caller.f_back
+    if caller is None or caller.f_code.co_name != "load_checkpoint_in_model":
+        return
+    given = caller.f_locals
+    if not _module(caller).startswith("accelerate.") or given.get("device_map") is None:
+        return
+    for file in given.get("checkpoint_files") or ():
+        passed_over = [key for key in keys if key in _keys_of(file)]
+        if passed_over:
+            raise TieError(
+                f"accelerate would pass over '{passed_over[0]}' of '{file}', which is dense, "
+                f"because {describe_layer(layer)} is tied: with device_map= it sets each tensor "
+                "under its own key. Save tiedparam.tie_state_dict(model, dense) and load that, or "
+                "call tiedparam.load(path, model) before dispatch_model."
+            )
+
+
+def _keys_of(file: str) -> Collection[str]:
+    """The names of the tensors in a checkpoint, as far as it can be read."""
+    status = os.stat(file)
+    return _keys_at(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=16)  # every tied layer asks
+def _keys_at(file: str, *version: int) -> Collection[str]:
+    from tiedparam._stored import StoredCheckpoint  # here, since files know of layers
+
+    try:
+        return frozenset(StoredCheckpoint(file))
+    except TieError:  # accelerate will say what is wrong with it
+        return ()
 
 
 def _module(frame: FrameType) -> str:

@@ -8,6 +8,7 @@ when its source has been loaded, whichever comes first.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections import OrderedDict
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tiedparam._errors import TieError, TieWarning
+from tiedparam._bits import same_bits
+from tiedparam._callers import refuse_loading_by_key
+from tiedparam._errors import TieError, TieWarning, quoted, shown_shape, some_of
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
 from tiedparam._sharded import computed, gathered, is_sharded, whole
@@ -117,7 +120,9 @@ def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict
         result.update(zip(free_keys(layer, name, prefix), free, strict=True))
     problems += _foreign_prefix(model, dense)
     if problems:
-        raise TieError("the dense state dict does not fit the tied model:\n" + "\n".join(problems))
+        raise TieError(
+            "the dense state dict does not fit the tied model:\n" + some_of(problems, "\n")
+        )
     _warn_projected(projected)
     return result
 
@@ -157,8 +162,11 @@ def accept(
                     "with tiedparam.tie_state_dict(model, dense), and load the result with "
                     "torch.distributed.checkpoint.state_dict.set_model_state_dict."
                 )
-            elif present:
-                problem = f"'{key}' stands in it both dense and tied. Remove one of the two."
+            elif problem is None and not _are_its_own(layer, name, keys, state_dict):
+                problem = (
+                    f"'{key}' stands in it both dense and tied. Load the dense entries alone, or "
+                    "the result of tiedparam.tie_state_dict(model, dense)."
+                )
             elif problem is None and isinstance(rule, Linked):
                 _judge_now_and_later(layer, name, rule, key, value, error_msgs)
             elif problem is None:
@@ -175,8 +183,24 @@ def accept(
             state_dict.update(zip(keys, free_values(layer, name), strict=True))
 
 
+def _are_its_own(
+    layer: nn.Module, name: str, keys: list[str], state_dict: Mapping[str, Any]
+) -> bool:
+    """Whether those free values that a dictionary has are what the layer holds anyway.
+
+    torch's ``full_state_dict=True`` and accelerate complete a dense dictionary from the model
+    (S46): what the model has itself says nothing, and the dense entry counts.
+    """
+    return all(
+        k not in state_dict
+        or (isinstance(state_dict[k], Tensor) and same_bits(unguard(state_dict[k]), own))
+        for k, own in zip(keys, map(unguard, free_values(layer, name)), strict=True)
+    )
+
+
 def sign(layer: nn.Module, destination: Any, prefix: str) -> None:
     """Note rule and options in the state dict's metadata; no key is added (S28)."""
+    refuse_loading_by_key(layer, [prefix + name for name in ties_of(layer)], sys._getframe(1))
     metadata = getattr(destination, "_metadata", None)
     if metadata is not None:
         signatures = {name: str(rule) for name, rule in ties_of(layer).items()}
@@ -185,8 +209,8 @@ def sign(layer: nn.Module, destination: Any, prefix: str) -> None:
 
 def signatures_of(local_metadata: Mapping[str, Any]) -> Mapping[str, str]:
     """The rules that `sign` has noted for one layer, by tensor name."""
-    signatures: Mapping[str, str] = local_metadata.get(_SIGNATURE, {})
-    return signatures
+    signatures = local_metadata.get(_SIGNATURE)
+    return signatures if isinstance(signatures, Mapping) else {}
 
 
 class SourceWatch:
@@ -270,7 +294,8 @@ def _unfit(layer: nn.Module, name: str, rule: Rule, key: str, value: Any) -> str
     if value.is_complex() and any(not parameter.is_complex() for parameter in stored):
         return f"'{key}' is complex in the checkpoint, and real here."
     if tuple(value.shape) != shape:
-        return f"size mismatch for '{key}': {tuple(value.shape)} in the checkpoint, {shape} here."
+        there = shown_shape(value.shape)
+        return f"size mismatch for '{key}': {there} in the checkpoint, {shape} here."
     return None
 
 
@@ -291,14 +316,14 @@ def _unfit_free(
         return f"'{more}' is one free value more than '{rule}' has. Load another checkpoint."
     written = signatures.get(name)
     if written is not None and written != str(rule):
-        return f"'{key}' was saved under the rule '{written}' and is tied by '{rule}' here."
+        return f"'{key}' was saved under the rule {quoted(written)} and is tied by '{rule}' here."
     for k, parameter in zip(keys, free_values(layer, name), strict=True):
         entry = state_dict[k]
         if not isinstance(entry, Tensor):
             return f"'{k}' is a {type(entry).__name__}, not a tensor."
         if entry.shape != parameter.shape:
             return (
-                f"size mismatch for '{k}': {tuple(entry.shape)} in the checkpoint, "
+                f"size mismatch for '{k}': {shown_shape(entry.shape)} in the checkpoint, "
                 f"{tuple(parameter.shape)} here."
             )
     return None
@@ -316,7 +341,10 @@ def _foreign_prefix(model: nn.Module, entries: Mapping[str, Tensor]) -> list[str
         found = next((k for k in keys[0] if entry.endswith(f".{k}")), None)
         if found is not None:
             prefix = entry.removesuffix(found)
-            return [f"its keys begin with '{prefix}', as in '{entry}'. Take that away first."]
+            return [
+                f"its keys begin with {quoted(prefix)}, as in {quoted(entry)}. Take that away "
+                "first."
+            ]
     return []
 
 
@@ -337,7 +365,8 @@ def _agree(entry: Tensor, computed: Tensor) -> bool:
 def _disagreement(key: str, rule: Rule) -> str:
     return (
         f"'{key}' is tied by '{rule}' and disagrees with its source. Load a checkpoint that "
-        "keeps the law, or remove the entry to take the source's values."
+        "keeps the law, or remove the entry to take the source's values. Parts of a checkpoint "
+        "are put together first: tiedparam.tie_state_dict(model, dense)."
     )
 
 
@@ -348,7 +377,7 @@ def _as_float(value: Tensor) -> Tensor:
 
 def _warn_projected(projected: list[tuple[str, float]]) -> None:
     if projected:
-        names = ", ".join(f"'{key}' (residual {residual:.2e})" for key, residual in projected)
+        names = some_of([f"'{key}' (residual {residual:.2e})" for key, residual in projected])
         warnings.warn(
             f"these weights were not lawful and were projected while loading: {names}. "
             "Fine-tune, or look at tiedparam.residual before you tie.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -74,6 +75,42 @@ def extra_repr(layer: nn.Module) -> str:
 def visible(text: str, keep: str = "") -> str:
     """Control characters as escapes: names from files must not steer the reader's terminal."""
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+LONGEST_MESSAGE = 2000
+"""Characters of a message about a file, whatever the file holds."""
+
+
+def shortened(text: object, longest: int = 120) -> str:
+    """``text`` without its middle if it is longer: what a file holds may have any length."""
+    text = str(text)
+    if len(text) <= longest:
+        return text
+    kept = (longest - 1) // 2
+    return f"{text[:kept]}…{text[-kept:]}"
+
+
+def quoted(name: object) -> str:
+    """A name out of a file, as messages show it."""
+    return f"'{shortened(name)}'"
+
+
+def shown_shape(shape: Iterable[int]) -> str:
+    """A shape out of a file, as messages show it."""
+    return shortened(tuple(shape))
+
+
+def some_of(parts: Sequence[str], separator: str = ", ") -> str:
+    """As many of ``parts`` as a message has room for, and how many more there are."""
+    shown, room = [], LONGEST_MESSAGE * 3 // 4
+    for part in parts:
+        part = shortened(part, LONGEST_MESSAGE // 4)
+        room -= len(part) + len(separator)
+        if room < 0:
+            break
+        shown.append(part)
+    more = len(parts) - len(shown)
+    return separator.join([*shown, f"and {more} more"] if more else shown)
 
 
 def describe(layer: nn.Module, tensor_name: str, root: nn.Module | None = None) -> str:

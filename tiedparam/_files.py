@@ -6,8 +6,8 @@ fits; only then tie and fill the model, and put everything back if something fai
 
 from __future__ import annotations
 
-import json
 import re
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from tiedparam import _header
 from tiedparam._atomic import PathLike, refuse_foreign_suffix, whole_files
 from tiedparam._checkpoint import untie_with
-from tiedparam._errors import TieError, describe
+from tiedparam._errors import LONGEST_MESSAGE, TieError, describe, shortened
+from tiedparam._exports import MARK, index_content, index_of, left_by_older, shards_of
 from tiedparam._fit import entries_for, placeholder, ties_to_make
+from tiedparam._functions import Functions, as_functions
 from tiedparam._header import Header
 from tiedparam._optimizer_guard import watch_free_values
 from tiedparam._places import Places
@@ -54,8 +56,9 @@ def save(model: nn.Module, path: PathLike) -> None:
 
     Raises:
         TieError: if the state is not made of plain tensors with values, or a tie cannot be
-            named in a file: a function of one's own, a source outside of the model, a rule
-            without a registered name. Nothing was written then.
+            named in a file: a function that no module has by its name (a lambda, a partial), a
+            source outside of the model, a rule without a registered name. Nothing was written
+            then.
         OSError: if the file cannot be written.
     """
     if not isinstance(model, nn.Module):
@@ -66,7 +69,7 @@ def save(model: nn.Module, path: PathLike) -> None:
     header = _header.of_model(model, aliases)
     entries = [_entry(key, value) for key, value in state.items() if key not in aliases]
     check_entries(entries)
-    with whole_files() as open_file, _bar(entries) as advance:
+    with whole_files(lambda: left_by_older(Path(path))) as open_file, _bar(entries) as advance:
         write(
             open_file(path),
             entries,
@@ -77,7 +80,7 @@ def save(model: nn.Module, path: PathLike) -> None:
         )
 
 
-def load(path: PathLike, model: Model) -> Model:
+def load(path: PathLike, model: Model, *, functions: Functions | None = None) -> Model:
     """Fill a model from a file: one by `save`, or any dense checkpoint.
 
     A file by `save` ties a fresh dense model as its header says; a model that is tied already
@@ -92,12 +95,17 @@ def load(path: PathLike, model: Model) -> Model:
             transformers' ``save_pretrained`` gives it. Pickles are read with ``weights_only=True``.
         model: the model. Parameters and persistent buffers on the meta device get memory on
             the CPU. A stored value may be widened to the model's dtype, but never rounded.
+        functions: the functions that copies in the file may have, by the names under which they
+            were saved: ``{"my_module:tile": my_module.tile}``. A file's word alone imports
+            nothing. Not needed for `torch.t` and `torch.square`, nor for a copy that is tied by
+            its function in the model already.
 
     Returns:
         The model itself.
 
     Raises:
-        TieError: if the file is damaged, or does not fit the model; the message lists what.
+        TieError: if the file is damaged, names a function that was not allowed, or does not
+            fit the model; the message lists what.
         OSError: if the file cannot be read.
 
     Warns:
@@ -106,11 +114,12 @@ def load(path: PathLike, model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load(path, model) takes an nn.Module, not {type(model).__name__}")
+    functions = as_functions(functions)
     stored = StoredCheckpoint(path)
     try:
         header = _header.read(stored.metadata) or Header([], {}, {})
-        new = ties_to_make(header, model, stored.module_metadata)
-        entries = entries_for(model, stored, header, new)
+        new = ties_to_make(header, model, stored.module_metadata, functions)
+        entries = entries_for(model, stored, header, new, functions)
         with _values_kept_on_error(model), rolled_back_on_error(model.modules(), ()):
             places = Places(model)
             for tie, rule in new:
@@ -121,8 +130,13 @@ def load(path: PathLike, model: Model) -> Model:
             _load_state_dict(model, entries)
             for tie in header.ties:  # not that of the values that were replaced
                 get_tie(model.get_submodule(tie.layer), tie.tensor).residual_at_tying = tie.residual
+    except RecursionError as error:
+        raise TieError(
+            f"cannot load '{path}': its copies read each other in too long a chain. Tie each to "
+            "the first."
+        ) from error
     except TieError as error:
-        raise TieError(f"cannot load '{path}': {error}") from error
+        raise TieError(shortened(f"cannot load '{path}': {error}", LONGEST_MESSAGE)) from error
     return model
 
 
@@ -175,26 +189,21 @@ def export_dense(
             f"max_shard_size={max_shard_size!r} would make {len(shards):,} files. "
             "Give a size in bytes, or such as '5GB'."
         )
-    if len(shards) == 1:
-        files = [path]
-    else:
-        numbers = range(1, len(shards) + 1)
-        stem, suffix = path.stem, path.suffix
-        files = [path.with_name(f"{stem}-{n:05}-of-{len(shards):05}{suffix}") for n in numbers]
-    with whole_files() as open_file, _bar(entries) as advance:
+    files, metadata = [path], {"format": "pt"}
+    if len(shards) > 1:
+        files = shards_of(path, len(shards))
+        metadata[MARK] = secrets.token_hex(16)
+    with whole_files(lambda: left_by_older(path)) as open_file, _bar(entries) as advance:
         for file, shard in zip(files, shards, strict=True):
-            write(open_file(file), shard, value_of, {"format": "pt"}, advance=advance)
+            write(open_file(file), shard, value_of, metadata, advance=advance)
         if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
-                "weight_map": {
-                    entry.name: file.name
-                    for file, shard in zip(files, shards, strict=True)
-                    for entry in shard
-                },
+            size = sum(entry.nbytes for entry in entries)
+            held = {
+                file.name: [entry.name for entry in shard]
+                for file, shard in zip(files, shards, strict=True)
             }
-            files.append(path.with_name(path.name + ".index.json"))
-            open_file(files[-1]).write(json.dumps(index, indent=2, ensure_ascii=False).encode())
+            files.append(index_of(path))
+            open_file(files[-1]).write(index_content(held, size, metadata[MARK]))
     return files
 
 

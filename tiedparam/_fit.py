@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam import _header
+from tiedparam._bits import same_bits
 from tiedparam._checkpoint import signatures_of, tie_state_dict
-from tiedparam._errors import TieError, TieWarning
+from tiedparam._errors import TieError, TieWarning, quoted, shown_shape, some_of
+from tiedparam._functions import Functions, function_name
 from tiedparam._header import Header, StoredTie
 from tiedparam._layout import Layout
 from tiedparam._linked import Linked
@@ -26,19 +28,20 @@ from tiedparam._stock import effective
 from tiedparam._stored import StoredCheckpoint
 from tiedparam._ties import free_values, get_tie, is_stacked, is_tied, named_ties
 
-_SHOWN = 20
-
 
 def ties_to_make(
-    header: Header, model: nn.Module, module_metadata: Mapping[str, Mapping[str, object]]
+    header: Header,
+    model: nn.Module,
+    module_metadata: Mapping[str, Mapping[str, object]],
+    functions: Functions,
 ) -> list[tuple[StoredTie, Rule]]:
     """The ties that the model lacks, once all that the file speaks of are known to fit."""
     new, problems = [], []
     for tie in header.ties:
         try:
-            rule = _fitting_rule(tie, model)
+            rule = _fitting_rule(tie, model, functions)
         except TieError as error:
-            problems.append(f"'{tie.key}' was saved tied by '{tie.rule}': {error}")
+            problems.append(f"{quoted(tie.key)} was saved tied by {quoted(tie.rule)}: {error}")
             continue
         if rule is not None:
             new.append((tie, rule))
@@ -46,22 +49,23 @@ def ties_to_make(
         written = signatures_of(module_metadata.get(prefix[:-1], {})).get(name)
         if written is not None and written != str(present):
             problems.append(
-                f"'{prefix}{name}' was saved under the rule '{written}' and is tied by "
+                f"'{prefix}{name}' was saved under the rule {quoted(written)} and is tied by "
                 f"'{present}' here. Tie it as it was."
             )
     _raise(problems)
     return new
 
 
-def _fitting_rule(tie: StoredTie, model: nn.Module) -> Rule | None:
+def _fitting_rule(tie: StoredTie, model: nn.Module, functions: Functions) -> Rule | None:
     """The rule to tie a tensor with, or None if it is tied by it already."""
     layer = _submodule(model, tie.layer)
     if layer is None:
         raise TieError("the model has no such layer. Build the model that was saved.")
-    rule = tie.make()
     if is_tied(layer, tie.tensor):
+        rule = tie.make({**_function_of(get_tie(layer, tie.tensor)), **functions})
         _refuse_another_tie(tie, rule, layer, model)
         return None
+    rule = tie.make(functions)
     if tie.stacked:
         raise TieError(
             "another parametrization was stacked on it. Tie the model and register that one first."
@@ -70,13 +74,21 @@ def _fitting_rule(tie: StoredTie, model: nn.Module) -> Rule | None:
         raise TieError("it has another parametrization here. Build the model that was saved.")
     if not isinstance(layer._parameters.get(tie.tensor), nn.Parameter):
         raise TieError("the model has no such Parameter. Build the model that was saved.")
-    probe = tie.make()  # binding leaves its traces
+    probe = tie.make(functions)  # binding leaves its traces
     reason = probe.bind(layer, tie.tensor, model)
     if reason is not None:
         raise TieError(reason)
     if probe.bound_layout != tie.layout:
         raise TieError(f"it was {_shown(tie.layout)} and is {_shown(probe.bound_layout)} here.")
     return rule
+
+
+def _function_of(present: Rule) -> Functions:
+    """The function of a copy in the model, by its name: the model's own code brought it."""
+    try:
+        return {function_name(present.fn): present.fn} if isinstance(present, Linked) else {}
+    except TieError:  # one without a name
+        return {}
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
@@ -88,7 +100,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 
 def _shown(layout: Layout) -> str:
     groups = f" in {layout.groups} groups" if layout.groups > 1 else ""
-    return f"{layout.shape}{groups}{', transposed' if layout.transposed else ''}"
+    return f"{shown_shape(layout.shape)}{groups}{', transposed' if layout.transposed else ''}"
 
 
 def _refuse_another_tie(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.Module) -> None:
@@ -103,7 +115,7 @@ def _refuse_another_tie(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.
         path, name = str(tie.options["source"]), tie.options["source_name"]
         ((source, source_name),) = present.sources()
         if _submodule(model, path) is not source or source_name != name:
-            raise TieError(f"it reads '{path}.{name}' there and another tensor here.")
+            raise TieError(f"it reads {quoted(f'{path}.{name}')} there and another tensor here.")
 
 
 def entries_for(
@@ -111,14 +123,17 @@ def entries_for(
     stored: StoredCheckpoint,
     header: Header,
     new: list[tuple[StoredTie, Rule]],
+    functions: Functions,
 ) -> OrderedDict[str, Tensor]:
     """What ``load_state_dict`` will be given, once the model is known to take it."""
     entries: OrderedDict[str, Tensor] = OrderedDict(stored)
     for alias, kept in header.aliases.items():
         if kept not in stored or alias in stored:
-            raise TieError(f"its alias '{alias}' of '{kept}' is wrong. Fetch or save it again.")
+            raise TieError(
+                f"its alias {quoted(alias)} of {quoted(kept)} is wrong. Fetch or save it again."
+            )
         entries[alias] = entries[kept]
-    slots = _slots(model, new)
+    slots = _slots(model, new, functions)
     _raise(_misfits(entries, slots))
     for key in [prefix + name for prefix, _, name, _ in named_ties(model)]:
         if key in entries:  # widened before it is projected, not after
@@ -157,7 +172,9 @@ class _Slot:
         self.shape, self.dtype, self.tensor, self.dense = tuple(shape), dtype, tensor, dense
 
 
-def _slots(model: nn.Module, new: list[tuple[StoredTie, Rule]]) -> dict[str, _Slot]:
+def _slots(
+    model: nn.Module, new: list[tuple[StoredTie, Rule]], functions: Functions
+) -> dict[str, _Slot]:
     """All names that the model will take, the ties that will be made included."""
     slots = {
         key: _Slot(value.shape, value.dtype, id(value))
@@ -169,7 +186,7 @@ def _slots(model: nn.Module, new: list[tuple[StoredTie, Rule]]) -> dict[str, _Sl
         slots[prefix + name] = _Slot(place.shape, place.dtype, (id(layer), name), dense=True)
     for tie, _ in new:
         slot = slots.pop(tie.key)
-        probe = tie.make()
+        probe = tie.make(functions)
         probe.bind(model.get_submodule(tie.layer), tie.tensor, model)
         for number, shape in enumerate(probe.free_shapes()):
             key = f"{tie.layer}.parametrizations.{tie.tensor}.original{number}".removeprefix(".")
@@ -186,14 +203,14 @@ def _misfits(entries: Mapping[str, Tensor], slots: Mapping[str, _Slot]) -> list[
         slot = slots.get(key)
         if slot is None and _FREE_KEY.search(key):
             problems.append(
-                f"the model has no '{key}': that is a free value of a tied model. Tie the model as "
-                "that one was, or write the file with tiedparam.save, which says how."
+                f"the model has no {quoted(key)}: that is a free value of a tied model. Tie the "
+                "model as that one was, or write the file with tiedparam.save, which says how."
             )
         elif slot is None:
-            problems.append(f"the model has no '{key}'.")
+            problems.append(f"the model has no {quoted(key)}.")
         elif tuple(value.shape) != slot.shape:
             problems.append(
-                f"size mismatch for '{key}': {tuple(value.shape)} there, {slot.shape} here."
+                f"size mismatch for '{key}': {shown_shape(value.shape)} there, {slot.shape} here."
             )
         elif not _holds(slot.dtype, value.dtype):
             problems.append(
@@ -230,18 +247,11 @@ def _disagreeing(entries: Mapping[str, Tensor], slots: Mapping[str, _Slot]) -> l
     problems = []
     for key, value in entries.items():
         earlier = first.setdefault(slots[key].tensor, key)
-        if earlier != key and not _same_bits(value, entries[earlier]):
+        if earlier != key and not same_bits(value, entries[earlier]):
             problems.append(
                 f"'{earlier}' and '{key}' are one tensor here and have different values there."
             )
     return problems
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one is other or one.dtype != other.dtype or one.numel() == 0:
-        return one.dtype == other.dtype
-    raw = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
-    return torch.equal(*raw)
 
 
 def _warn_unshared(aliases: Mapping[str, str], slots: Mapping[str, _Slot]) -> None:
@@ -253,7 +263,7 @@ def _warn_unshared(aliases: Mapping[str, str], slots: Mapping[str, _Slot]) -> No
     if apart:
         warnings.warn(
             f"these were one tensor when they were saved and are two in this model: "
-            f"{', '.join(apart[:_SHOWN])}. They get equal values and will train apart. Share them "
+            f"{some_of(apart)}. They get equal values and will train apart. Share them "
             "in the model before you load, or tie one to the other by 'copy'.",
             TieWarning,
             stacklevel=4,
@@ -264,9 +274,7 @@ def _raise(problems: list[str]) -> None:
     if len(problems) == 1:
         raise TieError(problems[0])
     if problems:
-        shown = "\n  ".join(problems[:_SHOWN])
-        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise TieError(f"it does not fit the model:\n  {shown}{more}")
+        raise TieError("it does not fit the model:\n  " + some_of(problems, "\n  "))
 
 
 def placeholder(layer: nn.Module, name: str, rule: Rule) -> Tensor:

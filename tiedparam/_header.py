@@ -1,7 +1,7 @@
 """What a saved file says of a model's ties: names, options and shapes as JSON, never code.
 
 `of_model` writes it. `read` checks its form; `StoredTie.make` makes the rule that it speaks of,
-by name from the registry, and its function by name from `_functions.py`.
+by name from the registry, and its function by name from those that the reader allows.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ import torch
 from torch import nn
 
 from tiedparam._errors import TieError
-from tiedparam._functions import FUNCTIONS, Function, find_function, function_name
+from tiedparam._functions import Functions, find_function, function_name
+from tiedparam._json import read_json
 from tiedparam._layout import Layout
 from tiedparam._linked import Linked
 from tiedparam._registry import find_rule
 from tiedparam._rule import Rule
-from tiedparam._safetensors_format import CHECKSUM
+from tiedparam._safetensors_format import CHECKSUM, are_sizes
 from tiedparam._ties import is_stacked, ties_of
 
 LAYOUT_VERSION = 2
 """The version of the header and of how rules lay out their free values."""
+
+_MOST_COPIES = 200
+"""Copies that read each other in turn; Python's recursion ends before that."""
 
 KEY = "tiedparam"
 """The metadata's key for the header."""
@@ -68,8 +72,11 @@ class StoredTie:
         """The layout that the rule was bound to."""
         return Layout(tuple(self.shape), self.groups, self.transposed)
 
-    def make(self) -> Rule:
+    def make(self, functions: Functions) -> Rule:
         """A fresh rule, not bound yet; a copy's source is a path.
+
+        Args:
+            functions: what a copy's function may be, beside those that all files may name.
 
         Raises:
             TieError: if the rule, one of its options or a function is not known.
@@ -80,7 +87,7 @@ class StoredTie:
             if not all(isinstance(options.get(k), str) for k in ("source", "source_name")):
                 raise TieError(f"rule '{self.rule}': its source is not named.")
             if "fn" in options:
-                options["fn"] = find_function(str(options["fn"]))
+                options["fn"] = find_function(options["fn"], functions)
         try:
             return kind(**options)
         except Exception as error:  # a rule may be anybody's
@@ -175,7 +182,7 @@ def read(metadata: Mapping[str, str]) -> Header | None:
     if CHECKSUM not in metadata:
         raise TieError("its checksum is missing. Fetch or save it again.")
     try:
-        content = json.loads(metadata[KEY])
+        content = read_json(metadata[KEY])
         version = content.pop("layout")
         if type(version) is not int or version < 1:
             raise ValueError("no version")
@@ -199,6 +206,8 @@ def read(metadata: Mapping[str, str]) -> Header | None:
             raise ValueError("more than that")
         if len({(tie.layer, tie.tensor) for tie in header.ties}) < len(header.ties):
             raise ValueError("a tensor is tied twice")
+        if _longest_chain(header.ties) > _MOST_COPIES:
+            raise ValueError("copies of copies of copies")
     except TieError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -230,7 +239,7 @@ def _options(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
         if value is inspect.Parameter.empty:
             raise TieError(f"its options() does not say its {name}=. Add it there.")
         if value is not parameter.default:
-            options[name] = _name_of(value) if named else _as_json(name, value)
+            options[name] = function_name(value) if named else _as_json(name, value)
     return options
 
 
@@ -250,20 +259,12 @@ def _path_of(source: nn.Module, paths: Mapping[int, str]) -> str:
     return paths[id(source)]
 
 
-def _name_of(function: Function) -> str:
-    name = function_name(function)
-    if name is None:
-        shown = getattr(function, "__name__", type(function).__name__)
-        raise TieError(
-            f"a file cannot name its function '{shown}', only {', '.join(FUNCTIONS)}. Register a "
-            "rule of your own for it (tiedparam.register_rule), or call remove_tie first."
-        )
-    return name
-
-
 def _refuse_changed(rule: Rule, stored: StoredTie) -> None:
     """Raise unless what is stored makes a rule that gives the same weight, to the bit."""
-    again = stored.make()
+    named = {}
+    if isinstance(rule, Linked) and "fn" in stored.options:
+        named[stored.options["fn"]] = rule.fn
+    again = stored.make(named)
     if isinstance(rule, Linked) and isinstance(again, Linked):
         same = again.fn is rule.fn and again.source_name == rule.source_name
     else:
@@ -290,6 +291,26 @@ def _law_options(rule: Rule) -> Any:
     return options
 
 
+def _longest_chain(ties: list[StoredTie]) -> int:
+    """How many copies read each other in turn, at most; cycles are judged when they are tied."""
+    reads = {
+        tie.key: f"{tie.options['source']}.{tie.options.get('source_name')}".removeprefix(".")
+        for tie in ties
+        if isinstance(tie.options.get("source"), str)
+    }
+    lengths: dict[str, int] = {}
+    for key in reads:
+        chain = []
+        while key in reads and key not in lengths:
+            lengths[key] = 0  # visited, should it come round
+            chain.append(key)
+            key = reads[key]
+        length = lengths.get(key, 0)
+        for link in reversed(chain):
+            lengths[link] = length = length + 1
+    return max(lengths.values(), default=0)
+
+
 def _read_tie(value: dict[str, Any]) -> StoredTie:
     kinds: dict[str, type] = {
         "layer": str, "tensor": str, "rule": str, "options": dict, "shape": list,
@@ -303,7 +324,7 @@ def _read_tie(value: dict[str, Any]) -> StoredTie:
         raise ValueError("a field of a wrong type")
     if value["residual"] is not None and not 0 <= value["residual"] < inf:
         raise ValueError("no residual")
-    if not all(type(size) is int and size > 0 for size in value["shape"]) or value["groups"] < 1:
+    if not are_sizes(value["shape"]) or 0 in value["shape"] or value["groups"] < 1:
         raise ValueError("sizes must be positive")
     if max(prod(value["shape"]), value["groups"]) >= 2**60:  # bytes are counted in 64 bits
         raise ValueError("larger than any tensor")

@@ -47,7 +47,7 @@ class Linked(Rule):
         if source_name is not None and not isinstance(source_name, str):
             raise TypeError(f"source_name= takes the name of a tensor, not {source_name!r}")
         if isinstance(fn, str):
-            fn = find_function(fn)
+            fn = find_function(fn, {})
         if not callable(fn):
             raise TypeError(f"fn= takes a function of the source's tensor, not {fn!r}")
         # a tuple: a module in an attribute would become a submodule of this one

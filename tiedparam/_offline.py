@@ -20,13 +20,17 @@ from torch import Tensor, nn
 
 from tiedparam import _header
 from tiedparam._atomic import PathLike
-from tiedparam._errors import TieError
+from tiedparam._errors import LONGEST_MESSAGE, TieError, quoted, shortened, some_of
 from tiedparam._files import aliases_of, load
+from tiedparam._functions import Functions
 from tiedparam._header import Header, StoredTie
 from tiedparam._plan import read_data
 from tiedparam._stored import StoredCheckpoint
 
 _FREE = re.compile(r"(?:(?P<layer>.*)\.)?parametrizations\.(?P<tensor>[^.]+)\.original\d*")
+_DEEPEST = 100
+"""Modules in modules: torch visits them by recursion."""
+
 _STATISTICS = frozenset({"running_mean", "running_var"})
 _CONVOLUTIONS: dict[int, tuple[Any, Any]] = {
     3: (nn.Conv1d, nn.ConvTranspose1d),
@@ -83,7 +87,10 @@ def _is_hint(table: Any) -> bool:
 
 
 def open_model(
-    path: PathLike, hints: Iterable[LayerHint] = (), key: str | None = None
+    path: PathLike,
+    hints: Iterable[LayerHint] = (),
+    key: str | None = None,
+    functions: Functions | None = None,
 ) -> nn.Module:
     """The model that a checkpoint file holds the state of, as far as the file shows it.
 
@@ -92,6 +99,7 @@ def open_model(
         hints: groups and transposition of convolutions; for each the first that fits counts.
             What the header of a tied file says goes first.
         key: in which entry of a file by ``torch.save`` the state dict stands.
+        functions: what copies in the file may have as ``fn=``; see `tiedparam.load`.
 
     Returns:
         A model with the file's names, whose layers cannot be called in a meaningful order.
@@ -115,12 +123,13 @@ def open_model(
             model = _build(tensors, aliases, twins, [*known, *hints])
         _refuse_idle(hints, tensors)
     except TieError as error:
-        raise TieError(f"cannot make a model of '{path}': {error}") from error
+        said = f"cannot make a model of '{path}': {error}"
+        raise TieError(shortened(said, LONGEST_MESSAGE)) from error
     versions = header.versions if header is not None else _versions(stored.module_metadata)
     for name, module in model.named_modules():
         if name in versions:
             module._version = versions[name]
-    return model if header is None else load(path, model)
+    return model if header is None else load(path, model, functions=functions)
 
 
 def _refuse_unknown_ties(names: Iterable[str]) -> None:
@@ -128,7 +137,7 @@ def _refuse_unknown_ties(names: Iterable[str]) -> None:
         if (match := _FREE.fullmatch(name)) is not None:
             place = f"{match['layer'] or ''}.{match['tensor']}".removeprefix(".")
             raise TieError(
-                f"'{place}' is parametrized in it, and it does not say how. Load it into its "
+                f"{quoted(place)} is parametrized in it, and it does not say how. Load it into its "
                 "model in Python, and write it with tiedparam.save or tiedparam.export_dense."
             )
 
@@ -155,6 +164,7 @@ def _dense_form(
         that are one with another.
     """
     ties = {tie.key: tie for tie in header.ties}
+    known: dict[str, torch.dtype] = {}
     result = {
         name: torch.empty(value.shape, dtype=value.dtype, device="meta")
         for name, value in stored.items()
@@ -171,10 +181,10 @@ def _dense_form(
     for tie in header.ties:
         if tie.stacked:
             raise TieError(
-                f"another parametrization was stacked on the tie of '{tie.key}'. Load it into its "
-                "model in Python."
+                f"another parametrization was stacked on the tie of {quoted(tie.key)}. Load it "
+                "into its model in Python."
             )
-        dtype = _dtype_of(tie, ties, stored, header.aliases)
+        dtype = _dtype_of(tie, ties, stored, header.aliases, known)
         result[tie.key] = torch.empty(tie.shape, dtype=dtype, device="meta")
     return result, aliases, twins
 
@@ -184,21 +194,28 @@ def _dtype_of(
     ties: Mapping[str, StoredTie],
     stored: Mapping[str, Tensor],
     aliases: Mapping[str, str],
+    known: dict[str, torch.dtype],
 ) -> torch.dtype:
-    seen = set()
+    """The dtype of a tied tensor; ``known`` keeps those of the copies that were followed."""
+    chain: dict[str, None] = {}
     key = tie.key
-    while key in ties and key not in seen:
-        seen.add(key)
+    while key in ties and key not in chain and key not in known:
+        chain[key] = None
         tie = ties[key]
         first = f"{tie.layer}.parametrizations.{tie.tensor}.original0".removeprefix(".")
         first = aliases.get(first, first)
         if first in stored:
-            return stored[first].dtype
+            key = first
+            break
         source, name = tie.options.get("source"), tie.options.get("source_name")
         key = f"{source}.{name}".removeprefix(".")  # a copy: along its chain
+    if key in known:
+        known.update(dict.fromkeys(chain, known[key]))
+        return known[key]
     key = aliases.get(key, key)
     if key not in stored:
-        raise TieError(f"it has no values for '{tie.key}'. Fetch or save it again.")
+        raise TieError(f"it has no values for {quoted(tie.key)}. Fetch or save it again.")
+    known.update(dict.fromkeys(chain, stored[key].dtype))
     return stored[key].dtype
 
 
@@ -215,12 +232,16 @@ def _build(
     for key, value in tensors.items():
         path, _, name = key.rpartition(".")
         ancestors = path.split(".") if path else []
+        if len(ancestors) > _DEEPEST:
+            raise TieError(
+                f"the name {quoted(key)} is nested {len(ancestors):,} modules deep. Rename it."
+            )
         for depth in range(1, len(ancestors) + 1):
             layers.setdefault(".".join(ancestors[:depth]), {})
         layers[path][name] = value
     for path in twins:
         if path not in layers or twins[path] not in layers:
-            raise TieError(f"its alias '{path}' is wrong. Fetch or save it again.")
+            raise TieError(f"its alias {quoted(path)} is wrong. Fetch or save it again.")
     modules = {
         path: _layer(path, content, _hint_for(path, hints))
         for path, content in layers.items()
@@ -266,7 +287,7 @@ def _convolution(path: str, shape: tuple[int, ...], bias: bool, hint: LayerHint)
     first, second, *kernel = shape
     if hint.groups < 1 or first % hint.groups:
         raise TieError(
-            f"'{path}' cannot have {hint.groups} groups, because its weight is {shape}. "
+            f"{quoted(path)} cannot have {hint.groups} groups, because its weight is {shape}. "
             f"Give a divisor of {first}."
         )
     inputs, outputs = (first, second * hint.groups) if hint.transposed else (
@@ -296,7 +317,7 @@ def _refuse_idle(hints: Iterable[LayerHint], tensors: Mapping[str, Tensor]) -> N
     ]
     for hint in hints:
         if not any(fnmatchcase(path, hint.pattern) for path in convolutions):
-            known = ", ".join(f"'{path}'" for path in convolutions[:5]) or "none"
+            known = some_of([quoted(path) for path in convolutions]) or "none"
             raise TieError(f"no convolution is called '{hint.pattern}'. It has {known}.")
 
 
@@ -305,5 +326,6 @@ def _named(key: str, enter: Any, *arguments: Any) -> None:
         enter(*arguments)
     except KeyError as error:
         raise TieError(
-            f"the name '{key.removeprefix('.')}' cannot stand in a model ({error}). Rename it."
+            f"the name {quoted(key.removeprefix('.'))} cannot stand in a model "
+            f"({shortened(error)}). Rename it."
         ) from error

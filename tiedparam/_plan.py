@@ -33,8 +33,8 @@ from typing import Any
 from torch import nn
 
 from tiedparam._atomic import whole_files
-from tiedparam._errors import TieError
-from tiedparam._functions import find_function, function_name
+from tiedparam._errors import LONGEST_MESSAGE, TieError, shortened
+from tiedparam._functions import Functions, as_functions, find_function, function_name
 from tiedparam._json import read_json
 from tiedparam._register import INITS
 from tiedparam._registry import find_rule
@@ -176,7 +176,7 @@ def write_plan(
 
     Args:
         plan: globs and layer types of ``torch.nn`` as patterns, registered rules, sources as
-            paths, functions that have a name in files (``torch.t``, ``torch.square``).
+            paths, functions that a module has by their names.
         path: a name that ends in ``.toml`` or ``.json``.
 
     Raises:
@@ -194,15 +194,20 @@ def write_plan(
         open_file(path).write(text.encode())
 
 
-def read_plan(path: str | os.PathLike[str]) -> Plan:
+def read_plan(path: str | os.PathLike[str], *, functions: Functions | None = None) -> Plan:
     """Read a plan from a TOML or JSON file, by its suffix. Nothing in it is executed.
+
+    Args:
+        path: the file.
+        functions: what a copy's ``fn`` may name, such as ``{"my_module:tile": my_module.tile}``,
+            beside ``torch.t`` and ``torch.square``.
 
     Raises:
         TieError: naming the file, the entry and what is wrong: not TOML or JSON, an unknown
             key, rule, layer type or function (with the nearest known names), a wrong type.
         OSError: if the file cannot be read.
     """
-    return plan_from_data(read_data(path), f"'{path}'")
+    return plan_from_data(read_data(path), f"'{path}'", functions)
 
 
 def _is_default(rule: str | type[Rule], option: str) -> bool:
@@ -226,7 +231,8 @@ def read_data(path: str | os.PathLike[str]) -> Any:
             return tomllib.loads(text)
         return read_json(text)
     except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
-        raise TieError(f"'{path}' is not {kind.upper()}: {error}. Correct the file.") from error
+        reason = shortened(error, LONGEST_MESSAGE // 2)
+        raise TieError(f"'{path}' is not {kind.upper()}: {reason}. Correct the file.") from error
 
 
 def _kind(path: Path) -> str:
@@ -278,12 +284,10 @@ def _entry_to_data(entry: PlanEntry) -> dict[str, Any]:
         if isinstance(value, nn.Module):
             raise refuse(f"{key}= is a module. Give its path in the model.")
         if key == "fn" and not isinstance(value, str):
-            name = function_name(value)
-            if name is None:
-                raise refuse(
-                    "fn= is a function without a name there. Only Python code can hold it."
-                )
-            value = name
+            try:
+                value = function_name(value)
+            except TieError as error:
+                raise refuse(str(error)) from error
         if not _is_plain(value):
             # repr refuses whole numbers of thousands of digits
             shown = repr(value) if isinstance(value, (float, str)) else type(value).__name__
@@ -310,12 +314,13 @@ def _is_plain(value: Any) -> bool:
 _KEYS = ("layers", "type", "rule", "tensor_name", "init", "options")
 
 
-def plan_from_data(data: Any, where: str) -> Plan:
+def plan_from_data(data: Any, where: str, functions: Functions | None = None) -> Plan:
     """The plan that tables, as TOML and JSON give them, speak of.
 
     Args:
         data: what the file holds.
         where: how messages name the file.
+        functions: what a copy's function may be, beside those that all files may name.
 
     Raises:
         TieError: as `read_plan`.
@@ -327,15 +332,16 @@ def plan_from_data(data: Any, where: str) -> Plan:
     tables = data.get("tie")
     if not isinstance(tables, list) or not tables:
         raise TieError(f"{where} holds no list 'tie'. Begin an entry with [[tie]].")
+    functions = as_functions(functions)
     return Plan(
         tuple(
-            _entry_from_data(table, f"entry {number} of {where}")
+            _entry_from_data(table, f"entry {number} of {where}", functions)
             for number, table in enumerate(tables, start=1)
         )
     )
 
 
-def _entry_from_data(table: Any, where: str) -> PlanEntry:
+def _entry_from_data(table: Any, where: str, functions: Functions) -> PlanEntry:
     if not isinstance(table, dict):
         raise TieError(f"{where} is no table. Begin it with [[tie]].")
     _refuse_unknown(table, _KEYS, where)
@@ -352,7 +358,7 @@ def _entry_from_data(table: Any, where: str) -> PlanEntry:
     try:
         rule = find_rule(table["rule"])
         if "fn" in options:
-            options = {**options, "fn": find_function(options["fn"])}
+            options = {**options, "fn": find_function(options["fn"], functions)}
     except TieError as error:
         raise TieError(f"{where}: {error}") from error
     _refuse_options(rule, options, where)

@@ -149,6 +149,9 @@ def tie_one(
         if any(is_sharded(effective(*source)) for source in made.sources()):
             raise refuse("its source is sharded already. Tie before fully_shard.")
         free = _initial_free_values(made, weight, init, max_residual, refuse)
+        reason = made.why_not_kept()  # now that it has done all that it does
+        if reason is not None:
+            raise refuse(reason)
         _host.remember_order(layer)
         parametrize.register_parametrization(layer, tensor_name, made)
         _host.adopt(layer)

@@ -242,6 +242,23 @@ class Rule(nn.Module):
             self.layout = layout
         return reason
 
+    def why_not_kept(self) -> str | None:
+        """What the rule holds that no file could give back to it, or None."""
+        for name, module in self.named_children():
+            if module.state_dict():
+                return (
+                    f"it holds the layer '{name}', whose keys would stand in the model twice. A "
+                    "function of another layer's tensor is 'copy' with source= and fn=."
+                )
+        held = [repr(name) for name in self.state_dict()]
+        if held:
+            return (
+                f"it keeps {', '.join(held)} of its own, which is no free value and which no file "
+                "would give back. Say the numbers in options(), and compute what follows from "
+                "them in __init__ or forward; a buffer of that takes persistent=False."
+            )
+        return None
+
     @property
     def bound_layout(self) -> Layout:
         """The layout of the tensor that the rule is bound to.

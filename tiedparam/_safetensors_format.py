@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tiedparam._atomic import PathLike
-from tiedparam._errors import TieError
+from tiedparam._errors import TieError, quoted
 from tiedparam._json import read_json
 
 DTYPES = {
@@ -55,6 +55,7 @@ CHECKSUM = "tiedparam.crc32"
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # of the format
+_MOST_AXES = 64  # of torch's element-wise operations
 _CHUNK = 1 << 24
 _CHECKSUM_START = f'{{"__metadata__":{{"{CHECKSUM}":"'.encode()
 
@@ -134,12 +135,12 @@ class SafetensorsFile(Mapping[str, Tensor]):
         )
 
     def _parse(self, raw: bytes) -> dict[str, Any]:
+        if raw[:1] != b"{":  # no space in front of it either
+            raise self._bad("its header is not a table")
         try:
-            header = read_json(raw.decode())
+            header: dict[str, Any] = read_json(raw)
         except (ValueError, RecursionError) as error:
             raise self._bad("its header cannot be read") from error
-        if not isinstance(header, dict):
-            raise self._bad("its header is not a table")
         return header
 
     def _read_entries(self, header: dict[str, Any], size: int) -> None:
@@ -147,28 +148,28 @@ class SafetensorsFile(Mapping[str, Tensor]):
         for name, value in header.items():
             entry, begin, end = self._entry(name, value)
             if end - begin != entry.nbytes:
-                raise self._bad(f"the size of '{name}' disagrees with its shape and dtype")
+                raise self._bad(f"the size of {quoted(name)} disagrees with its shape and dtype")
             spans.append((begin, end, name))
             self.entries[name] = entry
             self._offsets[name] = self._start + begin
         position = 0
         for begin, end, name in sorted(spans):
             if begin != position:
-                raise self._bad(f"the place of '{name}' leaves a gap or an overlap")
+                raise self._bad(f"the place of {quoted(name)} leaves a gap or an overlap")
             position = end
         if position != size:
             raise self._bad(f"it holds {size} bytes of values where its header says {position}")
 
     def _entry(self, name: str, value: Any) -> tuple[Entry, int, int]:
         if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-            raise self._bad(f"its entry '{name}' is malformed")
+            raise self._bad(f"its entry {quoted(name)} is malformed")
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-        if not (_are_sizes(shape) and _are_offsets(offsets)):
-            raise self._bad(f"its entry '{name}' is malformed")
+        if not (are_sizes(shape) and _are_offsets(offsets)):
+            raise self._bad(f"its entry {quoted(name)} is malformed")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise TieError(
-                f"'{name}' in '{self.path}' has the dtype {str(dtype)[:40]!r}, which tiedparam "
-                f"does not read. Convert it to one of {', '.join(DTYPES)}."
+                f"{quoted(name)} in '{self.path}' has the dtype {str(dtype)[:40]!r}, which "
+                f"tiedparam does not read. Convert it to one of {', '.join(DTYPES)}."
             )
         return Entry(name, DTYPES[dtype], tuple(shape)), offsets[0], offsets[1]
 
@@ -297,10 +298,18 @@ def _is_text_to_text(value: object) -> bool:
 
 
 def _are_offsets(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_are_sizes([n]) for n in value)
+    return isinstance(value, list) and len(value) == 2 and all(are_sizes([n]) for n in value)
 
 
-def _are_sizes(value: object) -> bool:
-    if not (isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)):
+def are_sizes(value: object) -> bool:
+    """Whether a table out of a file is a shape that torch can make and compute with."""
+    if not isinstance(value, list) or len(value) > _MOST_AXES:
         return False
-    return bool(prod(n for n in value if n) < 2**63)  # else torch cannot make it, even empty
+    entries = 1
+    for size in value:
+        if type(size) is not int or size < 0:
+            return False
+        entries *= size or 1
+        if entries >= 2**63:  # torch cannot make it, even empty
+            return False
+    return True

@@ -41,7 +41,9 @@ from tiedparam import (
 from tiedparam._atomic import refuse_foreign_suffix
 from tiedparam._concerns import check_max_residual
 from tiedparam._errors import visible
-from tiedparam._functions import find_function
+from tiedparam._exports import left_by_older
+from tiedparam._functions import Functions, find_function, functions_of
+from tiedparam._json import read_json
 from tiedparam._next_steps import after_scan
 from tiedparam._offline import LayerHint, open_model, read_hints
 from tiedparam._plan import plan_from_data
@@ -215,7 +217,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="import this module first, for the rules of your own in it; can be repeated",
+        help="import this module first, for rules and functions of your own; can be repeated",
     )  # fmt: skip
 
 
@@ -263,7 +265,14 @@ def _hints(arguments: argparse.Namespace) -> list[LayerHint]:
 
 def _open(arguments: argparse.Namespace, hints: Iterable[LayerHint] = ()) -> nn.Module:
     """The model of the command's file."""
-    return open_model(arguments.file, [*_hints(arguments), *hints], arguments.key)
+    all_hints = [*_hints(arguments), *hints]
+    return open_model(arguments.file, all_hints, arguments.key, _functions(arguments))
+
+
+def _functions(arguments: argparse.Namespace) -> Functions:
+    """What ``fn=`` may name: the functions of the modules that --import names."""
+    modules = [sys.modules[name] for name in arguments.imports]
+    return {name: fn for module in modules for name, fn in functions_of(module).items()}
 
 
 def _print(result: TableReport[Any], as_json: bool, **more: Any) -> None:
@@ -290,7 +299,7 @@ def _size(files: Iterable[Path]) -> int:
 
 
 def _refuse_existing(arguments: argparse.Namespace, *others: Path) -> None:
-    for path in (arguments.output, *others):
+    for path in (arguments.output, *left_by_older(arguments.output), *others):
         if path.exists() and not arguments.force:
             raise TieError(f"'{path}' exists already. Pass --force to replace it.")
     refuse_foreign_suffix(arguments.output)
@@ -441,7 +450,9 @@ def _run_tie(arguments: argparse.Namespace) -> None:
     if arguments.output is None and not arguments.dry_run:
         arguments.fail("say where to write: -o, or --dry-run")
     entries = _each(arguments, "tie", _entry)
-    plan = Plan((*entries, *(read_plan(arguments.plan).entries if arguments.plan else ())))
+    functions = _functions(arguments)
+    read = read_plan(arguments.plan, functions=functions).entries if arguments.plan else ()
+    plan = Plan((*entries, *read))
     if not arguments.dry_run:
         _refuse_existing(arguments)
     model = _open(arguments, read_hints(arguments.plan) if arguments.plan else [])
@@ -486,7 +497,7 @@ def _run_untie(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     shards = f"{glob.escape(output.stem)}-*-of-*{glob.escape(output.suffix)}"
     others = output.parent.glob(shards) if arguments.max_shard_size else ()
-    _refuse_existing(arguments, output.with_name(f"{output.name}.index.json"), *others)
+    _refuse_existing(arguments, *others)
     model = _open(arguments)
     if not any(ties_of(layer) for layer in model.modules()):
         raise TieError(f"'{arguments.file}' holds no ties. It is dense already.")
@@ -591,10 +602,13 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _each(arguments: argparse.Namespace, option: str, kind: Callable[[str], T]) -> list[T]:
+def _each(
+    arguments: argparse.Namespace, option: str, kind: Callable[[str, Functions], T]
+) -> list[T]:
     """The values of an option that names rules; only now are the user's own registered."""
     try:
-        return [kind(text) for text in getattr(arguments, option)]
+        functions = _functions(arguments)
+        return [kind(text, functions) for text in getattr(arguments, option)]
     except argparse.ArgumentTypeError as error:
         arguments.fail(f"argument --{option}: {_one_line(error)}")
         raise AssertionError("argparse ends the process") from error
@@ -607,7 +621,7 @@ def _groups(text: str) -> tuple[str, int]:
     return pattern, int(number)
 
 
-def _entry(text: str) -> PlanEntry:
+def _entry(text: str, functions: Functions) -> PlanEntry:
     pattern, found, law = text.partition("=")
     if not (found and pattern and law):
         raise argparse.ArgumentTypeError(f"{text!r} is not like 'layer*=flip_sym'")
@@ -615,13 +629,13 @@ def _entry(text: str) -> PlanEntry:
     table: dict[str, Any] = {"layers": pattern, "rule": rule, "options": options}
     table |= {key: options.pop(key) for key in ("tensor_name", "init") if key in options}
     try:
-        (entry,) = plan_from_data({"tie": [table]}, repr(text)).entries
+        (entry,) = plan_from_data({"tie": [table]}, repr(text), functions).entries
     except TieError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return entry
 
 
-def _rule(text: str) -> str | tuple[str, dict[str, Any]]:
+def _rule(text: str, functions: Functions) -> str | tuple[str, dict[str, Any]]:
     name, options = _rule_and_options(text)
     try:
         known = inspect.signature(find_rule(name)).parameters
@@ -630,7 +644,7 @@ def _rule(text: str) -> str | tuple[str, dict[str, Any]]:
                 listed = ", ".join(known) or "none"
                 raise TieError(f"'{name}' has no option '{option}'. It has {listed}.")
         if "fn" in options:
-            options["fn"] = find_function(str(options["fn"]))
+            options["fn"] = find_function(options["fn"], functions)
     except TieError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return (name, options) if options else name
@@ -648,7 +662,7 @@ def _rule_and_options(text: str) -> tuple[str, dict[str, Any]]:
         if not (found and key):
             raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is not like 'groups=4'")
         try:
-            options[key] = value if key in _TEXTS else json.loads(value)
+            options[key] = value if key in _TEXTS else read_json(value)
         except ValueError:
             options[key] = value
     return name, options

@@ -8,11 +8,11 @@ it. The tensors are read when they are used. Pickles are read with torch's
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from tiedparam._atomic import PathLike
-from tiedparam._errors import TieError
+from tiedparam._errors import TieError, quoted, shortened, some_of
+from tiedparam._exports import INDEX, MARK, index_of, left_by_older, read_index, refuse_mixture
 from tiedparam._safetensors_format import SafetensorsFile
+from tiedparam._torch_archive import is_mappable
 
-_INDEX = ".index.json"
-_LARGEST_INDEX = 1 << 28
-_LONGEST_NAME = 255  # bytes, of a file
 _IN_FOLDERS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -33,7 +32,7 @@ _IN_FOLDERS = (
     "pytorch_model.bin.index.json",
 )
 """What transformers calls the weights in a folder; each is a whole checkpoint."""
-_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", _INDEX)
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", INDEX)
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.\w+)")
 
 
@@ -61,20 +60,20 @@ class StoredCheckpoint(Mapping[str, Tensor]):
         self.metadata: dict[str, str] = {}
         self.module_metadata: dict[str, Any] = {}
         self._parts: dict[str, Mapping[str, Tensor]] = {}
-        if self.path.name.endswith(_INDEX):
+        if self.path.name.endswith(INDEX):
             self._open_shards(key)
             return
         try:
             tensors = _open_one(self.path, key)
         except FileNotFoundError:
-            index = self.path.with_name(self.path.name + _INDEX)
+            index = index_of(self.path)
             if not index.exists():
                 raise
             raise TieError(f"there is no '{self.path}'. Name its index, '{index}'.") from None
         if isinstance(tensors, SafetensorsFile):
             self.metadata = tensors.metadata
         else:
-            self.module_metadata = dict(getattr(tensors, "_metadata", {}))
+            self.module_metadata = _module_metadata(tensors)
         self._parts = dict.fromkeys(tensors, tensors)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -87,7 +86,11 @@ class StoredCheckpoint(Mapping[str, Tensor]):
         return len(self._parts)
 
     def _open_shards(self, key: str | None) -> None:
-        places = _read_index(self.path)
+        try:
+            places, mark = read_index(self.path)
+        except FileNotFoundError:
+            _refuse_lost_index(self.path)
+            raise
         shards: dict[str, Mapping[str, Tensor]] = {}
         for name in dict.fromkeys(places.values()):
             file = self.path.with_name(name)
@@ -95,15 +98,19 @@ class StoredCheckpoint(Mapping[str, Tensor]):
                 shards[name] = _open_one(file, key)
             except FileNotFoundError as error:
                 raise TieError(
-                    f"'{self.path}' names the file '{name}', which is not beside it. "
+                    f"'{self.path}' names the file {quoted(name)}, which is not beside it. "
                     "Fetch all of its files."
                 ) from error
+        refuse_mixture(self.path, mark, {name: _mark_of(shard) for name, shard in shards.items()})
+        listed: dict[str, set[str]] = {name: set() for name in shards}
+        for tensor, name in places.items():
+            listed[name].add(tensor)
         for name, shard in shards.items():
-            listed = {key for key, place in places.items() if place == name}
-            if listed != set(shard):
+            if listed[name] != set(shard):
+                wrong = [quoted(tensor) for tensor in sorted(listed[name] ^ set(shard))]
                 raise TieError(
-                    f"'{self.path}' and its file '{name}' disagree on "
-                    f"{_some(sorted(listed ^ set(shard)))}. Fetch both again."
+                    f"'{self.path}' and its file {quoted(name)} disagree on {some_of(wrong)}. "
+                    "Fetch both again."
                 )
         self._parts = {key: shards[place] for key, place in places.items()}
 
@@ -121,21 +128,21 @@ def file_of(path: Path) -> Path:
         return path / known[0]
     if known:
         raise TieError(
-            f"the folder '{path}' holds several checkpoints: {_some(known)}. Name the one that you "
+            f"the folder '{path}' holds several checkpoints: {_names(known)}. Name the one that you "
             f"mean, such as '{path / known[0]}'."
         )
     names = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(_ENDINGS))
     shards = [match for name in names if (match := _SHARD.fullmatch(name)) is not None]
     if shards:
-        index = f"{shards[0][1]}{shards[0][2]}{_INDEX}"
+        index = f"{shards[0][1]}{shards[0][2]}{INDEX}"
         raise TieError(
             f"the folder '{path}' holds parts of a checkpoint without their index: "
-            f"{_some([shard[0] for shard in shards])}. Fetch '{index}' as well."
+            f"{_names([shard[0] for shard in shards])}. Fetch '{index}' as well."
         )
-    expected = _some(list(_IN_FOLDERS))
+    expected = _names(_IN_FOLDERS)
     if names:
         raise TieError(
-            f"the folder '{path}' holds none of {expected}. It holds {_some(names)}. Name the file "
+            f"the folder '{path}' holds none of {expected}. It holds {_names(names)}. Name the file "
             f"that you mean, such as '{path / names[0]}'."
         )
     raise TieError(
@@ -147,17 +154,47 @@ def file_of(path: Path) -> Path:
 def files_of(path: Path) -> list[Path]:
     """All files that a checkpoint consists of."""
     path = file_of(path)
-    if not path.name.endswith(_INDEX):
+    if not path.name.endswith(INDEX):
         return [path]
-    return [path, *(path.with_name(name) for name in dict.fromkeys(_read_index(path).values()))]
+    places, _ = read_index(path)
+    return [path, *(path.with_name(name) for name in dict.fromkeys(places.values()))]
+
+
+def _module_metadata(tensors: object) -> dict[str, Any]:
+    """What torch notes of each module, as far as it has the form that torch gives it."""
+    noted = getattr(tensors, "_metadata", None)
+    return {
+        path: entry
+        for path, entry in (noted.items() if isinstance(noted, Mapping) else ())
+        if isinstance(path, str)
+        and isinstance(entry, dict)
+        and type(entry.get("version")) in (int, type(None))
+    }
+
+
+def _mark_of(shard: Mapping[str, Tensor]) -> str | None:
+    return shard.metadata.get(MARK) if isinstance(shard, SafetensorsFile) else None
+
+
+def _refuse_lost_index(index: Path) -> None:
+    """Say what an index that does not exist may mean."""
+    single = index.with_name(index.name.removesuffix(INDEX))
+    if single.is_file():
+        raise TieError(f"there is no '{index}'. Name the file '{single}'.") from None
+    if left_by_older(single):
+        raise TieError(
+            f"there is no '{index}', and shards of that name are there: an export over an older "
+            "one was interrupted. Export the model again."
+        ) from None
 
 
 def _open_one(path: Path, key: str | None) -> Mapping[str, Tensor]:
     with path.open("rb") as file:
         start, size = file.read(9), os.fstat(file.fileno()).st_size
     # "{" follows the length in a safetensors file; a zip or a pickle has other things there
-    if start[8:] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
-        return _open_torch(path, key)
+    is_archive = start[:4] == b"PK\x03\x04"
+    if start[8:] != b"{" and (is_archive or start[:1] == b"\x80"):
+        return _open_torch(path, key, is_archive)
     # of a safetensors file the first eight bytes are a length
     if start[8:] not in (b"", b"{") and int.from_bytes(start[:8], "little") > size:
         raise TieError(
@@ -172,7 +209,7 @@ def _open_one(path: Path, key: str | None) -> Mapping[str, Tensor]:
     return SafetensorsFile(path)
 
 
-def _open_torch(path: Path, key: str | None) -> Mapping[str, Tensor]:
+def _open_torch(path: Path, key: str | None, is_archive: bool) -> Mapping[str, Tensor]:
     if path.suffix.lower() == ".safetensors":  # torch.load goes by the name
         raise TieError(
             f"'{path}' is no safetensors file: it was written by torch.save. Call it '.pt'."
@@ -180,15 +217,15 @@ def _open_torch(path: Path, key: str | None) -> Mapping[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch suspects of a file that is none
-            try:
-                # mapped: a tensor's bytes are read when it is used
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # written before torch 1.6
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped where that is right: a tensor's bytes are read when it is used
+            mapped = is_archive and is_mappable(path)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
     except Exception as error:  # every kind of broken pickle has an exception of its own
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+        said = str(error).lower()
+        unknown = isinstance(error, pickle.UnpicklingError) and "unsupported" in said
+        if "weights_only" in said or unknown:
             reason = "it holds more than tensors, and code of a file is never run"
         else:
             reason = "it is damaged or not a torch file"
@@ -198,9 +235,8 @@ def _open_torch(path: Path, key: str | None) -> Mapping[str, Tensor]:
     place = f"'{path}'"
     if key is not None:
         if not isinstance(loaded, Mapping) or key not in loaded:
-            names = [repr(name) for name in loaded] if isinstance(loaded, Mapping) else []
-            known = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            raise TieError(f"{place} has no entry '{key}'. It has {known or 'none'}.")
+            names = [quoted(name) for name in loaded] if isinstance(loaded, Mapping) else []
+            raise TieError(f"{place} has no entry '{key}'. It has {some_of(names) or 'none'}.")
         loaded, place = loaded[key], f"the entry '{key}' of {place}"
     problem = _not_a_state_dict(loaded)
     if problem is not None:
@@ -216,47 +252,18 @@ def _not_a_state_dict(loaded: object) -> str | None:
         if isinstance(key, str) and isinstance(value, Tensor):
             if value.layout is not torch.strided or value.is_meta:
                 kind = "on the meta device" if value.is_meta else f"of the layout {value.layout}"
-                return f"its entry {key!r} is {kind}. Save dense tensors with values."
+                return f"its entry {quoted(key)} is {kind}. Save dense tensors with values."
             continue
         inner = [
             k for k, v in loaded.items() if isinstance(v, Mapping) and _not_a_state_dict(v) is None
         ]
         if inner:
-            return (
-                f"its entry {inner[0]!r} is one. Save that alone (in the shell: --key {inner[0]})."
-            )
-        return f"its entry {key!r} is a {type(value).__name__}. Save model.state_dict() alone."
+            name = shortened(inner[0])
+            return f"its entry '{name}' is one. Save that alone (in the shell: --key {name})."
+        shown = quoted(key) if isinstance(key, str) else shortened(repr(key))
+        return f"its entry {shown} is a {type(value).__name__}. Save model.state_dict() alone."
     return None
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Which tensor stands in which file, once every name is known to be safe."""
-    bad = TieError(
-        f"'{path}' is not an index of a sharded checkpoint: it must hold a table 'weight_map' "
-        "from tensors to the names of files beside it. Fetch it again."
-    )
-    if path.stat().st_size > _LARGEST_INDEX:
-        raise bad
-    try:
-        index = json.loads(path.read_bytes().decode())
-    except (ValueError, RecursionError) as error:
-        raise bad from error
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise bad
-    for name in places.values():
-        # never out of the folder, whatever the file says
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
-            raise bad
-        if len(name.encode(errors="replace")) > _LONGEST_NAME or not _is_utf8(name):
-            raise bad
-    return places
-
-
-def _is_utf8(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+def _names(names: Sequence[str]) -> str:
+    return some_of([quoted(name) for name in names])
