@@ -44,8 +44,20 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
 
     Returns:
         A dictionary with the dense model's keys in the dense model's order.
+
+    Raises:
+        TieError: if the source of a copy was exchanged, or has lost its tensor.
     """
-    return untie_with(model, model.state_dict(), lambda layer, name, _: effective(layer, name))
+    return untie_with(model, model.state_dict(), _present)
+
+
+def _present(layer: nn.Module, name: str, rule: Rule) -> Tensor:
+    """What a tied tensor is now; of a copy whose source was resized, in that size."""
+    if not isinstance(rule, Linked):
+        return effective(layer, name)
+    rule.refuse_exchanged()
+    with rule.untying():
+        return effective(layer, name)
 
 
 def untie_state_dict(model: nn.Module, tied: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
@@ -190,7 +202,10 @@ def signatures_of(local_metadata: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 class SourceWatch:
-    """A load hook on a copy's source: judges the copy's dense entry once the source is in."""
+    """A load hook on a copy's source: judges the copy's dense entry once the source is in.
+
+    It lives as long as the rule: however the tie ends, the hook is gone with it.
+    """
 
     def __init__(self) -> None:
         self.pending: list[_PendingCopy] = []
@@ -203,18 +218,30 @@ class SourceWatch:
     def __reduce__(self) -> Any:
         return SourceWatch, ()  # what is pending belongs to a load that is over by then
 
+    def end_with(self, rule: Linked, source: nn.Module) -> None:
+        """Leave ``source`` when ``rule`` is gone."""
+        weakref.finalize(rule, _unhook, weakref.ref(source), self).atexit = False
+
 
 def watch_source(rule: Linked) -> None:
     """Put a `SourceWatch` on the layer that ``rule`` reads."""
     rule.watch = SourceWatch()
     rule.source.register_load_state_dict_post_hook(rule.watch)
+    rule.watch.end_with(rule, rule.source)
 
 
-def unwatch_source(rule: Linked, source: nn.Module) -> None:
+def unwatch_source(rule: Linked) -> None:
     """Take the `SourceWatch` of ``rule`` away from its source again."""
-    hooks = source._load_state_dict_post_hooks
-    for key in [key for key, hook in hooks.items() if hook is rule.watch]:
-        del hooks[key]
+    with rule.untying():
+        _unhook(weakref.ref(rule.source), rule.watch)
+
+
+def _unhook(layer: weakref.ref[nn.Module], watch: SourceWatch) -> None:
+    source = layer()
+    if source is not None:
+        hooks = source._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is watch]:
+            del hooks[key]
 
 
 class _PendingCopy:

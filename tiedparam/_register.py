@@ -8,6 +8,7 @@ refuses midway.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -20,7 +21,8 @@ from torch.optim import Optimizer
 
 from tiedparam import _cache, _host, _optimizer, _optimizer_guard, _structured
 from tiedparam._checkpoint import unwatch_source, watch_source
-from tiedparam._errors import TieError, describe
+from tiedparam._errors import TieError, TieWarning, describe
+from tiedparam._layout import declare_shape
 from tiedparam._linked import Linked
 from tiedparam._offloaded import refuse_offloaded
 from tiedparam._places import Places
@@ -102,6 +104,8 @@ def tie_one(
     Raises:
         TieError: if anything does not fit. Nothing was changed then.
     """
+    if isinstance(made, Linked) and _is_broken_copy(layer, tensor_name):
+        return _tie_again(layer, made, tensor_name, places, init=init, cache=cache)
     root = places.root if places is not None else None
     where = _describe(layer, tensor_name, places)
 
@@ -157,6 +161,36 @@ def tie_one(
     return layer
 
 
+def _is_broken_copy(layer: nn.Module, tensor_name: str) -> bool:
+    """Whether the tensor is tied to a source that was resized, exchanged or lost since."""
+    if not is_tied(layer, tensor_name) or is_stacked(layer, tensor_name):
+        return False
+    try:
+        with torch.no_grad():
+            return isinstance(get_tie(layer, tensor_name), Linked) and not isinstance(
+                effective(layer, tensor_name), Tensor
+            )
+    except TieError:
+        return True
+
+
+def _tie_again(
+    layer: Layer, made: Linked, tensor_name: str, places: Places | None, *, init: str, cache: bool
+) -> Layer:
+    """Replace a broken copy: one call, from whatever has become of its source (S30, S44)."""
+    _cache.refuse_if_frozen(layer, "register_tie")
+    present = get_tie(layer, tensor_name)
+    with _unbound_on_error(made), rolled_back_on_error(layer.modules(), []):
+        value = made.value_for(places.root if places is not None else None)
+        shape = present.bound_layout.shape
+        if value is None or value.dim() != len(shape):
+            value = torch.empty(shape)  # `bind` says what does not fit
+        _host.release(layer, tensor_name, _host.plain_parameter(value, requires_grad=True))
+        declare_shape(layer, tensor_name, tuple(value.shape))
+        tie_one(layer, made, tensor_name, places, init=init, cache=cache, optimizer=None)
+    return layer
+
+
 @never_compiled
 @torch.inference_mode(False)
 def remove_tie(
@@ -180,6 +214,9 @@ def remove_tie(
     Raises:
         TieError: if the tensor is not tied, if another parametrization is stacked on the
             tie, or if an optimizer cannot follow. Nothing was changed then.
+
+    Warns:
+        TieWarning: if the source of a copy was resized: the tensor then has that size.
     """
     rule = get_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
@@ -196,7 +233,7 @@ def remove_tie(
             f"cannot untie {where}: its free values carry gradient hooks, which would be lost. "
             "Remove them first."
         )
-    with rule.old_source_allowed() if isinstance(rule, Linked) else nullcontext():
+    with rule.untying() if isinstance(rule, Linked) else nullcontext():
         origin = list(origins(layer, tensor_name))
         refuse_wrapped(layer, origin, where, "untie")
         refuse_offloaded(layer, where, "untie")
@@ -213,13 +250,20 @@ def remove_tie(
                 moves = _optimizer.plan_addition(optimizers, dense, origin)
         except ValueError as error:
             raise TieError(f"cannot move the optimizer of {where}: {error}.") from error
-        source = rule.source if isinstance(rule, Linked) else None
 
-    if isinstance(rule, Linked) and source is not None:
-        unwatch_source(rule, source)
+    if isinstance(rule, Linked):
+        unwatch_source(rule)
     for parameter in stored:
         _optimizer_guard.carry_attributes(parameter, dense)
     _host.release(layer, tensor_name, dense)
+    if dense.shape != rule.bound_layout.shape:
+        declare_shape(layer, tensor_name, tuple(dense.shape))
+        warnings.warn(
+            f"{where} was tied as {rule.bound_layout.shape} and its source was resized since: it "
+            f"is {tuple(dense.shape)} now. Resize what else the layer has, such as its bias.",
+            TieWarning,
+            stacklevel=3,
+        )
     for move in moves:
         move.apply()
     _optimizer_guard.retire(
