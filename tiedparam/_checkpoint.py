@@ -23,7 +23,16 @@ from tiedparam._linked import Linked
 from tiedparam._rule import Rule
 from tiedparam._sharded import computed, gathered, is_sharded, whole
 from tiedparam._stock import effective, has_values, parametrization_list
-from tiedparam._ties import free_values, is_stacked, is_tied, named_ties, origins, ties_of
+from tiedparam._ties import (
+    free_values,
+    is_stacked,
+    is_tied,
+    key_prefix,
+    named_ties,
+    origins,
+    ties_of,
+)
+from tiedparam._wrapped import has_fsdp1
 from tiedparam._write_guard import unguard
 
 RESIDUAL_TO_WARN = 1e-3
@@ -48,6 +57,8 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     Raises:
         TieError: if the source of a copy was exchanged, or has lost its tensor.
     """
+    if has_fsdp1(model):  # its layers hold parts, and state_dict gathers them
+        return untie_state_dict(model, model.state_dict())
     return untie_with(model, model.state_dict(), _present)
 
 
@@ -406,9 +417,7 @@ class _Expander:
 
     def __init__(self, model: nn.Module, entries: Mapping[str, Tensor]) -> None:
         self.entries = entries
-        self.prefixes = {
-            id(module): f"{path}." if path else "" for path, module in model.named_modules()
-        }
+        self.prefixes = {id(module): key_prefix(path) for path, module in model.named_modules()}
 
     def effective(self, layer: nn.Module, name: str, rule: Rule | None) -> Tensor:
         """The tensor ``name`` of ``layer``, tied by ``rule`` or not at all."""
@@ -491,7 +500,7 @@ def untie_with(
     # in the order of the dense model; what the modules do not name keeps its place behind
     result: OrderedDict[str, Tensor] = OrderedDict()
     for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
+        prefix = key_prefix(path)
         parameters = module.__dict__.get("_parameter_order", module._parameters)
         for name in (*parameters, *ties_of(module), *module._buffers, "_extra_state"):
             if prefix + name in available:

@@ -162,9 +162,11 @@ class Linked(Rule):
         if value is source._parameters.get(name) or is_read_from(value, source, name):
             return True
         tied = parametrize.is_parametrized(source, name)
-        behind = parametrization_list(source, name) if tied else ()
-        return len(behind) == 1 and (
-            isinstance(behind[0], Linked) and behind[0].is_what_it_copies(value)
+        behind = list(parametrization_list(source, name)) if tied else []
+        return (
+            len(behind) == 1
+            and isinstance(behind[0], Linked)
+            and behind[0].is_what_it_copies(value)
         )
 
     def renew(self, layer: nn.Module, tensor_name: str, shape: tuple[int, ...]) -> None:
@@ -280,7 +282,7 @@ class Linked(Rule):
             yield
 
     def _chain(self) -> Iterator[Linked]:
-        """This rule, and those of the copies that it reads one behind the other."""
+        """The rule itself, and those of the copies that it reads, one behind the other."""
         rule: object = self
         while isinstance(rule, Linked):
             yield rule

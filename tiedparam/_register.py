@@ -368,7 +368,9 @@ def _weight_to_tie(
     if parametrize.is_parametrized(layer, tensor_name):
         raise refuse("it has another parametrization. Remove that one, tie, and register it again.")
     weight = layer._parameters.get(tensor_name)
+    inside = places.modules if places is not None else ()
     if weight is None:
+        refuse_wrapped(layer, [], _describe(layer, tensor_name, places), "tie", inside)
         raise refuse(_why_no_parameter(layer, tensor_name))
     if isinstance(weight, nn.UninitializedParameter):
         raise refuse("the layer is lazy and has no shape yet. Run one forward pass first.")
@@ -376,7 +378,6 @@ def _weight_to_tie(
         raise refuse("only dense, unquantized tensors can be tied. Convert the layer first.")
     if _has_hooks(weight):
         raise refuse("it carries gradient hooks, which would be lost. Remove them first.")
-    inside = places.modules if places is not None else ()
     where = _describe(layer, tensor_name, places)
     refuse_wrapped(layer, [weight], where, "tie", inside)
     refuse_offloaded(layer, where, "tie", inside)

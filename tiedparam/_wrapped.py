@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,17 +89,21 @@ def refuse_other_unit(rule: Linked, source: nn.Module) -> None:
     """
     root = rule.meeting
     # units within the smallest module that holds both are enough, where that is known
-    kinds = [*_fsdp1(), *(subclass for kind in _fsdp1() for subclass in _subclasses(kind))]
-    for unit in root.modules() if root is not None else _live(kinds):
+    for unit in root.modules() if root is not None else _live(_with_subclasses(_fsdp1())):
         inside = list(unit.modules()) if isinstance(unit, _fsdp1()) else []
         if any(m is source for m in inside) and not any(m is rule for m in inside):
             place = f" '{rule.path_to_source}'" if root is not None else ""
             raise TieError(
-                f"'{rule}' cannot be computed: its source{place}, a {type(source).__name__}, belongs "
-                "to a FullyShardedDataParallel unit that does not hold the copy, and would miss its "
-                "gradients. Put both into one unit: wrap a module that holds both, and neither of "
-                "them alone."
+                f"'{rule}' cannot be computed: its source{place}, a {type(source).__name__}, "
+                "belongs to a FullyShardedDataParallel unit that does not hold the copy, and "
+                "would miss its gradients. Put both into one unit: wrap a module that holds both, "
+                "and neither of them alone."
             )
+
+
+def has_fsdp1(model: nn.Module) -> bool:
+    """Whether FSDP1 keeps values of the model in flat parameters."""
+    return any(isinstance(module, _fsdp1()) for module in model.modules())
 
 
 # Finding the wrapper ---------------------------------------------------------------------
@@ -137,24 +141,21 @@ def _live_wrappers(parameters: list[Tensor]) -> list[nn.Module]:
     before wrapping should not cost.
     """
     ddp, *fsdp = _wrapper_classes()
-    classes = [*_fsdp1(), *(subclass for kind in fsdp for subclass in _subclasses(kind))]
+    classes = _with_subclasses(fsdp)
     if not parameters or any(_may_be_in_ddp(parameter) for parameter in parameters):
-        classes += [ddp, *_subclasses(ddp)]
+        classes += _with_subclasses([ddp])
     return _live(classes)
 
 
-def _live(classes: Sequence[type[nn.Module]]) -> list[nn.Module]:
+def _live(classes: Sequence[type]) -> list[nn.Module]:
     """All living objects of these very classes: they refer to them."""
     if not classes:
         return []
     return [o for o in gc.get_referrers(*classes) if issubclass(type(o), tuple(classes))]
 
 
-def _subclasses(kind: type) -> Iterator[type]:
-    subclass: type
-    for subclass in kind.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
+def _with_subclasses(kinds: Iterable[type]) -> list[type]:
+    return [each for kind in kinds for each in (kind, *_with_subclasses(kind.__subclasses__()))]
 
 
 def _may_be_in_ddp(parameter: Tensor) -> bool:
