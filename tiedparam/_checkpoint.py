@@ -220,6 +220,7 @@ class SourceWatch:
 
     def __init__(self) -> None:
         self.pending: list[_PendingCopy] = []
+        self.source: weakref.ref[nn.Module] | None = None
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
         for copy in self.pending:
@@ -231,7 +232,15 @@ class SourceWatch:
 
     def end_with(self, rule: Linked, source: nn.Module) -> None:
         """Leave ``source`` when ``rule`` is gone."""
-        weakref.finalize(rule, _unhook, weakref.ref(source), self).atexit = False
+        self.source = weakref.ref(source)
+        weakref.finalize(rule, self.leave).atexit = False
+
+    def leave(self) -> None:
+        """Take the hook away from the source."""
+        source = self.source() if self.source is not None else None
+        hooks = source._load_state_dict_post_hooks if source is not None else {}
+        for key in [key for key, hook in hooks.items() if hook is self]:
+            del hooks[key]
 
 
 def watch_source(rule: Linked) -> None:
@@ -239,20 +248,6 @@ def watch_source(rule: Linked) -> None:
     rule.watch = SourceWatch()
     rule.source.register_load_state_dict_post_hook(rule.watch)
     rule.watch.end_with(rule, rule.source)
-
-
-def unwatch_source(rule: Linked) -> None:
-    """Take the `SourceWatch` of ``rule`` away from its source again."""
-    with rule.untying():
-        _unhook(weakref.ref(rule.source), rule.watch)
-
-
-def _unhook(layer: weakref.ref[nn.Module], watch: SourceWatch) -> None:
-    source = layer()
-    if source is not None:
-        hooks = source._load_state_dict_post_hooks
-        for key in [key for key, hook in hooks.items() if hook is watch]:
-            del hooks[key]
 
 
 class _PendingCopy:

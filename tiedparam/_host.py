@@ -327,6 +327,8 @@ def _property(name: str, stock: type[nn.Module]) -> property:
             if weight is None:
                 weight = effective(self, name)
         except TieError as error:
+            if torch.compiler.is_compiling():
+                raise
             weight = _despite(error, self, name, sys._getframe(1), computing=traced or own_forward)
         except AttributeError as error:
             # Module.__getattr__ would turn it into "no attribute 'weight'" (S26)

@@ -235,12 +235,11 @@ class Linked(Rule):
             self._whereabouts = Whereabouts.of(self, layer, tensor_name, source, root)
         return None
 
-    def value_for(self, root: nn.Module | None) -> Tensor | None:
+    def value_for(self, tensor_name: str, root: nn.Module | None) -> Tensor | None:
         """What an unbound rule would give, by which a tie of unknown size can be renewed."""
         if self._find_source(root) is not None:
             return None
-        source, name = self.source, self.source_name
-        present = _tensor_of(source, name) if name is not None else None
+        present = _tensor_of(self.source, self.source_name or tensor_name)
         try:
             with torch.no_grad():
                 value = self.fn(present.detach().clone()) if present is not None else None

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from tiedparam import _cache, _host, _optimizer, _optimizer_guard, _structured
-from tiedparam._checkpoint import unwatch_source, watch_source
+from tiedparam._checkpoint import watch_source
 from tiedparam._errors import TieError, TieWarning, describe
 from tiedparam._layout import declare_shape
 from tiedparam._linked import Linked
@@ -179,15 +179,17 @@ def _tie_again(
 ) -> Layer:
     """Replace a broken copy: one call, from whatever has become of its source (S30, S44)."""
     _cache.refuse_if_frozen(layer, "register_tie")
-    present = get_tie(layer, tensor_name)
+    present = cast(Linked, get_tie(layer, tensor_name))
     with _unbound_on_error(made), rolled_back_on_error(layer.modules(), []):
-        value = made.value_for(places.root if places is not None else None)
+        value = made.value_for(tensor_name, places.root if places is not None else None)
         shape = present.bound_layout.shape
         if value is None or value.dim() != len(shape):
             value = torch.empty(shape)  # `bind` says what does not fit
         _host.release(layer, tensor_name, _host.plain_parameter(value, requires_grad=True))
         declare_shape(layer, tensor_name, tuple(value.shape))
         tie_one(layer, made, tensor_name, places, init=init, cache=cache, optimizer=None)
+    if present.watch is not None:
+        present.watch.leave()
     return layer
 
 
@@ -251,8 +253,8 @@ def remove_tie(
         except ValueError as error:
             raise TieError(f"cannot move the optimizer of {where}: {error}.") from error
 
-    if isinstance(rule, Linked):
-        unwatch_source(rule)
+    if isinstance(rule, Linked) and rule.watch is not None:
+        rule.watch.leave()
     for parameter in stored:
         _optimizer_guard.carry_attributes(parameter, dense)
     _host.release(layer, tensor_name, dense)
