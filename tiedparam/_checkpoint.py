@@ -325,15 +325,12 @@ def _unfit_free(
     written = signatures.get(name)
     if written is not None and written != str(rule):
         return f"'{key}' was saved under the rule '{written}' and is tied by '{rule}' here."
-    for k, parameter in zip(keys, free_values(layer, name), strict=True):
+    for k, shape in zip(keys, rule.free_shapes(), strict=True):
         entry = state_dict[k]
         if not isinstance(entry, Tensor):
             return f"'{k}' is a {type(entry).__name__}, not a tensor."
-        if entry.shape != parameter.shape:
-            return (
-                f"size mismatch for '{k}': {tuple(entry.shape)} in the checkpoint, "
-                f"{tuple(parameter.shape)} here."
-            )
+        if tuple(entry.shape) != tuple(shape):
+            return f"size mismatch for '{k}': {tuple(entry.shape)} in the checkpoint, {shape} here."
     return None
 
 

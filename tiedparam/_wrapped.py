@@ -117,7 +117,8 @@ def _wrapper_of(
     found = [module for module in (layer, *inside) if isinstance(module, classes)]
     managed = _MANAGED in layer.__dict__  # also where the process group is gone
     if managed or (distributed.is_available() and distributed.is_initialized()):
-        found += _live_wrappers([*parameters, *layer.parameters()])
+        # parts of a flat parameter are views that autograd has no use for
+        found += _live_wrappers([] if managed else [*parameters, *layer.parameters()])
     for wrapper in found:
         if any(module is layer for module in wrapper.modules()):
             return wrapper
