@@ -246,8 +246,10 @@ def test_s44_every_way_out_of_a_resized_tie_is_open(resize, rows, way):
 @sizes
 def test_s44_one_call_renews_the_tie(resize, rows):
     model = tied_head()
+    replaced = tp.get_tie(model["head"])  # lives on, and leaves the source nevertheless
     resize(model["embed"], rows)
     tp.register_tie(model["head"], "copy", source="embed", root=model)
+    assert tp.get_tie(model["head"]) is not replaced
     assert model["head"].out_features == rows
     model["head"](X).square().sum().backward()
     assert torch.equal(model["head"].weight, model["embed"].weight)
@@ -323,6 +325,16 @@ def test_one_call_helps_whatever_became_of_the_source(spoil):
     assert torch.equal(model["head"].weight, other.weight)
     tp.remove_tie(model["head"])
     assert torch.equal(model["head"].weight, other.weight)
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+def test_s30_every_way_out_of_a_tie_whose_source_was_exchanged_is_open(way):
+    model = tied_head()
+    before = model["embed"].weight
+    exchange(model)
+    WAYS_OUT[way](model)
+    assert type(model["head"]) is nn.Linear
+    assert torch.equal(model["head"].weight, before)
 
 
 @pytest.mark.parametrize("spoil", [lose, delete])
@@ -441,7 +453,8 @@ def test_s45_a_source_that_a_hook_computes_is_refused_when_tied(tool):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     apply(model[0])
     for rule in ("copy", "squared_copy"):
-        with pytest.raises(tp.TieError, match=r"is computed by .*parametrizations\.weight_norm"):
+        message = r"cannot tie '1\.weight' .* is computed by .*parametrizations\.weight_norm"
+        with pytest.raises(tp.TieError, match=message):
             tp.register_tie(model[1], rule, source="0", root=model)
     assert type(model[1]) is nn.Linear
     undo(model[0])
@@ -481,6 +494,15 @@ def test_s45_untying_and_exporting_take_what_the_hook_computes_now(tool):
     assert torch.equal(dense, tp.remove_tie(model[2]).weight)
     model(X)  # the oracle: what the hook itself writes
     torch.testing.assert_close(model[2].weight, model[0].weight)
+
+
+@warned
+def test_s45_a_hook_is_seen_under_fsdp_as_well():
+    model = pair()
+    nn.utils.weight_norm(model[0])
+    model[0]._is_fsdp_managed_module = True  # where plain attributes are the parts of a unit
+    with pytest.raises(tp.TieError, match="computed by WeightNorm"):
+        model[2](X)
 
 
 def test_s45_a_user_hook_that_sets_the_weight_is_refused():
@@ -562,9 +584,11 @@ def test_a_removed_copy_leaves_nothing_on_its_source(removal, made_by):
         model = pickle.loads(pickle.dumps(model))
     for _ in range(3):
         assert len(model[0]._load_state_dict_post_hooks) == 1
+        held = tp.get_tie(model[2]) if removal in ("remove_tie", "untie_model") else None
         REMOVALS[removal](model)
         assert not model[0]._load_state_dict_post_hooks
         assert b"tiedparam" not in pickle.dumps(model)
+        del held
         tp.register_tie(model[2], "copy", source="0", root=model)
 
 

@@ -371,7 +371,7 @@ def _despite(
     with rule.untying():
         weight = effective(layer, name)
     shape = tuple(weight.shape)
-    if shape == declared_shape(layer, name):  # both ends were resized: the tie goes along
+    if resized and shape == declared_shape(layer, name):  # both ends were: the tie goes along
         rule.renew(layer, name, shape)
     elif computing or _callers.is_stock_forward(reader):
         raise error
