@@ -253,19 +253,20 @@ def remove_tie(
         except ValueError as error:
             raise TieError(f"cannot move the optimizer of {where}: {error}.") from error
 
-    if isinstance(rule, Linked) and rule.watch is not None:
-        rule.watch.leave()
-    for parameter in stored:
-        _optimizer_guard.carry_attributes(parameter, dense)
-    _host.release(layer, tensor_name, dense)
     if dense.shape != rule.bound_layout.shape:
-        declare_shape(layer, tensor_name, tuple(dense.shape))
+        # here, where nothing has changed: warnings may be errors
         warnings.warn(
             f"{where} was tied as {rule.bound_layout.shape} and its source was resized since: it "
             f"is {tuple(dense.shape)} now. Resize what else the layer has, such as its bias.",
             TieWarning,
             stacklevel=3,
         )
+        declare_shape(layer, tensor_name, tuple(dense.shape))
+    if isinstance(rule, Linked) and rule.watch is not None:
+        rule.watch.leave()
+    for parameter in stored:
+        _optimizer_guard.carry_attributes(parameter, dense)
+    _host.release(layer, tensor_name, dense)
     for move in moves:
         move.apply()
     _optimizer_guard.retire(
@@ -371,8 +372,9 @@ def _weight_to_tie(
         raise refuse("it has another parametrization. Remove that one, tie, and register it again.")
     weight = layer._parameters.get(tensor_name)
     inside = places.modules if places is not None else ()
+    where = _describe(layer, tensor_name, places)
     if weight is None:
-        refuse_wrapped(layer, [], _describe(layer, tensor_name, places), "tie", inside)
+        refuse_wrapped(layer, [], where, "tie", inside)
         raise refuse(_why_no_parameter(layer, tensor_name))
     if isinstance(weight, nn.UninitializedParameter):
         raise refuse("the layer is lazy and has no shape yet. Run one forward pass first.")
@@ -380,7 +382,6 @@ def _weight_to_tie(
         raise refuse("only dense, unquantized tensors can be tied. Convert the layer first.")
     if _has_hooks(weight):
         raise refuse("it carries gradient hooks, which would be lost. Remove them first.")
-    where = _describe(layer, tensor_name, places)
     refuse_wrapped(layer, [weight], where, "tie", inside)
     refuse_offloaded(layer, where, "tie", inside)
     for other, name in (places or Places(layer)).other_holders(layer, tensor_name, weight):
