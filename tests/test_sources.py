@@ -129,6 +129,42 @@ def test_s43_deep_in_a_model_and_through_a_chain_of_copies(cloned):
     assert torch.equal(model["b"][0].weight, model["a"][0].weight ** 2)
 
 
+@pytest.mark.parametrize("way", ["remove_tie", "untie_model", "dense_state_dict", "save"])
+@clones
+def test_s43_leaving_the_tie_in_a_clone_leaves_the_original_alone(cloned, way, tmp_path):
+    model = tied_head()
+    learner = cloned(model)
+    learner["embed"]._parameters["weight"] = nn.Parameter(torch.full((6, 4), 0.5))
+    if way == "save":
+        tp.save(learner, tmp_path / "model.safetensors")
+        fresh = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+        weight = tp.load(tmp_path / "model.safetensors", fresh)["head"].weight
+    elif way == "dense_state_dict":
+        weight = tp.dense_state_dict(learner)["head.weight"]
+    else:
+        WAYS_OUT[way](learner)
+        weight = learner["head"].weight
+    assert weight.eq(0.5).all()
+    assert tp.is_tied(model["head"])
+    assert torch.equal(model["head"].weight, model["embed"].weight)
+    assert len(model["embed"]._load_state_dict_post_hooks) == 1
+
+
+@pytest.mark.parametrize("root", [True, False])
+@clones
+def test_s43_a_recurrent_layer_in_a_clone(cloned, root):
+    layer = tp.register_tie(nn.LSTM(4, 4), "row_repeat", "weight_ih_l0", groups=4)
+    learner = cloned(nn.Sequential(layer))[0] if root else cloned(layer)
+    for holder, key, value in stored(learner):
+        holder._parameters[key] = value * 0.5 + 0.1
+    names = [name for name, _ in nn.LSTM(4, 4).named_parameters()]
+    twin = nn.LSTM(4, 4)
+    twin.load_state_dict({name: getattr(learner, name).detach() for name in names})
+    x = torch.randn(3, 2, 4)
+    torch.testing.assert_close(learner(x)[0], twin(x)[0])
+    assert not torch.allclose(learner(x)[0], layer(x)[0])
+
+
 def test_s43_a_clone_whose_source_is_not_known_raises():
     unknown = clone(pair(root=None, source=nn.Linear(4, 4)))
     alone = clone(pair()[2])  # the source was not cloned with it
@@ -276,6 +312,21 @@ def test_s44_assigning_what_it_copies_renews_the_tie():
     model["head"].weight = model["embed"].weight
     assert model["head"](X).shape == (5, 9)
     assert model["head"].out_features == 9
+
+
+def test_s44_a_file_is_written_of_what_can_be_loaded_again(tmp_path):
+    model = tied_head()
+    by_data(model["embed"], 9)
+    for write in (tp.save, tp.export_dense):
+        with pytest.raises(tp.TieError, match=r"\(9, 4\) now.*register_tie"):
+            write(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+    tp.register_tie(model["head"], "copy", source="embed", root=model)
+    tp.save(model, tmp_path / "model.safetensors")
+    fresh = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    tp.load(tmp_path / "model.safetensors", fresh)
+    assert tp.is_tied(fresh["head"])
+    assert torch.equal(fresh["head"].weight, model["embed"].weight)
 
 
 def test_s44_a_failed_renewal_changes_nothing():

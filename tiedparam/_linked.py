@@ -85,6 +85,7 @@ class Linked(Rule):
             raise TieError(f"a '{self}' tie lies in a shallow clone. Call it once, then compile.")
         self._whereabouts, source = self._whereabouts.in_clone(self)
         self._source = (source,)
+        self.watch = None  # the original's: the clone shares its hooks
         return source
 
     @property
