@@ -36,27 +36,23 @@ def clone(module: nn.Module) -> nn.Module:
     return new
 
 
-def learn2learn_clone(module: nn.Module, memo: dict | None = None) -> nn.Module:
-    """What learn2learn's ``clone_module`` does, line by line (learn2learn/utils, 0.2)."""
+def memoizing_clone(module: nn.Module, memo: dict | None = None) -> nn.Module:
+    """The same as learn2learn does it: what several layers share is cloned once, and recurrent
+    layers are run through ``_apply``.
+    """
     memo = {} if memo is None else memo
     new = module.__new__(type(module))
     new.__dict__ = module.__dict__.copy()
-    new._parameters = new._parameters.copy()
-    new._buffers = new._buffers.copy()
-    new._modules = new._modules.copy()
-    for table in ("_parameters", "_buffers"):
-        for key, tensor in getattr(module, table).items():
-            if tensor is not None:
-                cloned = memo.setdefault(id(tensor), tensor.clone())
-                getattr(new, table)[key] = cloned
-    for key in new._modules:
-        new._modules[key] = learn2learn_clone(module._modules[key], memo)
-    if hasattr(new, "flatten_parameters"):
-        new = new._apply(lambda x: x)
-    return new
+    new._buffers = module._buffers.copy()
+    new._parameters = {
+        key: None if value is None else memo.setdefault(id(value), value.clone())
+        for key, value in module._parameters.items()
+    }
+    new._modules = {key: memoizing_clone(m, memo) for key, m in module._modules.items()}
+    return new._apply(lambda value: value) if hasattr(new, "flatten_parameters") else new
 
 
-clones = pytest.mark.parametrize("cloned", [clone, learn2learn_clone], ids=["bare", "learn2learn"])
+clones = pytest.mark.parametrize("cloned", [clone, memoizing_clone], ids=["bare", "learn2learn"])
 
 
 def stored(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
@@ -150,11 +146,11 @@ def test_s43_leaving_the_tie_in_a_clone_leaves_the_original_alone(cloned, way, t
     assert len(model["embed"]._load_state_dict_post_hooks) == 1
 
 
-@pytest.mark.parametrize("root", [True, False])
+@pytest.mark.parametrize("alone", [True, False])
 @clones
-def test_s43_a_recurrent_layer_in_a_clone(cloned, root):
+def test_s43_a_recurrent_layer_in_a_clone(cloned, alone):
     layer = tp.register_tie(nn.LSTM(4, 4), "row_repeat", "weight_ih_l0", groups=4)
-    learner = cloned(nn.Sequential(layer))[0] if root else cloned(layer)
+    learner = cloned(layer) if alone else cloned(nn.Sequential(layer))[0]
     for holder, key, value in stored(learner):
         holder._parameters[key] = value * 0.5 + 0.1
     names = [name for name, _ in nn.LSTM(4, 4).named_parameters()]
@@ -545,6 +541,23 @@ def test_s45_untying_and_exporting_take_what_the_hook_computes_now(tool):
     assert torch.equal(dense, tp.remove_tie(model[2]).weight)
     model(X)  # the oracle: what the hook itself writes
     torch.testing.assert_close(model[2].weight, model[0].weight)
+
+
+def test_a_source_under_fully_shard_compiles_to_one_graph():
+    model = pair()
+    model[0]._is_fsdp_managed_module = model[0]._fsdp_use_orig_params = True  # what it writes
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), model(X))
+
+
+@warned
+def test_s45_a_compiled_copy_notices_a_hook_that_comes_later():
+    model = pair()
+    compiled = torch.compile(model[2], backend="eager")
+    compiled(X)
+    nn.utils.weight_norm(model[0])
+    with pytest.raises(tp.TieError, match="computed by WeightNorm"):
+        compiled(X)
 
 
 @warned

@@ -115,7 +115,8 @@ class Linked(Rule):
                 raise TieError(f"'{self}' cannot be computed: {computed}")
             recompute(source, name)
         where = self._whereabouts
-        if not where.in_unit and "_is_fsdp_managed_module" in source.__dict__:
+        managed = "_is_fsdp_managed_module" in source.__dict__
+        if managed and not where.in_unit and not torch.compiler.is_compiling():
             refuse_other_unit(self, source)
             where.in_unit = True
         present = _tensor_of(source, name)
