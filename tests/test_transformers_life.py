@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -252,6 +253,47 @@ def test_saving_and_loading(family, size, dense, tmp_path):
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     family.tie(loaded)
     assert_alike(loaded, tied)
+
+
+class TiedInside(transformers.GPT2LMHeadModel):
+    """A class of one's own whose model is tied as it is built."""
+
+    # transformers need not look for the head's Parameter
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        tp.register_tie(self.lm_head, "copy", source="transformer.wte", root=self)
+        tp.register_tie(self.transformer.h[0].attn.c_proj, "flip_sym", root=self)
+        self.post_init()
+
+
+@pytest.mark.feature(
+    "Libraries",
+    "transformers: a class that ties in its `__init__`: `save_pretrained`, `from_pretrained`",
+    needs="transformers",
+    limit="with `_tied_weights_keys = {}`; transformers does not convert a dense file, and lists "
+    "the free values among the missing keys: load that into the stock class, and tie then",
+)
+def test_a_class_that_ties_as_it_is_built(tmp_path):
+    torch.manual_seed(0)
+    model = TiedInside(FAMILIES[0].config())
+    assert is_one(model)
+    train(model)
+    model.save_pretrained(tmp_path / "tied")
+    loaded, info = TiedInside.from_pretrained(tmp_path / "tied", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert_alike(loaded, model)
+    model.save_pretrained(tmp_path / "dense", state_dict=tp.dense_state_dict(model))
+    _, info = TiedInside.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    key = "transformer.h.0.attn.c_proj"
+    assert f"{key}.parametrizations.weight.original0" in info["missing_keys"]
+    assert f"{key}.weight" in info["unexpected_keys"]
+    fresh = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dense")
+    FAMILIES[0].tie(fresh)
+    tp.register_tie(fresh.transformer.h[0].attn.c_proj, "flip_sym", init="exact")
+    torch.testing.assert_close(outputs(fresh), outputs(model))
 
 
 # Trainer -----------------------------------------------------------------------------------
