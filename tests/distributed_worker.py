@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
@@ -503,6 +503,92 @@ def train_small(model: nn.Module, *, alone: bool) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+# FSDP1 -----------------------------------------------------------------------------------
+
+
+def fsdp1(module: nn.Module, ranks: int = 2, **options) -> nn.Module:
+    """The module as a unit over both ranks, or on each of them alone."""
+    groups = [dist.new_group([rank]) for rank in range(2)] if ranks == 1 else [None, None]
+    options = {"use_orig_params": True, **options}
+    return FullyShardedDataParallel(
+        module, process_group=groups[dist.get_rank()], device_id=torch.device("cpu"), **options
+    )
+
+
+def wrapped_by_fsdp1(net: Net, how: str, **options) -> nn.Module:
+    """``layers``: units within the root's, which has the copies and their source."""
+    if how == "layers":
+        for name in TIED[:4]:
+            setattr(net, name, fsdp1(getattr(net, name), **options))
+    return fsdp1(net, **options)
+
+
+def outcome_of_fsdp1(model: nn.Module, losses: list[float] | None) -> dict:
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with FullyShardedDataParallel.summon_full_params(model), torch.no_grad():
+        weights = {
+            prefix + name: effective(layer, name).clone()
+            for prefix, layer, name, _ in named_ties(model)
+        }
+    return {"losses": losses, "state": state, "weights": weights}
+
+
+def fsdp1_training(how: str, use_orig_params: bool) -> dict:
+    model = wrapped_by_fsdp1(tie(build()), how, use_orig_params=use_orig_params)
+    losses = train(model, alone=False)
+    dense = {key: value.clone() for key, value in tp.dense_state_dict(model).items()}
+    return {**outcome_of_fsdp1(model, losses), "dense": dense}
+
+
+def fsdp1_loading(how: str) -> dict:
+    model = wrapped_by_fsdp1(tie(build(1)), how)
+    model.load_state_dict(tie(build(5)).state_dict())
+    return outcome_of_fsdp1(model, None)
+
+
+def late_ties_under_fsdp1(use_orig_params: bool) -> dict:
+    net = tie(build())
+    model = fsdp1(net, use_orig_params=use_orig_params)
+    classes = [type(module) for module in net.modules()]
+    refusals = {
+        "tie": message_of(lambda: tp.register_tie(net.code, "flip_sym")),
+        "tie, root given": message_of(lambda: tp.register_tie(net.code, "flip_sym", root=net)),
+        "untie": message_of(lambda: tp.remove_tie(net.mid)),
+        "untie a copy": message_of(lambda: tp.remove_tie(net.square)),
+        "untie the model": message_of(lambda: tp.untie_model(model)),
+    }
+    unchanged = classes == [type(module) for module in net.modules()]
+    losses = train(model, alone=False)
+    return {"refusals": refusals, "unchanged": unchanged, **outcome_of_fsdp1(model, losses)}
+
+
+def fsdp1_copies_apart(ranks: int) -> dict:
+    """A unit for the source alone, in the root's; what is computed before the refusal."""
+    refusals = {}
+    for known_root in (True, False):
+        for alone in ("source", "copy", "both"):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+            root = {"root": net} if known_root else {}
+            tp.register_tie(net[2], "copy", source=net[0], **root)
+            for number in {"source": (0,), "copy": (2,), "both": (0, 2)}[alone]:
+                net[number] = fsdp1(net[number], ranks)
+            model = fsdp1(net, ranks)
+            x = torch.linspace(-1, 1, 24).reshape(4, 6)
+            text = message_of(lambda model=model, x=x: model(x).sum().backward())
+            refusals[f"{alone} alone, root {'known' if known_root else 'unknown'}"] = text
+    return refusals
+
+
+def fsdp1_source_in_the_outer_unit(ranks: int) -> dict:
+    torch.manual_seed(0)
+    model = SharedOutside().double()
+    model.inner = fsdp1(model.inner, ranks)
+    model = fsdp1(model, ranks)
+    losses = train_small(model, alone=ranks == 1)
+    return {"losses": losses, "state": {k: v.clone() for k, v in model.state_dict().items()}}
 
 
 # Checkpoints over ranks -------------------------------------------------------------------

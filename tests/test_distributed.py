@@ -515,6 +515,92 @@ def test_s31_a_source_in_the_outer_unit_trains_as_one_process(ranks):
         assert_close(results[0]["state"][key], value)
 
 
+# FSDP1 -----------------------------------------------------------------------------------
+
+fsdp1 = pytest.mark.filterwarnings("ignore:.*FSDP is switching.*:UserWarning")
+originals = pytest.mark.parametrize("use_orig_params", [True, False])
+
+
+@pytest.mark.feature(
+    "Distributed",
+    "FSDP1 (`FullyShardedDataParallel`), units for layers or the root only, tied before wrapping",
+)
+@fsdp1
+@originals
+@pytest.mark.parametrize("how", ["root", "layers"])
+def test_s53_fsdp1_trains_and_exports_as_one_process(ranks, how, use_orig_params):
+    results = ranks(worker.fsdp1_training, how=how, use_orig_params=use_orig_params)
+    model, losses = alone()
+    assert_as_one_process(results, model, losses)
+    dense = tp.dense_state_dict(model)
+    for result in results:
+        assert result["dense"].keys() == dense.keys()
+        for key, value in dense.items():
+            assert_close(result["dense"][key], value)
+
+
+@fsdp1
+@pytest.mark.parametrize("how", ["root", "layers"])
+def test_s53_fsdp1_loads_a_tied_checkpoint(ranks, how):
+    results = ranks(worker.fsdp1_loading, how=how)
+    assert_as_one_process(results, worker.tie(worker.build(5)), None, rtol=0, atol=0)
+
+
+@pytest.mark.feature(
+    "Distributed",
+    "tying or untying under FSDP1",
+    refused="the values lie in a flat parameter: tie before wrapping",
+)
+@fsdp1
+@originals
+def test_s53_tying_and_untying_under_fsdp1_is_refused(ranks, use_orig_params):
+    results = ranks(worker.late_ties_under_fsdp1, use_orig_params=use_orig_params)
+    refusals = all_refused(results)
+    assert len(refusals) == 5
+    for text in refusals.values():
+        assert_refused(text, "a FullyShardedDataParallel has put its values into a flat parameter")
+    assert "Tie before wrapping" in refusals["tie"]
+    assert "Untie before wrapping" in refusals["untie a copy"]
+    assert all(result["unchanged"] for result in results)
+    assert_as_one_process(results, *alone())
+
+
+@pytest.mark.feature(
+    "Distributed",
+    "a source in an FSDP1 unit that does not hold its copy",
+    refused="the source would miss the copy's gradients: wrap a module that holds both",
+)
+@fsdp1
+@pytest.mark.parametrize("count", [1, 2])
+def test_s53_a_source_in_another_fsdp1_unit_is_refused_before_the_first_step(ranks, count):
+    for refusals in ranks(worker.fsdp1_copies_apart, ranks=count):
+        assert len(refusals) == 6
+        for attempt, text in refusals.items():
+            if attempt.startswith("copy alone"):
+                assert text is None  # the root's unit has the source, and holds the copy's
+                continue
+            named = "its source '0', a Linear" if "root known" in attempt else "its source, a Lin"
+            assert_refused(
+                text, "'copy' cannot be computed", named, "wrap a module that holds both"
+            )
+
+
+@pytest.mark.feature("Distributed", "a copy in an FSDP1 unit within its source's unit")
+@fsdp1
+@pytest.mark.parametrize("count", [1, 2])
+def test_s53_a_source_in_the_outer_fsdp1_unit_trains_as_one_process(ranks, count):
+    results = ranks(worker.fsdp1_source_in_the_outer_unit, ranks=count)
+    torch.manual_seed(0)
+    model = worker.SharedOutside().double()
+    losses = worker.train_small(model, alone=True)
+    mean = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
+    assert_close(mean, torch.tensor(losses, dtype=torch.float64))
+    for result in results:
+        assert result["state"].keys() == model.state_dict().keys()
+        for key, value in model.state_dict().items():
+            assert_close(result["state"][key], value)
+
+
 # Checkpoints over ranks -------------------------------------------------------------------
 
 

@@ -31,7 +31,7 @@ class Net(nn.Module):
         return self.second(self.first(x).tanh())
 
 
-def base(rule: str) -> Net:
+def base(rule) -> Net:
     torch.manual_seed(0)
     model = Net()
     options = {"source": model.first} if rule == "copy" else {}
@@ -105,3 +105,71 @@ def test_an_adapter_can_be_tied():
     tp.register_tie(adapter, "row_repeat", groups=2)
     model(X).sum().backward()
     assert adapter.parametrizations.weight.original0.grad is not None
+
+
+def on_a_parameter(rule):
+    config = peft.LoraConfig(
+        r=2, target_modules=[], target_parameters=["second.weight"], init_lora_weights=False
+    )
+    return peft.get_peft_model(base(rule), config)
+
+
+@pytest.mark.feature(
+    "Libraries",
+    "PEFT: LoRA on a tied parameter (`target_parameters`)",
+    needs="peft",
+    limit="merging is refused, as for adapters on a tied layer; untie first",
+)
+@pytest.mark.parametrize("rule", ["flip_sym", "row_repeat", "copy", "two values"])
+def test_s51_target_parameters_adapt_the_effective_weight(rule):
+    model = on_a_parameter(TwoValues if rule == "two values" else rule)
+    second = model.base_model.model.second.base_layer
+    twin = Net()
+    dense = tp.dense_state_dict(model.base_model.model)
+    wrapper = model.base_model.model.second
+    delta = wrapper.get_delta_weight("default").detach()
+    twin.load_state_dict(
+        {
+            "first.weight": dense["first.weight"],
+            "first.bias": dense["first.bias"],
+            "second.weight": dense["second.base_layer.weight"] + delta,
+            "second.bias": dense["second.base_layer.bias"],
+        }
+    )
+    before = [p.detach().clone() for p in second.parameters()]
+    torch.testing.assert_close(model(X), twin(X))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(X).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all("lora" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert all(torch.equal(a, b) for a, b in zip(before, second.parameters(), strict=True))
+    assert len(second.parametrizations.weight) == 1  # what PEFT stacks is gone after the forward
+    expected = model(X)
+    for merge in (model.merge_adapter, lambda: model.merge_adapter(safe_merge=True)):
+        with pytest.raises(tp.TieError, match="would be lost"):
+            merge()
+        torch.testing.assert_close(model(X), expected)
+    tp.remove_tie(second)
+    torch.testing.assert_close(model.merge_and_unload()(X), expected)
+
+
+class TwoValues(tp.Rule):
+    """The upper rows are one value, the lower ones another: two tensors of free values."""
+
+    law = "W[o, c] = a for o < out/2, else b"
+
+    def free_shapes(self):
+        return (1, 1), (1, 1)
+
+    def forward(self, upper, lower):
+        rows, columns = self.bound_layout.shape
+        return torch.cat([v.expand(rows // 2, columns) for v in (upper, lower)])
+
+    def symmetries(self, weight):
+        yield weight.flip(1)

@@ -82,8 +82,8 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
         return None
     frozen = memory.frozen
     if frozen is not None:
-        if not frozen.holds():
-            return None  # functional_call has put other tensors in
+        if frozen.layer is not layer or not frozen.holds():
+            return None  # a shallow clone's, or functional_call has put other tensors in
         frozen.refuse_gradients()
         return frozen.weight
     if layer.training or torch.is_grad_enabled():

@@ -26,6 +26,13 @@ def is_stock_forward(reader: FrameType) -> bool:
     return reader.f_code.co_name == "forward" and _module(reader).startswith("torch.nn.modules.")
 
 
+def is_removal(reader: FrameType) -> bool:
+    """Whether ``parametrize.remove_parametrizations`` reads what the tensor shall be then."""
+    return reader.f_code.co_name == "remove_parametrizations" and (
+        _module(reader) == "torch.nn.utils.parametrize"
+    )
+
+
 def refuse_old_reparametrization(layer: nn.Module, tensor_name: str, reader: FrameType) -> None:
     """Raise for ``torch.nn.utils.weight_norm`` and ``prune``, which read before they change."""
     tools = ("torch.nn.utils.weight_norm", "torch.nn.utils.prune")

@@ -26,7 +26,16 @@ from tiedparam._linked import Linked
 from tiedparam._rule import Rule
 from tiedparam._sharded import computed, gathered, is_sharded, whole
 from tiedparam._stock import effective, has_values, parametrization_list
-from tiedparam._ties import free_values, is_stacked, is_tied, named_ties, origins, ties_of
+from tiedparam._ties import (
+    free_values,
+    is_stacked,
+    is_tied,
+    key_prefix,
+    named_ties,
+    origins,
+    ties_of,
+)
+from tiedparam._wrapped import has_fsdp1
 from tiedparam._write_guard import unguard
 
 RESIDUAL_TO_WARN = 1e-3
@@ -47,8 +56,22 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
 
     Returns:
         A dictionary with the dense model's keys in the dense model's order.
+
+    Raises:
+        TieError: if the source of a copy was exchanged, or has lost its tensor.
     """
-    return untie_with(model, model.state_dict(), lambda layer, name, _: effective(layer, name))
+    if has_fsdp1(model):  # its layers hold parts, and state_dict gathers them
+        return untie_state_dict(model, model.state_dict())
+    return untie_with(model, model.state_dict(), _present)
+
+
+def _present(layer: nn.Module, name: str, rule: Rule) -> Tensor:
+    """What a tied tensor is now; of a copy whose source was resized, in that size."""
+    if not isinstance(rule, Linked):
+        return effective(layer, name)
+    rule.refuse_exchanged()
+    with rule.untying():
+        return effective(layer, name)
 
 
 def untie_state_dict(model: nn.Module, tied: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
@@ -214,10 +237,14 @@ def signatures_of(local_metadata: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 class SourceWatch:
-    """A load hook on a copy's source: judges the copy's dense entry once the source is in."""
+    """A load hook on a copy's source: judges the copy's dense entry once the source is in.
+
+    It lives as long as the rule: however the tie ends, the hook is gone with it.
+    """
 
     def __init__(self) -> None:
         self.pending: list[_PendingCopy] = []
+        self.source: weakref.ref[nn.Module] | None = None
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
         for copy in self.pending:
@@ -227,18 +254,24 @@ class SourceWatch:
     def __reduce__(self) -> Any:
         return SourceWatch, ()  # what is pending belongs to a load that is over by then
 
+    def end_with(self, rule: Linked, source: nn.Module) -> None:
+        """Leave ``source`` when ``rule`` is gone."""
+        self.source = weakref.ref(source)
+        weakref.finalize(rule, self.leave).atexit = False
+
+    def leave(self) -> None:
+        """Take the hook away from the source."""
+        source = self.source() if self.source is not None else None
+        hooks = source._load_state_dict_post_hooks if source is not None else {}
+        for key in [key for key, hook in hooks.items() if hook is self]:
+            del hooks[key]
+
 
 def watch_source(rule: Linked) -> None:
     """Put a `SourceWatch` on the layer that ``rule`` reads."""
     rule.watch = SourceWatch()
     rule.source.register_load_state_dict_post_hook(rule.watch)
-
-
-def unwatch_source(rule: Linked, source: nn.Module) -> None:
-    """Take the `SourceWatch` of ``rule`` away from its source again."""
-    hooks = source._load_state_dict_post_hooks
-    for key in [key for key, hook in hooks.items() if hook is rule.watch]:
-        del hooks[key]
+    rule.watch.end_with(rule, rule.source)
 
 
 class _PendingCopy:
@@ -317,14 +350,14 @@ def _unfit_free(
     written = signatures.get(name)
     if written is not None and written != str(rule):
         return f"'{key}' was saved under the rule {quoted(written)} and is tied by '{rule}' here."
-    for k, parameter in zip(keys, free_values(layer, name), strict=True):
+    for k, shape in zip(keys, rule.free_shapes(), strict=True):
         entry = state_dict[k]
         if not isinstance(entry, Tensor):
             return f"'{k}' is a {type(entry).__name__}, not a tensor."
-        if entry.shape != parameter.shape:
+        if tuple(entry.shape) != tuple(shape):
             return (
                 f"size mismatch for '{k}': {shown_shape(entry.shape)} in the checkpoint, "
-                f"{tuple(parameter.shape)} here."
+                f"{shape} here."
             )
     return None
 
@@ -408,9 +441,7 @@ class _Expander:
 
     def __init__(self, model: nn.Module, entries: Mapping[str, Tensor]) -> None:
         self.entries = entries
-        self.prefixes = {
-            id(module): f"{path}." if path else "" for path, module in model.named_modules()
-        }
+        self.prefixes = {id(module): key_prefix(path) for path, module in model.named_modules()}
 
     def effective(self, layer: nn.Module, name: str, rule: Rule | None) -> Tensor:
         """The tensor ``name`` of ``layer``, tied by ``rule`` or not at all."""
@@ -493,7 +524,7 @@ def untie_with(
     # in the order of the dense model; what the modules do not name keeps its place behind
     result: OrderedDict[str, Tensor] = OrderedDict()
     for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
+        prefix = key_prefix(path)
         parameters = module.__dict__.get("_parameter_order", module._parameters)
         for name in (*parameters, *ties_of(module), *module._buffers, "_extra_state"):
             if prefix + name in available:

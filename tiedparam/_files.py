@@ -25,6 +25,7 @@ from tiedparam._exports import MARK, index_content, index_of, left_by_older, sha
 from tiedparam._fit import entries_for, placeholder, ties_to_make
 from tiedparam._functions import Functions, as_functions
 from tiedparam._header import Header
+from tiedparam._linked import Linked
 from tiedparam._optimizer_guard import watch_free_values
 from tiedparam._places import Places
 from tiedparam._progress import progress
@@ -65,6 +66,10 @@ def save(model: nn.Module, path: PathLike) -> None:
         raise TypeError(f"save takes a model and a path, in this order, not {type(model).__name__}")
     refuse_foreign_suffix(path)
     state = _plain_state(model)
+    with torch.no_grad():
+        for _, layer, name, rule in named_ties(model):
+            if isinstance(rule, Linked):
+                effective(layer, name)  # one that its source does not fit could not be loaded
     aliases = aliases_of(state)
     header = _header.of_model(model, aliases)
     entries = [_entry(key, value) for key, value in state.items() if key not in aliases]

@@ -39,7 +39,8 @@ from tiedparam import (
 )
 from tiedparam._errors import TieError, describe, extra_repr
 from tiedparam._interposed import refuse_absent
-from tiedparam._linked import Linked
+from tiedparam._layout import declared_shape
+from tiedparam._linked import Linked, ResizedSourceError
 from tiedparam._sharded import is_sharded
 from tiedparam._stock import effective, parametrization_list, parametrization_lists
 from tiedparam._ties import is_tied, ties_of
@@ -329,6 +330,10 @@ def _property(name: str, stock: type[nn.Module]) -> property:
         try:
             if weight is None:
                 weight = effective(self, name)
+        except TieError as error:
+            if torch.compiler.is_compiling():
+                raise
+            weight = _despite(error, self, name, sys._getframe(1), computing=traced or own_forward)
         except AttributeError as error:
             # Module.__getattr__ would turn it into "no attribute 'weight'" (S26)
             raise TieError(
@@ -357,6 +362,24 @@ def _own_call(layer: nn.Module) -> tuple[Any, ...] | None:
     """The arguments of the layer's own forward, if this thread runs it."""
     call = getattr(_inside, "call", None)
     return call[1:] if call is not None and call[0] is layer else None
+
+
+def _despite(
+    error: TieError, layer: nn.Module, name: str, reader: FrameType, *, computing: bool
+) -> Tensor:
+    """A copy's weight where its source has changed, if this reader may have it."""
+    rule = ties_of(layer).get(name)
+    resized = isinstance(error, ResizedSourceError)
+    if not isinstance(rule, Linked) or not (resized or _callers.is_removal(reader)):
+        raise error
+    with rule.untying():
+        weight = effective(layer, name)
+    shape = tuple(weight.shape)
+    if resized and shape == declared_shape(layer, name):  # both ends were: the tie goes along
+        rule.renew(layer, name, shape)
+    elif computing or _callers.is_stock_forward(reader):
+        raise error
+    return weight
 
 
 def _sharded_weight(layer: nn.Module, name: str, weight: Tensor, inside: bool) -> Tensor:

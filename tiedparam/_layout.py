@@ -78,3 +78,29 @@ def _stores_inputs_first(layer: nn.Module) -> bool:
     """
     names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(layer).__mro__)
     return "transformers.pytorch_utils.Conv1D" in names
+
+
+# What a layer says of the size of its weight: read by people, and by those who resize it.
+_SIZES: dict[type[nn.Module], tuple[str, str]] = {
+    nn.Linear: ("out_features", "in_features"),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.EmbeddingBag: ("num_embeddings", "embedding_dim"),
+}
+
+
+def declared_shape(layer: nn.Module, tensor_name: str) -> tuple[int, ...] | None:
+    """The shape that the layer's attributes give its tensor; None where they do not tell."""
+    names = _sizes(layer) if tensor_name == "weight" else None
+    return tuple(getattr(layer, name) for name in names) if names is not None else None
+
+
+def declare_shape(layer: nn.Module, tensor_name: str, shape: tuple[int, ...]) -> None:
+    """Let the layer's attributes say the shape that its tensor has now."""
+    names = _sizes(layer) if tensor_name == "weight" else None
+    if names is not None and len(shape) == len(names):
+        for name, size in zip(names, shape, strict=True):
+            setattr(layer, name, size)
+
+
+def _sizes(layer: nn.Module) -> tuple[str, str] | None:
+    return next((names for kind, names in _SIZES.items() if isinstance(layer, kind)), None)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -12,14 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tiedparam._computed_source import recompute, why_computed
 from tiedparam._errors import TieError, describe, describe_layer
-from tiedparam._functions import find_function
-from tiedparam._layout import Layout
+from tiedparam._functions import find_function, identity
+from tiedparam._layout import Layout, declare_shape
 from tiedparam._offloaded import loaded
 from tiedparam._rule import Rule
 from tiedparam._sharded import gathered
 from tiedparam._source import Source, find_source, shown
 from tiedparam._stock import effective, parametrization_list
+from tiedparam._whereabouts import Whereabouts
+from tiedparam._wrapped import refuse_other_unit
+from tiedparam._write_guard import is_read_from
+
+
+class ResizedSourceError(TieError):
+    """The source has another size now than the tied tensor."""
 
 
 class Linked(Rule):
@@ -54,8 +61,8 @@ class Linked(Rule):
         self._source: tuple[Source] = (source,)
         self.source_name = source_name
         self.fn = fn
-        self._meeting: weakref.ref[nn.Module] | None = None
-        self._path_to_source: tuple[str, ...] = ()
+        self._whereabouts = Whereabouts(self)
+        self._source_shape: tuple[int, ...] = ()
         self.watch: Any = None  # the checkpoint machinery's hook on the source
 
     @property
@@ -63,26 +70,38 @@ class Linked(Rule):
         """The layer whose tensor is read.
 
         Raises:
-            TieError: if the source is a path that has not been looked up yet, or if another
-                module has taken its place in the model (S30).
+            TieError: if the source is a path that has not been looked up yet, if another
+                module has taken its place in the model (S30), or if it is not known in a
+                shallow clone (S43).
         """
         (source,) = self._source
         if not isinstance(source, nn.Module):
             given = f"'{source}' is a path" if isinstance(source, str) else "is a tensor"
             raise TieError(f"the source {given}; register the tie with root=model.")
-        if self._meeting is not None and not torch.compiler.is_compiling():
-            self._refuse_exchanged_source(source)
+        where = self._whereabouts
+        if where.rule() is not self:
+            return self._source_in_clone()
+        if where.known and not torch.compiler.is_compiling():
+            where.refuse_exchanged(source)
+        return source
+
+    def _source_in_clone(self) -> nn.Module:
+        if torch.compiler.is_compiling():
+            raise TieError(f"a '{self}' tie lies in a shallow clone. Call it once, then compile.")
+        self._whereabouts, source = self._whereabouts.in_clone(self)
+        self._source = (source,)
+        self.watch = None  # the original's: the clone shares its hooks
         return source
 
     @property
     def meeting(self) -> nn.Module | None:
         """The smallest module that holds both ends, where ``root`` was given."""
-        return self._meeting() if self._meeting is not None else None
+        return self._whereabouts.meeting
 
     @property
     def path_to_source(self) -> str:
         """Where the source lies in `meeting`."""
-        return ".".join(self._path_to_source)
+        return ".".join(self._whereabouts.to_source)
 
     def sources(self) -> Iterator[tuple[nn.Module, str]]:
         """The one tensor that is read."""
@@ -95,26 +114,73 @@ class Linked(Rule):
     def forward(self, *free: Tensor) -> Tensor:
         """Apply the function to the source's effective tensor."""
         source, name = self.source, self.source_name or "weight"
-        present = effective(source, name)
-        if present.is_meta:
+        computed = why_computed(source, name)
+        if computed is not None:
+            if not self._whereabouts.untying:
+                raise TieError(f"'{self}' cannot be computed: {computed}")
+            recompute(source, name)
+        where = self._whereabouts
+        managed = "_is_fsdp_managed_module" in source.__dict__
+        if managed and not where.in_unit and not torch.compiler.is_compiling():
+            refuse_other_unit(self, source)
+            where.in_unit = True
+        present = _tensor_of(source, name)
+        if present is not None and present.is_meta:
             with loaded(source):
-                present = effective(source, name)
-        if not isinstance(present, Tensor):
+                present = _tensor_of(source, name)
+        if present is None:
             raise TieError(
                 f"the source {describe_layer(source)} of a '{self}' tie has lost its '{name}'. "
-                "Give it one again, or call remove_tie."
+                f"{self._renewal}"
             )
-        weight = self.fn(gathered(present))
+        try:
+            weight = self.fn(gathered(present))
+        except Exception as error:
+            if tuple(present.shape) == self._source_shape:
+                raise
+            raise TieError(
+                f"the source '{name}' of {describe_layer(source)} is {tuple(present.shape)} now, "
+                f"on which fn raised {type(error).__name__}: {error}. {self._renewal}"
+            ) from error
         if (
             self.layout is not None
             and torch._C._get_tracing_state() is None  # would warn of the comparison
             and weight.shape != self.layout.shape
+            and not self._whereabouts.untying
         ):
-            raise TieError(
+            raise ResizedSourceError(
                 f"the source '{name}' of {describe_layer(source)} is {tuple(present.shape)} now, "
-                f"and '{self}' ties a tensor {self.layout.shape}. Tie again with source=."
+                f"and '{self}' ties a tensor {self.layout.shape}. {self._renewal}"
             )
         return weight
+
+    @property
+    def _renewal(self) -> str:
+        return (
+            f"Tie again: register_tie(layer, '{self.name or type(self).__name__}', source=...) "
+            "replaces this tie, whatever the size."
+        )
+
+    def is_what_it_copies(self, value: Tensor) -> bool:
+        """Whether ``value`` is the source's own tensor, and the law is to be equal to that."""
+        if self.fn is not identity:
+            return False
+        source, name = self.source, self.source_name or "weight"
+        if value is source._parameters.get(name) or is_read_from(value, source, name):
+            return True
+        tied = parametrize.is_parametrized(source, name)
+        behind = list(parametrization_list(source, name)) if tied else []
+        return (
+            len(behind) == 1
+            and isinstance(behind[0], Linked)
+            and behind[0].is_what_it_copies(value)
+        )
+
+    def renew(self, layer: nn.Module, tensor_name: str, shape: tuple[int, ...]) -> None:
+        """Tie the size that the source has now."""
+        self.layout = Layout.of(layer, tensor_name, shape)
+        self._source_shape = tuple(effective(*next(self.sources())).shape)
+        declare_shape(layer, tensor_name, shape)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Nothing to store; binds a rule that was given to torch directly."""
@@ -138,6 +204,9 @@ class Linked(Rule):
         if self.source_name is None:
             self.source_name = tensor_name
         source, name = self.source, self.source_name
+        computed = why_computed(source, name)
+        if computed is not None:
+            return computed
         present = getattr(source, name, None)
         if not isinstance(present, Tensor):
             return (
@@ -168,8 +237,22 @@ class Linked(Rule):
         if reason:
             return reason
         self.layout = Layout.of(layer, tensor_name, tuple(weight.shape))
-        self._remember_meeting(layer, root)
+        self._source_shape = tuple(present.shape)
+        if root is not None:
+            self._whereabouts = Whereabouts.of(self, layer, tensor_name, source, root)
         return None
+
+    def value_for(self, tensor_name: str, root: nn.Module | None) -> Tensor | None:
+        """What an unbound rule would give, by which a tie of unknown size can be renewed."""
+        if self.find_source(root) is not None:
+            return None
+        present = _tensor_of(self.source, self.source_name or tensor_name)
+        try:
+            with torch.no_grad():
+                value = self.fn(present.detach().clone()) if present is not None else None
+        except Exception:
+            return None  # `bind` says why
+        return value if isinstance(value, Tensor) else None
 
     def _bind_layout(self, layout: Layout, dtype: torch.dtype) -> str | None:
         # only reached without register_tie: the layer, and with it cycles, are unknown
@@ -202,43 +285,39 @@ class Linked(Rule):
         place = shown(source, self.source_name or "weight", self.meeting, self.path_to_source)
         return f"{super().extra_repr()}; reads {place}"
 
-    # The smallest module that holds both ends ------------------------------------------
-
-    def _remember_meeting(self, layer: nn.Module, root: nn.Module | None) -> None:
-        if root is None:
-            return
-        paths = {id(module): name for name, module in root.named_modules()}
-        if id(layer) not in paths or id(self.source) not in paths:
-            return
-        here, there = ([n for n in paths[id(m)].split(".") if n] for m in (layer, self.source))
-        common = 0
-        while common < min(len(here), len(there)) - 1 and here[common] == there[common]:
-            common += 1
-        self._path_to_source = tuple(there[common:])
-        self._meeting = weakref.ref(root.get_submodule(".".join(there[:common])))
-
-    def _refuse_exchanged_source(self, source: nn.Module) -> None:
-        found = self.meeting
-        if found is None:
-            return
-        for name in self._path_to_source:
-            found = found._modules.get(name) if found is not None else None
-        # a wrapper of the source, as torch.compile makes one, still holds it
-        if found is None or all(module is not source for module in found.modules()):
-            raise TieError(
-                f"the source '{'.'.join(self._path_to_source)}' of a '{self}' tie was exchanged "
-                "for another module, or taken out, and the tie still reads the old one. Call "
-                "remove_tie and register_tie again, with the new layer as source=."
-            )
+    # What may become of the source ------------------------------------------------------
 
     @contextmanager
-    def old_source_allowed(self) -> Iterator[None]:
-        """Read the old source even if another module has taken its place, to untie."""
-        meeting, self._meeting = self._meeting, None
+    def untying(self) -> Iterator[None]:
+        """Compute with what there is, whatever has become of the source, to leave the tie."""
+        with ExitStack() as stack:
+            for rule in self._chain():
+                stack.enter_context(rule._overlooking())
+            yield
+
+    def _chain(self) -> Iterator[Linked]:
+        """The rule itself, and those of the copies that it reads, one behind the other."""
+        rule: object = self
+        while isinstance(rule, Linked):
+            yield rule
+            (source,), name = rule._source, rule.source_name or "weight"
+            tied = isinstance(source, nn.Module) and parametrize.is_parametrized(source, name)
+            rule = parametrization_list(source, name)[0] if tied else None  # type: ignore[arg-type]
+
+    @contextmanager
+    def _overlooking(self) -> Iterator[None]:
+        if self._whereabouts.rule() is not self:
+            self._source_in_clone()
+        found, self._whereabouts = self._whereabouts, Whereabouts(self, untying=True)
         try:
             yield
         finally:
-            self._meeting = meeting
+            self._whereabouts = found
+
+    def refuse_exchanged(self) -> None:
+        """Raise if this copy, or one that it reads, has lost its source to another module."""
+        for rule in self._chain():
+            rule.source  # noqa: B018
 
     def refuse_partial_copy(self, layer: nn.Module, memo: dict[int, Any], where: str) -> None:
         """Raise if a deepcopy in progress would leave the source behind (S13).
@@ -248,6 +327,8 @@ class Linked(Rule):
             memo: deepcopy's dictionary of what it has entered; empty for the layer alone.
             where: how to name the tied tensor.
         """
+        if self._whereabouts.rule() is not self:
+            self._source_in_clone()
         (source,) = self._source
         meeting = self.meeting
         copied_whole = (id(meeting) in memo) if meeting is not None else bool(memo)
@@ -261,22 +342,38 @@ class Linked(Rule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Linked:
         copied: Linked = type(self).__new__(type(self))
         memo[id(self)] = copied
-        meeting = self.meeting
-        state = {key: value for key, value in self.__dict__.items() if key != "_meeting"}
+        where = self._whereabouts
+        state = {key: value for key, value in self.__dict__.items() if key != "_whereabouts"}
         copied.__dict__.update(deepcopy(state, memo))
-        replica = memo.get(id(meeting)) if meeting is not None else None
-        copied._meeting = weakref.ref(replica) if replica is not None else None
+        copied._whereabouts = where.moved(copied, memo.get(id(where.meeting)))
+        copied._end_watch()
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
         # a weakref cannot be pickled; its target travels with the model that it holds
-        meeting = self.meeting
-        return {**self.__dict__, "_meeting": meeting}
+        where = self._whereabouts
+        return {**self.__dict__, "_whereabouts": (where.meeting, where.to_source, where.to_rule)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        meeting = state["_meeting"]
-        self._meeting = weakref.ref(meeting) if meeting is not None else None
+        self._whereabouts = Whereabouts(self, *state["_whereabouts"])
+        self._end_watch()
+
+    def _end_watch(self) -> None:
+        (source,) = self._source
+        if self.watch is not None and isinstance(source, nn.Module):
+            self.watch.end_with(self, source)
+
+
+def _tensor_of(layer: nn.Module, name: str) -> Tensor | None:
+    """The tensor that ``layer`` computes with, or None if it has none of that name."""
+    try:
+        present = effective(layer, name)
+    except AttributeError:
+        if parametrize.is_parametrized(layer, name):
+            raise  # an error in what computes it (S26)
+        return None
+    return present if isinstance(present, Tensor) else None
 
 
 def _reaches(layer: nn.Module, name: str, goal: nn.Module, goal_name: str) -> bool:

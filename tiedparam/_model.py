@@ -163,7 +163,7 @@ def untie_model(model: Model, *, optimizer: Optimizer | Iterable[Optimizer] | No
 def _sources(rule: Rule) -> Iterator[nn.Module]:
     """The layers that a rule reads, even if others have taken their places in the model."""
     if isinstance(rule, Linked):
-        with rule.old_source_allowed():
+        with rule.untying():
             yield rule.source
 
 

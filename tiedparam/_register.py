@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from tiedparam import _cache, _host, _optimizer, _optimizer_guard, _structured
-from tiedparam._checkpoint import unwatch_source, watch_source
+from tiedparam._checkpoint import watch_source
 from tiedparam._concerns import Concern, check_max_residual, concern_of, refuse_distant
 from tiedparam._errors import TieError, describe, warn
+from tiedparam._layout import declare_shape
 from tiedparam._linked import Linked
 from tiedparam._offloaded import refuse_offloaded
 from tiedparam._places import Places
@@ -130,6 +131,8 @@ def tie_one(
     Raises:
         TieError: if anything does not fit. Nothing was changed then.
     """
+    if isinstance(made, Linked) and _is_broken_copy(layer, tensor_name):
+        return _tie_again(layer, made, tensor_name, places, init=init, cache=cache)
     root = places.root if places is not None else None
     where = _describe(layer, tensor_name, places)
 
@@ -188,6 +191,38 @@ def tie_one(
     return layer
 
 
+def _is_broken_copy(layer: nn.Module, tensor_name: str) -> bool:
+    """Whether the tensor is tied to a source that was resized, exchanged or lost since."""
+    if not is_tied(layer, tensor_name) or is_stacked(layer, tensor_name):
+        return False
+    try:
+        with torch.no_grad():
+            return isinstance(get_tie(layer, tensor_name), Linked) and not isinstance(
+                effective(layer, tensor_name), Tensor
+            )
+    except TieError:
+        return True
+
+
+def _tie_again(
+    layer: Layer, made: Linked, tensor_name: str, places: Places | None, *, init: str, cache: bool
+) -> Layer:
+    """Replace a broken copy: one call, from whatever has become of its source (S30, S44)."""
+    _cache.refuse_if_frozen(layer, "register_tie")
+    present = cast(Linked, get_tie(layer, tensor_name))
+    with _unbound_on_error(made), rolled_back_on_error(layer.modules(), []):
+        value = made.value_for(tensor_name, places.root if places is not None else None)
+        shape = present.bound_layout.shape
+        if value is None or value.dim() != len(shape):
+            value = torch.empty(shape)  # `bind` says what does not fit
+        _host.release(layer, tensor_name, _host.plain_parameter(value, requires_grad=True))
+        declare_shape(layer, tensor_name, tuple(value.shape))
+        tie_one(layer, made, tensor_name, places, init=init, cache=cache, optimizer=None)
+    if present.watch is not None:
+        present.watch.leave()
+    return layer
+
+
 @never_compiled
 @torch.inference_mode(False)
 def remove_tie(
@@ -214,6 +249,7 @@ def remove_tie(
 
     Warns:
         TieWarning: if decay that the optimizer adds to the gradient becomes stronger.
+        TieWarning: if the source of a copy was resized: the tensor then has that size.
     """
     rule = get_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
@@ -230,7 +266,7 @@ def remove_tie(
             f"cannot untie {where}: its free values carry gradient hooks, which would be lost. "
             "Remove them first."
         )
-    with rule.old_source_allowed() if isinstance(rule, Linked) else nullcontext():
+    with rule.untying() if isinstance(rule, Linked) else nullcontext():
         origin = list(origins(layer, tensor_name))
         refuse_wrapped(layer, origin, where, "untie")
         refuse_offloaded(layer, where, "untie")
@@ -248,10 +284,16 @@ def remove_tie(
         _optimizer.warn_of_losses(moves, f"untying {where}")
         if stored:
             _optimizer.move_gradient(change)
-        source = rule.source if isinstance(rule, Linked) else None
 
-    if isinstance(rule, Linked) and source is not None:
-        unwatch_source(rule, source)
+    if dense.shape != rule.bound_layout.shape:
+        # here, where nothing has changed: warnings may be errors
+        warn(
+            f"{where} was tied as {rule.bound_layout.shape} and its source was resized since: it "
+            f"is {tuple(dense.shape)} now. Resize what else the layer has, such as its bias."
+        )
+        declare_shape(layer, tensor_name, tuple(dense.shape))
+    if isinstance(rule, Linked) and rule.watch is not None:
+        rule.watch.leave()
     for parameter in stored:
         _optimizer_guard.carry_attributes(parameter, dense)
     _host.release(layer, tensor_name, dense)
@@ -359,7 +401,10 @@ def _weight_to_tie(
     if parametrize.is_parametrized(layer, tensor_name):
         raise refuse("it has another parametrization. Remove that one, tie, and register it again.")
     weight = layer._parameters.get(tensor_name)
+    inside = places.modules if places is not None else ()
+    where = _describe(layer, tensor_name, places)
     if weight is None:
+        refuse_wrapped(layer, [], where, "tie", inside)
         raise refuse(_why_no_parameter(layer, tensor_name))
     if isinstance(weight, nn.UninitializedParameter):
         raise refuse("the layer is lazy and has no shape yet. Run one forward pass first.")
@@ -367,8 +412,6 @@ def _weight_to_tie(
         raise refuse("only dense, unquantized tensors can be tied. Convert the layer first.")
     if _has_hooks(weight):
         raise refuse("it carries gradient hooks, which would be lost. Remove them first.")
-    inside = places.modules if places is not None else ()
-    where = _describe(layer, tensor_name, places)
     refuse_wrapped(layer, [weight], where, "tie", inside)
     refuse_offloaded(layer, where, "tie", inside)
     for other, name in (places or Places(layer)).other_holders(layer, tensor_name, weight):

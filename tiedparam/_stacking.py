@@ -67,6 +67,11 @@ class TiedList(parametrize.ParametrizationList):
             return super().forward()  # a replica of nn.DataParallel, say
         return through(self, *originals)  # type: ignore[arg-type]
 
+    @property
+    def original(self) -> TiedList:  # type: ignore[override]
+        """All free values as one thing, which PEFT's ``target_parameters`` thaws and freezes."""
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TiedList:
         replica: TiedList = type(self).__new__(type(self))
         memo[id(self)] = replica

@@ -128,7 +128,7 @@ def file_of(path: Path) -> Path:
         return path / known[0]
     if known:
         raise TieError(
-            f"the folder '{path}' holds several checkpoints: {_names(known)}. Name the one that you "
+            f"the folder '{path}' holds several checkpoints: {_names(known)}. Name the one you "
             f"mean, such as '{path / known[0]}'."
         )
     names = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(_ENDINGS))
@@ -142,8 +142,8 @@ def file_of(path: Path) -> Path:
     expected = _names(_IN_FOLDERS)
     if names:
         raise TieError(
-            f"the folder '{path}' holds none of {expected}. It holds {_names(names)}. Name the file "
-            f"that you mean, such as '{path / names[0]}'."
+            f"the folder '{path}' holds none of {expected}. It holds {_names(names)}. Name the "
+            f"file that you mean, such as '{path / names[0]}'."
         )
     raise TieError(
         f"the folder '{path}' holds no checkpoint: none of {expected}. Name another folder, or a "

@@ -81,4 +81,13 @@ def named_ties(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Rule]]:
     """Every tied tensor: key prefix of its layer, layer, tensor name, rule."""
     for path, module in model.named_modules(remove_duplicate=False):
         for name, rule in ties_of(module).items():
-            yield (f"{path}." if path else ""), module, name, rule
+            yield key_prefix(path), module, name, rule
+
+
+def key_prefix(path: str) -> str:
+    """What the state-dict keys of the module at ``path`` begin with."""
+    if "_wrapped_module" in path:
+        # torch's wrappers for FSDP1 and activation checkpointing leave their names out of the keys
+        wrappers = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+        path = ".".join(name for name in path.split(".") if name not in wrappers)
+    return f"{path}." if path else ""

@@ -30,11 +30,14 @@ def assign_(
         project: take the nearest lawful weight instead of raising if ``value`` breaks the law.
 
     Returns:
-        The layer. The free values keep their identity; only their contents change.
+        The layer. The free values keep their identity; only their contents change. Assigning
+        to a copy the very tensor that it copies is no change, and renews the tie if that was
+        resized.
 
     Raises:
-        TieError: if the tensor is not tied, is a copy of another layer's, has another shape
-            or dtype, or (without ``project``) breaks the law; the message says by how much.
+        TieError: if the tensor is not tied, is a copy and ``value`` is not what it copies, has
+            another shape or dtype, or (without ``project``) breaks the law; the message says
+            by how much.
     """
     rule = get_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
@@ -42,6 +45,9 @@ def assign_(
     if not isinstance(value, Tensor):
         raise TypeError(f"assign_ takes a tensor, not {type(value).__name__}")
     if isinstance(rule, Linked):
+        if rule.is_what_it_copies(value):
+            rule.renew(layer, tensor_name, tuple(value.shape))
+            return layer
         raise TieError(
             f"cannot assign to {where}: it is computed from another layer's tensor by '{rule}'. "
             "Assign to the source, or call remove_tie first."

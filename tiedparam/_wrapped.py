@@ -1,24 +1,27 @@
-"""Models that DDP or ``fully_shard`` has taken over: tying or untying then comes too late.
+"""Models that DDP, FSDP1 or ``fully_shard`` has taken over: tying or untying comes too late.
 
-Both look at the parameters once, when they wrap a model. A parameter that a tie makes later
+They look at the parameters once, when they wrap a model. A parameter that a tie makes later
 is nobody's: its gradient is not averaged, and the ranks drift apart (S34, S35). And a copy
-whose source is sharded on its own would meet one part of it (S31).
+whose source is sharded on its own would meet one part of it (S31), or keep its gradients from
+it (S53).
 """
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tiedparam._errors import TieError, describe
-from tiedparam._linked import Linked
 from tiedparam._sharded import is_sharded
+
+if TYPE_CHECKING:
+    from tiedparam._linked import Linked
 
 
 def refuse_wrapped(
@@ -46,6 +49,11 @@ def refuse_wrapped(
         wrapper = _wrapper_of(layer, parameters, inside)
         if wrapper is None:
             return
+    if isinstance(wrapper, _fsdp1()):
+        raise TieError(
+            f"cannot {verb} {where}: a FullyShardedDataParallel has put its values into a flat "
+            f"parameter already. {verb.capitalize()} before wrapping."
+        )
     if isinstance(wrapper, DistributedDataParallel):
         raise TieError(
             f"cannot {verb} {where}: a {type(wrapper).__name__} holds it already, and would not "
@@ -73,17 +81,44 @@ def refuse_separate_source(layer: nn.Module, tensor_name: str, rule: Linked) -> 
     )
 
 
+def refuse_other_unit(rule: Linked, source: nn.Module) -> None:
+    """Raise for a copy that lies outside of the FSDP1 unit of its source (S53).
+
+    While the copy computes, that unit may be sharded, and it has finished the source's gradient
+    before the copy's is there.
+    """
+    root = rule.meeting
+    # units within the smallest module that holds both are enough, where that is known
+    for unit in root.modules() if root is not None else _live(_with_subclasses(_fsdp1())):
+        inside = list(unit.modules()) if isinstance(unit, _fsdp1()) else []
+        if any(m is source for m in inside) and not any(m is rule for m in inside):
+            place = f" '{rule.path_to_source}'" if root is not None else ""
+            raise TieError(
+                f"'{rule}' cannot be computed: its source{place}, a {type(source).__name__}, "
+                "belongs to a FullyShardedDataParallel unit that does not hold the copy, and "
+                "would miss its gradients. Put both into one unit: wrap a module that holds both, "
+                "and neither of them alone."
+            )
+
+
+def has_fsdp1(model: nn.Module) -> bool:
+    """Whether FSDP1 keeps values of the model in flat parameters."""
+    return any(isinstance(module, _fsdp1()) for module in model.modules())
+
+
 # Finding the wrapper ---------------------------------------------------------------------
 
 
 def _wrapper_of(
     layer: nn.Module, parameters: list[Tensor], inside: Iterable[nn.Module]
 ) -> nn.Module | None:
-    """The DDP or FSDP2 module that holds ``layer``, if any: a layer does not know it."""
+    """The DDP or FSDP module that holds ``layer``, if any: a layer does not know it."""
     classes = _wrapper_classes()
     found = [module for module in (layer, *inside) if isinstance(module, classes)]
-    if distributed.is_available() and distributed.is_initialized():
-        found += _live_wrappers([*parameters, *layer.parameters()])
+    managed = _MANAGED in layer.__dict__  # also where the process group is gone
+    if managed or (distributed.is_available() and distributed.is_initialized()):
+        # parts of a flat parameter are views that autograd has no use for
+        found += _live_wrappers([] if managed else [*parameters, *layer.parameters()])
     for wrapper in found:
         if any(module is layer for module in wrapper.modules()):
             return wrapper
@@ -92,7 +127,12 @@ def _wrapper_of(
 
 def _wrapper_classes() -> tuple[type[nn.Module], ...]:
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
-    return (DistributedDataParallel, *([fsdp.FSDPModule] if fsdp is not None else []))
+    return (DistributedDataParallel, *([fsdp.FSDPModule] if fsdp is not None else []), *_fsdp1())
+
+
+def _fsdp1() -> tuple[type[nn.Module], ...]:
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return (fsdp.FullyShardedDataParallel,) if fsdp is not None else ()
 
 
 def _live_wrappers(parameters: list[Tensor]) -> list[nn.Module]:
@@ -102,20 +142,21 @@ def _live_wrappers(parameters: list[Tensor]) -> list[nn.Module]:
     before wrapping should not cost.
     """
     ddp, *fsdp = _wrapper_classes()
-    classes = [subclass for kind in fsdp for subclass in _subclasses(kind)]
+    classes = _with_subclasses(fsdp)
     if not parameters or any(_may_be_in_ddp(parameter) for parameter in parameters):
-        classes += [ddp, *_subclasses(ddp)]
+        classes += _with_subclasses([ddp])
+    return _live(classes)
+
+
+def _live(classes: Sequence[type]) -> list[nn.Module]:
+    """All living objects of these very classes: they refer to them."""
     if not classes:
         return []
-    # an instance refers to its class
     return [o for o in gc.get_referrers(*classes) if issubclass(type(o), tuple(classes))]
 
 
-def _subclasses(kind: type) -> Iterator[type]:
-    subclass: type
-    for subclass in kind.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
+def _with_subclasses(kinds: Iterable[type]) -> list[type]:
+    return [each for kind in kinds for each in (kind, *_with_subclasses(kind.__subclasses__()))]
 
 
 def _may_be_in_ddp(parameter: Tensor) -> bool:
@@ -132,6 +173,7 @@ def _may_be_in_ddp(parameter: Tensor) -> bool:
 
 
 _MARK = "tiedparam looked here"
+_MANAGED = "_is_fsdp_managed_module"  # what FSDP1 and FSDP2 write on all that they take over
 
 
 def _accumulator(parameter: Tensor) -> Any:

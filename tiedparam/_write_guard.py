@@ -131,6 +131,12 @@ def place_of(tensor: Tensor) -> tuple[nn.Module, str] | None:
     return (holder, tensor_name) if holder is not None else None
 
 
+def is_read_from(weight: Tensor, layer: nn.Module, tensor_name: str) -> bool:
+    """Whether this is the tied tensor of ``layer`` as it was read, not a view or a result."""
+    place = place_of(weight)
+    return place is not None and place[0] is layer and place[1] == tensor_name
+
+
 def _own(weight: GuardedWeight, requires_grad: bool = True) -> Tensor:
     """What ``nn.Parameter(layer.weight)`` needs: the same class, but memory of its own."""
     with torch._C.DisableTorchFunctionSubclass():
