@@ -177,7 +177,7 @@ def test_s38_groups_that_are_offloaded_compute_as_before_or_raise(
         )  # fmt: skip
         leave_junk()
         if disk and "copy" in name:
-            with pytest.raises(TieError, match="diffusers keeps .* on disk"):
+            with pytest.raises(TieError, match="diffusers keeps the source .* on disk"):
                 top(x)
             return
         for _ in range(2):

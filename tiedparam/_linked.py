@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -120,10 +121,12 @@ class Linked(Rule):
                 raise TieError(f"'{self}' cannot be computed: {computed}")
             recompute(source, name)
         where = self._whereabouts
-        managed = "_is_fsdp_managed_module" in source.__dict__
-        if managed and not where.in_unit and not torch.compiler.is_compiling():
-            refuse_other_unit(self, source)
-            where.in_unit = True
+        if not torch.compiler.is_compiling():
+            if "_is_fsdp_managed_module" in source.__dict__ and not where.in_unit:
+                refuse_other_unit(self, source)
+                where.in_unit = True
+            if "diffusers" in sys.modules:
+                where.refuse_on_disk(source)
         present = _tensor_of(source, name)
         if present is not None and present.is_meta:
             with loaded(source):
@@ -308,7 +311,11 @@ class Linked(Rule):
     def _overlooking(self) -> Iterator[None]:
         if self._whereabouts.rule() is not self:
             self._source_in_clone()
-        found, self._whereabouts = self._whereabouts, Whereabouts(self, untying=True)
+        found = self._whereabouts
+        (source,) = self._source
+        if isinstance(source, nn.Module):
+            found.refuse_on_disk(source)
+        self._whereabouts = Whereabouts(self, untying=True)
         try:
             yield
         finally:

@@ -53,7 +53,7 @@ def refuse_offloaded(
             f"cannot {verb} {where}: accelerate offloads its values, and would look for the old "
             "ones. Call accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
         )
-    holders = (m for m in (layer, *inside) if group_on_disk(m) is not None)
+    holders = (module for module in (layer, *inside) if is_on_disk(module))
     if any(module is layer for holder in holders for module in holder.modules()):
         raise TieError(
             f"cannot {verb} {where}: diffusers keeps its values on disk. {verb.capitalize()} "
@@ -66,9 +66,9 @@ def _align_hooks(module: nn.Module) -> list[Any]:
     return list(getattr(hook, "hooks", [hook]))  # a SequentialHook has several
 
 
-def group_on_disk(module: nn.Module) -> Any:
-    """The group by which diffusers keeps this module's values on disk, or None."""
+def is_on_disk(module: nn.Module) -> bool:
+    """Whether diffusers keeps the values of this module on disk between its calls."""
     registry: Any = module.__dict__.get("_diffusers_hook")
     hook = registry.get_hook("group_offloading") if registry is not None else None
     group = getattr(hook, "group", None)
-    return group if getattr(group, "offload_to_disk_path", None) is not None else None
+    return getattr(group, "offload_to_disk_path", None) is not None

@@ -12,7 +12,6 @@ A copy holds its source itself. What may happen to the modules around it is noti
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from types import FrameType
@@ -20,7 +19,8 @@ from types import FrameType
 from torch import nn
 
 from tiedparam import _adapters
-from tiedparam._errors import TieError, TieWarning
+from tiedparam._errors import TieError, warn
+from tiedparam._offloaded import is_on_disk
 
 
 class Whereabouts:
@@ -98,6 +98,19 @@ class Whereabouts:
             )
         self._judge_adapter(found, source)
 
+    def refuse_on_disk(self, source: nn.Module) -> None:
+        """Raise if diffusers may keep the source's values on disk (S38)."""
+        way, found = [source], self.meeting
+        for name in self.to_source:
+            found = found._modules.get(name) if found is not None else None
+            way += [found] if found is not None else []
+        if any(map(is_on_disk, way)):
+            raise TieError(
+                f"diffusers keeps the source of a '{self.rule()}' tie on disk, and loads it only "
+                "while the source itself is called. Leave offload_to_disk_path out, or call "
+                "remove_tie before apply_group_offloading."
+            )
+
     def _judge_adapter(self, wrapper: nn.Module, source: nn.Module) -> None:
         place, rule = ".".join(self.to_source), self.rule()
         if _adapters.trains_another(wrapper, source):
@@ -107,12 +120,10 @@ class Whereabouts:
             )
         if not self._warned and _adapters.adapts(wrapper, source):
             self._warned = True
-            warnings.warn(
+            warn(
                 f"the source '{place}' of a '{rule}' tie carries an adapter. The copy reads the "
                 "source without it, and merging writes the adapter into both. Call remove_tie "
-                "before you merge.",
-                TieWarning,
-                stacklevel=2,
+                "before you merge."
             )
 
     # In a shallow clone ----------------------------------------------------------------
