@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 import tiedparam as tp
 from tiedparam import TieError
@@ -116,6 +117,19 @@ def test_s39_global_hooks_are_obeyed(case):
     finally:
         handle.remove()
     assert_computes_with_its_weight(layer, x)
+
+
+def test_torchs_counter_of_operations_counts_what_runs():
+    x = torch.randn(4, 16)
+    counts = []
+    for layer in (
+        nn.Linear(16, 8),
+        tp.register_tie(nn.Linear(16, 8), "row_repeat", groups=2, init="rescale"),
+    ):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            layer(x)
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * 4 * 16 * 8, 2 * 4 * 16 * 2]
 
 
 def test_s39_hooks_are_obeyed_in_compiled_code(case):

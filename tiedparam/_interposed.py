@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from tiedparam._errors import TieError, describe
 from tiedparam._stock import is_watched
@@ -27,7 +27,27 @@ from tiedparam._ties import ties_of
 
 def is_bare(values: nn.Module, rule: nn.Module) -> bool:
     """Whether calling a list of parametrizations gives what its rule computes, and no more."""
-    return not (is_watched(values) or is_watched(rule) or _has_any_global_hook())
+    return not (is_watched(values) or is_watched(rule) or _is_every_module_watched())
+
+
+_OBSERVERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
+
+
+def _is_every_module_watched() -> bool:
+    """Whether there are hooks on all modules that may do more than note where a model is.
+
+    `torch.utils.flop_counter.FlopCounterMode` has such trackers, and is to count what really runs.
+    """
+    if not torch_module._has_any_global_hook():
+        return False
+    tables = (
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
+    hooks = [hook for table in tables for hook in table.values()]
+    return any(getattr(hook, "__module__", "") not in _OBSERVERS for hook in hooks)
 
 
 @dataclass(frozen=True)
