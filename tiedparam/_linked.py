@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from tiedparam._errors import TieError, describe, describe_layer
 from tiedparam._layout import Layout
-from tiedparam._offloaded import loaded
+from tiedparam._offloaded import can_be_loaded, loaded
 from tiedparam._rule import Rule
 from tiedparam._sharded import gathered
 from tiedparam._stock import effective, parametrization_list
@@ -85,7 +85,7 @@ class Linked(Rule):
         """Apply the function to the source's effective tensor."""
         source, name = self.source, self.source_name or "weight"
         present = effective(source, name)
-        if present.is_meta:
+        if present.is_meta and can_be_loaded(source):  # else a chain on meta is computed 2ⁿ times
             with loaded(source):
                 present = effective(source, name)
         if not isinstance(present, Tensor):
