@@ -85,7 +85,8 @@ class Linked(Rule):
         """Apply the function to the source's effective tensor."""
         source, name = self.source, self.source_name or "weight"
         present = effective(source, name)
-        if present.is_meta and can_be_loaded(source):  # else a chain on meta is computed 2ⁿ times
+        # only then: a chain of copies on meta would be computed 2ⁿ times
+        if can_be_loaded(source) and present is not None and present.is_meta:
             with loaded(source):
                 present = effective(source, name)
         if not isinstance(present, Tensor):
