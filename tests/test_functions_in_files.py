@@ -234,7 +234,7 @@ def test_the_shell_allows_what_it_imports(mine, tmp_path, capsys):
     assert (row["rule"], row["residual"]) == ("copy(fn='tile') of 0.weight", 0.0)
 
 
-def test_the_way_out_of_one_refusal_is_not_refused_by_another(mine, tmp_path, registry):
+def test_s27_the_way_out_of_one_refusal_is_not_refused_by_another(mine, tmp_path, registry):
     """A law that reads a layer is sent to `copy` with fn=, and that is saved."""
 
     @tp.register_rule("tile_copy")
