@@ -52,6 +52,7 @@ def mine(tmp_path, monkeypatch):
     (tmp_path / "my_functions.py").write_text(MODULE.format(seen=str(tmp_path / "imported")))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
+    sys.modules.pop("my_functions", None)  # the docs have one as well
     yield importlib.import_module("my_functions")
     sys.modules.pop("my_functions", None)
 
