@@ -567,3 +567,74 @@ def test_what_a_pickle_notes_of_modules_may_be_anything(tmp_path):
         torch.save(state, tmp_path / "a.pt")
         layer = tp.load(tmp_path / "a.pt", tp.register_tie(nn.BatchNorm1d(2), "row_repeat"))
         assert torch.equal(layer.weight, torch.ones(2))
+
+
+# Headers of tiedparam that lie ------------------------------------------------------------
+
+
+LIES = [
+    None, True, 0, 1, -1, 3, 2**62, 2**63, 10**30, 0.5, "", "0", "1", "weight", "bias", "copy",
+    "flip_sym", "row_repeat", "channel_shared", "squared_copy", "in", "source", "torch.t", "a:b",
+    [], {}, [0], [3, 3], {"over": "in"}, {"source": "0", "source_name": "weight"}, "0.weight",
+    "x" * 5000, "parametrizations", "..", "\x1b[2J",
+]  # fmt: skip
+
+
+def lying(content, dice: random.Random):
+    """The content with one to three of its leaves or tables replaced."""
+    places = []
+
+    def visit(value):
+        if isinstance(value, dict | list):
+            for key in value if isinstance(value, dict) else range(len(value)):
+                places.append((value, key))
+                visit(value[key])
+
+    visit(content)
+    for table, key in dice.sample(places, dice.randint(1, 3)):
+        if isinstance(table, list) or dice.random() < 0.8:
+            table[key] = dice.choice(LIES)
+        elif dice.random() < 0.5:
+            table.pop(key, None)
+        else:
+            table[str(dice.choice(LIES))] = table.pop(key, 0)
+    return content
+
+
+def test_a_header_that_lies_is_refused_or_gives_what_the_file_holds(tmp_path):
+    """With a right checksum: only TieError is raised, and then nothing was changed."""
+
+    def build():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(3, 3, 3, groups=3), nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3)
+        )
+
+    model = build()
+    tp.register_tie(model[0], "channel_shared", over="groups")
+    tp.register_tie(model[1], "flip_sym")
+    tp.register_tie(model[2], "copy", source=model[1], fn=torch.t)
+    path = tmp_path / "file"
+    tp.save(model, path)
+    tensors = {key: value.clone() for key, value in SafetensorsFile(path).items()}
+    text = SafetensorsFile(path).metadata["tiedparam"]
+    seen = Counter()
+    for number in range(HOW_MANY):
+        dice = random.Random(number)
+        with_ties(path, lying(json.loads(text), dice), tensors)
+        fresh = build()
+        before = described(fresh.state_dict()), [type(module) for module in fresh.modules()]
+        if unless_refused(lambda: tp.load(path, fresh)) is None:  # noqa: B023
+            now = described(fresh.state_dict()), [type(module) for module in fresh.modules()]
+            assert now == before, f"seed {number}"
+            seen["refused"] += 1
+        else:
+            held = described(fresh.state_dict())
+            assert all(held[key] == value for key, value in described(tensors).items())
+            seen["read"] += 1
+        offline = unless_refused(lambda: open_model(path))
+        if offline is not None:
+            tp.report(offline)
+    print(HOW_MANY, "headers that lie:", dict(seen))
+    assert seen["refused"] > HOW_MANY // 2
+    assert seen["read"] > 0

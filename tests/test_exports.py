@@ -131,6 +131,21 @@ def test_shards_without_marks_load(tmp_path):
         value_in(index)
 
 
+def test_transformers_reads_shards_with_marks(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        vocab_size=20, max_position_embeddings=8,
+    )  # fmt: skip
+    bert = transformers.BertModel(config)
+    tp.register_tie(bert.encoder.layer[0].intermediate.dense, "row_repeat")
+    config.save_pretrained(tmp_path)
+    assert len(tp.export_dense(bert, tmp_path / "model.safetensors", max_shard_size="9KB")) > 2
+    loaded = transformers.BertModel.from_pretrained(tmp_path)
+    dense = tp.dense_state_dict(bert)
+    assert all(torch.equal(value, dense[key]) for key, value in loaded.state_dict().items())
+
+
 @pytest.mark.feature(
     "Copies and files",
     "shards of two exports, or of one that was killed over an older one",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import os
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import warnings
+import zlib
 from collections import OrderedDict
 from math import prod
 
@@ -170,6 +172,27 @@ def test_the_oracle_reads_what_is_saved(net, file):
     assert header["layout"] == 2
     assert header["aliases"]["out.weight"] == "words.weight"
     assert {tie["rule"] for tie in header["ties"]} == set(tp.available_rules())
+
+
+BY_AN_EARLIER_VERSION = (  # flip_sym, row_repeat and a squared copy, as of layout version 2
+    "c-p;^(Q1P*6o!SpNXfN`NugbPvtI2P236#s$2Lq&mc$iTggwe0WskO#2;J&cVQhkM@}2nS&+&h{i^6keMbV;z3LF##"
+    "+n$+|SZOfOCZ#Etf^Av7T5rU<MizfJ37<38z@U1Uv8{+R-?LQiCys{djHMa#E$pnCzzOBy=mIr;gMrnJ)P)_|K$Uh<"
+    "bzbQ_($XG5`(1kxi=5U6qk8ST-0K?XtX38)0yQ)i{TB|(=PP2+%BqKkP@3?2u^Qtmll&HwMx6?S8o~XG&2;8b+~ToR"
+    "dYHSTlT>d?{P8;`P;}7ZT&nH@amtj(#J==kXv-g5P^^;;AH5JX5-eT@`HIF~20PNxEKNe<&>8s#;abULI8jC(WCu;^"
+    "b6dGVBgOKOG8<2J$?Y=cdCWq(Rb5+jmS7rlk&`n2jWYLhm@9LdPMVM7B8nEfD0+XG-VdrjcV8GDA)o"
+)
+
+
+def test_a_file_by_an_earlier_version_loads(tmp_path):
+    path = tmp_path / "old"
+    path.write_bytes(zlib.decompress(base64.b85decode(BY_AN_EARLIER_VERSION)))
+    model = tp.load(path, nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(3))))
+    assert [str(tp.get_tie(layer)) for layer in model] == [
+        "flip_sym", "row_repeat(groups=1)", "copy(fn='square')",
+    ]  # fmt: skip
+    expected = [[1.0, 2.5], [2.5, 1.0]], [[5.0, 6.0], [5.0, 6.0]], [[1.0, 6.25], [6.25, 1.0]]
+    for layer, weight in zip(model, expected, strict=True):
+        assert layer.weight.tolist() == weight
 
 
 def test_s22_a_parameter_of_two_layers_is_stored_once(tmp_path):

@@ -53,7 +53,8 @@ def save(model: nn.Module, path: PathLike) -> None:
 
     Args:
         model: the model; its parameters may lie on any device.
-        path: the file. One that is there is replaced.
+        path: the file. One that is there is replaced, and so are the shards and the index that
+            an older export of that name left.
 
     Raises:
         TieError: if the state is not made of plain tensors with values, or a tie cannot be
@@ -156,7 +157,8 @@ def export_dense(
 
     Args:
         model: the model.
-        path: the file. One that is there is replaced.
+        path: the file. One that is there is replaced, and so are the shards and the index that
+            an older export of that name left.
         max_shard_size: the largest size of one file in bytes, or like ``"5GB"`` or ``"500MiB"``.
             A larger model is written to ``<name>-00001-of-0000n.safetensors`` and so on, beside
             an index file ``<name>.safetensors.index.json``. A larger tensor has its own file.

@@ -16,7 +16,7 @@ from tiedparam._computed_source import recompute, why_computed
 from tiedparam._errors import TieError, describe, describe_layer
 from tiedparam._functions import find_function, identity
 from tiedparam._layout import Layout, declare_shape
-from tiedparam._offloaded import loaded
+from tiedparam._offloaded import can_be_loaded, loaded
 from tiedparam._rule import Rule
 from tiedparam._sharded import gathered
 from tiedparam._source import Source, find_source, shown
@@ -128,7 +128,8 @@ class Linked(Rule):
             if "diffusers" in sys.modules:
                 where.refuse_on_disk(source)
         present = _tensor_of(source, name)
-        if present is not None and present.is_meta:
+        # only then: a chain of copies on meta would be computed 2ⁿ times
+        if can_be_loaded(source) and present is not None and present.is_meta:
             with loaded(source):
                 present = _tensor_of(source, name)
         if present is None:

@@ -19,13 +19,15 @@ from torch import nn
 from tiedparam._errors import TieError
 
 
+def can_be_loaded(module: nn.Module) -> bool:
+    """Whether accelerate would load the module's tensors for a call of it."""
+    return module.__dict__.get("_hf_hook") is not None
+
+
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
     """Have accelerate load the module's tensors, as for a call of it, inside the block."""
-    hook: Any = module.__dict__.get("_hf_hook")
-    if hook is None:
-        yield
-        return
+    hook: Any = module.__dict__["_hf_hook"]
     hook.pre_forward(module)
     try:
         yield
