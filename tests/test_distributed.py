@@ -159,7 +159,7 @@ def assert_lawful(result: dict, build=lambda: worker.tie(worker.build(1))) -> No
     model.load_state_dict(result["state"])
     seen = 0
     for name, module in model.named_modules():
-        if not tp.is_tied(module):
+        if not tp.is_tied(module, recurse=False):
             continue
         weight = result["weights"][f"{name}.weight"]
         for moved in tp.get_tie(module).symmetries(weight):

@@ -54,6 +54,7 @@ def square_layers(draw: st.DrawFn) -> nn.Module:
 # The law and the counts -------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:the tie of .* frees nothing")  # some draws do
 @given(square_layers())
 def test_law_by_loops_and_closed_form_count(layer):
     dense = canonical_entries(layer)
@@ -183,6 +184,7 @@ def test_counts_of_the_stories_to_the_byte(channels, kernel, count, dense):
     ],
     ids=contract.layer_id,
 )
+@pytest.mark.filterwarnings("ignore:the tie of .* frees nothing")  # one value is one
 def test_counts_by_hand(build, count):
     layer = tp.register_tie(build(), "flip_sym")
     assert stored(layer) == count

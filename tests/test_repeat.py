@@ -49,6 +49,7 @@ def layers_and_options(draw: st.DrawFn) -> tuple[nn.Module, str, int, str]:
     return kind(inputs, outputs, kernel, groups=groups, dtype=dtype), name, times, order
 
 
+@pytest.mark.filterwarnings("ignore:the tie of .* frees nothing")  # some draws do
 @given(layers_and_options())
 def test_the_weight_is_what_torch_repeats(drawn):
     layer, name, times, order = drawn
@@ -74,6 +75,7 @@ def test_the_weight_is_what_torch_repeats(drawn):
         assert value == pytest.approx(mean, rel=eps, abs=2 * eps)
 
 
+@pytest.mark.filterwarnings("ignore:the tie of .* frees nothing")  # some draws do
 @given(layers_and_options())
 def test_lawful_weights_are_accepted_to_the_bit(drawn):
     layer, name, times, order = drawn
