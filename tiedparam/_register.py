@@ -54,6 +54,9 @@ def register_tie(
 ) -> Layer:
     """Tie a tensor of a stock layer: only its free values are stored from now on.
 
+    A copy whose source was resized, exchanged or lost since is tied anew by another copy, in the
+    size that its source has now.
+
     Args:
         layer: the layer; it stays of its class, and ``repr`` shows the tie.
         rule: a registered name (`available_rules`), a `Rule` subclass, or a `Rule`.
@@ -259,7 +262,7 @@ def remove_tie(
             f"{where} was tied as {rule.bound_layout.shape} and its source was resized since: it "
             f"is {tuple(dense.shape)} now. Resize what else the layer has, such as its bias.",
             TieWarning,
-            stacklevel=3,
+            stacklevel=5,  # past the decorators
         )
         declare_shape(layer, tensor_name, tuple(dense.shape))
     if isinstance(rule, Linked) and rule.watch is not None:
