@@ -168,13 +168,14 @@ def _is_broken_copy(layer: nn.Module, tensor_name: str) -> bool:
     """Whether the tensor is tied to a source that was resized, exchanged or lost since."""
     if not is_tied(layer, tensor_name) or is_stacked(layer, tensor_name):
         return False
+    if not isinstance(get_tie(layer, tensor_name), Linked):
+        return False
     try:
         with torch.no_grad():
-            return isinstance(get_tie(layer, tensor_name), Linked) and not isinstance(
-                effective(layer, tensor_name), Tensor
-            )
+            effective(layer, tensor_name)
     except TieError:
         return True
+    return False
 
 
 def _tie_again(
@@ -262,7 +263,7 @@ def remove_tie(
             f"{where} was tied as {rule.bound_layout.shape} and its source was resized since: it "
             f"is {tuple(dense.shape)} now. Resize what else the layer has, such as its bias.",
             TieWarning,
-            stacklevel=5,  # past the decorators
+            stacklevel=4,  # past the decorators
         )
         declare_shape(layer, tensor_name, tuple(dense.shape))
     if isinstance(rule, Linked) and rule.watch is not None:
