@@ -55,6 +55,9 @@ def register_tie(
 ) -> Layer:
     """Tie a tensor of a stock layer: only its free values are stored from now on.
 
+    A copy whose source was resized, exchanged or lost since is tied anew by another copy, in the
+    size that its source has now.
+
     Args:
         layer: the layer; it stays of its class, and ``repr`` shows the tie.
         rule: a registered name (`available_rules`), a `Rule` subclass, or a `Rule`.
@@ -195,13 +198,14 @@ def _is_broken_copy(layer: nn.Module, tensor_name: str) -> bool:
     """Whether the tensor is tied to a source that was resized, exchanged or lost since."""
     if not is_tied(layer, tensor_name) or is_stacked(layer, tensor_name):
         return False
+    if not isinstance(get_tie(layer, tensor_name), Linked):
+        return False
     try:
         with torch.no_grad():
-            return isinstance(get_tie(layer, tensor_name), Linked) and not isinstance(
-                effective(layer, tensor_name), Tensor
-            )
+            effective(layer, tensor_name)
     except TieError:
         return True
+    return False
 
 
 def _tie_again(

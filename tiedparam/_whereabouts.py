@@ -164,7 +164,8 @@ def _modules_in_use() -> Iterator[nn.Module]:
     seen: set[int] = set()
     while frame is not None:
         for value in list(frame.f_locals.values()):
-            if isinstance(value, nn.Module) and id(value) not in seen:
+            # by type: isinstance would ask the object, which may be anybody's proxy
+            if issubclass(type(value), nn.Module) and id(value) not in seen:
                 for module in value.modules():
                     seen.add(id(module))
                     yield module
