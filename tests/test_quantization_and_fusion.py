@@ -135,3 +135,36 @@ def test_fx_fusion_leaves_tied_layers():
     torch.testing.assert_close(fused(x.repeat(1, 1, 2, 2)), expected, rtol=1e-4, atol=1e-5)
     norms = [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 1
+
+
+@pytest.mark.feature(
+    "Quantization and fusion",
+    "torchao's PT2E on an exported model",
+    limit="weights that are computed stay in float, as with any parametrization; untie first",
+)
+@pytest.mark.parametrize("rule", ["flip_sym", "channel_shared"])
+def test_s52_pt2e_leaves_tied_weights_in_float(rule):
+    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    inductor = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3)).eval()
+    tp.tie_model(net, {nn.Conv2d: rule}, init="rescale")
+    x = torch.randn(4, 3, 8, 8)
+
+    def quantized():
+        """The quantized model, and how many of its weights are."""
+        config = inductor.get_default_x86_inductor_quantization_config()
+        quantizer = inductor.X86InductorQuantizer().set_global(config)
+        ready = pt2e.prepare_pt2e(torch.export.export(net, (x,)).module(), quantizer)
+        ready(x)
+        graph = pt2e.convert_pt2e(ready)
+        weights = sum("dequantize_per_channel" in str(node.target) for node in graph.graph.nodes)
+        return graph, weights
+
+    wanted = net(x)
+    graph, weights = quantized()
+    assert weights == 0
+    torch.testing.assert_close(graph(x), wanted, rtol=0.1, atol=0.1)
+    tp.untie_model(net)
+    graph, weights = quantized()
+    assert weights == 2
+    torch.testing.assert_close(graph(x), wanted, rtol=0.1, atol=0.1)
