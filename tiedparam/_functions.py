@@ -75,7 +75,7 @@ def find_function(name: object, allowed: Functions) -> Function:
     hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(FUNCTIONS)}."
     raise TieError(
         f"fn={shortened(repr(name))} is no function that a file can name. {hint} One of your own "
-        "is called 'module:name'."
+        "is called 'module:name' there; in Python pass the function itself."
     )
 
 
