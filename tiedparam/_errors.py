@@ -40,7 +40,8 @@ def extra_repr(layer: nn.Module) -> str:
     stock = next(
         kind
         for kind in type(layer).__mro__
-        if not any(isinstance(getattr(kind, name, None), property) for name in names)
+        if issubclass(kind, nn.Module)  # fully_shard mixes in a class that is none
+        and not any(isinstance(getattr(kind, name, None), property) for name in names)
     )
     stand_in: Any = object.__new__(stock)
     stand_in.__dict__.update(layer.__dict__, _parameters={**layer._parameters}, _modules={})
