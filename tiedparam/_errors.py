@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +22,18 @@ class TieError(RuntimeError):
 
 class TieWarning(UserWarning):
     """Values were changed as asked, by more than rounding: a loaded weight was projected."""
+
+
+def warn(message: str) -> None:
+    """Give a `TieWarning` at the line that called the library, whatever decorators lie between."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _package(frame) in ("tiedparam", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, TieWarning, stacklevel=level)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def describe_layer(layer: nn.Module) -> str:

@@ -8,7 +8,6 @@ refuses midway.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from tiedparam import _cache, _host, _optimizer, _optimizer_guard, _structured
 from tiedparam._checkpoint import watch_source
-from tiedparam._errors import TieError, TieWarning, describe
+from tiedparam._errors import TieError, describe, warn
 from tiedparam._layout import declare_shape
 from tiedparam._linked import Linked
 from tiedparam._offloaded import refuse_offloaded
@@ -259,11 +258,9 @@ def remove_tie(
 
     if dense.shape != rule.bound_layout.shape:
         # here, where nothing has changed: warnings may be errors
-        warnings.warn(
+        warn(
             f"{where} was tied as {rule.bound_layout.shape} and its source was resized since: it "
-            f"is {tuple(dense.shape)} now. Resize what else the layer has, such as its bias.",
-            TieWarning,
-            stacklevel=4,  # past the decorators
+            f"is {tuple(dense.shape)} now. Resize what else the layer has, such as its bias."
         )
         declare_shape(layer, tensor_name, tuple(dense.shape))
     if isinstance(rule, Linked) and rule.watch is not None:

@@ -12,7 +12,6 @@ A copy holds its source itself. What may happen to the modules around it is noti
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from types import FrameType
@@ -20,7 +19,7 @@ from types import FrameType
 from torch import nn
 
 from tiedparam import _adapters
-from tiedparam._errors import TieError, TieWarning
+from tiedparam._errors import TieError, warn
 
 
 class Whereabouts:
@@ -107,12 +106,10 @@ class Whereabouts:
             )
         if not self._warned and _adapters.adapts(wrapper, source):
             self._warned = True
-            warnings.warn(
+            warn(
                 f"the source '{place}' of a '{rule}' tie carries an adapter. The copy reads the "
                 "source without it, and merging writes the adapter into both. Call remove_tie "
-                "before you merge.",
-                TieWarning,
-                stacklevel=2,
+                "before you merge."
             )
 
     # In a shallow clone ----------------------------------------------------------------
