@@ -5,17 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether dtype, shape and bits are equal: a NaN equals itself, and −0 is not 0."""
+    """Whether dtype, shape and bits are equal: a NaN equals itself, and −0 is not 0.
+
+    Tensors on the meta device, which have no bits, are the same if they look the same.
+    """
     if one is other:
         return True
-    if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
+    if one.dtype is not other.dtype or one.shape != other.shape or one.device != other.device:
         return False
     if one.is_meta or one.numel() == 0:
         return True
-    raw = [
-        tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-        for tensor in (one, other)
-    ]
-    return torch.equal(*raw)
+    return torch.equal(*_as_integers(one, other))
+
+
+def _as_integers(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    left, right = left.detach().resolve_neg(), right.detach().resolve_neg()
+    if left.is_complex():
+        left = torch.view_as_real(left.resolve_conj())
+        right = torch.view_as_real(right.resolve_conj())
+    size = left.element_size()
+    if left.is_contiguous() and right.is_contiguous() and left.numel() * size % 8 == 0:
+        size = 8  # the widest integers are compared fastest
+        left, right = left.reshape(-1), right.reshape(-1)
+    return left.view(_INTEGERS[size]), right.view(_INTEGERS[size])

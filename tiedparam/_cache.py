@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from tiedparam import _optimizer_guard
+from tiedparam._bits import same_bits
 from tiedparam._errors import TieError
 from tiedparam._interposed import is_bare
 from tiedparam._rule import Rule
@@ -120,7 +121,7 @@ def _checked(memory: Memory, values: parametrize.ParametrizationList) -> Tensor 
     kept = memory.kept
     if kept is not None:
         (snapshot, precision_then), weight = kept
-        if precision is precision_then and _same_bits(snapshot, present):
+        if precision is precision_then and _all_the_same(snapshot, present):
             return weight
     with torch.inference_mode(False), torch.no_grad():
         # computed from the snapshot, not from values that another thread may be writing
@@ -130,30 +131,10 @@ def _checked(memory: Memory, values: parametrize.ParametrizationList) -> Tensor 
     return weight  # type: ignore[no-any-return]
 
 
-def _same_bits(kept: tuple[Tensor, ...], present: tuple[Tensor | None, ...]) -> bool:
+def _all_the_same(kept: tuple[Tensor, ...], present: tuple[Tensor | None, ...]) -> bool:
     return len(kept) == len(present) and all(
-        now is not None
-        and then.dtype is now.dtype
-        and then.device == now.device
-        and then.shape == now.shape
-        and torch.equal(*_as_integers(then, now))
-        for then, now in zip(kept, present, strict=True)
+        now is not None and same_bits(then, now) for then, now in zip(kept, present, strict=True)
     )
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _as_integers(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same bits as integers: a NaN equals itself, and zeros of different sign do not."""
-    left, right = left.detach(), right.detach()
-    if left.is_complex():
-        left, right = torch.view_as_real(left), torch.view_as_real(right)
-    size = left.element_size()
-    if left.is_contiguous() and right.is_contiguous() and left.numel() * size % 8 == 0:
-        size = 8  # the widest integers are compared fastest
-        left, right = left.reshape(-1), right.reshape(-1)
-    return left.view(_INTEGERS[size]), right.view(_INTEGERS[size])
 
 
 # frozen -----------------------------------------------------------------------------------
@@ -324,7 +305,7 @@ class _Frozen:
             now = self._compute()
         except Exception:  # its source was exchanged, say
             return True
-        return not _same_bits((self.weight,), (now,))
+        return not same_bits(self.weight, now)
 
     def _refuse_backward(self, gradient: Tensor) -> None:
         raise TieError(
