@@ -27,7 +27,11 @@ from tiedparam._ties import ties_of
 
 def is_bare(values: nn.Module, rule: nn.Module) -> bool:
     """Whether calling a list of parametrizations gives what its rule computes, and no more."""
-    return not (is_watched(values) or is_watched(rule) or _is_every_module_watched())
+    return not (
+        is_watched(values)
+        or is_watched(rule)
+        or (torch_module._has_any_global_hook() and _is_every_module_watched())
+    )
 
 
 _OBSERVERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
@@ -38,8 +42,6 @@ def _is_every_module_watched() -> bool:
 
     `torch.utils.flop_counter.FlopCounterMode` has such trackers, and is to count what really runs.
     """
-    if not torch_module._has_any_global_hook():
-        return False
     tables = (
         torch_module._global_forward_hooks,
         torch_module._global_forward_pre_hooks,

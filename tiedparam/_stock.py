@@ -42,12 +42,13 @@ def effective(layer: nn.Module, tensor_name: str) -> Tensor:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether calling this module does more than its class's ``forward``."""
+    kept = module.__dict__  # by the table: this runs at every call
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        kept["_forward_hooks"]
+        or kept["_forward_pre_hooks"]
+        or kept["_backward_hooks"]
+        or kept["_backward_pre_hooks"]
+        or "forward" in kept
     )
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -204,9 +204,10 @@ def _conv(layer: Any, input: Tensor) -> Tensor | None:
     axes = len(layer.kernel_size)
     if found is None or not _has_channels(layer, input, axes):
         return None
-    if found.plan.form == "windows":
+    plan = found[1]
+    if plan.form == "windows":
         y = _by_windows(layer, found, input)
-        if y is not None or found.plan.otherwise == "dense":
+        if y is not None or plan.otherwise == "dense":
             return y
     return _by_sums(layer, found, input, layer._conv_forward)
 
@@ -303,13 +304,8 @@ _KINDS: dict[type[nn.Module], _Kind] = {
 }
 
 
-class _Found(NamedTuple):
-    """What a cheap form computes with."""
-
-    rule: Broadcast
-    plan: Plan
-    free: Tensor
-    bias: Tensor | None
+_Found = tuple[Broadcast, Plan, Tensor, Tensor | None]
+"""What a cheap form computes with: rule, plan, free values, bias."""
 
 
 def _planned(layer: nn.Module, input: Any) -> _Found | None:
@@ -327,8 +323,9 @@ def _planned(layer: nn.Module, input: Any) -> _Found | None:
     free: Any = weight._parameters.get("original0")
     if free is None:
         free = weight.original0  # a replica of nn.DataParallel has no Parameters
-    bias = effective(layer, "bias")
-    return _Found(rule, plan, free, bias) if _agree(input, free, bias) else None
+    stored = layer._parameters  # an attribute of a module is found last there
+    bias = stored["bias"] if "bias" in stored else effective(layer, "bias")
+    return (rule, plan, free, bias) if _agree(input, free, bias) else None
 
 
 _EXPAND = Broadcast.forward
@@ -339,11 +336,14 @@ _EXPAND = Broadcast.forward
 def _agree(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the numbers have one device and dtype, or dtypes that autocast makes one."""
     device, dtype = input.device, input.dtype
-    if weight.device != device or (bias is not None and bias.device != device):
+    if weight.device != device or input.layout is not torch.strided or input.is_nested:
         return False
-    if input.layout is not torch.strided or input.is_nested:
+    if bias is None:
+        if weight.dtype is dtype:
+            return True
+    elif bias.is_meta is not input.is_meta:  # on another device the operation says so itself
         return False
-    if weight.dtype is dtype and (bias is None or bias.dtype is dtype):
+    elif weight.dtype is dtype is bias.dtype:
         return True
     if _autocast_dtype(device.type) is None:
         return False
