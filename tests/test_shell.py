@@ -918,7 +918,7 @@ def test_a_scan_without_finds_says_what_that_means(tmp_path, monkeypatch, capsys
 )
 def test_an_entry_as_an_option_is_read_as_the_same_entry(entry):
     _, option = shlex.split(_next_steps.in_shell(tp.Plan((entry,))))
-    assert _shell._entry(option) == entry
+    assert _shell._entry(option, {}) == entry
 
 
 def test_what_an_option_cannot_say_is_left_to_a_plan():

@@ -218,7 +218,7 @@ def _tie_again(
         value = made.value_for(tensor_name, places.root if places is not None else None)
         shape = present.bound_layout.shape
         if value is None or value.dim() != len(shape):
-            value = torch.empty(shape)  # `bind` says what does not fit
+            value = torch.empty(shape, device="cpu")  # `bind` says what does not fit
         _host.release(layer, tensor_name, _host.plain_parameter(value, requires_grad=True))
         declare_shape(layer, tensor_name, tuple(value.shape))
         tie_one(layer, made, tensor_name, places, init=init, cache=cache, optimizer=None)

@@ -128,8 +128,8 @@ def file_of(path: Path) -> Path:
         return path / known[0]
     if known:
         raise TieError(
-            f"the folder '{path}' holds several checkpoints: {_names(known)}. Name the one you "
-            f"mean, such as '{path / known[0]}'."
+            f"the folder '{path}' holds several checkpoints: {_names(known)}. Name the one "
+            f"that you mean, such as '{path / known[0]}'."
         )
     names = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(_ENDINGS))
     shards = [match for name in names if (match := _SHARD.fullmatch(name)) is not None]
