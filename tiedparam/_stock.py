@@ -82,11 +82,16 @@ def never_compiled(function: F) -> F:
     it is, between two graphs.
     """
 
+    disabled: list[Any] = []  # made once, when there is something to keep out
+
     @functools.wraps(function)
     def outside(*args: Any, **kwargs: Any) -> Any:
         dynamo: Any = sys.modules.get("torch._dynamo")  # not imported: nothing is compiled
-        run = function if dynamo is None else dynamo.disable(function)
-        return run(*args, **kwargs)
+        if dynamo is None:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(dynamo.disable(function))
+        return disabled[0](*args, **kwargs)
 
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast(F, outside)
