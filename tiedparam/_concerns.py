@@ -19,7 +19,7 @@ from numbers import Real
 
 from torch import Tensor
 
-from tiedparam._errors import TieError, warn
+from tiedparam._errors import TieError, shortened, warn
 from tiedparam._rule import Rule
 
 KEPT = 0.2
@@ -62,8 +62,8 @@ class Concern:
             )
         does = [f"{shown} would {result}" for shown, result in self.others.items()]
         others = f" {', '.join(does)}." if does else ""
-        where, law = _shortened(self.where, 160), _shortened(str(rule), 160)
-        return _shortened(f"the tie of {where} by '{law}' {fact}{others}", 600)
+        where, law = shortened(self.where, 160), shortened(str(rule), 160)
+        return shortened(f"the tie of {where} by '{law}' {fact}{others}", 600)
 
     def advice(self) -> str:
         """What to do, with the call that looks before tying."""
@@ -75,7 +75,7 @@ class Concern:
         call = ", ".join(["layer", name, *tensor, *([shown] if shown else [])])
         return (
             "For a fresh layer pass init='rescale', which keeps its scale; for a trained one see "
-            f"first how far it is: tiedparam.residual({_shortened(call, 160)})."
+            f"first how far it is: tiedparam.residual({shortened(call, 160)})."
         )
 
     @cached_property
@@ -194,6 +194,3 @@ def _kept(residual: float) -> float:
 def _shown(rule: Rule) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in rule.options().items())
 
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
