@@ -81,7 +81,6 @@ def never_compiled(function: F) -> F:
     What changes the structure of a model cannot be traced. Inside a compiled function it runs as
     it is, between two graphs.
     """
-
     disabled: list[Any] = []  # made once, when there is something to keep out
 
     @functools.wraps(function)
