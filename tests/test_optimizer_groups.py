@@ -196,6 +196,19 @@ def test_s42_a_group_of_one_changes_its_rate_in_place():
     assert {**after, "params": None} == {**before, "params": None}
 
 
+def test_s19_a_group_whose_other_values_are_away_waits_for_them_as_it_is():
+    """Else the first could not come back, since its group has another rate meanwhile."""
+    layers = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 8, bias=False))
+    optimizer = torch.optim.Adam(layers.parameters(), weight_decay=0.5)
+    before = named(layers, optimizer)
+    tp.register_tie(layers[0], "row_repeat", groups=2, optimizer=optimizer)
+    tp.register_tie(layers[1], "row_repeat", groups=4, optimizer=optimizer)  # alone by now
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 2.0, 1.0]
+    tp.remove_tie(layers[0], optimizer=optimizer)
+    tp.remove_tie(layers[1], optimizer=optimizer)
+    assert named(layers, optimizer) == before
+
+
 @pytest.mark.parametrize(
     "decoupled",
     [

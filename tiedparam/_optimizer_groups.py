@@ -64,13 +64,16 @@ def destination(
     if math.isclose(changes[_TIMES], 1.0):
         changes[_TIMES] = 1.0  # not 0.9999…: it is compared with what was never changed
     alone = bool(leaving) and all(among(p, leaving) for p in group["params"])
-    if not alone or _PLACES in group:
-        home = _numbered(optimizer, _home(optimizer, group, leaving)[0])
+    number = _home(optimizer, group, leaving)[0]
+    # others may come back to a group of the user's, and must find it as they left it
+    awaits = _PLACES not in group and bool(_away(optimizer, number))
+    if not alone or awaits or _PLACES in group:
+        home = _numbered(optimizer, number)
         made = [other for other in optimizer.param_groups if _PLACES in other]
         for other in [home, *made]:  # not another one of the user's, which is alike by chance
             if other is not None and other is not group and _alike(other, group, changes):
                 return other, {}
-    if alone:
+    if alone and (not awaits or _is_scheduled(optimizer)):
         return group, changes
     if _is_scheduled(optimizer):
         return None
