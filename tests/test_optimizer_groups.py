@@ -520,6 +520,27 @@ def test_s42_a_saved_optimizer_goes_on_in_one_that_was_moved_in_the_same_way():
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("tied_when_saved", [False, True])
+def test_s42_a_state_that_was_saved_with_other_rates_is_not_loaded(tied_when_saved):
+    """It would replace the multiplied rate, and nothing else would show that."""
+    layer = nn.Linear(6, 8, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.5)
+    dense = copy.deepcopy(optimizer.state_dict())
+    tie(layer, "row_repeat", optimizer=optimizer)
+    tied = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(tied)
+    loaded, here, there = dense, 4, 1
+    if tied_when_saved:
+        tp.remove_tie(layer, optimizer=optimizer)
+        optimizer.load_state_dict(dense)
+        loaded, here, there = tied, 1, 4
+    before = snapshot(layer, optimizer)
+    said = f"group 0 is multiplied by {here} for its ties here, and by {there} in what is loaded"
+    with pytest.raises(tp.TieError, match=said):
+        optimizer.load_state_dict(loaded)
+    assert snapshot(layer, optimizer) == before
+
+
 def test_s42_torchs_checkpoint_functions_take_the_groups():
     def build():
         model = make_model()

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from tiedparam._errors import warn
 from tiedparam._optimizer_groups import among, destination, exchange, times
+from tiedparam._optimizer_guard import watch_rates
 from tiedparam._optimizer_laws import OptimizerLaw, law_of, unwrapped
 from tiedparam._optimizer_maps import Maps, has_orbits, is_linear, maps_to_dense, maps_to_free
 from tiedparam._rule import Rule
@@ -113,6 +114,8 @@ class Move:
         exchange(
             self.optimizer, self.group, self.target, self.old, self.new, self.names, self.changes
         )
+        if times(self.target) != 1:
+            watch_rates(self.optimizer)
         for parameter in self.old:
             self.optimizer.state.pop(parameter, None)
         for parameter, state in zip(self.new, self.state, strict=True):

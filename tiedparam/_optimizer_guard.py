@@ -8,6 +8,9 @@ State that ``optimizer.load_state_dict`` assigned by index can land on the wrong
 (S19), and fused kernels would read it out of bounds (S17): where a free value is involved,
 shapes are compared before the first step that follows. There it is also said if the optimizer is
 one, as Muon, that takes what is stored for the weight (S41).
+
+``load_state_dict`` replaces the options of the groups, too, and with them the rates of decay that
+were multiplied (S42): an optimizer that was moved takes groups only that say the same of that.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tiedparam._errors import TieError, warn
+from tiedparam._optimizer_groups import times
 from tiedparam._optimizer_laws import parameter_shaped_state, why_unfit
 
 # Marks are attributes of the Parameters: a weak reference to one would keep torch from
@@ -74,6 +78,27 @@ def forbid_steps(owner: object, parameters: list[Tensor], where: str) -> None:
 def allow_steps(owner: object) -> None:
     """End what ``owner`` forbade."""
     _forbidden.pop(owner, None)
+
+
+def watch_rates(optimizer: Optimizer) -> None:
+    """From now on, loading groups with other multiplied rates than those that are here raises."""
+    hooks = optimizer._optimizer_load_state_dict_pre_hooks
+    if _refuse_other_rates not in hooks.values():
+        optimizer.register_load_state_dict_pre_hook(_refuse_other_rates)
+
+
+def _refuse_other_rates(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    here, there = optimizer.param_groups, state_dict["param_groups"]
+    if len(here) != len(there):
+        return  # torch says so
+    for number, (own, loaded) in enumerate(zip(here, there, strict=True)):
+        if times(own) != times(loaded):
+            raise TieError(
+                f"cannot load this state into the {type(optimizer).__name__}: the decay of group "
+                f"{number} is multiplied by {times(own):g} for its ties here, and by "
+                f"{times(loaded):g} in what is loaded. Load it into an optimizer whose parameters "
+                "are tied as they were when it was saved, and tie or untie with optimizer= then."
+            )
 
 
 def _install() -> None:
