@@ -14,6 +14,7 @@ from rule_of_two_tensors import TwoHalves
 from torch import nn
 
 import tiedparam as tp
+import tiedparam._owner
 
 
 def free(layer, name="weight"):
@@ -180,4 +181,30 @@ def test_parameters_can_still_be_swapped():
     (value,) = free(layer)
     tp.owner(value)
     torch.utils.swap_tensors(value, nn.Parameter(torch.ones_like(value)))
+    assert owns(layer)
+
+
+def test_asking_for_every_value_of_a_model_searches_all_layers_once(monkeypatch):
+    """Parameter groups of a model with thousands of ties would take minutes."""
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(20)], nn.LayerNorm(4))
+    tp.tie_model(model, {nn.Linear: "flip_sym"})
+    searches = []
+    search = tiedparam._owner._look_at_all
+    monkeypatch.setattr(
+        tiedparam._owner, "_look_at_all", lambda: (searches.append(1), search())
+    )
+    owners = [tp.owner(value) for value in model.parameters()]
+    assert [found is not None for found in owners] == [False, True] * 20 + [False] * 2
+    assert len(searches) == 1
+    model.double()
+    tp.untie_model(model[:10])
+    assert [tp.owner(p) for layer in model[:10] for p in layer.parameters()] == [None] * 20
+    assert all(owns(layer) for layer in model[10:20])
+
+
+def test_a_free_value_that_stands_elsewhere_as_a_plain_parameter_is_found():
+    layer, other = nn.Linear(4, 4), tp.register_tie(nn.Linear(4, 4), "flip_sym")
+    tp.register_tie(layer, "flip_sym")
+    other.bias = free(layer)[0]
+    assert tp.owner(free(other)[0]).layer is other
     assert owns(layer)

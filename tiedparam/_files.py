@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tiedparam import _header
 from tiedparam._atomic import PathLike, refuse_foreign_suffix, whole_files
 from tiedparam._checkpoint import untie_with
-from tiedparam._errors import LONGEST_MESSAGE, TieError, describe, shortened
+from tiedparam._errors import LONGEST_MESSAGE, TieError, shortened
 from tiedparam._exports import MARK, index_content, index_of, left_by_older, shards_of
 from tiedparam._fit import entries_for, placeholder, ties_to_make
 from tiedparam._functions import Functions, as_functions
@@ -322,8 +322,8 @@ def _give_memory(model: nn.Module) -> None:
             if buffer is not None and buffer.is_meta and persistent:
                 module._buffers[name] = on_cpu(buffer)
     if parameters:
-        for _, layer, name, _ in named_ties(model):
-            watch_free_values(free_values(layer, name), describe(layer, name, model))
+        for prefix, layer, name, _ in named_ties(model):
+            watch_free_values(free_values(layer, name), f"'{prefix}{name}'")
 
 
 def _load_state_dict(model: nn.Module, entries: Mapping[str, Tensor]) -> None:

@@ -36,7 +36,7 @@ def loaded(module: nn.Module) -> Iterator[None]:
 
 
 def refuse_offloaded(
-    layer: nn.Module, where: str, verb: str, inside: Iterable[nn.Module] = ()
+    layer: nn.Module, where: str, verb: str, on_disk: Iterable[nn.Module] = ()
 ) -> None:
     """Raise if a tool keeps the values of a layer whose parameters are about to be exchanged.
 
@@ -44,7 +44,7 @@ def refuse_offloaded(
         layer: the layer to tie or untie.
         where: how to name the tensor.
         verb: "tie" or "untie".
-        inside: the modules of the model, where they are known.
+        on_disk: the modules of the model that diffusers keeps on disk, where it is known.
 
     Raises:
         TieError: if accelerate offloads the layer, or diffusers keeps it on disk.
@@ -55,7 +55,7 @@ def refuse_offloaded(
             f"cannot {verb} {where}: accelerate offloads its values, and would look for the old "
             "ones. Call accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
         )
-    holders = (module for module in (layer, *inside) if is_on_disk(module))
+    holders = [*([layer] if is_on_disk(layer) else []), *on_disk]
     if any(module is layer for holder in holders for module in holder.modules()):
         raise TieError(
             f"cannot {verb} {where}: diffusers keeps its values on disk. {verb.capitalize()} "

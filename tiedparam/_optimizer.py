@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tiedparam._errors import warn
-from tiedparam._optimizer_groups import among, destination, exchange, times
+from tiedparam._optimizer_groups import among, destination, exchange, positions, times
 from tiedparam._optimizer_guard import watch_rates
 from tiedparam._optimizer_laws import OptimizerLaw, law_of, unwrapped
 from tiedparam._optimizer_maps import Maps, has_orbits, is_linear, maps_to_dense, maps_to_free
@@ -381,8 +381,7 @@ def _new_names(group: dict[str, Any], change: Exchange) -> list[str]:
     """The new entries of ``param_names``, which torch keeps beside ``params``."""
     if "param_names" not in group:
         return []
-    old = (i for i, p in enumerate(group["params"]) if among(p, change.old))
-    first: str = group["param_names"][next(old)]
+    first: str = group["param_names"][positions(change.old, group["params"])[0]]
     name = change.tensor_name
     stored = f"parametrizations.{name}.original"
     if not change.tying:

@@ -29,7 +29,13 @@ _OF_PARAMETERS = frozenset({"params", "param_names", _PLACES})
 
 def among(parameter: Any, parameters: Iterable[Any]) -> bool:
     """Whether a parameter is one of these, by identity."""
-    return any(parameter is other for other in parameters)
+    return id(parameter) in map(id, parameters)  # groups may be long, and Python's loops are slow
+
+
+def positions(wanted: Iterable[Any], parameters: Sequence[Any]) -> list[int]:
+    """Where some parameters stand among these, in order; those that do not stand there left out."""
+    listed = list(map(id, parameters))
+    return sorted(listed.index(id(p)) for p in wanted if id(p) in listed)
 
 
 def times(group: Mapping[str, Any]) -> float:
@@ -134,14 +140,14 @@ def _numbered(optimizer: Optimizer, number: int) -> Group | None:
 
 def _home(optimizer: Optimizer, group: Group, old: Sequence[Any]) -> tuple[int, list[int]]:
     """The number of the group that parameters belong to, and their places in it."""
-    positions = [i for i, p in enumerate(group["params"]) if among(p, old)]
+    found = positions(old, group["params"])
     if _PLACES in group:
-        entries = [group[_PLACES][i] for i in positions]
+        entries = [group[_PLACES][i] for i in found]
         (number, _), *_ = entries or group[_PLACES]
         return number, sorted({slot for _, slots in entries for slot in slots})
     number = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
     slots = []
-    for slot in positions:
+    for slot in found:
         for away in sorted(_away(optimizer, number)):
             slot += away <= slot
         slots.append(slot)
@@ -167,13 +173,12 @@ def _shift(optimizer: Optimizer, home: int, slots: Sequence[int], by: int) -> No
 
 
 def _take_out(group: Group, old: Sequence[Any]) -> None:
-    kept = [i for i, p in enumerate(group["params"]) if not among(p, old)]
+    if _PLACES in group:
+        group[_PLACES] = list(group[_PLACES])  # who holds it may put it back
+    found = positions(old, group["params"])
     for name in _OF_PARAMETERS & group.keys():
-        values = [group[name][i] for i in kept]
-        if name == _PLACES:
-            group[name] = values
-        else:
-            group[name][:] = values
+        for position in reversed(found):
+            del group[name][position]
 
 
 def _dissolve(optimizer: Optimizer, group: Group) -> None:

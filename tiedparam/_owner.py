@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tiedparam._rule import Rule
-from tiedparam._ties import get_tie, is_tied
+from tiedparam._ties import free_values, get_tie, is_tied, ties_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Owner:
 
 # by layer, in the order of tying; a dictionary, as there is no ordered weak set
 _tied_layers: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
+
+
+# by the id of a Parameter, where it stood when all layers were last searched: looked at first, so that
+# asking for each Parameter of a model does not search them each time
+_last_seen: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
 
 
 def remember(layer: nn.Module) -> None:
@@ -70,12 +75,49 @@ def owner(parameter: nn.Parameter) -> Owner | None:
     """
     if not isinstance(parameter, nn.Parameter):
         raise TypeError(f"owner takes a Parameter, not {type(parameter).__name__}")
+    found = _where(parameter)
+    if found is None and _is_held_by_any(parameter):
+        _look_at_all()
+        found = _where(parameter)
+    if found is None or not is_tied(*found):
+        return None
+    layer, name = found
+    rule = get_tie(layer, name)
+    return Owner(layer, name, rule.bound_layout.shape, rule)
+
+
+def _where(parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
+    """In which tensor of which layer it was last seen, if it still stands there."""
+    seen, name = _last_seen.get(id(parameter), (None, ""))
+    layer = seen() if seen is not None else None
+    if layer is None:
+        return None
+    held = free_values(layer, name) if is_tied(layer, name) else [layer._parameters.get(name)]
+    return (layer, name) if any(value is parameter for value in held) else None
+
+
+def _is_held_by_any(parameter: nn.Parameter) -> bool:
+    """Whether a remembered layer has it in a list of parametrizations, of a tie or another one.
+
+    By the tables alone: what other layers hold is looked for in vain, each time.
+    """
+    wanted = id(parameter)
     for layer in list(_tied_layers):
-        # by the tables: for a model of many ties, attributes of modules would take a minute
-        lists = layer.__dict__.get("_modules", {}).get("parametrizations")
-        for name, values in lists._modules.items() if lists is not None else ():
-            held = any(value is parameter for value in values._parameters.values())
-            if held and is_tied(layer, name):  # not another parametrization, beside a tie
-                rule = get_tie(layer, name)
-                return Owner(layer, name, rule.bound_layout.shape, rule)
-    return None
+        lists = layer.__dict__["_modules"].get("parametrizations")
+        if lists is not None:
+            for values in lists.__dict__["_modules"].values():
+                if wanted in map(id, values.__dict__["_parameters"].values()):
+                    return True
+    return False
+
+
+def _look_at_all() -> None:
+    """Note where each Parameter of the remembered layers stands; a shared one, in the first."""
+    _last_seen.clear()
+    for layer in list(_tied_layers):
+        for name in ties_of(layer):
+            for value in free_values(layer, name):
+                _last_seen.setdefault(id(value), (weakref.ref(layer), name))
+    for layer in list(_tied_layers):  # behind all free values, should somebody share one
+        for name, parameter in layer._parameters.items():
+            _last_seen.setdefault(id(parameter), (weakref.ref(layer), name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -22,6 +22,7 @@ class Places:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self._paths: dict[nn.Module, str] = {}
+        self._kinds: dict[Callable[[nn.Module], bool], list[nn.Module]] = {}
         self._holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
         for path, module in root.named_modules():
             self._paths[module] = path
@@ -29,10 +30,11 @@ class Places:
                 if parameter is not None:
                     self._holders.setdefault(parameter, []).append((module, name))
 
-    @property
-    def modules(self) -> Collection[nn.Module]:
-        """All modules of the model."""
-        return self._paths
+    def modules_that(self, are: Callable[[nn.Module], bool]) -> list[nn.Module]:
+        """All modules of the model of some kind, such as wrappers: tying makes none of these."""
+        if are not in self._kinds:
+            self._kinds[are] = [module for module in self._paths if are(module)]
+        return self._kinds[are]
 
     def describe(self, layer: nn.Module, tensor_name: str) -> str:
         """Name a tensor by its path in the model, or by its layer if it is not in there."""

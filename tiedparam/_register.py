@@ -24,7 +24,7 @@ from tiedparam._concerns import Concern, check_max_residual, concern_of, refuse_
 from tiedparam._errors import TieError, describe, warn
 from tiedparam._layout import declare_shape
 from tiedparam._linked import Linked
-from tiedparam._offloaded import refuse_offloaded
+from tiedparam._offloaded import is_on_disk, refuse_offloaded
 from tiedparam._places import Places
 from tiedparam._registry import find_rule
 from tiedparam._rollback import rolled_back_on_error
@@ -32,7 +32,7 @@ from tiedparam._rule import Rule, relative_distance
 from tiedparam._sharded import is_sharded
 from tiedparam._stock import effective, has_values, never_compiled
 from tiedparam._ties import free_values, get_tie, is_stacked, is_tied, origins
-from tiedparam._wrapped import refuse_wrapped
+from tiedparam._wrapped import is_wrapper, refuse_wrapped
 from tiedparam._write_guard import unguard
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -405,10 +405,11 @@ def _weight_to_tie(
     if parametrize.is_parametrized(layer, tensor_name):
         raise refuse("it has another parametrization. Remove that one, tie, and register it again.")
     weight = layer._parameters.get(tensor_name)
-    inside = places.modules if places is not None else ()
+    wrappers = places.modules_that(is_wrapper) if places is not None else ()
+    on_disk = places.modules_that(is_on_disk) if places is not None else ()
     where = _describe(layer, tensor_name, places)
     if weight is None:
-        refuse_wrapped(layer, [], where, "tie", inside)
+        refuse_wrapped(layer, [], where, "tie", wrappers)
         raise refuse(_why_no_parameter(layer, tensor_name))
     if isinstance(weight, nn.UninitializedParameter):
         raise refuse("the layer is lazy and has no shape yet. Run one forward pass first.")
@@ -416,8 +417,8 @@ def _weight_to_tie(
         raise refuse("only dense, unquantized tensors can be tied. Convert the layer first.")
     if _has_hooks(weight):
         raise refuse("it carries gradient hooks, which would be lost. Remove them first.")
-    refuse_wrapped(layer, [weight], where, "tie", inside)
-    refuse_offloaded(layer, where, "tie", inside)
+    refuse_wrapped(layer, [weight], where, "tie", wrappers)
+    refuse_offloaded(layer, where, "tie", on_disk)
     for other, name in (places or Places(layer)).other_holders(layer, tensor_name, weight):
         raise refuse(
             f"it shares its Parameter with {_describe(other, name, places)}. Give one of them a "

@@ -29,7 +29,7 @@ def refuse_wrapped(
     parameters: Iterable[Tensor],
     where: str,
     verb: str,
-    inside: Iterable[nn.Module] = (),
+    wrappers: Iterable[nn.Module] = (),
 ) -> None:
     """Raise if a wrapper holds the layer, whose ``parameters`` are about to be exchanged.
 
@@ -38,7 +38,7 @@ def refuse_wrapped(
         parameters: what its tensor is stored in.
         where: how to name the tensor.
         verb: "tie" or "untie".
-        inside: the modules of the model, where they are known; a wrapper may be among them.
+        wrappers: those in the model, where it is known.
 
     Raises:
         TieError: if the layer is part of a live DDP model (S34) or was sharded (S35).
@@ -46,7 +46,7 @@ def refuse_wrapped(
     parameters = list(parameters)
     wrapper: nn.Module | None = None
     if not any(is_sharded(parameter) for parameter in parameters):
-        wrapper = _wrapper_of(layer, parameters, inside)
+        wrapper = _wrapper_of(layer, parameters, wrappers)
         if wrapper is None:
             return
     if isinstance(wrapper, _fsdp1()):
@@ -110,11 +110,10 @@ def has_fsdp1(model: nn.Module) -> bool:
 
 
 def _wrapper_of(
-    layer: nn.Module, parameters: list[Tensor], inside: Iterable[nn.Module]
+    layer: nn.Module, parameters: list[Tensor], wrappers: Iterable[nn.Module]
 ) -> nn.Module | None:
     """The DDP or FSDP module that holds ``layer``, if any: a layer does not know it."""
-    classes = _wrapper_classes()
-    found = [module for module in (layer, *inside) if isinstance(module, classes)]
+    found = [*([layer] if is_wrapper(layer) else []), *wrappers]
     managed = _MANAGED in layer.__dict__  # also where the process group is gone
     if managed or (distributed.is_available() and distributed.is_initialized()):
         # parts of a flat parameter are views that autograd has no use for
@@ -123,6 +122,11 @@ def _wrapper_of(
         if any(module is layer for module in wrapper.modules()):
             return wrapper
     return None
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether it is a DDP or FSDP module."""
+    return isinstance(module, _wrapper_classes())
 
 
 def _wrapper_classes() -> tuple[type[nn.Module], ...]:
