@@ -999,7 +999,7 @@ def test_a_sharded_export(net, dense, tmp_path):
     assert all(bits(seen[key]) == bits(dense[key]) for key in dense)
     assert_same_state(net, tp.load(index, tie(fresh())))
     assert tp.export_dense(net, path, max_shard_size="1 MB") == [path]
-    for wrong in (0, -1, "5 apples", "", "0.0001KB"):
+    for wrong in (0, -1, "5 apples", "", "0.0001KB", 400 * "9" + "GB"):
         with pytest.raises(tp.TieError, match="is no size"):
             tp.export_dense(net, path, max_shard_size=wrong)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tomllib
 import warnings
 from pathlib import Path
@@ -771,3 +772,24 @@ def test_a_number_that_no_file_holds_is_not_written(tmp_path):
     with pytest.raises(tp.TieError, match="groups=int is no string, finite number"):
         tp.write_plan({"a": ("row_repeat", {"groups": 10**5000})}, tmp_path / "plan.toml")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_reasons_of_a_large_model_are_as_many_as_a_message_has_room_for():
+    model = nn.Sequential(*[nn.Linear(4, 6) for _ in range(200)])
+    with pytest.raises(tp.TieError) as told:
+        tp.tie_model(model, {"*": "flip_sym"})
+    text = str(told.value)
+    assert text.startswith(
+        "200 of 200 ties cannot be made, and nothing was changed:\n'0.weight' by"
+    )
+    assert re.search(r"\nand 1\d\d more\nCorrect the plan, or pass on_unfit='skip'", text)
+    assert len(text) < 2000
+    with pytest.raises(tp.TieError, match=r"and 1\d\d more$") as told:
+        tp.tie_model(model, {f"x{number}": "flip_sym" for number in range(200)})
+    assert len(str(told.value)) < 2000
+    tp.tie_model(model, {"*": ("row_repeat", {"groups": 2})}, init="rescale")
+    for layer in model:
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    with pytest.raises(tp.TieError, match=r"and 1\d\d more$") as told:
+        tp.untie_model(model)
+    assert len(str(told.value)) < 2000

@@ -190,9 +190,7 @@ def test_asking_for_every_value_of_a_model_searches_all_layers_once(monkeypatch)
     tp.tie_model(model, {nn.Linear: "flip_sym"})
     searches = []
     search = tiedparam._owner._look_at_all
-    monkeypatch.setattr(
-        tiedparam._owner, "_look_at_all", lambda: (searches.append(1), search())
-    )
+    monkeypatch.setattr(tiedparam._owner, "_look_at_all", lambda: (searches.append(1), search()))
     owners = [tp.owner(value) for value in model.parameters()]
     assert [found is not None for found in owners] == [False, True] * 20 + [False] * 2
     assert len(searches) == 1

@@ -749,6 +749,21 @@ def test_the_line_spells_out_options_sources_and_odd_names():
     assert tp.is_tied(both["b"].out_proj)
 
 
+def opposite(weight):
+    return -weight
+
+
+def test_a_function_of_the_users_is_named_by_the_plan():
+    """Its name in a file, ``module:name``, is not Python."""
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+    with torch.no_grad():
+        model[1].weight.copy_(-model[0].weight)
+    seen = tp.scan(model, [("copy", {"fn": opposite})])
+    (line,) = seen.next_steps()
+    exec(line, {"tp": tp, "model": model, "seen": seen})
+    assert tp.get_tie(model[1]).fn is opposite
+
+
 def test_a_rule_without_a_name_is_named_by_the_plan(registry):
     class Own(type(tp.register_tie(nn.Linear(2, 2), "flip_sym").parametrizations.weight[0])):
         name = ""

@@ -866,6 +866,15 @@ def test_a_scan_ends_with_the_command_that_ties_what_was_found(options, step, fi
     assert again["headline"] == out.splitlines()[0]
 
 
+def test_names_that_begin_with_a_dash_are_no_options_of_the_command(files, capsys):
+    model = nn.Module()
+    model.add_module("--all", tp.remove_tie(tp.register_tie(nn.Linear(16, 16), "flip_sym")))
+    tp.save(model, "-x.safetensors")
+    (command,) = suggested(good(capsys, "scan", "--", "-x.safetensors"))
+    good(capsys, *shlex.split(command))
+    assert tp.is_tied(tp.load("-x-tied.safetensors", model))
+
+
 @pytest.mark.usefixtures("registry")
 def test_the_commands_repeat_how_the_file_is_read(net, files, capsys, monkeypatch):
     monkeypatch.syspath_prepend(files)

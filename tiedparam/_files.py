@@ -272,10 +272,11 @@ def _shards(entries: list[Entry], limit: int | None) -> list[list[Entry]]:
 
 
 def _bytes_of(size: int | str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?B)?", str(size).upper())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?) ?([KMGT]I?B)?", str(size).upper())
     count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if count < 1:
-        raise TieError(f"max_shard_size={size!r} is no size. Give bytes, or such as '5GB'.")
+        shown = shortened(repr(size))
+        raise TieError(f"max_shard_size={shown} is no size. Give bytes, or such as '5GB'.")
     return count
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from tiedparam._concerns import Concerns, check_max_residual
-from tiedparam._errors import TieError
+from tiedparam._errors import TieError, some_of
 from tiedparam._linked import Linked
 from tiedparam._optimizer import as_optimizers
 from tiedparam._places import Places
@@ -156,7 +156,8 @@ def untie_model(model: Model, *, optimizer: Optimizer | Iterable[Optimizer] | No
             except TieError as error:
                 problems.append(str(error))
         if problems:
-            raise TieError("\n".join(["cannot untie the model; nothing was changed:", *problems]))
+            listed = some_of(problems, "\n")
+            raise TieError(f"cannot untie the model; nothing was changed:\n{listed}")
     return model
 
 
@@ -254,7 +255,7 @@ def _select(
         else:
             problems.append(reason)
     if problems:
-        raise TieError("\n".join(problems))
+        raise TieError(some_of(problems, "\n"))
     return ties, absent
 
 
@@ -344,9 +345,12 @@ def _source_ties(
 
 
 def _all_reasons(skipped: list[Skipped], wanted: int) -> str:
-    lines = [f"{len(skipped)} of {wanted} ties cannot be made, and nothing was changed:"]
+    reasons = []
     for left in skipped:
         where = f"{left.layer}.{left.tensor_name}".removeprefix(".")
-        lines.append(f"'{where}' by '{left.rule}': {left.reason}")
-    lines.append("Correct the plan, or pass on_unfit='skip' to leave these as they are.")
-    return "\n".join(lines)
+        reasons.append(f"'{where}' by '{left.rule}': {left.reason}")
+    listed = some_of(reasons, "\n")
+    return (
+        f"{len(skipped)} of {wanted} ties cannot be made, and nothing was changed:\n{listed}\n"
+        "Correct the plan, or pass on_unfit='skip' to leave these as they are."
+    )

@@ -23,6 +23,8 @@ def in_python(plan: Plan) -> str | None:
     values: dict[str, list[str]] = {}
     for table in tables:
         options = dict(table.get("options", {}))
+        if not str(options.get("fn", "torch.")).startswith("torch."):
+            return None  # a function of the user's, called otherwise there than in a file
         given = [f"{key!r}: {value!r}" for key, value in options.items() if key != "fn"]
         given += [f"'fn': {options['fn']}"] if "fn" in options else []
         own = [f"{key!r}: {table[key]!r}" for key in ("tensor_name", "init") if key in table]
@@ -48,15 +50,15 @@ def after_scan(planned: Plan, arguments: argparse.Namespace, program: str) -> li
     def command(name: str, *options: str) -> str:
         return " ".join([program, name, *_given_again(arguments), *options])
 
-    output = f"-o {shlex.quote(_tied_name(arguments.file))}"
+    output = _given("-o", _tied_name(arguments.file))
     if not planned.entries:
         return [command("tie", "--tie 'LAYERS=RULE'", "--init rescale", output)]
     if arguments.plan is not None:
-        return [command("tie", f"--plan {shlex.quote(str(arguments.plan))}", output)]
+        return [command("tie", _given("--plan", str(arguments.plan)), output)]
     spelled_out = in_shell(planned)
     if spelled_out is not None:
         return [command("tie", spelled_out, output)]
-    laws = [f"--rule {shlex.quote(rule)}" for rule in arguments.rule or ()]
+    laws = [_given("--rule", rule) for rule in arguments.rule or ()]
     return [
         command("scan", *laws, f"--pairs {arguments.pairs}", "--plan plan.toml"),
         command("tie", "--plan plan.toml", output),
@@ -65,15 +67,18 @@ def after_scan(planned: Plan, arguments: argparse.Namespace, program: str) -> li
 
 def _given_again(arguments: argparse.Namespace) -> list[str]:
     """The file of a command and how it is to be read, for another command."""
-    key = ["--key", arguments.key] if arguments.key is not None else []
-    words = [
-        str(arguments.file),
-        *key,
-        *(word for module in arguments.imports for word in ("--import", module)),
-        *(word for name, n in arguments.groups for word in ("--groups", f"{name}={n}")),
-        *(word for name in arguments.transposed for word in ("--transposed", name)),
-    ]
-    return [shlex.quote(word) for word in words]
+    options = [("--key", arguments.key)] if arguments.key is not None else []
+    options += [("--import", module) for module in arguments.imports]
+    options += [("--groups", f"{name}={n}") for name, n in arguments.groups]
+    options += [("--transposed", name) for name in arguments.transposed]
+    file = str(arguments.file)
+    file = f"./{file}" if file.startswith("-") else file
+    return [shlex.quote(file), *(_given(name, value) for name, value in options)]
+
+
+def _given(option: str, value: str) -> str:
+    """An option and its value; what begins with a dash would be read as another option."""
+    return f"{option}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}"
 
 
 def _tied_name(file: Path) -> str:
@@ -87,7 +92,7 @@ def in_shell(plan: Plan) -> str | None:
     options = [_option(table) for table in _tables(plan) or [{}]]
     if None in options:
         return None
-    return " ".join(f"--tie {shlex.quote(str(option))}" for option in options)
+    return " ".join(_given("--tie", str(option)) for option in options)
 
 
 def _option(table: dict[str, Any]) -> str | None:
