@@ -39,8 +39,8 @@ class Owner:
 _tied_layers: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
 
 
-# by the id of a Parameter, where it stood when all layers were last searched: looked at first, so that
-# asking for each Parameter of a model does not search them each time
+# by the id of a Parameter, where it stood when all layers were last searched: looked at first, so
+# that asking for each Parameter of a model does not search them each time
 _last_seen: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
 
 
