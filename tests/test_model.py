@@ -793,3 +793,24 @@ def test_the_reasons_of_a_large_model_are_as_many_as_a_message_has_room_for():
     with pytest.raises(tp.TieError, match=r"and 1\d\d more$") as told:
         tp.untie_model(model)
     assert len(str(told.value)) < 2000
+
+
+def long_names():
+    model = nn.Module()
+    model.add_module("x" * 3000, nn.Linear(64, 512))
+    many = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in range(3000)])
+    return [
+        lambda: tp.register_tie(model, "flip_sym"),
+        lambda: tp.register_tie(many, "flip_sym"),
+        lambda: tp.register_tie(nn.Linear(4, 4), "row_repeat", groups=10**3000),
+        lambda: tp.register_tie(nn.Linear(4, 4), "flip" * 900),
+        lambda: tp.tie_model(model, {"*": "flip_sym"}),
+        lambda: tp.tie_model(model, {"y" * 3000: "flip_sym"}),
+    ]
+
+
+@pytest.mark.parametrize("call", long_names())
+def test_no_message_is_longer_than_a_page_whatever_things_are_called(call):
+    with pytest.raises(tp.TieError) as told:
+        call()
+    assert 20 < len(str(told.value)) <= 2000

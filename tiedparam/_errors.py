@@ -17,8 +17,12 @@ class TieError(RuntimeError):
 
     The message names the layer, the fact and the next step, and nothing was changed when
     it is raised. It is a ``RuntimeError``, as torch's own refusals are, so code that
-    already handles those handles this one.
+    already handles those handles this one. It loses its middle where it would be longer than
+    `LONGEST_MESSAGE`, whatever a model, a plan or a file is called.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shortened(message, LONGEST_MESSAGE))
 
 
 class TieWarning(UserWarning):
@@ -35,7 +39,7 @@ def warn(message: str) -> None:
     frame: FrameType | None = sys._getframe()
     while frame is not None and _is_machinery(frame):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, TieWarning, stacklevel=level)
+    warnings.warn(shortened(message, LONGEST_MESSAGE), TieWarning, stacklevel=level)
 
 
 def _is_machinery(frame: FrameType) -> bool:
@@ -79,7 +83,7 @@ def visible(text: str, keep: str = "") -> str:
 
 
 LONGEST_MESSAGE = 2000
-"""Characters of a message about a file, whatever the file holds."""
+"""Characters of a message."""
 
 
 def shortened(text: object, longest: int = 120) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tiedparam import _header
 from tiedparam._atomic import PathLike, refuse_foreign_suffix, whole_files
 from tiedparam._checkpoint import untie_with
-from tiedparam._errors import LONGEST_MESSAGE, TieError, shortened
+from tiedparam._errors import TieError, shortened
 from tiedparam._exports import MARK, index_content, index_of, left_by_older, shards_of
 from tiedparam._fit import entries_for, placeholder, ties_to_make
 from tiedparam._functions import Functions, as_functions
@@ -142,7 +142,7 @@ def load(path: PathLike, model: Model, *, functions: Functions | None = None) ->
             "the first."
         ) from error
     except TieError as error:
-        raise TieError(shortened(f"cannot load '{path}': {error}", LONGEST_MESSAGE)) from error
+        raise TieError(f"cannot load '{path}': {error}") from error
     return model
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tiedparam import _header
 from tiedparam._atomic import PathLike
-from tiedparam._errors import LONGEST_MESSAGE, TieError, quoted, shortened, some_of
+from tiedparam._errors import TieError, quoted, shortened, some_of
 from tiedparam._files import aliases_of, load
 from tiedparam._functions import Functions
 from tiedparam._header import Header, StoredTie
@@ -123,8 +123,7 @@ def open_model(
             model = _build(tensors, aliases, twins, [*known, *hints])
         _refuse_idle(hints, tensors)
     except TieError as error:
-        said = f"cannot make a model of '{path}': {error}"
-        raise TieError(shortened(said, LONGEST_MESSAGE)) from error
+        raise TieError(f"cannot make a model of '{path}': {error}") from error
     versions = header.versions if header is not None else _versions(stored.module_metadata)
     for name, module in model.named_modules():
         if name in versions:

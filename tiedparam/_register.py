@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from tiedparam import _cache, _host, _optimizer, _optimizer_guard, _structured
 from tiedparam._checkpoint import watch_source
 from tiedparam._concerns import Concern, check_max_residual, concern_of, refuse_distant
-from tiedparam._errors import TieError, describe, warn
+from tiedparam._errors import TieError, describe, quoted, some_of, warn
 from tiedparam._layout import declare_shape
 from tiedparam._linked import Linked
 from tiedparam._offloaded import is_on_disk, refuse_offloaded
@@ -471,7 +471,7 @@ def _why_no_parameter(layer: nn.Module, tensor_name: str) -> str:
     if isinstance(getattr(layer, tensor_name, None), Tensor):
         return "it is computed by a hook, not a Parameter. Remove that first (weight_norm, prune)."
     names = [name for name, parameter in layer._parameters.items() if parameter is not None]
-    known = ", ".join(f"'{name}'" for name in names)
+    known = some_of([quoted(name) for name in names])
     if not known:
         children = ", ".join(f"'{name}'" for name in list(layer._modules)[:5])
         return f"the layer has no Parameter of its own. Name one of its layers: {children}."
