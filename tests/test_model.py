@@ -814,3 +814,35 @@ def test_no_message_is_longer_than_a_page_whatever_things_are_called(call):
     with pytest.raises(tp.TieError) as told:
         call()
     assert 20 < len(str(told.value)) <= 2000
+
+
+class Counting(nn.Sequential):
+    """Counts how often somebody walks through it."""
+
+    walks = 0
+
+    def named_modules(self, *arguments, **options):
+        self.walks += 1
+        return super().named_modules(*arguments, **options)
+
+
+def walks(size, rule, path):
+    """How often tying, converting, saving and loading so many layers walk through the model."""
+    plan = {f"{number}": rule for number in range(1, size)}
+    model = Counting(*[nn.Linear(4, 4) for _ in range(size)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tp.tie_model(model, plan, optimizer=optimizer, init="rescale")
+    dense = tp.dense_state_dict(model)
+    assert set(tp.untie_state_dict(model, tp.tie_state_dict(model, dense))) == set(dense)
+    tp.save(model, path)
+    with torch.device("meta"):
+        fresh = Counting(*[nn.Linear(4, 4) for _ in range(size)])
+    tp.load(path, fresh)
+    tp.untie_model(model, optimizer=optimizer)
+    return model.walks, fresh.walks
+
+
+@pytest.mark.parametrize("rule", ["flip_sym", ("copy", {"source": "0"})])
+def test_many_ties_walk_through_the_model_as_often_as_few(rule, tmp_path):
+    """A walk for each tie is quadratic: thousands of copies took minutes."""
+    assert walks(4, rule, tmp_path / "a.st") == walks(24, rule, tmp_path / "b.st")

@@ -114,6 +114,7 @@ def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict
     problems: list[str] = []
     projected: list[tuple[str, float]] = []
     result: OrderedDict[str, Tensor] = OrderedDict(dense)
+    expander = _Expander(model, dense)
     _copy_metadata(dense, result)
     for prefix, layer, name, rule in named_ties(model):
         key = prefix + name
@@ -122,7 +123,7 @@ def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict
         problem = _unfit(layer, name, rule, key, dense[key])
         if problem is None and isinstance(rule, Linked):
             try:
-                entry = _Expander(model, dense).effective(layer, name, rule)
+                entry = expander.effective(layer, name, rule)
             except TieError as error:
                 problem = str(error)
             else:

@@ -21,8 +21,8 @@ class TieError(RuntimeError):
     `LONGEST_MESSAGE`, whatever a model, a plan or a file is called.
     """
 
-    def __init__(self, message: object = "") -> None:
-        super().__init__(shortened(message, LONGEST_MESSAGE))
+    def __str__(self) -> str:  # not __init__, in which torch.compile would find no graph break
+        return shortened(super().__str__(), LONGEST_MESSAGE)
 
 
 class TieWarning(UserWarning):

@@ -17,6 +17,7 @@ from tiedparam._errors import TieError, describe, describe_layer
 from tiedparam._functions import find_function, identity
 from tiedparam._layout import Layout, declare_shape
 from tiedparam._offloaded import can_be_loaded, loaded
+from tiedparam._places import Places
 from tiedparam._rule import Rule
 from tiedparam._sharded import gathered
 from tiedparam._source import Source, find_source, shown
@@ -242,9 +243,11 @@ class Linked(Rule):
             return reason
         self.layout = Layout.of(layer, tensor_name, tuple(weight.shape))
         self._source_shape = tuple(present.shape)
-        if root is not None:
-            self._whereabouts = Whereabouts.of(self, layer, tensor_name, source, root)
         return None
+
+    def locate(self, layer: nn.Module, tensor_name: str, places: Places) -> None:
+        """Note where the tie and its source lie in a model."""
+        self._whereabouts = Whereabouts.of(self, layer, tensor_name, self.source, places)
 
     def value_for(self, tensor_name: str, root: nn.Module | None) -> Tensor | None:
         """What an unbound rule would give, by which a tie of unknown size can be renewed."""

@@ -36,9 +36,13 @@ class Places:
             self._kinds[are] = [module for module in self._paths if are(module)]
         return self._kinds[are]
 
+    def path_of(self, module: nn.Module) -> str | None:
+        """Where a module lies in the model; None if it does not."""
+        return self._paths.get(module)
+
     def describe(self, layer: nn.Module, tensor_name: str) -> str:
         """Name a tensor by its path in the model, or by its layer if it is not in there."""
-        path = self._paths.get(layer)
+        path = self.path_of(layer)
         if path is None:
             return describe(layer, tensor_name)
         return f"'{path}.{tensor_name}'" if path else f"'{tensor_name}'"

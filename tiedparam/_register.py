@@ -152,6 +152,8 @@ def tie_one(
         reason = made.bind(layer, tensor_name, root)
         if reason is not None:
             raise refuse(reason)
+        if isinstance(made, Linked) and places is not None:
+            made.locate(layer, tensor_name, places)
         if any(is_sharded(effective(*source)) for source in made.sources()):
             raise refuse("its source is sharded already. Tie before fully_shard.")
         free = _initial_free_values(made, weight, init, max_residual, refuse)

@@ -21,6 +21,7 @@ from torch import nn
 from tiedparam import _adapters
 from tiedparam._errors import TieError, warn
 from tiedparam._offloaded import is_on_disk
+from tiedparam._places import Places
 
 
 class Whereabouts:
@@ -53,18 +54,18 @@ class Whereabouts:
 
     @classmethod
     def of(
-        cls, rule: nn.Module, layer: nn.Module, tensor_name: str, source: nn.Module, root: nn.Module
+        cls, rule: nn.Module, layer: nn.Module, tensor_name: str, source: nn.Module, places: Places
     ) -> Whereabouts:
-        """The whereabouts of a tie in the model ``root``; unknown if it does not hold both."""
-        paths = {id(module): name for name, module in root.named_modules()}
-        if id(layer) not in paths or id(source) not in paths:
+        """The whereabouts of a tie in a model; unknown if it does not hold both."""
+        paths = places.path_of(layer), places.path_of(source)
+        if None in paths:
             return cls(rule)
-        here, there = ([n for n in paths[id(m)].split(".") if n] for m in (layer, source))
+        here, there = ([n for n in str(path).split(".") if n] for path in paths)
         common = 0
         while common < min(len(here), len(there)) - 1 and here[common] == there[common]:
             common += 1
         to_rule = (*here[common:], "parametrizations", tensor_name, "0")
-        meeting = root.get_submodule(".".join(there[:common]))
+        meeting = places.root.get_submodule(".".join(there[:common]))
         return cls(rule, meeting, tuple(there[common:]), to_rule)
 
     @property
