@@ -317,8 +317,8 @@ def _make_host_class(
 
 
 def _property(name: str, stock: type[nn.Module]) -> property:
-    # torch's own layers never write into their weight; another forward might, in place
-    trusted = getattr(stock.forward, "__module__", "").startswith("torch.nn.")
+    # torch's own methods never write into their weight; others might, in place
+    torchs = _structured.torchs_own(stock)
 
     def read(self: nn.Module) -> Tensor:
         if not _is_parametrized(self, name):
@@ -343,12 +343,14 @@ def _property(name: str, stock: type[nn.Module]) -> property:
             refuse_absent(self, name, call)
         if type(weight) is not Tensor and not traced and is_sharded(weight):
             return _sharded_weight(self, name, weight, own_forward)
-        if traced or (own_forward and trusted):
+        if traced or (own_forward and torchs is not None and torchs.computes_layer(self, stock)):
             return weight
         reader = sys._getframe(1)
         if not is_tied(self, name):
             return weight
-        if _callers.is_stock_forward(reader):
+        if _callers.is_stock_forward(reader) and not (
+            own_forward and torchs is not None and torchs.hands_on(self)
+        ):
             if weight.is_meta:
                 refuse_absent(self, name, reader.f_locals.values())
             return weight
