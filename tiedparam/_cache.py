@@ -27,6 +27,7 @@ from tiedparam import _optimizer_guard
 from tiedparam._bits import same_bits
 from tiedparam._errors import TieError
 from tiedparam._interposed import is_bare
+from tiedparam._offloaded import can_be_loaded
 from tiedparam._rule import Rule
 from tiedparam._sharded import is_sharded
 from tiedparam._stock import effective, has_values, parametrization_list, parametrization_lists
@@ -86,7 +87,7 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
         if frozen.layer is not layer or not frozen.holds():
             return None  # a shallow clone's, or functional_call has put other tensors in
         frozen.refuse_gradients()
-        return frozen.weight
+        return frozen.weight if frozen.is_bare() else None  # a hook came later
     if layer.training or torch.is_grad_enabled():
         memory.kept = None
         return None
@@ -142,6 +143,8 @@ def _all_the_same(kept: tuple[Tensor, ...], present: tuple[Tensor | None, ...]) 
 
 class frozen(ContextDecorator):  # noqa: N801 — used like a function, as torch.no_grad is
     """A block in which every tied weight of a model is computed once, for inference.
+
+    Weights that hooks or patches stand before are computed at every call all the same.
 
     Inside, layers run at the speed of plain dense ones, or of their structured form where that
     is faster. Blocks may be nested, shared by threads, and entered again. The state dict is
@@ -247,6 +250,7 @@ class _Frozen:
         self.holders = 0
         self.layer, self.tensor_name = layer, tensor_name
         self.origins = list(_origins(layer, tensor_name))
+        self.lists = _lists(layer, tensor_name)
         for _, _, tensor in self.origins:
             if is_sharded(tensor):
                 raise TieError(
@@ -267,6 +271,13 @@ class _Frozen:
         """Whether the layer still has the tensors that the weight was computed from."""
         for table, name, tensor in self.origins:  # noqa: SIM110 — at every call, and faster
             if table.get(name) is not tensor:
+                return False
+        return True
+
+    def is_bare(self) -> bool:
+        """Whether computing the weight anew would call nothing but rules."""
+        for values, rule in self.lists:  # noqa: SIM110
+            if not is_bare(values, rule):
                 return False
         return True
 
@@ -331,6 +342,19 @@ def _origins(layer: nn.Module, tensor_name: str) -> Iterator[tuple[dict[str, Any
                 yield from _origins(source, source_name)
 
 
+def _lists(layer: nn.Module, tensor_name: str) -> list[tuple[nn.Module, nn.Module]]:
+    """The lists of parametrizations that compute a weight, with each module in them."""
+    if not parametrize.is_parametrized(layer, tensor_name):
+        return []
+    values = parametrization_list(layer, tensor_name)
+    found: list[tuple[nn.Module, nn.Module]] = [(values, module) for module in values]
+    for module in values:
+        if isinstance(module, Rule):
+            for source, source_name in module.sources():
+                found += _lists(source, source_name)
+    return found
+
+
 def _sources(rule: Rule) -> Iterator[nn.Module]:
     """The layers that a rule reads, and those that they read."""
     for source, source_name in rule.sources():
@@ -358,6 +382,10 @@ class _Session:
                 raise TieError(
                     f"cannot freeze {where}: its layer is in training mode. Call model.eval()."
                 )
+            if not all(is_bare(*watched) for watched in _lists(layer, name)) or any(
+                can_be_loaded(source) for source in _sources(rule)
+            ):
+                continue  # hooks may change the weight at every call, as offloading does
             held.append((rule, rule.memory.frozen or _Frozen(layer, name, where)))
         # nothing was changed so far
         self.held = held
