@@ -15,6 +15,12 @@ import tiedparam as tp
 from tiedparam._write_guard import GuardedWeight
 
 
+@torch.library.custom_op("tiedparam_tests::scale", mutates_args={"values"})
+def scale(values: torch.Tensor, factor: float) -> None:
+    """A user's operator, whose name does not end in an underscore."""
+    values.mul_(factor)
+
+
 def tied_conv() -> nn.Conv2d:
     return tp.register_tie(nn.Conv2d(3, 3, 3), "flip_sym")
 
@@ -50,6 +56,16 @@ def set_requires_grad(weight):
 WRITES = {
     "zero_": lambda w: w.zero_(),
     "add_": lambda w: w.add_(1),
+    "a user's operator": lambda w: scale(w, 2.0),
+    "a user's operator, by keyword": lambda w: torch.ops.tiedparam_tests.scale(
+        values=w.detach(), factor=2.0
+    ),
+    "embedding, max_norm": lambda w: nn.functional.embedding(
+        torch.tensor([0]), w.flatten(1), max_norm=1e-3
+    ),
+    "embedding_bag, max_norm": lambda w: nn.functional.embedding_bag(
+        torch.tensor([[0]]), w.detach().flatten(1), max_norm=1e-3
+    ),
     "copy_": lambda w: w.copy_(torch.zeros_like(w)),
     "iadd": iadd,
     "item": set_item,
