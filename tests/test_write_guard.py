@@ -299,3 +299,13 @@ def test_a_weight_that_was_read_keeps_no_layer_alive():
     for weight in kept:
         with pytest.raises(tp.TieError, match="'zero_' on the tied 'weight' would be lost"):
             weight.zero_()
+
+
+@pytest.mark.parametrize("build", [nn.Embedding, nn.EmbeddingBag])
+def test_max_norm_is_not_set_on_a_tied_embedding(build):
+    layer = tp.register_tie(build(4, 4), "flip_sym")
+    with pytest.raises(tp.TieError, match="cannot set max_norm of the tied 'weight' .* remove_tie"):
+        layer.max_norm = 1.0
+    assert layer.max_norm is None
+    layer.max_norm = None
+    tp.remove_tie(layer).max_norm = 1.0

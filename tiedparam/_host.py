@@ -144,6 +144,8 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
     """What a host class overrides."""
     special = _structured.forward(stock) if "weight" in names else _recurrent.computation(stock)
 
+    embeds = "weight" in names and issubclass(stock, (nn.Embedding, nn.EmbeddingBag))
+
     def compute(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = special(self, *args, **kwargs) if special is not None else None
         return stock.forward(self, *args, **kwargs) if result is None else result
@@ -162,6 +164,11 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         if name == "qconfig" and value is not None:
             _callers.refuse_quantization(self, sys._getframe(1))
+        if name == "max_norm" and value is not None and embeds:
+            raise TieError(
+                f"cannot set max_norm of the tied {describe(self, 'weight')}: it writes into "
+                "single rows of the weight, which is computed. Call remove_tie first."
+            )
         # torch would raise KeyError for a Parameter, and project a tensor in silence (S16, S24)
         if name in names and _is_parametrized(self, name) and isinstance(value, Tensor):
             _set(self, name, value, sys._getframe(1))
