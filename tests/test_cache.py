@@ -1,5 +1,6 @@
 """`frozen` and ``cache=True``: never a stale weight, never a lost gradient."""
 
+import contextlib
 import copy
 import gc
 import io
@@ -505,6 +506,52 @@ def test_s39_hooks_are_obeyed_in_a_frozen_block(on, when):
         if when == "inside":
             for handle in handles:
                 handle.remove()
+
+
+class RowsThroughAModule(tp.Rule):
+    """A law of the user's that leaves part of the work to a module of torch's."""
+
+    law = "W[o, c] = f[c]"
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def free_shapes(self):
+        return (self.bound_layout.shape[1:],)
+
+    def forward(self, *free):
+        return self.inner(free[0]).expand(self.bound_layout.shape)
+
+    def right_inverse(self, weight):
+        self.bind_shape(weight)
+        return (weight.mean(0),)
+
+    def symmetries(self, weight):
+        yield weight.roll(1, 0)
+
+
+@pytest.mark.parametrize("keep", ["cache", "frozen"])
+@pytest.mark.parametrize("change", ["hook inside the rule", "the rule's class"])
+def test_s39_a_kept_weight_is_not_used_past_what_changes_its_rule(monkeypatch, keep, change):
+    layer = nn.Linear(4, 4)
+    tp.register_tie(layer, RowsThroughAModule, init="rescale", cache=keep == "cache").eval()
+    values = layer.parametrizations.weight
+    x, was = torch.ones(1, 4), layer.weight.detach().clone()
+    block = tp.frozen(layer) if keep == "frozen" else contextlib.nullcontext()
+    with torch.no_grad(), block:
+        layer(x)
+        if change == "hook inside the rule":
+            handle = values[0].inner.register_forward_hook(lambda module, args, out: out * 2)
+        else:
+            kind = type(values[0])
+            plain = kind.forward
+            monkeypatch.setattr(kind, "forward", lambda self, *free: plain(self, *free) * 2)
+        torch.testing.assert_close(layer(x), F.linear(x, 2 * was, layer.bias))
+        if change == "hook inside the rule":
+            handle.remove()
+        monkeypatch.undo()
+        torch.testing.assert_close(layer(x), F.linear(x, was, layer.bias))
 
 
 @pytest.mark.parametrize("rule", ["flip_sym", "row_repeat"])

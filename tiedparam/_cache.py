@@ -119,16 +119,17 @@ def _checked(memory: Memory, values: parametrize.ParametrizationList) -> Tensor 
         return None
     autocast = torch.is_autocast_enabled(first.device.type)
     precision = torch.get_autocast_dtype(first.device.type) if autocast else None
+    by = (precision, type(rule).forward)
     kept = memory.kept
     if kept is not None:
-        (snapshot, precision_then), weight = kept
-        if precision is precision_then and _all_the_same(snapshot, present):
+        (snapshot, by_then), weight = kept
+        if by == by_then and _all_the_same(snapshot, present):
             return weight
     with torch.inference_mode(False), torch.no_grad():
         # computed from the snapshot, not from values that another thread may be writing
         snapshot = tuple(t.detach().clone() for t in present if t is not None)
         weight = rule(*snapshot[: len(values._parameters)])
-    memory.kept = ((snapshot, precision), weight)
+    memory.kept = ((snapshot, by), weight)
     return weight  # type: ignore[no-any-return]
 
 
@@ -276,8 +277,8 @@ class _Frozen:
 
     def is_bare(self) -> bool:
         """Whether computing the weight anew would call nothing but rules."""
-        for values, rule in self.lists:  # noqa: SIM110
-            if not is_bare(values, rule):
+        for values, rule, compute in self.lists:
+            if type(rule).forward is not compute or not is_bare(values, rule):
                 return False
         return True
 
@@ -342,12 +343,13 @@ def _origins(layer: nn.Module, tensor_name: str) -> Iterator[tuple[dict[str, Any
                 yield from _origins(source, source_name)
 
 
-def _lists(layer: nn.Module, tensor_name: str) -> list[tuple[nn.Module, nn.Module]]:
-    """The lists of parametrizations that compute a weight, with each module in them."""
+def _lists(layer: nn.Module, tensor_name: str) -> list[tuple[nn.Module, nn.Module, Any]]:
+    """The lists that compute a weight, with each module in them and its class's ``forward``."""
     if not parametrize.is_parametrized(layer, tensor_name):
         return []
     values = parametrization_list(layer, tensor_name)
-    found: list[tuple[nn.Module, nn.Module]] = [(values, module) for module in values]
+    found: list[tuple[nn.Module, nn.Module, Any]] = []
+    found += ((values, module, type(module).forward) for module in values)
     for module in values:
         if isinstance(module, Rule):
             for source, source_name in module.sources():
@@ -382,7 +384,7 @@ class _Session:
                 raise TieError(
                     f"cannot freeze {where}: its layer is in training mode. Call model.eval()."
                 )
-            if not all(is_bare(*watched) for watched in _lists(layer, name)) or any(
+            if not all(is_bare(values, part) for values, part, _ in _lists(layer, name)) or any(
                 can_be_loaded(source) for source in _sources(rule)
             ):
                 continue  # hooks may change the weight at every call, as offloading does

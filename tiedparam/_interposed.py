@@ -30,6 +30,7 @@ def is_bare(values: nn.Module, rule: nn.Module) -> bool:
     return not (
         is_watched(values)
         or is_watched(rule)
+        or (rule.__dict__["_modules"] and any(map(is_watched, rule.modules())))
         or (torch_module._has_any_global_hook() and _is_every_module_watched())
     )
 
