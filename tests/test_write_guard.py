@@ -309,3 +309,38 @@ def test_max_norm_is_not_set_on_a_tied_embedding(build):
     assert layer.max_norm is None
     layer.max_norm = None
     tp.remove_tie(layer).max_norm = 1.0
+
+
+def test_clearing_the_gradient_of_a_weight_that_was_read_is_no_write():
+    weight = tied_linear().weight
+    weight.grad = None
+    with pytest.raises(tp.TieError, match="setting .grad on the tied 'weight'"):
+        weight.grad = torch.ones(4, 4)
+
+
+def test_the_base_of_a_weight_that_was_read_ends():
+    """A guarded base would be a view again: whoever follows them, as dynamo does, never ends."""
+    view, depth = tied_conv().weight, 0
+    while view._is_view():
+        view, depth = view._base, depth + 1
+        assert depth < 5
+
+
+@pytest.mark.feature(
+    "Compile and export", "Functions of the user's that are given `layer.weight`, compiled"
+)
+@pytest.mark.parametrize("of", [lambda w: w, lambda w: w.detach(), lambda w: w.t()])
+def test_a_compiled_function_takes_a_weight_that_was_read(of):
+    layer = tied_linear()
+    x = torch.randn(3, 4)
+
+    def product(x, weight):
+        return x @ weight
+
+    def spoil(weight):
+        weight.mul_(2)
+
+    compiled = torch.compile(product, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, of(layer.weight)), x @ of(layer.weight))
+    with torch.no_grad(), pytest.raises(tp.TieError, match="'mul_' on the tied"):
+        torch.compile(spoil, backend="eager")(of(layer.weight))

@@ -71,6 +71,8 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
             _refuse(written, func)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
+        if func == _GET_BASE:
+            return result  # a guarded one would be a view again, and its base too, without end
         for argument in (*args, *kwargs.values()):
             if type(argument) is GuardedWeight and argument._place is not None:
                 _refuse_absent(result, argument, func, (*args, *kwargs.values()))
@@ -180,7 +182,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarde
     in_place = name.endswith("_") and not name.endswith("__")
     if in_place or name in _WRITING_OPERATORS or kwargs.get("inplace"):
         targets.append(args[0] if args else kwargs.get("tensor", kwargs.get("input")))
-    elif name == "__set__" and not (func is _SET_GRAD and args[1] is None):
+    elif name == "__set__" and not (func == _SET_GRAD and args[1] is None):
         targets.append(args[0])
     elif func in _RENORMING and kwargs.get("max_norm") is not None:
         targets.append(args[1])
@@ -208,6 +210,7 @@ def _declared_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 _HOOKS = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_hook})
+_GET_BASE = Tensor._base.__get__  # type: ignore[union-attr]
 _SET_GRAD = Tensor.grad.__set__  # type: ignore[union-attr]
 
 
