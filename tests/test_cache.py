@@ -1,5 +1,6 @@
 """`frozen` and ``cache=True``: never a stale weight, never a lost gradient."""
 
+import contextlib
 import copy
 import gc
 import io
@@ -465,6 +466,103 @@ def test_s07_functional_call_and_transforms_see_the_values_that_they_are_given()
         )(stacked)  # fmt: skip
         torch.testing.assert_close(mapped[1], output)
         assert torch.equal(conv(FEATURES), stock_output(conv))
+
+
+@pytest.mark.parametrize("on", ["list", "rule", "source"])
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_s39_hooks_are_obeyed_in_a_frozen_block(on, when):
+    model = frozen_model()
+    tp.register_tie(model[5], "row_repeat", root=model)
+    plain = [model[index].weight.detach().clone() for index in (2, 3, 5)]
+
+    def hook():
+        parts = {
+            "list": (2, 3, 5),
+            "rule": (2, 3, 5),
+            "source": (0, 5),  # of the copies, and a layer of its own
+        }[on]
+        for index in parts:
+            values = model[index].parametrizations.weight
+            part = values[0] if on == "rule" else values
+            handles.append(part.register_forward_hook(lambda module, args, weight: weight * 2))
+
+    handles: list = []
+    if when == "before":
+        hook()
+    with torch.no_grad(), tp.frozen(model):
+        model(IMAGE)
+        if when == "inside":
+            hook()
+        for index, was in zip((2, 3, 5), plain, strict=True):
+            layer = model[index]
+            x = torch.randn(1, layer.in_channels, 4, 4)
+            factor = 4 if on == "source" and index == 2 else 2  # the square of the source
+            if on != "source" and index == 3:
+                factor = 4  # it copies model[5], which is hooked as well
+            pad = layer.padding
+            torch.testing.assert_close(layer.weight, factor * was)
+            wanted = F.conv2d(x, factor * was, layer.bias, padding=pad)
+            torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
+        if when == "inside":
+            for handle in handles:
+                handle.remove()
+
+
+class RowsThroughAModule(tp.Rule):
+    """A law of the user's that leaves part of the work to a module of torch's."""
+
+    law = "W[o, c] = f[c]"
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def free_shapes(self):
+        return (self.bound_layout.shape[1:],)
+
+    def forward(self, *free):
+        return self.inner(free[0]).expand(self.bound_layout.shape)
+
+    def right_inverse(self, weight):
+        self.bind_shape(weight)
+        return (weight.mean(0),)
+
+    def symmetries(self, weight):
+        yield weight.roll(1, 0)
+
+
+@pytest.mark.parametrize("keep", ["cache", "frozen"])
+@pytest.mark.parametrize("change", ["hook inside the rule", "the rule's class"])
+def test_s39_a_kept_weight_is_not_used_past_what_changes_its_rule(monkeypatch, keep, change):
+    layer = nn.Linear(4, 4)
+    tp.register_tie(layer, RowsThroughAModule, init="rescale", cache=keep == "cache").eval()
+    values = layer.parametrizations.weight
+    x, was = torch.ones(1, 4), layer.weight.detach().clone()
+    block = tp.frozen(layer) if keep == "frozen" else contextlib.nullcontext()
+    with torch.no_grad(), block:
+        layer(x)
+        if change == "hook inside the rule":
+            handle = values[0].inner.register_forward_hook(lambda module, args, out: out * 2)
+        else:
+            kind = type(values[0])
+            plain = kind.forward
+            monkeypatch.setattr(kind, "forward", lambda self, *free: plain(self, *free) * 2)
+        torch.testing.assert_close(layer(x), F.linear(x, 2 * was, layer.bias))
+        if change == "hook inside the rule":
+            handle.remove()
+        monkeypatch.undo()
+        torch.testing.assert_close(layer(x), F.linear(x, was, layer.bias))
+
+
+@pytest.mark.parametrize("rule", ["flip_sym", "row_repeat"])
+def test_s39_a_hook_that_a_frozen_block_found_is_called_at_every_forward(rule):
+    layer = tp.register_tie(nn.Linear(4, 4), rule).eval()
+    called = []
+    layer.parametrizations.weight.register_forward_hook(lambda *_: called.append(1))
+    with torch.no_grad(), tp.frozen(layer):
+        called.clear()
+        layer(torch.ones(1, 4)), layer(torch.ones(1, 4))
+    assert len(called) == 2
 
 
 @pytest.mark.feature("Inference caches", "`cache=True` with compile, export and trace: off there")

@@ -282,6 +282,35 @@ def test_s40_a_replaced_class_forward_is_the_one_that_runs(monkeypatch, rule, te
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("compute", ["auto", "reduced", "windows", "dense"])
+@pytest.mark.parametrize("on", ["the class of tied layers", "a class derived from it"])
+def test_s40_a_conv_forward_replaced_where_tied_layers_have_it_runs(monkeypatch, on, compute):
+    conv = tp.register_tie(
+        nn.Conv2d(16, 16, 3, padding=1), "channel_shared", init="rescale", compute=compute
+    )
+    if on == "the class of tied layers":
+        monkeypatch.setattr(type(conv), "_conv_forward", circular, raising=False)
+    else:
+        conv.__class__ = type("Seamless", (type(conv),), {"_conv_forward": circular})
+    wanted = circular(conv, X, conv.weight, conv.bias)
+    for mode in (conv.train(), conv.eval()):
+        torch.testing.assert_close(mode(X), wanted, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("rule", ["flip_sym", "channel_shared"])
+def test_s40_a_replaced_conv_forward_cannot_write_into_the_weight(rule):
+    """torch's own methods never do, and are handed the weight as a plain tensor."""
+    conv = tp.register_tie(nn.Conv2d(16, 16, 3, padding=1), rule)
+
+    def clamped(self, x, weight, bias):
+        weight.data.clamp_(-1, 1)
+        return F.conv2d(x, weight, bias)
+
+    conv._conv_forward = types.MethodType(clamped, conv)
+    with pytest.raises(TieError, match="'clamp_' on the tied 'weight' .* would be lost"):
+        conv(X)
+
+
 def test_s40_a_patch_that_was_there_at_import_is_no_part_of_torch():
     from tiedparam._interposed import TorchsOwn
 
@@ -304,6 +333,34 @@ def test_s40_a_forward_replaced_on_the_instance_runs(case):
 
 
 # Inputs that the dense layer refuses ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "changed", "x"),
+    [
+        (lambda: nn.Linear(16, 8), {}, {"in_features": 5}, torch.ones(2, 5)),
+        (lambda: nn.Conv2d(16, 16, 3), {}, {"in_channels": 5}, X[:, :5]),
+        (lambda: nn.Conv2d(16, 16, 3), {"compute": "windows"}, {"in_channels": 5}, X[:, :5]),
+        (lambda: nn.Conv2d(16, 16, 3), {}, {"groups": 2}, X),
+        (lambda: nn.ConvTranspose2d(16, 8, 3), {}, {"in_channels": 5}, X[:, :5]),
+    ],
+)
+def test_what_a_layer_says_of_its_size_does_not_make_an_input_fit(build, options, changed, x):
+    """Sums over channels would take any number of them; the dense layer goes by its weight."""
+    layer = tp.register_tie(build(), "channel_shared", init="rescale", **options)
+    for name, value in changed.items():
+        setattr(layer, name, value)
+    with pytest.raises(RuntimeError):
+        dense(layer)(x)
+    with pytest.raises(RuntimeError):
+        layer(x)
+
+
+@pytest.mark.parametrize("compute", ["reduced", "windows"])
+def test_other_groups_than_those_of_the_tie_compute_as_in_the_dense_layer(compute):
+    layer = tp.register_tie(nn.Conv2d(8, 16, 3), "channel_shared", init="rescale", compute=compute)
+    layer.groups, layer.in_channels = 2, 16  # the same weight serves 16 channels in two groups
+    assert_computes_with_its_weight(layer, X)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +401,15 @@ def test_a_bias_of_another_dtype_is_refused_as_by_the_dense_layer(case):
             dense(layer)(x)
         with pytest.raises(RuntimeError):
             layer(x)
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_double_precision_alone_as_in_the_dense_layer(case, low):
+    layer, x = case[0].double(), case[1].double()
+    with torch.autocast("cpu", dtype=low):
+        wanted = dense(layer)(x)
+        assert wanted.dtype is torch.float64
+        torch.testing.assert_close(layer(x), wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_nested_inputs_are_computed_as_by_the_dense_layer():
@@ -448,6 +514,17 @@ def test_assigning_numbers_to_a_layer_on_meta_is_refused():
         tp.register_tie(nn.Linear(4, 4, device="meta"), "flip_sym", init="exact")
     with pytest.raises(TieError, match="has no values to compare"):
         tp.residual(nn.Linear(4, 4, device="meta"), "flip_sym")
+
+
+@pytest.mark.parametrize("project", [True, False])
+def test_assigning_what_has_no_numbers_is_refused_or_no_change(project):
+    layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+    before = layer.weight.detach().clone()
+    with pytest.raises(TieError, match="the value has no numbers"):
+        tp.assign_(layer, torch.empty(4, 4, device="meta"), project=project)
+    assert torch.equal(layer.weight, before)
+    absent = tp.register_tie(nn.Linear(4, 4, device="meta"), "flip_sym")
+    assert tp.assign_(absent, torch.empty(4, 4, device="meta"), project=project) is absent
 
 
 # Fake mode, compiled functions, metaclasses -----------------------------------------------

@@ -137,6 +137,19 @@ def test_ties_are_neither_made_nor_removed_while_accelerate_offloads():
         torch.testing.assert_close(model(x), wanted)
 
 
+@pytest.mark.parametrize("door", ["cpu_offload", "disk_offload"])
+@pytest.mark.parametrize(("name", "index"), EXAMPLES)
+def test_s38_offloaded_layers_compute_in_a_frozen_block(name, index, door, tmp_path):
+    """They are computed at every call, since that is when their values are there."""
+    model, _, x = tied(name, index)
+    with torch.no_grad():
+        wanted = model(x).clone()
+        DOORS[door](model, tmp_path)
+        leave_junk()
+        with tp.frozen(model):
+            torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_forward_taken_while_tied_computes_after_untying():
     """Wrappers keep the bound forward that they found, as accelerate's hooks do."""
     layer = tp.register_tie(nn.Linear(16, 8), "row_repeat", init="rescale")

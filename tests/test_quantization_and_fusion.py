@@ -168,3 +168,19 @@ def test_s52_pt2e_leaves_tied_weights_in_float(rule):
     graph, weights = quantized()
     assert weights == 2
     torch.testing.assert_close(graph(x), wanted, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.feature("Quantization and fusion", "torchao's `quantize_` of the source of a copy")
+def test_a_copy_of_a_quantized_source_is_read_and_untied():
+    """Its weight is of torchao's class, which cannot be the write guard's as well."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
+    tp.register_tie(model[0], "copy", source=model[2], root=model)
+    quantization.quantize_(model[2], quantization.Int8WeightOnlyConfig())
+    numbers = model[2].weight.dequantize()
+    assert torch.equal(model[0].weight.dequantize(), numbers)
+    x = torch.randn(3, 32)
+    wanted = torch.nn.functional.linear(x, numbers, model[0].bias)
+    torch.testing.assert_close(model[0](x), wanted)
+    tp.remove_tie(model[0])
+    torch.testing.assert_close(model[0](x), wanted)

@@ -15,6 +15,12 @@ import tiedparam as tp
 from tiedparam._write_guard import GuardedWeight
 
 
+@torch.library.custom_op("tiedparam_tests::scale", mutates_args={"values"})
+def scale(values: torch.Tensor, factor: float) -> None:
+    """A user's operator, whose name does not end in an underscore."""
+    values.mul_(factor)
+
+
 def tied_conv() -> nn.Conv2d:
     return tp.register_tie(nn.Conv2d(3, 3, 3), "flip_sym")
 
@@ -50,6 +56,16 @@ def set_requires_grad(weight):
 WRITES = {
     "zero_": lambda w: w.zero_(),
     "add_": lambda w: w.add_(1),
+    "a user's operator": lambda w: scale(w, 2.0),
+    "a user's operator, by keyword": lambda w: torch.ops.tiedparam_tests.scale(
+        values=w.detach(), factor=2.0
+    ),
+    "embedding, max_norm": lambda w: nn.functional.embedding(
+        torch.tensor([0]), w.flatten(1), max_norm=1e-3
+    ),
+    "embedding_bag, max_norm": lambda w: nn.functional.embedding_bag(
+        torch.tensor([[0]]), w.detach().flatten(1), max_norm=1e-3
+    ),
     "copy_": lambda w: w.copy_(torch.zeros_like(w)),
     "iadd": iadd,
     "item": set_item,
@@ -283,3 +299,48 @@ def test_a_weight_that_was_read_keeps_no_layer_alive():
     for weight in kept:
         with pytest.raises(tp.TieError, match="'zero_' on the tied 'weight' would be lost"):
             weight.zero_()
+
+
+@pytest.mark.parametrize("build", [nn.Embedding, nn.EmbeddingBag])
+def test_max_norm_is_not_set_on_a_tied_embedding(build):
+    layer = tp.register_tie(build(4, 4), "flip_sym")
+    with pytest.raises(tp.TieError, match="cannot set max_norm of the tied 'weight' .* remove_tie"):
+        layer.max_norm = 1.0
+    assert layer.max_norm is None
+    layer.max_norm = None
+    tp.remove_tie(layer).max_norm = 1.0
+
+
+def test_clearing_the_gradient_of_a_weight_that_was_read_is_no_write():
+    weight = tied_linear().weight
+    weight.grad = None
+    with pytest.raises(tp.TieError, match="setting .grad on the tied 'weight'"):
+        weight.grad = torch.ones(4, 4)
+
+
+def test_the_base_of_a_weight_that_was_read_ends():
+    """A guarded base would be a view again: whoever follows them, as dynamo does, never ends."""
+    view, depth = tied_conv().weight, 0
+    while view._is_view():
+        view, depth = view._base, depth + 1
+        assert depth < 5
+
+
+@pytest.mark.feature(
+    "Compile and export", "Functions of the user's that are given `layer.weight`, compiled"
+)
+@pytest.mark.parametrize("of", [lambda w: w, lambda w: w.detach(), lambda w: w.t()])
+def test_a_compiled_function_takes_a_weight_that_was_read(of):
+    layer = tied_linear()
+    x = torch.randn(3, 4)
+
+    def product(x, weight):
+        return x @ weight
+
+    def spoil(weight):
+        weight.mul_(2)
+
+    compiled = torch.compile(product, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, of(layer.weight)), x @ of(layer.weight))
+    with torch.no_grad(), pytest.raises(tp.TieError, match="'mul_' on the tied"):
+        torch.compile(spoil, backend="eager")(of(layer.weight))

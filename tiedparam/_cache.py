@@ -27,6 +27,7 @@ from tiedparam import _optimizer_guard
 from tiedparam._bits import same_bits
 from tiedparam._errors import TieError
 from tiedparam._interposed import is_bare
+from tiedparam._offloaded import can_be_loaded
 from tiedparam._rule import Rule
 from tiedparam._sharded import is_sharded
 from tiedparam._stock import effective, has_values, parametrization_list, parametrization_lists
@@ -86,7 +87,7 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
         if frozen.layer is not layer or not frozen.holds():
             return None  # a shallow clone's, or functional_call has put other tensors in
         frozen.refuse_gradients()
-        return frozen.weight
+        return frozen.weight if frozen.is_bare() else None  # a hook came later
     if layer.training or torch.is_grad_enabled():
         memory.kept = None
         return None
@@ -118,16 +119,17 @@ def _checked(memory: Memory, values: parametrize.ParametrizationList) -> Tensor 
         return None
     autocast = torch.is_autocast_enabled(first.device.type)
     precision = torch.get_autocast_dtype(first.device.type) if autocast else None
+    by = (precision, type(rule).forward)
     kept = memory.kept
     if kept is not None:
-        (snapshot, precision_then), weight = kept
-        if precision is precision_then and _all_the_same(snapshot, present):
+        (snapshot, by_then), weight = kept
+        if by == by_then and _all_the_same(snapshot, present):
             return weight
     with torch.inference_mode(False), torch.no_grad():
         # computed from the snapshot, not from values that another thread may be writing
         snapshot = tuple(t.detach().clone() for t in present if t is not None)
         weight = rule(*snapshot[: len(values._parameters)])
-    memory.kept = ((snapshot, precision), weight)
+    memory.kept = ((snapshot, by), weight)
     return weight  # type: ignore[no-any-return]
 
 
@@ -142,6 +144,8 @@ def _all_the_same(kept: tuple[Tensor, ...], present: tuple[Tensor | None, ...]) 
 
 class frozen(ContextDecorator):  # noqa: N801 — used like a function, as torch.no_grad is
     """A block in which every tied weight of a model is computed once, for inference.
+
+    Weights that hooks or patches stand before are computed at every call all the same.
 
     Inside, layers run at the speed of plain dense ones, or of their structured form where that
     is faster. Blocks may be nested, shared by threads, and entered again. The state dict is
@@ -247,6 +251,7 @@ class _Frozen:
         self.holders = 0
         self.layer, self.tensor_name = layer, tensor_name
         self.origins = list(_origins(layer, tensor_name))
+        self.lists = _lists(layer, tensor_name)
         for _, _, tensor in self.origins:
             if is_sharded(tensor):
                 raise TieError(
@@ -267,6 +272,13 @@ class _Frozen:
         """Whether the layer still has the tensors that the weight was computed from."""
         for table, name, tensor in self.origins:  # noqa: SIM110 — at every call, and faster
             if table.get(name) is not tensor:
+                return False
+        return True
+
+    def is_bare(self) -> bool:
+        """Whether computing the weight anew would call nothing but rules."""
+        for values, rule, compute in self.lists:
+            if type(rule).forward is not compute or not is_bare(values, rule):
                 return False
         return True
 
@@ -331,6 +343,20 @@ def _origins(layer: nn.Module, tensor_name: str) -> Iterator[tuple[dict[str, Any
                 yield from _origins(source, source_name)
 
 
+def _lists(layer: nn.Module, tensor_name: str) -> list[tuple[nn.Module, nn.Module, Any]]:
+    """The lists that compute a weight, with each module in them and its class's ``forward``."""
+    if not parametrize.is_parametrized(layer, tensor_name):
+        return []
+    values = parametrization_list(layer, tensor_name)
+    found: list[tuple[nn.Module, nn.Module, Any]] = []
+    found += ((values, module, type(module).forward) for module in values)
+    for module in values:
+        if isinstance(module, Rule):
+            for source, source_name in module.sources():
+                found += _lists(source, source_name)
+    return found
+
+
 def _sources(rule: Rule) -> Iterator[nn.Module]:
     """The layers that a rule reads, and those that they read."""
     for source, source_name in rule.sources():
@@ -358,6 +384,10 @@ class _Session:
                 raise TieError(
                     f"cannot freeze {where}: its layer is in training mode. Call model.eval()."
                 )
+            if not all(is_bare(values, part) for values, part, _ in _lists(layer, name)) or any(
+                can_be_loaded(source) for source in _sources(rule)
+            ):
+                continue  # hooks may change the weight at every call, as offloading does
             held.append((rule, rule.memory.frozen or _Frozen(layer, name, where)))
         # nothing was changed so far
         self.held = held

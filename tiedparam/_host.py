@@ -144,6 +144,8 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
     """What a host class overrides."""
     special = _structured.forward(stock) if "weight" in names else _recurrent.computation(stock)
 
+    embeds = "weight" in names and issubclass(stock, (nn.Embedding, nn.EmbeddingBag))
+
     def compute(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = special(self, *args, **kwargs) if special is not None else None
         return stock.forward(self, *args, **kwargs) if result is None else result
@@ -162,6 +164,11 @@ def _members(stock: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         if name == "qconfig" and value is not None:
             _callers.refuse_quantization(self, sys._getframe(1))
+        if name == "max_norm" and value is not None and embeds:
+            raise TieError(
+                f"cannot set max_norm of the tied {describe(self, 'weight')}: it writes into "
+                "single rows of the weight, which is computed. Call remove_tie first."
+            )
         # torch would raise KeyError for a Parameter, and project a tensor in silence (S16, S24)
         if name in names and _is_parametrized(self, name) and isinstance(value, Tensor):
             _set(self, name, value, sys._getframe(1))
@@ -317,8 +324,8 @@ def _make_host_class(
 
 
 def _property(name: str, stock: type[nn.Module]) -> property:
-    # torch's own layers never write into their weight; another forward might, in place
-    trusted = getattr(stock.forward, "__module__", "").startswith("torch.nn.")
+    # torch's own methods never write into their weight; others might, in place
+    torchs = _structured.torchs_own(stock)
 
     def read(self: nn.Module) -> Tensor:
         if not _is_parametrized(self, name):
@@ -343,12 +350,14 @@ def _property(name: str, stock: type[nn.Module]) -> property:
             refuse_absent(self, name, call)
         if type(weight) is not Tensor and not traced and is_sharded(weight):
             return _sharded_weight(self, name, weight, own_forward)
-        if traced or (own_forward and trusted):
+        if traced or (own_forward and torchs is not None and torchs.computes_layer(self, stock)):
             return weight
         reader = sys._getframe(1)
         if not is_tied(self, name):
             return weight
-        if _callers.is_stock_forward(reader):
+        if _callers.is_stock_forward(reader) and not (
+            own_forward and torchs is not None and torchs.hands_on(self)
+        ):
             if weight.is_meta:
                 refuse_absent(self, name, reader.f_locals.values())
             return weight

@@ -30,6 +30,7 @@ def is_bare(values: nn.Module, rule: nn.Module) -> bool:
     return not (
         is_watched(values)
         or is_watched(rule)
+        or (rule.__dict__["_modules"] and any(map(is_watched, rule.modules())))
         or (torch_module._has_any_global_hook() and _is_every_module_watched())
     )
 
@@ -87,13 +88,19 @@ class TorchsOwn:
                 return False
         return True
 
-    def is_replaced_on(self, layer: nn.Module) -> bool:
-        """Whether this one layer has a method of its own in the place of one of the parts.
+    def computes_layer(self, layer: nn.Module, stock: type[nn.Module]) -> bool:
+        """Whether this tied layer of a stock class computes by these very methods.
 
-        (A ``forward`` of its own is called by torch instead of the class's.)
+        A part may have been replaced on the layer, on the class that tied layers have, or on one
+        that was derived from it. (A ``forward`` there is called instead of the tied one.)
         """
-        for name, _ in self.parts:  # noqa: SIM110
-            if name in layer.__dict__:
+        return stock.forward is self.forward and not self.hands_on(layer)
+
+    def hands_on(self, layer: nn.Module) -> bool:
+        """Whether torch's ``forward`` would call another method than torch's for this layer."""
+        kind, own = type(layer), layer.__dict__
+        for name, method in self.parts:  # noqa: SIM110
+            if name in own or getattr(kind, name) is not method:
                 return True
         return False
 

@@ -91,12 +91,19 @@ class Plan:
         otherwise: the form where "windows" does not serve; the same for the others.
         reduction: what the law lets the layer save.
         offered: all forms in which the layer could be computed.
+        channels: how many channels or features of input the weight takes. What a layer says of
+            itself, ``in_channels``, may have been changed since; torch goes by the weight.
+        groups: of the layer, by which it was tied.
+        kernel: the sizes of the kernel.
     """
 
     form: str
     otherwise: str
     reduction: Reduction
     offered: list[str]
+    channels: int
+    groups: int
+    kernel: tuple[int, ...]
 
 
 def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
@@ -124,7 +131,15 @@ def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
     if form == "auto":
         form = choose_form(reduction, layout, convolution=convolution)
     fallback = "dense" if reduction.shared_banks else "reduced"
-    rule.plan = Plan(form, fallback if form == "windows" else form, reduction, forms)
+    rule.plan = Plan(
+        form,
+        fallback if form == "windows" else form,
+        reduction,
+        forms,
+        channels=layout.groups * layout.canonical_shape[1],
+        groups=layout.groups,
+        kernel=layout.kernel,
+    )
 
 
 def _applicable(reduction: Reduction, layout: Layout, convolution: bool) -> list[str]:
@@ -149,7 +164,7 @@ def forward(stock: type[nn.Module]) -> Compute | None:
     compute, own, names = kind.compute, kind.own, kind.arguments
 
     def cheap(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-        if not own.computes(stock) or own.is_replaced_on(layer):
+        if not own.computes_layer(layer, stock):
             return None
         if len(args) > len(names) or (not args and "input" not in kwargs):
             return None  # the stock forward says what is wrong with them
@@ -158,6 +173,14 @@ def forward(stock: type[nn.Module]) -> Compute | None:
         return compute(layer, *args, **kwargs)
 
     return cheap
+
+
+def torchs_own(stock: type[nn.Module]) -> TorchsOwn | None:
+    """The methods that compute layers of a stock class, if those are torch's."""
+    if not getattr(stock.forward, "__module__", "").startswith("torch.nn."):
+        return None
+    kind = _kind(stock)
+    return kind.own if kind is not None else TorchsOwn(stock.forward)
 
 
 @dataclass(frozen=True)
@@ -181,7 +204,7 @@ def _kind(stock: type[nn.Module]) -> _Kind | None:
 
 def _linear(layer: nn.Linear, input: Tensor) -> Tensor | None:
     found = _planned(layer, input)
-    if found is None or not _has_features(layer, input):
+    if found is None or not _has_features(found[1], input):
         return None
     rule, plan, free, bias = found
     summed, run = plan.reduction.summed, plan.reduction.run
@@ -201,8 +224,7 @@ def _linear(layer: nn.Linear, input: Tensor) -> Tensor | None:
 
 def _conv(layer: Any, input: Tensor) -> Tensor | None:
     found = _planned(layer, input)
-    axes = len(layer.kernel_size)
-    if found is None or not _has_channels(layer, input, axes):
+    if found is None or not _has_channels(layer, found[1], input):
         return None
     plan = found[1]
     if plan.form == "windows":
@@ -220,11 +242,11 @@ def _by_sums(
 ) -> Tensor:
     """The reduced form of a convolution, whose stock operation takes input, weight and bias."""
     rule, plan, free, bias = found
-    axes, summed, run = len(layer.kernel_size), plan.reduction.summed, plan.reduction.run
+    axes, summed, run = len(plan.kernel), plan.reduction.summed, plan.reduction.run
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if summed:
-            x = _sum_inputs(x, layer.groups, axes)
+            x = _sum_inputs(x, plan.groups, axes)
         y = operation(x, weight, bias if run == 1 else None)
         return _formatted(y if run == 1 else _spread(y, run, bias, axes), input)
 
@@ -233,11 +255,11 @@ def _by_sums(
 
 def _by_windows(layer: Any, found: _Found, input: Tensor) -> Tensor | None:
     rule, plan, free, bias = found
-    axes, summed = len(layer.kernel_size), plan.reduction.summed
+    axes, summed = len(plan.kernel), plan.reduction.summed
     if (
         not convolves(input, free)
         or input.dim() != axes + 2
-        or input.shape[1] != layer.in_channels
+        or input.shape[1] != plan.channels
         or _is_channels_last(input)
     ):
         return None
@@ -249,14 +271,14 @@ def _by_windows(layer: Any, found: _Found, input: Tensor) -> Tensor | None:
             for size, before, after in zip(sizes, around[-2::-2], around[::-2], strict=True)
         )
         padding = (0,) * axes
-    geometry = Geometry(layer.kernel_size, layer.stride, padding, layer.dilation)
+    geometry = Geometry(plan.kernel, layer.stride, padding, layer.dilation)
     outputs = outputs_of(geometry, sizes)
     if min(outputs) <= 0:
         return None  # smaller than the kernel: the stock layer says so
     filters = rule.reduced(free) if summed else free
-    m, positions = filters.shape[0], math.prod(layer.kernel_size)
+    m, positions = filters.shape[0], math.prod(plan.kernel)
     grad = torch.is_grad_enabled() and (input.requires_grad or free.requires_grad)
-    groups = 1 if summed else layer.groups
+    groups = 1 if summed else plan.groups
     if rule.compute == "auto" and not pays(len(input), groups, m, positions, outputs, grad=grad):
         return None
     if summed:
@@ -271,9 +293,9 @@ def _conv_transpose(
     layer: Any, input: Tensor, output_size: list[int] | None = None
 ) -> Tensor | None:
     found = _planned(layer, input)
-    axes = len(layer.kernel_size)
-    if found is None or not _has_channels(layer, input, axes):
+    if found is None or not _has_channels(layer, found[1], input):
         return None
+    axes = len(found[1].kernel)
     padding = layer._output_padding(
         input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
     )
@@ -356,16 +378,19 @@ _CAST_BY_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
 # A tracer would warn of the comparisons, and a traced input was accepted already.
 
 
-def _has_features(layer: nn.Linear, input: Tensor) -> bool:
+def _has_features(plan: Plan, input: Tensor) -> bool:
     return torch._C._get_tracing_state() is not None or (
-        input.dim() > 0 and input.shape[-1] == layer.in_features
+        input.dim() > 0 and input.shape[-1] == plan.channels
     )
 
 
-def _has_channels(layer: Any, input: Tensor, axes: int) -> bool:
+def _has_channels(layer: Any, plan: Plan, input: Tensor) -> bool:
+    if layer.groups != plan.groups:
+        return False
     if torch._C._get_tracing_state() is not None:
         return True
-    return input.dim() in (axes + 1, axes + 2) and input.shape[-axes - 1] == layer.in_channels
+    axes = len(plan.kernel)
+    return input.dim() in (axes + 1, axes + 2) and input.shape[-axes - 1] == plan.channels
 
 
 # The pieces ------------------------------------------------------------------------------
@@ -429,7 +454,8 @@ def _without_overflow(
     """float16 sums can overflow where the dense layer does not: compute them in float32."""
     if not summed:
         return run(x, weight, bias)
-    precision = _autocast_dtype(x.device.type)
+    # autocast leaves float64 as it is
+    precision = _autocast_dtype(x.device.type) if x.dtype in _CAST_BY_AUTOCAST else None
     if (precision or x.dtype) is not torch.float16:
         return run(x, weight, bias)
     wide = x.float(), weight.float(), None if bias is None else bias.float()

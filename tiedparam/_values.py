@@ -79,6 +79,13 @@ def assign_(
                 f"cannot assign to {where}: it is on the meta device, where numbers are lost. Call "
                 "to_empty first."
             )
+        if not has_values(value):
+            if not has_values(present):
+                return layer  # shapes alone, and they agree
+            raise TieError(
+                f"cannot assign to {where}: the value has no numbers, it is on the meta device. "
+                "Give it some first, or move the layer with to('meta')."
+            )
         free = rule.right_inverse(value)
         if not project and not torch.equal(rule(*free), value):
             raise TieError(

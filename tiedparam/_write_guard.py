@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiedparam._errors import TieError, describe
@@ -70,6 +71,8 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
             _refuse(written, func)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
+        if func == _GET_BASE:
+            return result  # a guarded one would be a view again, and its base too, without end
         for argument in (*args, *kwargs.values()):
             if type(argument) is GuardedWeight and argument._place is not None:
                 _refuse_absent(result, argument, func, (*args, *kwargs.values()))
@@ -107,7 +110,13 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
 
 
 def guard(weight: Tensor, layer: nn.Module, tensor_name: str) -> Tensor:
-    """``weight`` as a `GuardedWeight` that names its layer when it refuses."""
+    """``weight`` as a `GuardedWeight` that names its layer when it refuses.
+
+    A tensor whose class stands for other numbers (of a source that torchao has quantized, say)
+    is handed out as it is: it can be of one class only.
+    """
+    if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return weight
     with torch._C.DisableTorchFunctionSubclass():
         guarded = weight.as_subclass(GuardedWeight)
     guarded._place = (weakref.ref(layer), tensor_name)
@@ -173,8 +182,12 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarde
     in_place = name.endswith("_") and not name.endswith("__")
     if in_place or name in _WRITING_OPERATORS or kwargs.get("inplace"):
         targets.append(args[0] if args else kwargs.get("tensor", kwargs.get("input")))
-    elif name == "__set__" and not (func is _SET_GRAD and args[1] is None):
+    elif name == "__set__" and not (func == _SET_GRAD and args[1] is None):
         targets.append(args[0])
+    elif func in _RENORMING and kwargs.get("max_norm") is not None:
+        targets.append(args[1])
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        targets += _declared_writes(func, args, kwargs)
     for target in targets:
         for tensor in target if isinstance(target, (tuple, list)) else (target,):
             if type(tensor) is GuardedWeight and tensor._place is not None:
@@ -182,7 +195,22 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarde
     return None
 
 
+_RENORMING = frozenset({F.embedding, F.embedding_bag})
+
+
+def _declared_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What an operator, of torch's or the user's own, says that it writes into."""
+    names = func.overloads() if isinstance(func, torch._ops.OpOverloadPacket) else ()
+    found = []
+    for overload in [getattr(func, name) for name in names] or [func]:
+        for index, argument in enumerate(overload._schema.arguments):
+            if argument.is_write:
+                found.append(args[index] if index < len(args) else kwargs.get(argument.name))
+    return found
+
+
 _HOOKS = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_hook})
+_GET_BASE = Tensor._base.__get__  # type: ignore[union-attr]
 _SET_GRAD = Tensor.grad.__set__  # type: ignore[union-attr]
 
 
