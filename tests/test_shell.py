@@ -559,7 +559,9 @@ def test_ties_that_are_hardly_meant_are_one_line_on_stderr(tmp_path, monkeypatch
     assert line.startswith("warning: 2 of 2 ties are hardly meant: the tie of '0.weight' by ")
     assert "'1.weight' by 'row_repeat(groups=1)' frees nothing: 256 of 256" in line
     assert "pass --init rescale" in line
-    assert "with tiedparam scan, or set a limit with --max-residual." in line
+    assert line.endswith("set a limit with --max-residual. To tie again pass --force.")
+    assert "with tiedparam scan, or set" in line
+    assert call(capsys, *command, "--init", "rescale", "--force")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from tiedparam import (
     write_plan,
 )
 from tiedparam._atomic import refuse_foreign_suffix
-from tiedparam._concerns import check_max_residual
+from tiedparam._concerns import TO_TIE_AGAIN, check_max_residual
 from tiedparam._errors import visible
 from tiedparam._exports import left_by_older
 from tiedparam._functions import Functions, find_function, functions_of
@@ -120,6 +120,7 @@ _WORDS = {
     "with tiedparam.residual or tiedparam.scan, or set a limit with max_residual=": (
         "with tiedparam scan, or set a limit with --max-residual"
     ),
+    f" {TO_TIE_AGAIN}": " To tie again pass --force.",
     "above max_residual=": "above --max-residual ",
     "tiedparam.scan": "tiedparam scan",
 }
