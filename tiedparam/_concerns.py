@@ -80,8 +80,8 @@ class Concern:
         if self.kept is None:
             return (
                 "Call remove_tie, which changes no value here, and tie with another option: for a "
-                "fresh layer with init='rescale', which keeps its scale; for a trained one see first "
-                f"{before}"
+                "fresh layer with init='rescale', which keeps its scale; for a trained one see "
+                f"first {before}"
             )
         return (
             "For a fresh layer pass init='rescale', which keeps its scale (call remove_tie before "

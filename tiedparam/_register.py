@@ -187,8 +187,9 @@ def tie_one(
     _optimizer_guard.retire(
         [weight],
         f"the dense parameter of {where}",
-        "Pass optimizer= to register_tie, or build the optimizer after tying. If another layer "
-        "shares that parameter, register_tie finds it with root=model.",
+        "Build the optimizer anew, now that the tie is made; to keep its state, pass optimizer= to "
+        "register_tie when you tie. If another layer shares that parameter, register_tie finds it "
+        "with root=model.",
     )
     _optimizer_guard.watch_free_values(stored, where)
     return layer
@@ -284,7 +285,7 @@ def remove_tie(
             else:
                 moves = _optimizer.plan_addition(optimizers, dense, origin)
         except ValueError as error:
-            raise TieError(f"cannot move the optimizer of {where}: {error}.") from error
+            raise TieError(f"cannot untie {where}: {error}.") from error
         _optimizer.warn_of_losses(moves, f"untying {where}")
         if stored:
             _optimizer.move_gradient(change)
@@ -306,7 +307,8 @@ def remove_tie(
     _optimizer_guard.retire(
         stored,
         f"a free value of {where}",
-        "Pass optimizer= to remove_tie, or build the optimizer after untying.",
+        "Build the optimizer anew; to keep its state, pass optimizer= to remove_tie when you "
+        "untie.",
     )
     return layer
 
