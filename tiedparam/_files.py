@@ -26,6 +26,7 @@ from tiedparam._fit import entries_for, placeholder, ties_to_make
 from tiedparam._functions import Functions, as_functions
 from tiedparam._header import Header
 from tiedparam._linked import Linked
+from tiedparam._offloaded import TO_BRING_BACK, is_offloaded
 from tiedparam._optimizer_guard import watch_free_values
 from tiedparam._places import Places
 from tiedparam._progress import progress
@@ -230,6 +231,8 @@ def _plain_state(model: nn.Module) -> OrderedDict[str, Tensor]:
         elif value.is_meta:
             problem = "is on the meta device and has no values"
             remedy = "Load or initialise the model first."
+            if is_offloaded(model):
+                problem, remedy = "is offloaded by accelerate", TO_BRING_BACK
         else:
             continue
         raise TieError(f"cannot save the model: '{key}' {problem}. {remedy}")

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tiedparam import _cache
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
+from tiedparam._offloaded import refuse_offloaded
 from tiedparam._sharded import is_sharded, whole, write
 from tiedparam._stock import effective, has_values, parametrization_lists
 from tiedparam._ties import free_values, get_tie, is_stacked, ties_of
@@ -42,6 +43,7 @@ def assign_(
     rule = get_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
     _cache.refuse_if_frozen(layer, "assigning")
+    refuse_offloaded(layer, where, "assign to")
     if not isinstance(value, Tensor):
         raise TypeError(f"assign_ takes a tensor, not {type(value).__name__}")
     if isinstance(rule, Linked):
@@ -138,6 +140,7 @@ def init_(
     _cache.refuse_if_frozen(layer, "initialising")
     if isinstance(rule, Linked):
         return layer
+    refuse_offloaded(layer, describe(layer, tensor_name), "initialise")
     with torch.no_grad():
         dense = _empty_dense(layer, tensor_name)
         init_fn(dense)
@@ -177,6 +180,7 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     copy-tied tensor is left alone: its source is not re-initialised behind its back (S23).
     """
     _cache.refuse_if_frozen(layer, "reset_parameters()")
+    refuse_offloaded(layer, f"a tied {stock_class.__name__}", "reset")
     stand_in = stock_class.__new__(stock_class)
     stand_in.__dict__.update(layer.__dict__)
     stand_in._parameters = dict(layer._parameters)
