@@ -115,6 +115,7 @@ def test_a_folder_with_several_checkpoints_is_refused_with_their_names(model, ca
             tuple(f"{n:03}.pt" for n in range(400)),
             "'004.pt', '005.pt', '006.pt', '007.pt', '008.pt'",
         ),
+        (
             ("dense-00001-of-00001.safetensors", "dense.safetensors.index.json"),
             "It holds 'dense.safetensors.index.json'. Name the file that you mean, such as "
             "'f/dense.safetensors.index.json'.",

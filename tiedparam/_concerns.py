@@ -205,4 +205,3 @@ def _kept(residual: float) -> float:
 
 def _shown(rule: Rule) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in rule.options().items())
-
