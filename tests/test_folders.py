@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -95,6 +96,47 @@ def test_a_folder_with_several_checkpoints_is_refused_with_their_names(model, ca
     # a file beside the index of an older, sharded one
     Path("bert/pytorch_model.bin").rename("bert/model.safetensors.index.json")
     assert "holds several checkpoints" in refused(capsys, "report", "bert")
+
+
+def gpt2(**options) -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8, **options
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():  # each output of this Conv1D, which stores W[in, out], sums its inputs
+        weight = model.transformer.h[0].attn.c_attn.weight
+        weight.copy_(weight[:1].expand_as(weight) + 1e-3 * weight)
+    return model
+
+
+@pytest.mark.feature(
+    "Copies and files",
+    "a checkpoint file of GPT-2, whose matrices have their inputs first",
+    needs="`--transposed` where it is tied in the shell",
+)
+def test_the_last_line_of_a_scan_of_gpt2_ties_what_its_model_loads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    gpt2().save_pretrained("gpt2")
+    place, law = "transformer.h.0.attn.c_attn", "channel_shared:over=in"
+    # without a hint the axes are taken for those of a Linear, and what loads the file says so
+    good(capsys, "tie", "gpt2", "--tie", f"{place}=channel_shared:over=out", "-o", "w.safetensors")
+    with pytest.raises(tp.TieError, match=r"\(16, 48\) and is \(16, 48\), transposed.*--transp"):
+        tp.load("w.safetensors", gpt2())
+    out = good(capsys, "scan", "gpt2", "--rule", law, "--transposed", "*.c_*")
+    _, command = out.splitlines()[-1].split("tiedparam ")
+    good(capsys, *shlex.split(command))
+    loaded = tp.load("gpt2-tied.safetensors", gpt2())
+    same = tp.tie_model(gpt2(), {place: ("channel_shared", {"over": "in"})})
+    assert tp.get_tie(loaded.get_submodule(place)).free_count == same.ties[0].free_values == 48
+    # and back, from a file that says itself how it is tied
+    tp.save(loaded, "saved.safetensors")
+    assert "channel_shared(over='in')" in good(capsys, "report", "saved.safetensors")
+    good(capsys, "untie", "saved.safetensors", "-o", "dense.safetensors")
+    plain = tp.load("dense.safetensors", gpt2())
+    weight = plain.get_submodule(place).weight
+    assert torch.equal(weight, loaded.get_submodule(place).weight)
+    assert torch.equal(weight, weight[:1].expand_as(weight))
 
 
 @pytest.mark.parametrize(

@@ -295,13 +295,17 @@ def test_groups_and_transposition_as_options(files, capsys):
     assert_same(model.state_dict(), tied.state_dict())
     # what was not said, and matters, is noticed when the file is loaded
     good(capsys, "tie", "model.pt", "--tie", "up=channel_shared:over=in", "-o", "w.safetensors")
-    with pytest.raises(tp.TieError, match=r"'up.weight' was saved tied.*, transposed here"):
+    lost = r"'up.weight' was saved tied.*, transposed here\. .* again with --groups or --transposed"
+    with pytest.raises(tp.TieError, match=lost):
         tp.load("w.safetensors", Net())
     assert "over='groups' shares" in refused(
         capsys, "tie", "model.pt", "--tie", "stem=channel_shared:over=groups", "-o", "x"
     )
     assert "no convolution is called 'encoder'" in refused(
-        capsys, "scan", "model.pt", "--transposed", "encoder"
+        capsys, "scan", "model.pt", "--groups", "encoder=2"
+    )
+    assert "no convolution or matrix is called 'encodr'" in refused(
+        capsys, "scan", "model.pt", "--transposed", "encodr"
     )
     assert "cannot have 4 groups" in refused(capsys, "scan", "model.pt", "--groups", "stem=4")
 

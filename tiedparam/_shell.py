@@ -242,7 +242,8 @@ def _add_file(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="LAYERS",
-        help="transposed convolutions, which shapes do not show: a glob over layer names",
+        help="transposed convolutions, and matrices with their inputs first (GPT-2's Conv1D), "
+        "which shapes do not show: a glob over layer names",
     )
 
 
