@@ -133,8 +133,9 @@ REFUSALS = [
         ("flip_sym",),
         {},
         tp.TieError,
-        "Name one of its layers: '0'",
+        r"Pass one of its layers \('0'\), as layer.get_submodule\('0'\), or tie by names with",
     ),
+    (lambda: nn.ReLU(), ("flip_sym",), {}, tp.TieError, "has no Parameters. Tie another one"),
     (
         lambda: nn.Linear(4, 6),
         ("flip_sym",),
@@ -415,7 +416,7 @@ def test_remove_tie_gives_back_class_values_and_requires_grad():
     assert torch.equal(layer.weight, weight)
     torch.testing.assert_close(layer(x), output)
     assert list(layer.__dict__) == list(nn.Conv2d(3, 3, 3).__dict__)
-    with pytest.raises(tp.TieError, match="is not tied. Tie it with register_tie first"):
+    with pytest.raises(tp.TieError, match="is not tied, so there is no tie to remove"):
         tp.remove_tie(layer)
 
 

@@ -278,7 +278,9 @@ def _bytes_of(size: int | str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?B)?", str(size).upper())
     count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if count < 1:
-        raise TieError(f"max_shard_size={size!r} is no size. Give bytes, or such as '5GB'.")
+        raise TieError(
+            f"max_shard_size={size!r} is no size. Give a number of bytes, or a text such as '5GB'."
+        )
     return count
 
 

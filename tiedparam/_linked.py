@@ -49,7 +49,7 @@ class Linked(Rule):
         super().__init__()
         if not isinstance(source, (nn.Module, str, Tensor)):
             raise TypeError(
-                "source= takes the layer to read (or, with root=, its path), not a "
+                "source= takes the layer to read (or, with root=, its path), not "
                 f"{type(source).__name__}"
             )
         if source_name is not None and not isinstance(source_name, str):

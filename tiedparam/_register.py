@@ -256,8 +256,10 @@ def remove_tie(
         TieWarning: if decay that the optimizer adds to the gradient becomes stronger.
         TieWarning: if the source of a copy was resized: the tensor then has that size.
     """
-    rule = get_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
+    if not is_tied(layer, tensor_name):
+        raise TieError(f"{where} is not tied, so there is no tie to remove.")
+    rule = get_tie(layer, tensor_name)
     _cache.refuse_if_frozen(layer, "remove_tie")
     if is_stacked(layer, tensor_name):
         raise TieError(
@@ -359,7 +361,10 @@ def residual(
 
 def _check_arguments(layer: object, tensor_name: object, init: object, root: object) -> None:
     if not isinstance(layer, nn.Module):
-        raise TypeError(f"a tie is registered on an nn.Module, not on {type(layer).__name__}")
+        raise TypeError(
+            f"a tie is registered on an nn.Module, not on {type(layer).__name__}. Pass the layer, and "
+            "the name of its tensor as tensor_name="
+        )
     if not isinstance(tensor_name, str):
         raise TypeError(f"tensor_name takes a string, not {type(tensor_name).__name__}")
     if root is not None and not isinstance(root, nn.Module):
@@ -474,8 +479,13 @@ def _why_no_parameter(layer: nn.Module, tensor_name: str) -> str:
     names = [name for name, parameter in layer._parameters.items() if parameter is not None]
     known = ", ".join(f"'{name}'" for name in names)
     if not known:
-        children = ", ".join(f"'{name}'" for name in list(layer._modules)[:5])
-        return f"the layer has no Parameter of its own. Name one of its layers: {children}."
+        if not layer._modules:
+            return "the layer has no Parameters. Tie another one."
+        children = [f"'{name}'" for name in list(layer._modules)[:5]]
+        return (
+            f"the layer has no Parameter of its own. Pass one of its layers ({', '.join(children)}), "
+            f"as layer.get_submodule({children[0]}), or tie by names with tiedparam.tie_model."
+        )
     return f"the layer has no such tensor. Its Parameters are {known}."
 
 

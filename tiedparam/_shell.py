@@ -121,6 +121,7 @@ _WORDS = {
         "with tiedparam scan, or set a limit with --max-residual"
     ),
     f" {TO_TIE_AGAIN}": " To tie again pass --force.",
+    "are in rows() and to_markdown()": "are in the output of --json",
     "above max_residual=": "above --max-residual ",
     "tiedparam.scan": "tiedparam scan",
 }
