@@ -362,8 +362,8 @@ def residual(
 def _check_arguments(layer: object, tensor_name: object, init: object, root: object) -> None:
     if not isinstance(layer, nn.Module):
         raise TypeError(
-            f"a tie is registered on an nn.Module, not on {type(layer).__name__}. Pass the layer, and "
-            "the name of its tensor as tensor_name="
+            f"a tie is registered on an nn.Module, not on {type(layer).__name__}. Pass the layer, "
+            "and the name of its tensor as tensor_name="
         )
     if not isinstance(tensor_name, str):
         raise TypeError(f"tensor_name takes a string, not {type(tensor_name).__name__}")
@@ -483,8 +483,8 @@ def _why_no_parameter(layer: nn.Module, tensor_name: str) -> str:
             return "the layer has no Parameters. Tie another one."
         children = [f"'{name}'" for name in list(layer._modules)[:5]]
         return (
-            f"the layer has no Parameter of its own. Pass one of its layers ({', '.join(children)}), "
-            f"as layer.get_submodule({children[0]}), or tie by names with tiedparam.tie_model."
+            f"the layer has no Parameter of its own. Pass one of its layers ({', '.join(children)})"
+            f", as layer.get_submodule({children[0]}), or tie by names with tiedparam.tie_model."
         )
     return f"the layer has no such tensor. Its Parameters are {known}."
 
