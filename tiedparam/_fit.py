@@ -25,7 +25,7 @@ from tiedparam._layout import Layout
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
 from tiedparam._stock import effective
-from tiedparam._stored import StoredCheckpoint
+from tiedparam._stored import StoredCheckpoint, index_beside
 from tiedparam._ties import free_values, get_tie, is_stacked, is_tied, named_ties
 
 
@@ -162,7 +162,11 @@ def entries_for(
     for key, slot in wanted.items():
         if key not in entries and slot.tensor in holders:
             entries[key] = entries[holders[slot.tensor]]  # one of its other names
-    _raise([f"'{key}' is missing." for key in wanted if key not in entries])
+    missing = [f"'{key}' is missing." for key in wanted if key not in entries]
+    index = index_beside(stored.path)
+    if missing and index is not None:
+        missing.insert(0, f"the file is one of several. Name their index, '{index}'.")
+    _raise(missing)
     _warn_unshared(header.aliases, wanted)
     return entries
 

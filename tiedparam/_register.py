@@ -426,9 +426,10 @@ def _weight_to_tie(
     refuse_wrapped(layer, [weight], where, "tie", inside)
     refuse_offloaded(layer, where, "tie", inside)
     for other, name in (places or Places(layer)).other_holders(layer, tensor_name, weight):
+        own = f"layer.{tensor_name} = nn.Parameter(layer.{tensor_name}.detach().clone())"
         raise refuse(
             f"it shares its Parameter with {_describe(other, name, places)}. Give one of them a "
-            "Parameter of its own, and tie the second to the first by 'copy'."
+            f"Parameter of its own ({own}), and tie it to the other by 'copy'."
         )
     return weight
 

@@ -154,6 +154,13 @@ def file_of(path: Path) -> Path:
     )
 
 
+def index_beside(path: Path) -> Path | None:
+    """The index beside a file that is named as one of several, if there is one."""
+    match = _SHARD.fullmatch(path.name)
+    index = path.with_name(f"{match[1]}{match[2]}{INDEX}") if match is not None else path
+    return index if match is not None and index.is_file() else None
+
+
 def files_of(path: Path) -> list[Path]:
     """All files that a checkpoint consists of."""
     path = file_of(path)
