@@ -181,6 +181,7 @@ def test_a_plan_that_selects_nothing_is_an_error(plan, message):
         ((nn.Linear(2, 2), Path("plan.toml")), r"Use read_plan\(path\)"),
         ((nn.Linear(2, 2), tp.scan(nn.Linear(2, 2))), r"not ScanReport. Use its plan\(\)"),
         ((nn.Linear(2, 2), 3), "a plan is a mapping .* not int$"),
+        ((nn.Linear(2, 2), {"": {"rule": "flip_sym"}}), "Options stand beside it, such as"),
         ((nn.Linear(2, 2), {"": 3}), "names a rule or a Rule subclass"),
         ((nn.Linear(2, 2), {3: "flip_sym"}), "a pattern is a glob"),
         ((nn.Linear(2, 2), {int: "flip_sym"}), "no layer type"),

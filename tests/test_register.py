@@ -462,8 +462,10 @@ def test_residual_looks_and_leaves():
     assert tp.residual(layer, "copy", source="1", root=model) > 0
     with pytest.raises(tp.TieError, match="cannot compare .* with 'row_repeat"):
         tp.residual(layer, "row_repeat", groups=3)
-    with pytest.raises(tp.TieError, match="has no values"):
+    with pytest.raises(tp.TieError, match="no such tensor. Its Parameters are 'weight', 'bias'"):
         tp.residual(layer, "row_repeat", "no")
+    with pytest.raises(tp.TieError, match="Pass one of its layers"):
+        tp.residual(model, "row_repeat")
     tp.register_tie(layer, "flip_sym")
     assert tp.residual(layer, "flip_sym") == 0
     assert tp.residual(layer, "row_repeat") > 0

@@ -562,6 +562,7 @@ def test_ties_that_are_hardly_meant_are_one_line_on_stderr(tmp_path, monkeypatch
     (line,) = err.splitlines()
     assert line.startswith("warning: 2 of 2 ties are hardly meant: the tie of '0.weight' by ")
     assert "'1.weight' by 'row_repeat(groups=1)' frees nothing: 256 of 256" in line
+    assert ".; " not in line
     assert "pass --init rescale" in line
     assert line.endswith("set a limit with --max-residual. To tie again pass --force.")
     assert "with tiedparam scan, or set" in line

@@ -404,7 +404,7 @@ def _misfit(result: object, source: Tensor, weight: Tensor) -> str | None:
     if result.shape != weight.shape:
         return (
             f"the source {tuple(source.shape)} gives {tuple(result.shape)}, and the tensor is "
-            f"{tuple(weight.shape)}. Pass fn= to make the shapes fit, for example a transpose."
+            f"{tuple(weight.shape)}. Pass fn= to 'copy' to make the shapes fit, such as torch.t."
         )
     if result.dtype != weight.dtype:
         return (

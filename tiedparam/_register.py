@@ -349,8 +349,12 @@ def residual(
         or isinstance(weight, nn.UninitializedParameter)
         or not has_values(weight)
     ):
+        if weight is None:
+            raise TieError(
+                f"cannot compare {where} with '{made}': {_why_no_parameter(layer, tensor_name)}"
+            )
         raise TieError(
-            f"{where} has no values to compare with '{made}'. Name a tensor that it has."
+            f"{where} has no values to compare with '{made}'. Load or initialise the layer first."
         )
     looked_through = copy(made)  # an instance that was given can still tie
     reason = looked_through.bind(layer, tensor_name, root)

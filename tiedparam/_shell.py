@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: object) -> str:
     """A message in one line; names from files may hold control characters, which terminals obey."""
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return visible(_in_words_of_the_shell(text.replace(":; ", ": ")))
+    return visible(_in_words_of_the_shell(text.replace(":; ", ": ").replace(".; ", ". ")))
 
 
 _WORDS = {
