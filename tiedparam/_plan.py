@@ -79,8 +79,8 @@ class PlanEntry:
         is_rule = isinstance(self.rule, type) and issubclass(self.rule, Rule)
         if not (isinstance(self.rule, str) or is_rule):
             raise TypeError(
-                f"a plan names a rule or a Rule subclass, not {self.rule!r}. Options stand beside it, "
-                "such as {'layer*': ('row_repeat', {'groups': 2})}"
+                f"a plan names a rule or a Rule subclass, not {self.rule!r}. Options stand "
+                "beside it, such as {'layer*': ('row_repeat', {'groups': 2})}"
             )
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options are a mapping of names to values, not {self.options!r}")
