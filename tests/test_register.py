@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -432,6 +433,12 @@ def test_remove_tie_under_another_parametrization_is_refused():
         tp.remove_tie(layer)
     with pytest.raises(tp.TieError, match="another parametrization is stacked"):
         layer.weight = before
+    alone = copy.deepcopy(layer)
+    with pytest.raises(tp.TieError, match=r"\(del layer.*\)") as caught:
+        tp.remove_tie(alone)
+    exec(re.search(r"\((del .*?\])\)", str(caught.value))[1], {"layer": alone})
+    assert torch.equal(2 * alone.weight, before)
+    assert type(tp.remove_tie(alone)) is nn.Linear
     parametrize.remove_parametrizations(layer, "weight")
     assert torch.equal(layer.weight, before)
     assert type(layer) is nn.Linear

@@ -264,7 +264,8 @@ def remove_tie(
     if is_stacked(layer, tensor_name):
         raise TieError(
             f"cannot untie {where}: another parametrization is stacked on '{rule}'. Remove that "
-            "one first, or use torch's remove_parametrizations to fix the combined weight."
+            f"one first (del layer.parametrizations.{tensor_name}[1:]), or use torch's "
+            "remove_parametrizations to fix the combined weight."
         )
     optimizers = _optimizer.as_optimizers(optimizer)
     stored = free_values(layer, tensor_name)

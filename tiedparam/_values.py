@@ -57,7 +57,7 @@ def assign_(
     if is_stacked(layer, tensor_name):
         raise TieError(
             f"cannot assign to {where}: another parametrization is stacked on the tie. "
-            "Remove that one first."
+            f"Remove that one first (del layer.parametrizations.{tensor_name}[1:])."
         )
     value = unguard(value)
     if is_traceable_wrapper_subclass(value) and not is_sharded(value):
