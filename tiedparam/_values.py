@@ -37,8 +37,9 @@ def assign_(
 
     Raises:
         TieError: if the tensor is not tied, is a copy and ``value`` is not what it copies, has
-            another shape or dtype, or (without ``project``) breaks the law; the message says
-            by how much.
+            another shape or dtype, or (without ``project``) breaks the law, by how much the
+            message says; or if the values are elsewhere (accelerate's offloading), so that the
+            write would be lost.
     """
     rule = get_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
@@ -134,7 +135,8 @@ def init_(
         The layer. A copy-tied tensor is left alone, so that ``model.apply`` works.
 
     Raises:
-        TieError: if the tensor is not tied, or if ``init_fn`` does not fill its tensor.
+        TieError: if the tensor is not tied, if ``init_fn`` does not fill its tensor, or if the
+            values are elsewhere (accelerate's offloading), so that the write would be lost.
     """
     rule = get_tie(layer, tensor_name)
     _cache.refuse_if_frozen(layer, "initialising")
