@@ -142,7 +142,7 @@ def test_ties_are_neither_made_nor_removed_while_accelerate_offloads():
 
 @pytest.mark.feature(
     "Libraries",
-    "saving and writing the values of a model that accelerate offloads",
+    "saving, loading and writing the values of a model that accelerate offloads",
     refused="the values are elsewhere, and a write would be lost; call "
     "`remove_hook_from_module(model, recurse=True)` first",
 )
@@ -150,8 +150,14 @@ def test_an_offloaded_model_is_saved_and_written_after_the_call_that_the_message
     model, layer, x = tied("row_repeat", 0)
     with torch.no_grad():
         wanted = model(x).clone()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for value in other.parameters():
+            value.add_(1)
+    tp.save(other, tmp_path / "other.safetensors")
     accelerate.cpu_offload(model, CPU)
     attempts = {
+        "load": lambda: tp.load(tmp_path / "other.safetensors", model),
         "save": lambda: tp.save(model, tmp_path / "a.safetensors"),
         "export": lambda: tp.export_dense(model, tmp_path / "a.safetensors"),
         "init_": lambda: tp.init_(layer, nn.init.zeros_),
@@ -166,7 +172,7 @@ def test_an_offloaded_model_is_saved_and_written_after_the_call_that_the_message
         calls |= set(re.findall(r"Call accelerate\.(.*) first\.$", str(caught.value)))
         with torch.no_grad():
             torch.testing.assert_close(model(x), wanted, msg=name)
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["other.safetensors"]
     (call,) = calls
     eval(call, {"hooks": accelerate.hooks, "model": model})
     with torch.no_grad():
@@ -176,6 +182,9 @@ def test_an_offloaded_model_is_saved_and_written_after_the_call_that_the_message
     tp.untie_model(plain)
     with torch.no_grad():
         torch.testing.assert_close(tp.load(tmp_path / "a.safetensors", plain)(x), wanted)
+    attempts["load"]()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), other(x))
     for name in ("export", "assign_", "assignment", "init_"):
         attempts[name]()
     assert not layer.weight.any()

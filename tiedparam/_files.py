@@ -125,6 +125,11 @@ def load(path: PathLike, model: Model, *, functions: Functions | None = None) ->
     stored = StoredCheckpoint(path)
     try:
         header = _header.read(stored.metadata) or Header([], {}, {})
+        if is_offloaded(model):  # what its tensors get is put away unread
+            raise TieError(
+                "accelerate offloads the model's values, and would bring the old ones back. "
+                f"{TO_BRING_BACK}"
+            )
         new = ties_to_make(header, model, stored.module_metadata, functions)
         entries = entries_for(model, stored, header, new, functions)
         with _values_kept_on_error(model), rolled_back_on_error(model.modules(), ()):
