@@ -641,6 +641,7 @@ def test_rules_are_the_registry(capsys):
     table = good(capsys, "rules")
     for name in tp.available_rules():
         assert f"\n{name} " in table
+    assert "`" not in table
 
 
 def test_warnings_are_one_line(files, capsys, monkeypatch):

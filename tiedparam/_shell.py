@@ -311,6 +311,11 @@ def _refuse_existing(arguments: argparse.Namespace, *others: Path) -> None:
 # rules -------------------------------------------------------------------------------------
 
 
+def _meaning(rule: type[Rule]) -> str:
+    """The first line of its docstring, without the marks of reStructuredText."""
+    return (inspect.getdoc(rule) or "").split("\n")[0].replace("``", "")
+
+
 class _RuleTable(TableReport[type[Rule]]):
     """The registered rules."""
 
@@ -320,7 +325,7 @@ class _RuleTable(TableReport[type[Rule]]):
             Column("rule", "rule", lambda rule: rule.name),
             Column("law", "law", lambda rule: rule.law),
             Column("options", "options", _options_text),
-            Column("meaning", "meaning", lambda rule: (inspect.getdoc(rule) or "").split("\n")[0]),
+            Column("meaning", "meaning", _meaning),
         ]
         return Table(columns, available_rules().values())
 
