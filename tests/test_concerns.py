@@ -53,6 +53,17 @@ def test_a_tie_that_frees_nothing_names_the_options_that_would():
     assert 0.5 < eval(call, {"residual": tp.residual, "layer": fresh}) < 1
 
 
+def test_the_advice_leads_from_a_tie_that_frees_nothing_to_one_that_does():
+    layer = nn.Conv1d(64, 64, 7, groups=64)
+    before = layer.weight.detach().clone()
+    message = said(layer, "channel_shared")
+    assert "Call remove_tie, which changes no value here, and tie with another option" in message
+    tp.remove_tie(layer)
+    assert torch.equal(layer.weight, before)
+    over = re.search(r"over='(\w+)' would", message)[1]
+    assert said(layer, "channel_shared", over=over, init="rescale") is None
+
+
 @pytest.mark.parametrize("init", ["project", "rescale", "exact"])
 def test_what_frees_nothing_is_said_however_it_begins(init):
     message = said(nn.Linear(5, 3), "row_repeat", groups=3, init=init)
@@ -105,6 +116,32 @@ def test_s37_a_fresh_layer_that_is_projected_to_next_to_nothing_is_said(
     residual = float(re.search(r"\(residual ([\d.]+), chance", message)[1])
     found = eval(call, {"residual": tp.residual, "layer": build()})
     assert found == pytest.approx(residual, abs=1e-3)
+
+
+@pytest.mark.parametrize(("build", "rule", "options", "share"), S37)
+def test_s37_the_advice_leads_from_a_projected_fresh_layer_to_its_scale(
+    build, rule, options, share
+):
+    layer = build()
+    before = float(layer.weight.detach().std())
+    message = said(layer, rule, **options)
+    assert "pass init='rescale', which keeps its scale (call remove_tie before" in message
+    tp.remove_tie(layer)
+    assert said(layer, rule, init="rescale", **options) is None
+    assert float(layer.weight.detach().std()) == pytest.approx(before, rel=0.25)
+
+
+def test_s37_the_advice_for_a_trained_weight_looks_before_the_tie():
+    layer = nn.Linear(256, 256)
+    saved = copy.deepcopy(layer.state_dict())
+    message = said(layer, "row_repeat")
+    assert "A trained weight is lost to the projection: load it again, and see before" in message
+    call = re.search(r"tiedparam\.(residual\(layer, .*\))\.$", message)[1]
+    names = {"residual": tp.residual, "layer": layer}
+    assert eval(call, names) == 0  # the projection itself is lawful, which says nothing
+    tp.remove_tie(layer)
+    layer.load_state_dict(saved)
+    assert eval(call, names) > 0.9
 
 
 @pytest.mark.parametrize(("build", "rule", "options", "share"), S37)
@@ -260,7 +297,23 @@ def test_a_model_names_the_layers():
     (warning,) = caught
     assert "'0.weight' by 'row_repeat(groups=1)' keeps " in str(warning.message)
     assert "'1.weight' by 'row_repeat(groups=1)' frees nothing: 64 of 64" in str(warning.message)
+    assert "untie_model" not in str(warning.message)  # a dry run: there is nothing to undo
     assert not tp.is_tied(model)
+
+
+def test_the_advice_for_a_model_leads_to_its_scale():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    before = [float(layer.weight.detach().std()) for layer in model]
+    with pytest.warns(tp.TieWarning, match="To tie again call untie_model first"):
+        tp.tie_model(model, {"*": "row_repeat"})
+    with pytest.raises(tp.TieError):
+        tp.tie_model(model, {"*": "row_repeat"}, init="rescale")
+    tp.untie_model(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tp.tie_model(model, {"*": "row_repeat"}, init="rescale")
+    for layer, deviation in zip(model, before, strict=True):
+        assert float(layer.weight.detach().std()) == pytest.approx(deviation, rel=0.3)
 
 
 def test_a_model_that_is_rescaled_or_refused_gives_no_warning():

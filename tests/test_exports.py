@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,20 @@ def test_nothing_of_another_name_is_removed(tmp_path):
         **kept,
         "m.safetensors": path.read_bytes(),
     }
+
+
+def test_one_shard_by_itself_names_the_index_that_loads(tmp_path):
+    files = export(1.0, tmp_path / "m.safetensors", "3 shards")
+    with pytest.raises(tp.TieError, match="one of several. Name their index, '(.*)'") as caught:
+        tp.load(files[0], model(2.0))
+    index = re.search(r"their index, '(.*)'\.", str(caught.value))[1]
+    loaded, wanted = tp.load(index, model(2.0)), model(1.0)
+    for key, value in wanted.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    files[-1].unlink()  # a lone shard has no index to name
+    with pytest.raises(tp.TieError, match="is missing") as caught:
+        tp.load(files[0], model(2.0))
+    assert "index" not in str(caught.value)
 
 
 def test_unmarked_shards_that_the_index_names_are_replaced_too(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -69,6 +71,8 @@ def test_a_folder_by_save_pretrained_is_taken_wherever_a_file_is(kind, model, ca
 
     out = good(capsys, "scan", "bert")
     assert out.startswith("1 of ")
+    (hidden,) = re.findall(r"^(\d+) more rows are in the output of --json\.$", out, re.MULTILINE)
+    assert len(json.loads(good(capsys, "scan", "bert", "--json"))["rows"]) == 40 + int(hidden)
     assert "looks tied: pooler.dense.weight (flip_sym)." in out.splitlines()[0]
     assert "tie bert --tie pooler.dense=flip_sym -o bert-tied.safetensors" in out.splitlines()[-1]
     _, *command = out.splitlines()[-1].split("tiedparam ")
@@ -97,6 +101,47 @@ def test_a_folder_with_several_checkpoints_is_refused_with_their_names(model, ca
     assert "holds several checkpoints" in refused(capsys, "report", "bert")
 
 
+def gpt2(**options) -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8, **options
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():  # each output of this Conv1D, which stores W[in, out], sums its inputs
+        weight = model.transformer.h[0].attn.c_attn.weight
+        weight.copy_(weight[:1].expand_as(weight) + 1e-3 * weight)
+    return model
+
+
+@pytest.mark.feature(
+    "Copies and files",
+    "a checkpoint file of GPT-2, whose matrices have their inputs first",
+    needs="`--transposed` where it is tied in the shell",
+)
+def test_the_last_line_of_a_scan_of_gpt2_ties_what_its_model_loads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    gpt2().save_pretrained("gpt2")
+    place, law = "transformer.h.0.attn.c_attn", "channel_shared:over=in"
+    # without a hint the axes are taken for those of a Linear, and what loads the file says so
+    good(capsys, "tie", "gpt2", "--tie", f"{place}=channel_shared:over=out", "-o", "w.safetensors")
+    with pytest.raises(tp.TieError, match=r"\(16, 48\) and is \(16, 48\), transposed.*--transp"):
+        tp.load("w.safetensors", gpt2())
+    out = good(capsys, "scan", "gpt2", "--rule", law, "--transposed", "*.c_*")
+    _, command = out.splitlines()[-1].split("tiedparam ")
+    good(capsys, *shlex.split(command))
+    loaded = tp.load("gpt2-tied.safetensors", gpt2())
+    same = tp.tie_model(gpt2(), {place: ("channel_shared", {"over": "in"})})
+    assert tp.get_tie(loaded.get_submodule(place)).free_count == same.ties[0].free_values == 48
+    # and back, from a file that says itself how it is tied
+    tp.save(loaded, "saved.safetensors")
+    assert "channel_shared(over='in')" in good(capsys, "report", "saved.safetensors")
+    good(capsys, "untie", "saved.safetensors", "-o", "dense.safetensors")
+    plain = tp.load("dense.safetensors", gpt2())
+    weight = plain.get_submodule(place).weight
+    assert torch.equal(weight, loaded.get_submodule(place).weight)
+    assert torch.equal(weight, weight[:1].expand_as(weight))
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -114,6 +159,15 @@ def test_a_folder_with_several_checkpoints_is_refused_with_their_names(model, ca
         (
             tuple(f"{n:03}.pt" for n in range(400)),
             "'004.pt', '005.pt', '006.pt', '007.pt', '008.pt'",
+        ),
+        (
+            ("dense-00001-of-00001.safetensors", "dense.safetensors.index.json"),
+            "It holds 'dense.safetensors.index.json'. Name the file that you mean, such as "
+            "'f/dense.safetensors.index.json'.",
+        ),
+        (
+            ("a-00001-of-00001.bin", "a.bin.index.json", "b-00001-of-00001.bin"),
+            "without their index: 'b-00001-of-00001.bin'. Fetch 'b.bin.index.json' as well.",
         ),
     ],
 )

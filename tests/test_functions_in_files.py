@@ -85,6 +85,24 @@ def test_a_function_of_ones_own_is_saved_by_name_and_loads_where_it_is_allowed(m
     assert torch.equal(moved[1].weight, model[1].weight)  # the reader says what the name means
 
 
+def test_a_function_of_a_script_is_loaded_where_it_is_passed(mine, tmp_path, monkeypatch):
+    """Saved by a script that was run, it is called __main__:tile; no module has it later."""
+
+    def tile(weight):
+        return mine.tile(weight)
+
+    tile.__module__, tile.__qualname__ = "__main__", "tile"
+    monkeypatch.setattr(sys.modules["__main__"], "tile", tile, raising=False)
+    path = tmp_path / "tied.safetensors"
+    model = tied(tile)
+    tp.save(model, path)
+    monkeypatch.undo()
+    with pytest.raises(tp.TieError, match="in the shell, nothing can import a script's: save it"):
+        tp.load(path, build())
+    loaded = tp.load(path, build(), functions={"__main__:tile": mine.tile})
+    assert torch.equal(loaded[1].weight, model[1].weight)
+
+
 def test_a_files_say_so_imports_nothing(mine, tmp_path):
     path = tmp_path / "tied.safetensors"
     tp.save(tied(mine.tile), path)

@@ -8,6 +8,7 @@ import gc
 import inspect
 import io
 import pickle
+import re
 import weakref
 
 import pytest
@@ -241,6 +242,25 @@ def test_s22_a_shared_parameter_is_refused_where_the_root_is_known():
     ):
         tp.register_tie(model["head"], "row_repeat", root=model)
     assert model["head"].weight is model["embed"].weight
+
+
+def test_s22_the_line_that_the_message_shows_makes_a_tie_possible():
+    model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["embed"].weight
+    before = model["embed"].weight.detach().clone()
+
+    def tie():
+        tp.register_tie(model["head"], "copy", source="embed", root=model)
+
+    with pytest.raises(tp.TieError, match="Give one of them a Parameter of its own") as caught:
+        tie()
+    line = re.search(
+        r"\((layer\.weight = .*)\), and tie it to the other by 'copy'", str(caught.value)
+    )
+    exec(line[1], {"nn": nn, "layer": model["head"]})
+    tie()
+    assert [id(p) for p in model.parameters()] == [id(model["embed"].weight)]
+    assert torch.equal(model["head"].weight, before)
 
 
 def test_s16_a_lawful_value_may_be_assigned_and_is_copied():

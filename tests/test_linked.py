@@ -363,7 +363,7 @@ def test_refuses_shapes_that_do_not_fit_and_names_both(rule):
         "cannot tie 'weight' of Conv2d(32, 64",
         "(32, 16, 3, 3)",
         "(64, 32, 3, 3)",
-        "fn=",
+        "Pass fn= to 'copy'",
         source=nn.Conv2d(16, 32, 3),
     )
 

@@ -182,6 +182,7 @@ def test_a_plan_that_selects_nothing_is_an_error(plan, message):
         ((nn.Linear(2, 2), Path("plan.toml")), r"Use read_plan\(path\)"),
         ((nn.Linear(2, 2), tp.scan(nn.Linear(2, 2))), r"not ScanReport. Use its plan\(\)"),
         ((nn.Linear(2, 2), 3), "a plan is a mapping .* not int$"),
+        ((nn.Linear(2, 2), {"": {"rule": "flip_sym"}}), "Options stand beside it, such as"),
         ((nn.Linear(2, 2), {"": 3}), "names a rule or a Rule subclass"),
         ((nn.Linear(2, 2), {3: "flip_sym"}), "a pattern is a glob"),
         ((nn.Linear(2, 2), {int: "flip_sym"}), "no layer type"),
@@ -655,9 +656,9 @@ def test_what_has_no_name_is_not_written(tmp_path, entry, message):
         ('[[tie]]\nrule = "flip_sym"\nlayers = "a"\noptions = {x = 3}', "the key 'x' is unknown. There are none"),
         ('[[tie]]\nrule = "copy"\nlayers = "a"', "missing a required argument: 'source'"),
         ('[[tie]]\nrule = "copy"\nlayers = "a"\noptions = {source = "b", fn = "os.system"}',
-         "fn='os.system' is no function that a file can name"),
+         "fn='os.system' is not a known function"),
         ('[[tie]]\nrule = "copy"\nlayers = "a"\noptions = {source = "b", fn = "torch.T"}', "Did you mean 'torch.t'"),
-        ('[[tie]]\nrule = "copy"\nlayers = "a"\noptions = {source = "b", fn = 3}', "fn=3 is no function"),
+        ('[[tie]]\nrule = "copy"\nlayers = "a"\noptions = {source = "b", fn = 3}', "fn=3 is not a known function"),
         ('[[tie]]\nrule = "flip_sym"\nlayers = "a"\ninit = "zz"', "init='zz' is unknown. Choose one of 'proj"),
         ('[[tie]]\nrule = "copy"\nlayers = "a"\noptions = {source = "b", source_name = ["x"]}',
          r"source_name must be a string, not \['x'\]"),
@@ -736,7 +737,7 @@ def test_a_key_that_stands_twice_and_a_mark_at_the_beginning(tmp_path):
     path.write_text(
         '{"tie": [{"layers": "a", "rule": "copy", "options": {"source": "b", "fn": []}}]}'
     )
-    with pytest.raises(tp.TieError, match="is no function that a file can name"):
+    with pytest.raises(tp.TieError, match="is not a known function"):
         tp.read_plan(path)
 
 

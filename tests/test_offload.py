@@ -6,6 +6,9 @@ not there do not look like zeros.
 
 from __future__ import annotations
 
+import copy
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -148,6 +151,58 @@ def test_s38_offloaded_layers_compute_in_a_frozen_block(name, index, door, tmp_p
         leave_junk()
         with tp.frozen(model):
             torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.feature(
+    "Libraries",
+    "saving, loading and writing the values of a model that accelerate offloads",
+    refused="the values are elsewhere, and a write would be lost; call "
+    "`remove_hook_from_module(model, recurse=True)` first",
+)
+def test_an_offloaded_model_is_saved_and_written_after_the_call_that_the_message_names(tmp_path):
+    model, layer, x = tied("row_repeat", 0)
+    with torch.no_grad():
+        wanted = model(x).clone()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for value in other.parameters():
+            value.add_(1)
+    tp.save(other, tmp_path / "other.safetensors")
+    accelerate.cpu_offload(model, CPU)
+    attempts = {
+        "load": lambda: tp.load(tmp_path / "other.safetensors", model),
+        "save": lambda: tp.save(model, tmp_path / "a.safetensors"),
+        "export": lambda: tp.export_dense(model, tmp_path / "a.safetensors"),
+        "init_": lambda: tp.init_(layer, nn.init.zeros_),
+        "assign_": lambda: tp.assign_(layer, torch.zeros_like(layer.weight)),
+        "assignment": lambda: setattr(layer, "weight", torch.zeros_like(layer.weight)),
+        "reset": lambda: layer.reset_parameters(),
+    }
+    calls = set()
+    for name, attempt in attempts.items():
+        with pytest.raises(TieError, match=r"accelerate.* Call accelerate\.hooks\.") as caught:
+            attempt()
+        calls |= set(re.findall(r"Call accelerate\.(.*) first\.$", str(caught.value)))
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), wanted, msg=name)
+    assert [file.name for file in tmp_path.iterdir()] == ["other.safetensors"]
+    (call,) = calls
+    eval(call, {"hooks": accelerate.hooks, "model": model})
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), wanted)
+    attempts["save"]()
+    plain = copy.deepcopy(model)
+    tp.untie_model(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(tp.load(tmp_path / "a.safetensors", plain)(x), wanted)
+    attempts["load"]()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), other(x))
+    for name in ("export", "assign_", "assignment", "init_"):
+        attempts[name]()
+    assert not layer.weight.any()
+    attempts["reset"]()
+    assert layer.weight.any()
 
 
 def test_a_forward_taken_while_tied_computes_after_untying():

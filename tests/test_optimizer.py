@@ -243,7 +243,7 @@ def test_s18_stepping_with_a_replaced_parameter_raises_before_it_writes(make):
     tp.register_tie(layer, "flip_sym")
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     layer(torch.randn(1, 3, 5, 5)).sum().backward()
-    with pytest.raises(tp.TieError, match=r"still holds the dense parameter .* Pass optimizer="):
+    with pytest.raises(tp.TieError, match=r"still holds the dense parameter .* pass optimizer="):
         optimizer.step()
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
 
@@ -253,6 +253,35 @@ def test_s18_stepping_with_a_replaced_parameter_raises_before_it_writes(make):
     layer(torch.randn(1, 3, 5, 5)).sum().backward()
     with pytest.raises(tp.TieError, match=r"still holds a free value .* to remove_tie"):
         fresh.step()
+
+
+def test_the_ways_on_for_an_optimizer_that_was_left_out():
+    """What its messages say, one after the other: none leads back to where it came from."""
+    layer = nn.Linear(4, 4)
+
+    def step(optimizer):
+        layer(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+
+    left_out = torch.optim.Adam(layer.parameters())
+    tp.register_tie(layer, "flip_sym")
+    with pytest.raises(tp.TieError, match="Build the optimizer anew, now that the tie is made"):
+        step(left_out)
+    step(torch.optim.Adam(layer.parameters()))
+    # whoever unties to pass it after all
+    for undo in (tp.remove_tie, tp.untie_model):
+        with pytest.raises(tp.TieError, match="Leave optimizer= out, and build the optimizer anew"):
+            undo(layer, optimizer=left_out)
+    tp.remove_tie(layer)
+    with pytest.raises(tp.TieError, match="Leave optimizer= out, and build the optimizer anew"):
+        tp.register_tie(layer, "flip_sym", optimizer=left_out)
+    tp.register_tie(layer, "flip_sym")
+    left_out = torch.optim.Adam(layer.parameters())
+    step(left_out)
+    tp.remove_tie(layer)
+    with pytest.raises(tp.TieError, match="Build the optimizer anew; to keep its state"):
+        step(left_out)
+    step(torch.optim.Adam(layer.parameters()))
 
 
 def test_s17_tying_makes_fresh_parameters():

@@ -328,7 +328,7 @@ def test_what_cannot_follow_is_refused_after_a_step_and_taken_before_it(kind, re
 def test_sparse_adam_is_refused():
     layer = nn.Linear(4, 4, bias=False)
     optimizer = torch.optim.SparseAdam(layer.parameters())
-    with pytest.raises(tp.TieError, match="SparseAdam takes sparse gradients only"):
+    with pytest.raises(tp.TieError, match="SparseAdam takes .* build another optimizer after"):
         tp.register_tie(layer, "flip_sym", optimizer=optimizer)
     assert not tp.is_tied(layer)
 

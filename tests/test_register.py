@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -133,8 +134,9 @@ REFUSALS = [
         ("flip_sym",),
         {},
         tp.TieError,
-        "Name one of its layers: '0'",
+        r"Pass one of its layers \('0'\), as layer.get_submodule\('0'\), or tie by names with",
     ),
+    (lambda: nn.ReLU(), ("flip_sym",), {}, tp.TieError, "has no Parameters. Tie another one"),
     (
         lambda: nn.Linear(4, 6),
         ("flip_sym",),
@@ -415,7 +417,7 @@ def test_remove_tie_gives_back_class_values_and_requires_grad():
     assert torch.equal(layer.weight, weight)
     torch.testing.assert_close(layer(x), output)
     assert list(layer.__dict__) == list(nn.Conv2d(3, 3, 3).__dict__)
-    with pytest.raises(tp.TieError, match="is not tied. Tie it with register_tie first"):
+    with pytest.raises(tp.TieError, match="is not tied, so there is no tie to remove"):
         tp.remove_tie(layer)
 
 
@@ -431,6 +433,12 @@ def test_remove_tie_under_another_parametrization_is_refused():
         tp.remove_tie(layer)
     with pytest.raises(tp.TieError, match="another parametrization is stacked"):
         layer.weight = before
+    alone = copy.deepcopy(layer)
+    with pytest.raises(tp.TieError, match=r"\(del layer.*\)") as caught:
+        tp.remove_tie(alone)
+    exec(re.search(r"\((del .*?\])\)", str(caught.value))[1], {"layer": alone})
+    assert torch.equal(2 * alone.weight, before)
+    assert type(tp.remove_tie(alone)) is nn.Linear
     parametrize.remove_parametrizations(layer, "weight")
     assert torch.equal(layer.weight, before)
     assert type(layer) is nn.Linear
@@ -461,8 +469,10 @@ def test_residual_looks_and_leaves():
     assert tp.residual(layer, "copy", source="1", root=model) > 0
     with pytest.raises(tp.TieError, match="cannot compare .* with 'row_repeat"):
         tp.residual(layer, "row_repeat", groups=3)
-    with pytest.raises(tp.TieError, match="has no values"):
+    with pytest.raises(tp.TieError, match="no such tensor. Its Parameters are 'weight', 'bias'"):
         tp.residual(layer, "row_repeat", "no")
+    with pytest.raises(tp.TieError, match="Pass one of its layers"):
+        tp.residual(model, "row_repeat")
     tp.register_tie(layer, "flip_sym")
     assert tp.residual(layer, "flip_sym") == 0
     assert tp.residual(layer, "row_repeat") > 0

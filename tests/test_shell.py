@@ -295,13 +295,17 @@ def test_groups_and_transposition_as_options(files, capsys):
     assert_same(model.state_dict(), tied.state_dict())
     # what was not said, and matters, is noticed when the file is loaded
     good(capsys, "tie", "model.pt", "--tie", "up=channel_shared:over=in", "-o", "w.safetensors")
-    with pytest.raises(tp.TieError, match=r"'up.weight' was saved tied.*, transposed here"):
+    lost = r"'up.weight' was saved tied.*, transposed here\. .* again with --groups or --transposed"
+    with pytest.raises(tp.TieError, match=lost):
         tp.load("w.safetensors", Net())
     assert "over='groups' shares" in refused(
         capsys, "tie", "model.pt", "--tie", "stem=channel_shared:over=groups", "-o", "x"
     )
     assert "no convolution is called 'encoder'" in refused(
-        capsys, "scan", "model.pt", "--transposed", "encoder"
+        capsys, "scan", "model.pt", "--groups", "encoder=2"
+    )
+    assert "no convolution or matrix is called 'encodr'" in refused(
+        capsys, "scan", "model.pt", "--transposed", "encodr"
     )
     assert "cannot have 4 groups" in refused(capsys, "scan", "model.pt", "--groups", "stem=4")
 
@@ -558,8 +562,11 @@ def test_ties_that_are_hardly_meant_are_one_line_on_stderr(tmp_path, monkeypatch
     (line,) = err.splitlines()
     assert line.startswith("warning: 2 of 2 ties are hardly meant: the tie of '0.weight' by ")
     assert "'1.weight' by 'row_repeat(groups=1)' frees nothing: 256 of 256" in line
+    assert ".; " not in line
     assert "pass --init rescale" in line
-    assert "with tiedparam scan, or set a limit with --max-residual." in line
+    assert line.endswith("set a limit with --max-residual. To tie again pass --force.")
+    assert "with tiedparam scan, or set" in line
+    assert call(capsys, *command, "--init", "rescale", "--force")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -634,6 +641,7 @@ def test_rules_are_the_registry(capsys):
     table = good(capsys, "rules")
     for name in tp.available_rules():
         assert f"\n{name} " in table
+    assert "`" not in table
 
 
 def test_warnings_are_one_line(files, capsys, monkeypatch):

@@ -28,6 +28,9 @@ ENTRIES = 128
 """With fewer than so many entries a weight may cancel by luck, and chance says little."""
 SHOWN = 3
 """So many ties of one model are described; the others are counted."""
+TO_TIE_AGAIN = (
+    "To tie again call untie_model first, and load trained weights anew: projections replaced them."
+)
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,17 @@ class Concern:
         tensor = [] if self.tensor_name == "weight" else [f"'{self.tensor_name}'"]
         shown = _shown(self.rule) if self.kept is not None else next(iter(self.others), "")
         call = ", ".join(["layer", name, *tensor, *([shown] if shown else [])])
+        before = f"how far it is: tiedparam.residual({shortened(call, 160)})."
+        if self.kept is None:
+            return (
+                "Call remove_tie, which changes no value here, and tie with another option: for a "
+                "fresh layer with init='rescale', which keeps its scale; for a trained one see "
+                f"first {before}"
+            )
         return (
-            "For a fresh layer pass init='rescale', which keeps its scale; for a trained one see "
-            f"first how far it is: tiedparam.residual({shortened(call, 160)})."
+            "For a fresh layer pass init='rescale', which keeps its scale (call remove_tie before "
+            "you tie it again). A trained weight is lost to the projection: load it again, and see "
+            f"before you tie {before}"
         )
 
     @cached_property
@@ -136,7 +147,7 @@ class Concerns:
         if len(self._facts) < SHOWN:
             self._facts.append(concern.fact())
 
-    def tell(self, ties: int) -> None:
+    def tell(self, ties: int, *, dry_run: bool) -> None:
         """Warn, if there is anything to warn of, of so many among all ``ties``."""
         if not self.count:
             return
@@ -144,10 +155,11 @@ class Concerns:
         are = "is" if self.count == 1 else "are"
         lines = [f"{self.count:,} of {ties:,} ties {are} hardly meant:", *self._facts]
         lines += [f"… and {more:,} more."] if more else []
-        lines.append(
+        advice = (
             "For fresh layers pass init='rescale'; for trained ones look first, with "
             "tiedparam.residual or tiedparam.scan, or set a limit with max_residual=."
         )
+        lines.append(advice if dry_run else f"{advice} {TO_TIE_AGAIN}")
         warn("\n".join(lines))
 
 
@@ -193,4 +205,3 @@ def _kept(residual: float) -> float:
 
 def _shown(rule: Rule) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in rule.options().items())
-

@@ -26,6 +26,7 @@ from tiedparam._fit import entries_for, placeholder, ties_to_make
 from tiedparam._functions import Functions, as_functions
 from tiedparam._header import Header
 from tiedparam._linked import Linked
+from tiedparam._offloaded import TO_BRING_BACK, is_offloaded
 from tiedparam._optimizer_guard import watch_free_values
 from tiedparam._places import Places
 from tiedparam._progress import progress
@@ -124,6 +125,11 @@ def load(path: PathLike, model: Model, *, functions: Functions | None = None) ->
     stored = StoredCheckpoint(path)
     try:
         header = _header.read(stored.metadata) or Header([], {}, {})
+        if is_offloaded(model):  # what its tensors get is put away unread
+            raise TieError(
+                "accelerate offloads the model's values, and would bring the old ones back. "
+                f"{TO_BRING_BACK}"
+            )
         new = ties_to_make(header, model, stored.module_metadata, functions)
         entries = entries_for(model, stored, header, new, functions)
         with _values_kept_on_error(model), rolled_back_on_error(model.modules(), ()):
@@ -230,6 +236,8 @@ def _plain_state(model: nn.Module) -> OrderedDict[str, Tensor]:
         elif value.is_meta:
             problem = "is on the meta device and has no values"
             remedy = "Load or initialise the model first."
+            if is_offloaded(model):
+                problem, remedy = "is offloaded by accelerate", TO_BRING_BACK
         else:
             continue
         raise TieError(f"cannot save the model: '{key}' {problem}. {remedy}")
@@ -275,8 +283,10 @@ def _bytes_of(size: int | str) -> int:
     match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?) ?([KMGT]I?B)?", str(size).upper())
     count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if count < 1:
-        shown = shortened(repr(size))
-        raise TieError(f"max_shard_size={shown} is no size. Give bytes, or such as '5GB'.")
+        raise TieError(
+            f"max_shard_size={shortened(repr(size))} is no size. Give a number of bytes, or a text "
+            "such as '5GB'."
+        )
     return count
 
 

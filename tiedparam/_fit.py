@@ -25,7 +25,7 @@ from tiedparam._layout import Layout
 from tiedparam._linked import Linked
 from tiedparam._rule import Rule
 from tiedparam._stock import effective
-from tiedparam._stored import StoredCheckpoint
+from tiedparam._stored import StoredCheckpoint, index_beside
 from tiedparam._ties import free_values, get_tie, is_stacked, is_tied, named_ties
 
 
@@ -79,7 +79,7 @@ def _fitting_rule(tie: StoredTie, model: nn.Module, functions: Functions) -> Rul
     if reason is not None:
         raise TieError(reason)
     if probe.bound_layout != tie.layout:
-        raise TieError(f"it was {_shown(tie.layout)} and is {_shown(probe.bound_layout)} here.")
+        raise TieError(_another_layout(tie.layout, probe.bound_layout))
     return rule
 
 
@@ -98,6 +98,17 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+def _another_layout(there: Layout, here: Layout) -> str:
+    """How the axes differ, and what to do where the file could not know it."""
+    fact = f"it was {_shown(there)} and is {_shown(here)} here."
+    if there.shape != here.shape:
+        return fact
+    return (
+        f"{fact} Build the model that was saved; if a file was tied in the shell, do it again with "
+        "--groups or --transposed for this layer."
+    )
+
+
 def _shown(layout: Layout) -> str:
     groups = f" in {layout.groups} groups" if layout.groups > 1 else ""
     return f"{shown_shape(layout.shape)}{groups}{', transposed' if layout.transposed else ''}"
@@ -108,7 +119,7 @@ def _refuse_another_tie(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.
     if not _header.same_law(present, rule):
         raise TieError(f"it was '{rule}' and is '{present}' here. Tie it as it was, or not at all.")
     if present.bound_layout != tie.layout:
-        raise TieError(f"it was {_shown(tie.layout)} and is {_shown(present.bound_layout)} here.")
+        raise TieError(_another_layout(tie.layout, present.bound_layout))
     if is_stacked(layer, tie.tensor) != tie.stacked:
         raise TieError("another parametrization is stacked on it in one of the two. Drop it.")
     if isinstance(present, Linked):
@@ -151,7 +162,11 @@ def entries_for(
     for key, slot in wanted.items():
         if key not in entries and slot.tensor in holders:
             entries[key] = entries[holders[slot.tensor]]  # one of its other names
-    _raise([f"'{key}' is missing." for key in wanted if key not in entries])
+    missing = [f"'{key}' is missing." for key in wanted if key not in entries]
+    index = index_beside(stored.path)
+    if missing and index is not None:
+        missing.insert(0, f"the file is one of several. Name their index, '{index}'.")
+    _raise(missing)
     _warn_unshared(header.aliases, wanted)
     return entries
 

@@ -69,14 +69,20 @@ def find_function(name: object, allowed: Functions) -> Function:
         raise TieError(
             f"its function {quoted(name)} is code, which a file cannot bring along. If you have it "
             f"and trust the file, pass functions={{{quoted(name)}: the function}}; in the shell, "
-            f"--import {shortened(module)}."
+            f"{_in_the_shell(module)}."
         )
     near = difflib.get_close_matches(str(name), FUNCTIONS, n=1, cutoff=0.4)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(FUNCTIONS)}."
     raise TieError(
-        f"fn={shortened(repr(name))} is no function that a file can name. {hint} One of your own "
-        "is called 'module:name' there; in Python pass the function itself."
+        f"fn={shortened(repr(name))} is not a known function. {hint} In Python pass a function of "
+        "your own itself; a file calls it 'module:name'."
     )
+
+
+def _in_the_shell(module: str) -> str:
+    if module == "__main__":  # there it would be the shell itself
+        return "nothing can import a script's: save it again with a function of a module"
+    return f"--import {shortened(module)}"
 
 
 def function_name(function: Function) -> str:

@@ -74,10 +74,14 @@ class Layout:
 def _stores_inputs_first(layer: nn.Module) -> bool:
     """GPT-2's Conv1D, of transformers, is a Linear that stores ``W[in, out]``.
 
-    Known by its name, since transformers need not be installed.
+    Known by its name, since transformers need not be installed; and so is what stands for it
+    where a model is made from a file.
     """
     names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(layer).__mro__)
-    return "transformers.pytorch_utils.Conv1D" in names
+    return not _INPUTS_FIRST.isdisjoint(names)
+
+
+_INPUTS_FIRST = frozenset({"transformers.pytorch_utils.Conv1D", "tiedparam._offline.InputsFirst"})
 
 
 # What a layer says of the size of its weight: read by people, and by those who resize it.

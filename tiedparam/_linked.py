@@ -50,7 +50,7 @@ class Linked(Rule):
         super().__init__()
         if not isinstance(source, (nn.Module, str, Tensor)):
             raise TypeError(
-                "source= takes the layer to read (or, with root=, its path), not a "
+                "source= takes the layer to read (or, with root=, its path), not "
                 f"{type(source).__name__}"
             )
         if source_name is not None and not isinstance(source_name, str):
@@ -407,7 +407,7 @@ def _misfit(result: object, source: Tensor, weight: Tensor) -> str | None:
     if result.shape != weight.shape:
         return (
             f"the source {tuple(source.shape)} gives {tuple(result.shape)}, and the tensor is "
-            f"{tuple(weight.shape)}. Pass fn= to make the shapes fit, for example a transpose."
+            f"{tuple(weight.shape)}. Pass fn= to 'copy' to make the shapes fit, such as torch.t."
         )
     if result.dtype != weight.dtype:
         return (

@@ -113,7 +113,7 @@ def tie_model(
                 (*absent, *skipped),
                 dry_run,
             )
-            concerns.tell(len(made))
+            concerns.tell(len(made), dry_run=dry_run)
             if dry_run:
                 raise _PutBack
     except _PutBack:

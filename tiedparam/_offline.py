@@ -2,8 +2,9 @@
 
 So that `scan`, `tie_model`, `report`, `save` and `export_dense` work on a file without the code
 of its model. A weight with two axes is taken for that of an ``nn.Linear``, one with three to
-five for that of a convolution. Groups and transposition cannot be seen in a shape: `LayerHint`
-states them. The tensors are views of the file, read when they are used.
+five for that of a convolution. Groups, transposition, and whether a matrix has its inputs first
+cannot be seen in a shape: `LayerHint` states them. The tensors are views of the file, read when
+they are used.
 """
 
 from __future__ import annotations
@@ -41,17 +42,21 @@ _CONVOLUTIONS: dict[int, tuple[Any, Any]] = {
 
 @dataclass(frozen=True)
 class LayerHint:
-    """What a file does not show of a convolution.
+    """What a file does not show of a layer.
 
     Attributes:
         pattern: a glob over layer names.
-        groups: its groups.
-        transposed: whether it is a transposed one.
+        groups: the groups of a convolution.
+        transposed: whether it is a transposed convolution, or a matrix with its inputs first.
     """
 
     pattern: str
     groups: int = 1
     transposed: bool = False
+
+
+class InputsFirst(nn.Module):
+    """Stands for GPT-2's ``Conv1D``, a linear layer that stores ``W[in, out]`` (`Layout`)."""
 
 
 def read_hints(path: PathLike) -> list[LayerHint]:
@@ -96,7 +101,7 @@ def open_model(
 
     Args:
         path: any file that `tiedparam.load` reads. One by `tiedparam.save` comes out tied.
-        hints: groups and transposition of convolutions; for each the first that fits counts.
+        hints: groups and transposition of layers; for each the first that fits counts.
             What the header of a tied file says goes first.
         key: in which entry of a file by ``torch.save`` the state dict stands.
         functions: what copies in the file may have as ``fn=``; see `tiedparam.load`.
@@ -106,7 +111,7 @@ def open_model(
 
     Raises:
         TieError: if the file is damaged, its names make no model, it was tied without a header
-            that says how, or a hint fits no convolution.
+            that says how, or a hint fits no layer.
         OSError: if the file cannot be read.
     """
     stored, hints = StoredCheckpoint(path, key), list(hints)
@@ -270,7 +275,8 @@ def _layer(path: str, tensors: Mapping[str, Tensor], hint: LayerHint | None) -> 
         bias = "bias" in tensors
         if weight.dim() == 2:
             outputs, inputs = weight.shape
-            layer = nn.Linear(inputs, outputs, bias, device="meta")
+            inputs_first = hint is not None and hint.transposed
+            layer = InputsFirst() if inputs_first else nn.Linear(inputs, outputs, bias, "meta")
         elif weight.dim() in _CONVOLUTIONS:
             layer = _convolution(path, tuple(weight.shape), bias, hint or LayerHint(path))
     for name, value in tensors.items():
@@ -309,15 +315,20 @@ def _hint_for(path: str, hints: Iterable[LayerHint]) -> LayerHint | None:
 
 
 def _refuse_idle(hints: Iterable[LayerHint], tensors: Mapping[str, Tensor]) -> None:
-    convolutions = [
-        key.rpartition(".")[0]
+    axes = {
+        key.rpartition(".")[0]: value.dim()
         for key, value in tensors.items()
-        if key.rpartition(".")[2] == "weight" and value.dim() in _CONVOLUTIONS
-    ]
+        if key.rpartition(".")[2] == "weight"
+    }
+    convolutions = [path for path, count in axes.items() if count in _CONVOLUTIONS]
+    matrices = [path for path, count in axes.items() if count == 2]
     for hint in hints:
-        if not any(fnmatchcase(path, hint.pattern) for path in convolutions):
-            known = some_of([quoted(path) for path in convolutions]) or "none"
-            raise TieError(f"no convolution is called '{hint.pattern}'. It has {known}.")
+        either = hint.transposed and hint.groups == 1
+        fitting = [*convolutions, *matrices] if either else convolutions
+        if not any(fnmatchcase(path, hint.pattern) for path in fitting):
+            known = some_of([quoted(path) for path in fitting]) or "none"
+            kind = "convolution or matrix" if either else "convolution"
+            raise TieError(f"no {kind} is called '{hint.pattern}'. It has {known}.")
 
 
 def _named(key: str, enter: Any, *arguments: Any) -> None:

@@ -18,6 +18,8 @@ from torch import nn
 
 from tiedparam._errors import TieError
 
+TO_BRING_BACK = "Call accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
+
 
 def can_be_loaded(module: nn.Module) -> bool:
     """Whether accelerate would load the module's tensors for a call of it."""
@@ -38,29 +40,34 @@ def loaded(module: nn.Module) -> Iterator[None]:
 def refuse_offloaded(
     layer: nn.Module, where: str, verb: str, on_disk: Iterable[nn.Module] = ()
 ) -> None:
-    """Raise if a tool keeps the values of a layer whose parameters are about to be exchanged.
+    """Raise if a tool keeps the values of a layer that are about to be exchanged or written.
 
     Args:
-        layer: the layer to tie or untie.
+        layer: the layer to tie or untie, or whose values are to be written.
         where: how to name the tensor.
-        verb: "tie" or "untie".
+        verb: what cannot be done: "tie", "untie", "assign to".
         on_disk: the modules of the model that diffusers keeps on disk, where it is known.
 
     Raises:
         TieError: if accelerate offloads the layer, or diffusers keeps it on disk.
     """
-    own = list(layer.modules())  # the lists of parametrizations among them
-    if any(getattr(hook, "offload", False) for module in own for hook in _align_hooks(module)):
+    if is_offloaded(layer):
         raise TieError(
             f"cannot {verb} {where}: accelerate offloads its values, and would look for the old "
-            "ones. Call accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
+            f"ones. {TO_BRING_BACK}"
         )
     holders = [*([layer] if is_on_disk(layer) else []), *on_disk]
     if any(module is layer for holder in holders for module in holder.modules()):
         raise TieError(
-            f"cannot {verb} {where}: diffusers keeps its values on disk. {verb.capitalize()} "
+            f"cannot {verb} {where}: diffusers keeps its values on disk. Do so "
             "before apply_group_offloading, or leave offload_to_disk_path out."
         )
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps values of this module, or of one in it, elsewhere between calls."""
+    inside = module.modules()  # the lists of parametrizations among them
+    return any(getattr(hook, "offload", False) for part in inside for hook in _align_hooks(part))
 
 
 def _align_hooks(module: nn.Module) -> list[Any]:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from tiedparam._errors import warn
 from tiedparam._optimizer_groups import among, destination, exchange, positions, times
-from tiedparam._optimizer_guard import watch_rates
+from tiedparam._optimizer_guard import holds_retired, watch_rates
 from tiedparam._optimizer_laws import OptimizerLaw, law_of, unwrapped
 from tiedparam._optimizer_maps import Maps, has_orbits, is_linear, maps_to_dense, maps_to_free
 from tiedparam._rule import Rule
@@ -168,8 +168,13 @@ def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:
         move = Move(optimizer, group, group, {}, change.old, change.new, states, names)
         moves.append(_placed(move, law, change))
     if optimizers and change.old and not moves and any(p.requires_grad for p in change.old):
+        if any(map(holds_retired, optimizers)):
+            raise ValueError(
+                "none of the optimizers holds it, and one holds what an earlier tie has replaced. "
+                "Leave optimizer= out, and build the optimizer anew afterwards"
+            )
         raise ValueError(
-            "none of the optimizers holds it. Pass the optimizer that was built from this model"
+            "none of the optimizers holds it. Pass all that were built from this model"
         )
     return moves
 

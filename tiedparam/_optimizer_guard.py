@@ -45,6 +45,12 @@ def retire(parameters: list[nn.Parameter], where: str, remedy: str) -> None:
         setattr(parameter, _RETIRED, f"{where}, which was replaced. {remedy}")
 
 
+def holds_retired(optimizer: Optimizer) -> bool:
+    """Whether a tie has replaced a parameter that the optimizer holds, so that it cannot step."""
+    held = (p for group in optimizer.param_groups for p in group["params"])
+    return any(hasattr(p, _RETIRED) for p in held)
+
+
 def watch_free_values(parameters: list[nn.Parameter], where: str) -> None:
     """Compare loaded optimizer state with these parameters' shapes before a step uses it."""
     _install()

@@ -281,12 +281,13 @@ _TORCHS_OWN: dict[type[Optimizer], OptimizerLaw] = {
     ),
     optim.Muon: OptimizerLaw(
         refused="Muon orthogonalizes a weight as a matrix, and its free values are another one. "
-        "Give them to another optimizer, and Muon the matrices that are not tied "
-        "(tiedparam.owner tells which)",
+        "Build Muon after tying, from the matrices that are not tied (tiedparam.owner tells "
+        "which), and another optimizer from the free values",
         even_fresh=True,
     ),
     optim.SparseAdam: OptimizerLaw(
-        refused="SparseAdam takes sparse gradients only, and those of a tied weight are dense",
+        refused="SparseAdam takes sparse gradients only, and those of a tied weight are dense. "
+        "Leave the tensor as it is, or build another optimizer after tying",
         even_fresh=True,
     ),
 }

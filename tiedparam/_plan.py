@@ -78,7 +78,10 @@ class PlanEntry:
             raise TypeError(f"the pattern {self.pattern.__name__} is no layer type")
         is_rule = isinstance(self.rule, type) and issubclass(self.rule, Rule)
         if not (isinstance(self.rule, str) or is_rule):
-            raise TypeError(f"a plan names a rule or a Rule subclass, not {self.rule!r}")
+            raise TypeError(
+                f"a plan names a rule or a Rule subclass, not {self.rule!r}. Options stand "
+                "beside it, such as {'layer*': ('row_repeat', {'groups': 2})}"
+            )
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options are a mapping of names to values, not {self.options!r}")
 
@@ -141,7 +144,8 @@ class Plan:
             elif callable(getattr(plan, "plan", None)):  # what scan returned
                 hint = ". Use its plan()"
             raise TypeError(
-                "a plan is a mapping of patterns to rules or a Plan, not "
+                "a plan is a mapping of patterns to rules, such as {'layer*': 'flip_sym'}, or a "
+                "Plan, not "
                 f"{type(plan).__name__}{hint}"
             )
         return cls(

@@ -189,8 +189,9 @@ def tie_one(
     _optimizer_guard.retire(
         [weight],
         f"the dense parameter of {where}",
-        "Pass optimizer= to register_tie, or build the optimizer after tying. If another layer "
-        "shares that parameter, register_tie finds it with root=model.",
+        "Build the optimizer anew, now that the tie is made; to keep its state, pass optimizer= to "
+        "register_tie when you tie. If another layer shares that parameter, register_tie finds it "
+        "with root=model.",
     )
     _optimizer_guard.watch_free_values(stored, where)
     return layer
@@ -257,13 +258,16 @@ def remove_tie(
         TieWarning: if decay that the optimizer adds to the gradient becomes stronger.
         TieWarning: if the source of a copy was resized: the tensor then has that size.
     """
-    rule = get_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
+    if not is_tied(layer, tensor_name):
+        raise TieError(f"{where} is not tied, so there is no tie to remove.")
+    rule = get_tie(layer, tensor_name)
     _cache.refuse_if_frozen(layer, "remove_tie")
     if is_stacked(layer, tensor_name):
         raise TieError(
             f"cannot untie {where}: another parametrization is stacked on '{rule}'. Remove that "
-            "one first, or use torch's remove_parametrizations to fix the combined weight."
+            f"one first (del layer.parametrizations.{tensor_name}[1:]), or use torch's "
+            "remove_parametrizations to fix the combined weight."
         )
     optimizers = _optimizer.as_optimizers(optimizer)
     stored = free_values(layer, tensor_name)
@@ -286,7 +290,7 @@ def remove_tie(
             else:
                 moves = _optimizer.plan_addition(optimizers, dense, origin)
         except ValueError as error:
-            raise TieError(f"cannot move the optimizer of {where}: {error}.") from error
+            raise TieError(f"cannot untie {where}: {error}.") from error
         _optimizer.warn_of_losses(moves, f"untying {where}")
         if stored:
             _optimizer.move_gradient(change)
@@ -308,7 +312,8 @@ def remove_tie(
     _optimizer_guard.retire(
         stored,
         f"a free value of {where}",
-        "Pass optimizer= to remove_tie, or build the optimizer after untying.",
+        "Build the optimizer anew; to keep its state, pass optimizer= to remove_tie when you "
+        "untie.",
     )
     return layer
 
@@ -347,8 +352,12 @@ def residual(
         or isinstance(weight, nn.UninitializedParameter)
         or not has_values(weight)
     ):
+        if weight is None:
+            raise TieError(
+                f"cannot compare {where} with '{made}': {_why_no_parameter(layer, tensor_name)}"
+            )
         raise TieError(
-            f"{where} has no values to compare with '{made}'. Name a tensor that it has."
+            f"{where} has no values to compare with '{made}'. Load or initialise the layer first."
         )
     looked_through = copy(made)  # an instance that was given can still tie
     reason = looked_through.bind(layer, tensor_name, root)
@@ -359,7 +368,10 @@ def residual(
 
 def _check_arguments(layer: object, tensor_name: object, init: object, root: object) -> None:
     if not isinstance(layer, nn.Module):
-        raise TypeError(f"a tie is registered on an nn.Module, not on {type(layer).__name__}")
+        raise TypeError(
+            f"a tie is registered on an nn.Module, not on {type(layer).__name__}. Pass the layer, "
+            "and the name of its tensor as tensor_name="
+        )
     if not isinstance(tensor_name, str):
         raise TypeError(f"tensor_name takes a string, not {type(tensor_name).__name__}")
     if root is not None and not isinstance(root, nn.Module):
@@ -422,9 +434,10 @@ def _weight_to_tie(
     refuse_wrapped(layer, [weight], where, "tie", wrappers)
     refuse_offloaded(layer, where, "tie", on_disk)
     for other, name in (places or Places(layer)).other_holders(layer, tensor_name, weight):
+        own = f"layer.{tensor_name} = nn.Parameter(layer.{tensor_name}.detach().clone())"
         raise refuse(
             f"it shares its Parameter with {_describe(other, name, places)}. Give one of them a "
-            "Parameter of its own, and tie the second to the first by 'copy'."
+            f"Parameter of its own ({own}), and tie it to the other by 'copy'."
         )
     return weight
 
@@ -475,8 +488,13 @@ def _why_no_parameter(layer: nn.Module, tensor_name: str) -> str:
     names = [name for name, parameter in layer._parameters.items() if parameter is not None]
     known = some_of([quoted(name) for name in names])
     if not known:
-        children = ", ".join(f"'{name}'" for name in list(layer._modules)[:5])
-        return f"the layer has no Parameter of its own. Name one of its layers: {children}."
+        if not layer._modules:
+            return "the layer has no Parameters. Tie another one."
+        children = [f"'{name}'" for name in list(layer._modules)[:5]]
+        return (
+            f"the layer has no Parameter of its own. Pass one of its layers ({', '.join(children)})"
+            f", as layer.get_submodule({children[0]}), or tie by names with tiedparam.tie_model."
+        )
     return f"the layer has no such tensor. Its Parameters are {known}."
 
 

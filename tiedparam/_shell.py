@@ -39,7 +39,7 @@ from tiedparam import (
     write_plan,
 )
 from tiedparam._atomic import refuse_foreign_suffix
-from tiedparam._concerns import check_max_residual
+from tiedparam._concerns import TO_TIE_AGAIN, check_max_residual
 from tiedparam._errors import visible
 from tiedparam._exports import left_by_older
 from tiedparam._functions import Functions, find_function, functions_of
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: object) -> str:
     """A message in one line; names from files may hold control characters, which terminals obey."""
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return visible(_in_words_of_the_shell(text.replace(":; ", ": ")))
+    return visible(_in_words_of_the_shell(text.replace(":; ", ": ").replace(".; ", ". ")))
 
 
 _WORDS = {
@@ -120,6 +120,8 @@ _WORDS = {
     "with tiedparam.residual or tiedparam.scan, or set a limit with max_residual=": (
         "with tiedparam scan, or set a limit with --max-residual"
     ),
+    f" {TO_TIE_AGAIN}": " To tie again pass --force.",
+    "are in rows() and to_markdown()": "are in the output of --json",
     "above max_residual=": "above --max-residual ",
     "tiedparam.scan": "tiedparam scan",
 }
@@ -241,7 +243,8 @@ def _add_file(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="LAYERS",
-        help="transposed convolutions, which shapes do not show: a glob over layer names",
+        help="transposed convolutions, and matrices with their inputs first (GPT-2's Conv1D), "
+        "which shapes do not show: a glob over layer names",
     )
 
 
@@ -308,6 +311,11 @@ def _refuse_existing(arguments: argparse.Namespace, *others: Path) -> None:
 # rules -------------------------------------------------------------------------------------
 
 
+def _meaning(rule: type[Rule]) -> str:
+    """The first line of its docstring, without the marks of reStructuredText."""
+    return (inspect.getdoc(rule) or "").split("\n")[0].replace("``", "")
+
+
 class _RuleTable(TableReport[type[Rule]]):
     """The registered rules."""
 
@@ -317,7 +325,7 @@ class _RuleTable(TableReport[type[Rule]]):
             Column("rule", "rule", lambda rule: rule.name),
             Column("law", "law", lambda rule: rule.law),
             Column("options", "options", _options_text),
-            Column("meaning", "meaning", lambda rule: (inspect.getdoc(rule) or "").split("\n")[0]),
+            Column("meaning", "meaning", _meaning),
         ]
         return Table(columns, available_rules().values())
 

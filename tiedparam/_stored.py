@@ -133,12 +133,15 @@ def file_of(path: Path) -> Path:
         )
     names = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(_ENDINGS))
     shards = [match for name in names if (match := _SHARD.fullmatch(name)) is not None]
-    if shards:
-        index = f"{shards[0][1]}{shards[0][2]}{INDEX}"
+    lost = [shard for shard in shards if f"{shard[1]}{shard[2]}{INDEX}" not in names]
+    if lost:
         raise TieError(
             f"the folder '{path}' holds parts of a checkpoint without their index: "
-            f"{_names([shard[0] for shard in shards])}. Fetch '{index}' as well."
+            f"{_names([shard[0] for shard in lost])}. Fetch '{lost[0][1]}{lost[0][2]}{INDEX}' as "
+            "well."
         )
+    parts = {shard[0] for shard in shards}
+    names = [name for name in names if name not in parts]  # their index stands for them
     expected = _names(_IN_FOLDERS)
     if names:
         raise TieError(
@@ -149,6 +152,13 @@ def file_of(path: Path) -> Path:
         f"the folder '{path}' holds no checkpoint: none of {expected}. Name another folder, or a "
         "file."
     )
+
+
+def index_beside(path: Path) -> Path | None:
+    """The index beside a file that is named as one of several, if there is one."""
+    match = _SHARD.fullmatch(path.name)
+    index = path.with_name(f"{match[1]}{match[2]}{INDEX}") if match is not None else path
+    return index if match is not None and index.is_file() else None
 
 
 def files_of(path: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tiedparam import _cache
 from tiedparam._errors import TieError, describe
 from tiedparam._linked import Linked
+from tiedparam._offloaded import refuse_offloaded
 from tiedparam._sharded import is_sharded, whole, write
 from tiedparam._stock import effective, has_values, parametrization_lists
 from tiedparam._ties import free_values, get_tie, is_stacked, ties_of
@@ -36,12 +37,14 @@ def assign_(
 
     Raises:
         TieError: if the tensor is not tied, is a copy and ``value`` is not what it copies, has
-            another shape or dtype, or (without ``project``) breaks the law; the message says
-            by how much.
+            another shape or dtype, or (without ``project``) breaks the law, by how much the
+            message says; or if the values are elsewhere (accelerate's offloading), so that the
+            write would be lost.
     """
     rule = get_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
     _cache.refuse_if_frozen(layer, "assigning")
+    refuse_offloaded(layer, where, "assign to")
     if not isinstance(value, Tensor):
         raise TypeError(f"assign_ takes a tensor, not {type(value).__name__}")
     if isinstance(rule, Linked):
@@ -55,7 +58,7 @@ def assign_(
     if is_stacked(layer, tensor_name):
         raise TieError(
             f"cannot assign to {where}: another parametrization is stacked on the tie. "
-            "Remove that one first."
+            f"Remove that one first (del layer.parametrizations.{tensor_name}[1:])."
         )
     value = unguard(value)
     if is_traceable_wrapper_subclass(value) and not is_sharded(value):
@@ -139,12 +142,14 @@ def init_(
         The layer. A copy-tied tensor is left alone, so that ``model.apply`` works.
 
     Raises:
-        TieError: if the tensor is not tied, or if ``init_fn`` does not fill its tensor.
+        TieError: if the tensor is not tied, if ``init_fn`` does not fill its tensor, or if the
+            values are elsewhere (accelerate's offloading), so that the write would be lost.
     """
     rule = get_tie(layer, tensor_name)
     _cache.refuse_if_frozen(layer, "initialising")
     if isinstance(rule, Linked):
         return layer
+    refuse_offloaded(layer, describe(layer, tensor_name), "initialise")
     with torch.no_grad():
         dense = _empty_dense(layer, tensor_name)
         init_fn(dense)
@@ -184,6 +189,7 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     copy-tied tensor is left alone: its source is not re-initialised behind its back (S23).
     """
     _cache.refuse_if_frozen(layer, "reset_parameters()")
+    refuse_offloaded(layer, f"a tied {stock_class.__name__}", "reset")
     stand_in = stock_class.__new__(stock_class)
     stand_in.__dict__.update(layer.__dict__)
     stand_in._parameters = dict(layer._parameters)
