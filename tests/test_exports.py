@@ -278,3 +278,16 @@ def test_s48_an_export_that_is_killed_before_any_step_is_old_new_or_refused(tmp_
     seen = campaign("steps", 0, tmp_path)
     assert seen["finished"] == 9
     assert min(seen["old"], seen["new"], seen["refused"]) >= 9
+
+
+@pytest.mark.parametrize("letter", ["a", "重", "🙂"])
+def test_a_name_as_long_as_a_name_can_be(letter, tmp_path):
+    """The names of what stands beside it, an index or a temporary file, are longer."""
+    suffix = ".safetensors"
+    count = (255 - len(suffix)) // len(letter.encode())
+    path = tmp_path / (count * letter + suffix)
+    layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+    tp.save(layer, path)
+    assert tp.export_dense(layer, path) == [path]
+    assert list(tmp_path.iterdir()) == [path]
+    assert torch.equal(tp.load(path, nn.Linear(4, 4)).weight, layer.weight)

@@ -52,7 +52,8 @@ def whole_files(obsolete: Callable[[], Iterable[Path]] = lambda: ()) -> Iterator
             # without a number: "[Errno 2]" says nothing to who reads it
             raise FileNotFoundError(f"the folder '{target.parent}' does not exist. Make it first.")
         mode = _mode_of(target)
-        temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+        # 50 characters are 200 bytes at most, and a name has room for 255
+        temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.tmp")
         file = temporary.open("xb")
         current.append(file)
         written.append((temporary, target))

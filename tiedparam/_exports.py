@@ -8,6 +8,7 @@ a sharded export carry its mark, and a mixture of two exports is told by that wh
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ def left_by_older(path: Path) -> list[Path]:
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     like_shards = sorted(file for file in beside if pattern.fullmatch(file.name))
     shards = [shard for shard in like_shards if shard.name in named or _is_marked(shard)]
-    return [file for file in (index, path, *shards) if file.is_file() or file.is_symlink()]
+    # by os.path: a Path raises where a name is too long, as that of the index may be
+    return [f for f in (index, path, *shards) if os.path.isfile(f) or os.path.islink(f)]
 
 
 def _is_marked(path: Path) -> bool:
