@@ -23,7 +23,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _as_integers(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    left, right = left.detach().resolve_neg(), right.detach().resolve_neg()
+    left, right = left.detach(), right.detach()
+    if left.is_neg() or right.is_neg():
+        left, right = left.resolve_neg(), right.resolve_neg()
     if left.is_complex():
         left = torch.view_as_real(left.resolve_conj())
         right = torch.view_as_real(right.resolve_conj())
