@@ -231,6 +231,8 @@ class Linked(Rule):
             with torch.no_grad():
                 probe = effective(source, name).detach().clone()
                 result = self.fn(probe)
+        except RecursionError:
+            raise
         except Exception as error:
             return (
                 f"fn raised {type(error).__name__} on the source's shape {tuple(present.shape)}: "

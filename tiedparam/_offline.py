@@ -276,7 +276,9 @@ def _layer(path: str, tensors: Mapping[str, Tensor], hint: LayerHint | None) -> 
         if weight.dim() == 2:
             outputs, inputs = weight.shape
             inputs_first = hint is not None and hint.transposed
-            layer = InputsFirst() if inputs_first else nn.Linear(inputs, outputs, bias, "meta")
+            layer = (
+                InputsFirst() if inputs_first else nn.Linear(inputs, outputs, bias, device="meta")
+            )
         elif weight.dim() in _CONVOLUTIONS:
             layer = _convolution(path, tuple(weight.shape), bias, hint or LayerHint(path))
     for name, value in tensors.items():

@@ -148,7 +148,8 @@ def tie_one(
         _refuse_embedding_options(layer, made, refuse)
     optimizers = _optimizer.as_optimizers(optimizer)
 
-    with _unbound_on_error(made), rolled_back_on_error(layer.modules(), optimizers):
+    noted = rolled_back_on_error(layer.modules(), optimizers)
+    with _long_chains_told(refuse), _unbound_on_error(made), noted:
         reason = made.bind(layer, tensor_name, root)
         if reason is not None:
             raise refuse(reason)
@@ -522,7 +523,7 @@ def _initial_free_values(
             _refuse_misshapen(rule(*zeros), dense, refuse)
             free = list(rule.right_inverse(dense))
             lawful = rule(*free)
-        except TieError:
+        except (TieError, RecursionError):
             raise
         except Exception as error:
             raise refuse(f"the rule raised {type(error).__name__}: {error}") from error
@@ -562,6 +563,17 @@ def _refuse_misshapen(value: object, dense: Tensor, refuse: Callable[[str], TieE
         )
     if value.dtype != dense.dtype:
         raise refuse(f"its forward returns {value.dtype}, not {dense.dtype}. Correct the rule.")
+
+
+@contextmanager
+def _long_chains_told(refuse: Callable[[str], TieError]) -> Iterator[None]:
+    """Say what it means if Python's stack does not reach to the end of a chain of copies."""
+    try:
+        yield
+    except RecursionError as error:
+        raise refuse(
+            "its copies read each other in too long a chain. Tie each to the first."
+        ) from error
 
 
 @contextmanager
