@@ -345,8 +345,7 @@ def _planned(layer: nn.Module, input: Any) -> _Found | None:
     free: Any = weight._parameters.get("original0")
     if free is None:
         free = weight.original0  # a replica of nn.DataParallel has no Parameters
-    stored = layer._parameters  # an attribute of a module is found last there
-    bias = stored["bias"] if "bias" in stored else effective(layer, "bias")
+    bias = effective(layer, "bias")
     return (rule, plan, free, bias) if _agree(input, free, bias) else None
 
 
