@@ -19,7 +19,7 @@ from benchmarks import contenders as made
 from benchmarks import memory, models
 from benchmarks.goals import Goal
 from benchmarks.measuring import Contender, Run, Setting, summarize
-from tiedparam import _structured
+from tiedparam.compute import forward as _structured
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from make_tables import bound_examples, shipped_rules
 from torch import Tensor, nn
 
 import tiedparam as tp
-from tiedparam._pictures import blocks, first_of_each, orbit_colour, orbit_numbers
+from tiedparam.model.pictures import blocks, first_of_each, orbit_colour, orbit_numbers
 
 IMAGES = Path(__file__).resolve().parent / "images"
 COMMAND = "python docs/make_pictures.py"

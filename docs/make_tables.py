@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tiedparam as tp
-from tiedparam._optimizer_laws import OptimizerLaw, known_optimizers
+from tiedparam.state.optimizer_laws import OptimizerLaw, known_optimizers
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/rules.md")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tiedparam import _registry
+from tiedparam.laws import registry as _registry
 
 torch.set_num_threads(1)
 

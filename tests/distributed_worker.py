@@ -33,9 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
-from tiedparam import _host
-from tiedparam._stock import effective
-from tiedparam._ties import named_ties
+from tiedparam.layer import host as _host
+from tiedparam.tie.lookup import named_ties
+from tiedparam.util.torch_private import effective
 
 TIED = ("stem", "mid", "streams", "rows", "square", "decode")
 FULL = StateDictOptions(full_state_dict=True)

@@ -14,7 +14,7 @@ from test_register import snapshot, unchanged
 from torch import Tensor, nn
 
 import tiedparam as tp
-from tiedparam import _register
+from tiedparam.layer import register as _register
 
 
 def said(layer: nn.Module, rule: str, *names: str, **arguments) -> str | None:

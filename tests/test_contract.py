@@ -27,7 +27,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
-from tiedparam._linked import Linked
+from tiedparam.laws.linked import Linked
 
 pytestmark = pytest.mark.filterwarnings("error::tiedparam.TieWarning")
 

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tiedparam._errors import LONGEST_MESSAGE
-from tiedparam._json import read_json
-from tiedparam._offline import open_model
-from tiedparam._safetensors_format import Entry, SafetensorsFile, write
-from tiedparam._stored import StoredCheckpoint
-from tiedparam._torch_archive import is_mappable
+from tiedparam.cli.model_from_file import open_model
+from tiedparam.formats.checkpoint import StoredCheckpoint
+from tiedparam.formats.safetensors import Entry, SafetensorsFile, write
+from tiedparam.formats.strict_json import read_json
+from tiedparam.formats.torch_archive import is_mappable
+from tiedparam.util.errors import LONGEST_MESSAGE
 
 HOW_MANY = int(os.environ.get("TIEDPARAM_DAMAGED_FILES", "200"))
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tiedparam._offline import open_model
+from tiedparam.cli.model_from_file import open_model
 
 LIBRARY = Path(tp.__file__).parent
 MAKERS = {
@@ -228,7 +228,7 @@ def test_no_tensor_of_the_library_goes_by_a_default_device():
     ]
     checked = 0
     for path in sorted(LIBRARY.rglob("*.py")):
-        if path.name == "_demo.py":  # a program of its own
+        if path.name == "demo.py":  # a program of its own
             continue
         assert calls_without_device(path.read_text(encoding="utf-8")) == [], path.name
         checked += 1

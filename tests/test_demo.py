@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import tiedparam as tp
-from tiedparam import _demo, _progress
 from tiedparam.__main__ import main
+from tiedparam.cli import demo as _demo
+from tiedparam.util import progress as _progress
 
 LAWS = ("flip_sym", "channel_shared", "row_repeat", "copy", "squared_copy")
 ROWS = ("(dense)", *LAWS, "four at once")

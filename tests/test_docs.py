@@ -8,6 +8,7 @@ long messages can be wrapped.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import importlib
@@ -195,7 +196,7 @@ def test_the_table_of_optimizers_is_up_to_date(generators):
 
 
 def test_a_changed_law_is_noticed_in_the_table_of_optimizers(generators, monkeypatch):
-    from tiedparam import _optimizer_laws
+    from tiedparam.state import optimizer_laws as _optimizer_laws
 
     changed = dataclasses.replace(_optimizer_laws._LAWS[torch.optim.Adam], coupled_decay=())
     monkeypatch.setitem(_optimizer_laws._LAWS, torch.optim.Adam, changed)
@@ -338,11 +339,15 @@ def test_every_scenario_that_is_named_is_explained():
     assert not explained - set(named), "nothing speaks of these scenarios any more"
 
 
-def test_every_file_of_the_package_has_its_row():
+def test_every_room_of_the_package_has_its_row_and_its_lines():
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    files = [path.name for path in (ROOT / "tiedparam").glob("*.py")]
-    assert len(files) > 10
-    for name in set(files) - {"__init__.py", "_version.py"}:
-        assert f"`{name}`" in page, f"docs/design.md does not say what {name} is for"
-    for name in re.findall(r"`(_\w+\.py)`", page):
-        assert (ROOT / "tiedparam" / name).exists(), f"docs/design.md speaks of {name}"
+    rooms = [path.parent for path in (ROOT / "tiedparam").glob("*/__init__.py")]
+    assert len(rooms) > 8
+    for room in rooms:
+        assert f"| `{room.name}/` |" in page, f"docs/design.md does not say what {room} is for"
+        said = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8")))
+        assert said is not None, f"{room} does not say what it is for"
+        assert len(said.split("\n")) >= 3
+    for path in re.findall(r"`((?:\w+/)*\w+\.py)`", page):
+        places = (ROOT, ROOT / "tiedparam")
+        assert any((place / path).exists() for place in places), f"docs/design.md speaks of {path}"

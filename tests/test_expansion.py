@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tiedparam import _expansion
-from tiedparam._matrices import is_eager, is_unrecorded, transposed
+from tiedparam.laws import pairs as _expansion
+from tiedparam.laws.matrices import is_eager, is_unrecorded, transposed
 from tiedparam.rules import flip_sym
 
 LAYERS = [

@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
-from tiedparam._atomic import whole_files
-from tiedparam._safetensors_format import DTYPES, Entry, SafetensorsFile, write
+from tiedparam.formats.atomic import whole_files
+from tiedparam.formats.safetensors import DTYPES, Entry, SafetensorsFile, write
 
 
 class Net(nn.Module):
@@ -1052,7 +1052,7 @@ def test_a_failed_write_leaves_the_old_file(how, net, file, monkeypatch, tmp_pat
     def full(descriptor):
         raise OSError("disk full")
 
-    monkeypatch.setattr("tiedparam._atomic.os.fsync", full)
+    monkeypatch.setattr("tiedparam.formats.atomic.os.fsync", full)
     with pytest.raises(OSError, match="disk full"):
         how(net, file)
     assert file.read_bytes() == before

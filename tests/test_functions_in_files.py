@@ -14,7 +14,7 @@ from torch import nn
 
 import tiedparam as tp
 from tiedparam.__main__ import main
-from tiedparam._offline import open_model
+from tiedparam.cli.model_from_file import open_model
 
 MODULE = """
 from pathlib import Path

@@ -312,7 +312,7 @@ def test_s40_a_replaced_conv_forward_cannot_write_into_the_weight(rule):
 
 
 def test_s40_a_patch_that_was_there_at_import_is_no_part_of_torch():
-    from tiedparam._interposed import TorchsOwn
+    from tiedparam.tie.interposed import TorchsOwn
 
     class Patched(nn.Linear):
         def forward(self, input):

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
-from tiedparam import _model
-from tiedparam._plan import plan_from_data, plan_to_data, to_toml
-from tiedparam._rollback import rolled_back_on_error
+from tiedparam.model import tie_model as _model
+from tiedparam.model.plan import plan_from_data, plan_to_data, to_toml
+from tiedparam.tie.rollback import rolled_back_on_error
 
 
 class Block(nn.Module):

@@ -25,7 +25,7 @@ from optimizer_cases import (
 from torch import nn
 
 import tiedparam as tp
-from tiedparam import _optimizer_laws
+from tiedparam.state import optimizer_laws as _optimizer_laws
 
 REFUSED = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon, torch.optim.SparseAdam)
 SCALE_FREE = [n for n, v in VARIANTS.items() if _optimizer_laws._LAWS[v.kind].normalized]

@@ -14,7 +14,7 @@ from rule_of_two_tensors import TwoHalves
 from torch import nn
 
 import tiedparam as tp
-import tiedparam._owner
+import tiedparam.tie.owner
 
 
 def free(layer, name="weight"):
@@ -189,8 +189,8 @@ def test_asking_for_every_value_of_a_model_searches_all_layers_once(monkeypatch)
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(20)], nn.LayerNorm(4))
     tp.tie_model(model, {nn.Linear: "flip_sym"})
     searches = []
-    search = tiedparam._owner._look_at_all
-    monkeypatch.setattr(tiedparam._owner, "_look_at_all", lambda: (searches.append(1), search()))
+    search = tiedparam.tie.owner._look_at_all
+    monkeypatch.setattr(tiedparam.tie.owner, "_look_at_all", lambda: (searches.append(1), search()))
     owners = [tp.owner(value) for value in model.parameters()]
     assert [found is not None for found in owners] == [False, True] * 20 + [False] * 2
     assert len(searches) == 1

@@ -13,7 +13,7 @@ from test_scan import encoder, plant
 from torch import nn
 
 import tiedparam as tp
-from tiedparam import _pictures
+from tiedparam.model import pictures as _pictures
 
 pytest.importorskip("matplotlib")
 

@@ -13,9 +13,9 @@ from scipy import stats
 from torch import Tensor, nn
 
 import tiedparam as tp
-from tiedparam._linked import Linked
-from tiedparam._offline import open_model
-from tiedparam._random_tensor import Moments, RandomResidual
+from tiedparam.cli.model_from_file import open_model
+from tiedparam.laws.linked import Linked
+from tiedparam.model.random_tensor import Moments, RandomResidual
 
 MEANS = [0.0, 1.0, 50.0]
 

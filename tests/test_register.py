@@ -337,7 +337,9 @@ def test_messages_name_the_path_where_the_root_is_known():
 @pytest.mark.parametrize("where", ["register_parametrization", "move_gradient", "watch_source"])
 @pytest.mark.parametrize("tied_before", [True, False])
 def test_a_failure_midway_is_rolled_back(monkeypatch, where, tied_before):
-    from tiedparam import _host, _optimizer, _register
+    from tiedparam.layer import host as _host
+    from tiedparam.layer import register as _register
+    from tiedparam.state import optimizer_moves as _optimizer
 
     source, layer = nn.Linear(4, 4), nn.Linear(4, 4)
     layer(torch.ones(1, 4)).sum().backward()

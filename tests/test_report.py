@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
-from tiedparam._table import Column, Table, TableReport, plain, show
+from tiedparam.util.table import Column, Table, TableReport, plain, show
 
 PLAN = {
     "layer1.conv1": "flip_sym",

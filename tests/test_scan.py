@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiedparam as tp
-from tiedparam import _cost, _near_copies, _scan_report
-from tiedparam._linked import Linked
+from tiedparam.laws.linked import Linked
+from tiedparam.model import cost as _cost
+from tiedparam.model import near_copies as _near_copies
+from tiedparam.model import scan_report as _scan_report
 
 
 def by_name(report: tp.ScanReport) -> dict[tuple[str, str], object]:

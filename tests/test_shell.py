@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiedparam as tp
-from tiedparam import _next_steps, _offline, _shell
-from tiedparam._shell import main
+from tiedparam.cli import main as _shell
+from tiedparam.cli import model_from_file as _offline
+from tiedparam.cli.main import main
+from tiedparam.model import next_steps as _next_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN = """
@@ -403,7 +405,7 @@ def test_a_failed_write_leaves_the_old_file(files, capsys, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tiedparam._atomic.os.fsync", full)
+    monkeypatch.setattr("tiedparam.formats.atomic.os.fsync", full)
     for command in (
         ("tie", "model.pt", "--tie", "body.0=flip_sym", "-o", "t.safetensors", "--force"),
         ("untie", "t.safetensors", "-o", "t.safetensors", "--force"),

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiedparam as tp
-from tiedparam import _structured, _windows
+from tiedparam.compute import forward as _structured
+from tiedparam.compute import windows as _windows
 
 BOUNDS = {torch.float64: 1e-11, torch.float32: 2e-4}
 CONVOLUTIONS = {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
 import tiedparam as tp
-from tiedparam import _registry
+from tiedparam.laws import registry as _registry
 from tiedparam.rules.copy import Copy
 
 

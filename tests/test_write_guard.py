@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tiedparam._write_guard import GuardedWeight
+from tiedparam.tie.write_guard import GuardedWeight
 
 
 @torch.library.custom_op("tiedparam_tests::scale", mutates_args={"values"})

@@ -4,25 +4,25 @@
 for bit through training, loading, copying and compiling. See `register_tie`.
 """
 
-from tiedparam._cache import frozen
-from tiedparam._checkpoint import dense_state_dict, tie_state_dict, untie_state_dict
-from tiedparam._errors import TieError, TieWarning
-from tiedparam._files import export_dense, load, save
-from tiedparam._layout import Layout
-from tiedparam._model import tie_model, untie_model
-from tiedparam._optimizer_laws import register_optimizer
-from tiedparam._owner import Owner, owner
-from tiedparam._pictures import draw_orbits, draw_residuals, draw_scan, draw_weights
-from tiedparam._plan import Plan, PlanEntry, read_plan, write_plan
-from tiedparam._register import register_tie, remove_tie, residual
-from tiedparam._registry import available_rules, register_rule
-from tiedparam._report import Report, TieReport, report
-from tiedparam._rule import Example, Rule
-from tiedparam._scan import scan
-from tiedparam._scan_report import ScanReport
-from tiedparam._ties import get_tie, is_tied
-from tiedparam._values import assign_, init_
 from tiedparam._version import __version__
+from tiedparam.compute.frozen import frozen
+from tiedparam.files.save_load import export_dense, load, save
+from tiedparam.laws.layout import Layout
+from tiedparam.laws.registry import available_rules, register_rule
+from tiedparam.laws.rule import Example, Rule
+from tiedparam.layer.register import register_tie, remove_tie, residual
+from tiedparam.layer.values import assign_, init_
+from tiedparam.model.pictures import draw_orbits, draw_residuals, draw_scan, draw_weights
+from tiedparam.model.plan import Plan, PlanEntry, read_plan, write_plan
+from tiedparam.model.report import Report, TieReport, report
+from tiedparam.model.scan import scan
+from tiedparam.model.scan_report import ScanReport
+from tiedparam.model.tie_model import tie_model, untie_model
+from tiedparam.state.dictionaries import dense_state_dict, tie_state_dict, untie_state_dict
+from tiedparam.state.optimizer_laws import register_optimizer
+from tiedparam.tie.lookup import get_tie, is_tied
+from tiedparam.tie.owner import Owner, owner
+from tiedparam.util.errors import TieError, TieWarning
 
 __all__ = [
     "Example",

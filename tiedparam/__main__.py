@@ -1,10 +1,10 @@
-"""``python -m tiedparam <command>``; see `tiedparam._shell`."""
+"""``python -m tiedparam <command>``; see `tiedparam.cli.main`."""
 
 from __future__ import annotations
 
 import sys
 
-from tiedparam._shell import main
+from tiedparam.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

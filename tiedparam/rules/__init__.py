@@ -1,4 +1,8 @@
-"""The laws, one per file; every module of this package is imported, so that it registers."""
+"""The laws of the library, one per file: mathematics only.
+
+Uses `laws`, and nothing else of the library.
+Every module in here is imported, so that it registers its law: a new file needs no other change.
+"""
 
 from importlib import import_module
 from pkgutil import iter_modules

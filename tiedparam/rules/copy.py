@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedparam._functions import identity
-from tiedparam._layout import Layout
-from tiedparam._linked import Linked
-from tiedparam._registry import register_rule
-from tiedparam._rule import Example
+from tiedparam.laws.functions import identity
+from tiedparam.laws.layout import Layout
+from tiedparam.laws.linked import Linked
+from tiedparam.laws.registry import register_rule
+from tiedparam.laws.rule import Example
 
 
 @register_rule("copy")

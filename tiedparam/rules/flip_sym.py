@@ -8,11 +8,11 @@ from math import isqrt, prod
 import torch
 from torch import Tensor, nn
 
-from tiedparam._expansion import TABLE_ENTRIES, Expansion, fold_pairs, look_up
-from tiedparam._layout import Layout
-from tiedparam._matrices import is_unrecorded, transposed
-from tiedparam._registry import register_rule
-from tiedparam._rule import Example, Rule
+from tiedparam.laws.layout import Layout
+from tiedparam.laws.matrices import is_unrecorded, transposed
+from tiedparam.laws.pairs import TABLE_ENTRIES, Expansion, fold_pairs, look_up
+from tiedparam.laws.registry import register_rule
+from tiedparam.laws.rule import Example, Rule
 
 
 @register_rule("flip_sym")

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from tiedparam._broadcast import Blocks, Broadcast
-from tiedparam._layout import Layout
-from tiedparam._registry import register_rule
-from tiedparam._rule import Example
+from tiedparam.laws.broadcast import Blocks, Broadcast
+from tiedparam.laws.layout import Layout
+from tiedparam.laws.registry import register_rule
+from tiedparam.laws.rule import Example
 
 _LAWS = {"block": "W[o] = w[o // r]", "tile": "W[o] = w[o mod (O/r)]"}
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from tiedparam._linked import Linked
-from tiedparam._registry import register_rule
-from tiedparam._rule import Example
+from tiedparam.laws.linked import Linked
+from tiedparam.laws.registry import register_rule
+from tiedparam.laws.rule import Example
 
 
 def squared(weight: Tensor) -> Tensor:

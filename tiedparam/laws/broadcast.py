@@ -1,0 +1,203 @@
+"""Laws that repeat a small base along some axes: the mathematics they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import gcd, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiedparam.laws.layout import Layout
+from tiedparam.laws.rule import Rule, halved_difference
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A blocked view of the canonical weight, and which of its axes are shared.
+
+    Attributes:
+        outputs: the output axis, split; the product is the number of outputs.
+        rest: the input axis and the kernel axes.
+        shared: axes of ``(*outputs, *rest)`` along which all entries are equal.
+    """
+
+    outputs: tuple[int, ...]
+    rest: tuple[int, ...]
+    shared: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The blocked shape."""
+        return (*self.outputs, *self.rest)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a broadcast law lets a layer save.
+
+    Attributes:
+        summed: all inputs of a group share, so they can be summed first.
+        run: so many consecutive outputs of a group are equal; one is computed and spread.
+        shared_banks: the groups share their filters.
+    """
+
+    summed: bool
+    run: int
+    shared_banks: bool
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Shapes on the way from the base to the full and to the reduced weight."""
+
+    kept: tuple[int, ...]
+    full: tuple[int, ...]
+    reduced: tuple[int, ...]
+    smaller: tuple[int, ...]
+    smaller_layout: Layout | None
+
+
+class Broadcast(Rule):
+    """A base, repeated along the shared axes of a blocked view of the canonical weight.
+
+    A subclass states `blocks`: the canonical weight ``V[o, c, x]`` viewed with its axes
+    split, and which of those axes are shared. Then ``V = base`` expanded along them.
+
+    Args:
+        compute: the form of `tiedparam.compute.forward` that computes the layer: ``"auto"`` picks
+            the fastest; ``"dense"``, ``"reduced"`` or ``"windows"`` force one, for measuring.
+    """
+
+    complex_valued = True
+    gains_from_cache = False  # expanding is a view
+    _sizes: _Sizes
+
+    def __init__(self, compute: str = "auto") -> None:
+        super().__init__()
+        self.compute = compute
+        self.plan: Any = None  # the structured compute's note of its decision
+
+    def blocks(self) -> Blocks:
+        """The blocked view of the canonical weight, and the axes of it that are shared."""
+        raise NotImplementedError(f"{type(self).__name__} must say which axes are shared")
+
+    def reduction(self) -> Reduction:
+        """What the law lets the layer save."""
+        blocks, layout = self.blocks(), self.bound_layout
+        outputs, inputs = (*layout.canonical_shape, 1)[:2]  # a bias has no input axis
+        last = len(blocks.outputs) - 1
+        # a run of equal rows must end where a block of rows or a group of the layer ends
+        run = gcd(blocks.outputs[last], outputs // layout.groups) if last in blocks.shared else 1
+        return Reduction(
+            summed=last + 1 in blocks.shared and inputs > 1,
+            run=run,
+            # blocks of outputs that are the layer's groups, each with the same bank
+            shared_banks=last > 0 and 0 in blocks.shared and blocks.outputs[0] == layout.groups,
+        )
+
+    def reduced(self, base: Tensor) -> Tensor:
+        """The weight of the smaller layer: one row per run, one column if inputs are summed."""
+        sizes = self._sizes
+        if base.shape == sizes.smaller and sizes.smaller_layout is None:
+            return base  # every view would cost time, forward and back
+        canonical = base.reshape(sizes.kept).expand(sizes.reduced).reshape(sizes.smaller)
+        layout = sizes.smaller_layout
+        return canonical if layout is None else layout.native(canonical)
+
+    @property
+    def reduced_count(self) -> int:
+        """How many entries the weight of the smaller layer has."""
+        return prod(self._sizes.smaller)
+
+    def free_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """One base: the different outputs, and the other axes with 1 where they are shared.
+
+        It has as many axes as the weight, so that a conversion to channels_last, which goes
+        by the number of axes, treats both alike.
+        """
+        blocks = self.blocks()
+        kept = [1 if axis in blocks.shared else n for axis, n in enumerate(blocks.shape)]
+        outputs = len(blocks.outputs)
+        return ((prod(kept[:outputs]), *kept[outputs:]),)
+
+    def forward(self, *free: Tensor) -> Tensor:
+        """Expand the base along the shared axes."""
+        (base,) = free
+        sizes, layout = self._sizes, self.bound_layout
+        canonical = base.reshape(sizes.kept).expand(sizes.full).reshape(layout.canonical_shape)
+        return layout.native(canonical)
+
+    def _bind_layout(self, layout: Layout, dtype: torch.dtype) -> str | None:
+        reason = super()._bind_layout(layout, dtype)
+        if reason is None:
+            self._sizes = self._measure()
+        return reason
+
+    def _measure(self) -> _Sizes:
+        """The sizes that every forward needs, counted once."""
+        blocks, layout, reduction = self.blocks(), self.bound_layout, self.reduction()
+        full, last = blocks.shape, len(blocks.outputs) - 1
+        reduced = list(full)
+        reduced[last] //= reduction.run
+        if reduction.summed:
+            reduced[last + 1] = 1
+        rows = prod(blocks.outputs) // reduction.run
+        columns, *kernel = reduced[last + 1 :] or [1]
+        groups = layout.groups
+        return _Sizes(
+            kept=tuple(1 if axis in blocks.shared else n for axis, n in enumerate(full)),
+            full=full,
+            reduced=tuple(reduced),
+            smaller=(rows, *reduced[last + 1 :]),
+            smaller_layout=Layout((groups * columns, rows // groups, *kernel), groups, True)
+            if layout.transposed
+            else None,
+        )
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The mean over the shared axes, taken relative to the first member of each orbit."""
+        self.bind_shape(weight)
+        values, first = self._members(weight)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        values, first = values.to(wide), first.to(wide)
+        shared = self.blocks().shared
+        # halves, so that the difference of large values cannot overflow
+        difference = halved_difference(values, first)
+        mean = first + 2 * difference.mean(shared, keepdim=True)
+        (shape,) = self.free_shapes()
+        return (mean.to(weight.dtype).reshape(shape).contiguous(),)
+
+    def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The first member of each orbit."""
+        (shape,) = self.free_shapes()
+        _, first = self._members(weight.detach())
+        # clone: a slice would keep the full weight's storage alive (S15)
+        return (first.clone(memory_format=torch.contiguous_format).reshape(shape),)
+
+    def multiplicities(self) -> tuple[Tensor, ...]:
+        """The product of the shared sizes, everywhere."""
+        blocks = self.blocks()
+        copies = prod(blocks.shape[axis] for axis in blocks.shared)
+        (shape,) = self.free_shapes()
+        return (torch.full(shape, copies, dtype=torch.float64, device="cpu"),)
+
+    def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
+        """The weight with its entries moved by one along each shared axis."""
+        shape, shared = self.blocks().shape, self.blocks().shared
+        layout = self.bound_layout
+        blocked = layout.canonical(weight).reshape(shape)
+        for axis in shared:
+            yield layout.native(blocked.roll(1, axis).reshape(layout.canonical_shape))
+
+    def _members(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The blocked weight, and its first member along every shared axis."""
+        shape, shared = self.blocks().shape, self.blocks().shared
+        # contiguous: how a mean is rounded must not depend on the memory format
+        values = self.bound_layout.canonical(weight).reshape(shape).contiguous()
+        first = values
+        for axis in shared:
+            first = first.narrow(axis, 0, 1)
+        return values, first

@@ -1,0 +1,141 @@
+"""The functions of copies (``fn=``) by the names that stand for them in files.
+
+A few have a name of their own. A user's function is called ``module:name``, and a file's word is
+never enough to import it: whoever reads the file says which function a name stands for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiedparam.util.errors import TieError, quoted, shortened
+
+Function = Callable[[Tensor], Tensor]
+Functions = Mapping[str, Function]
+
+
+def identity(weight: Tensor) -> Tensor:
+    """The tensor itself."""
+    return weight
+
+
+FUNCTIONS: dict[str, Function] = {
+    "identity": identity,
+    "torch.square": torch.square,
+    "torch.t": torch.t,
+}
+"""Names in plans and file headers that need nobody's leave, and what they stand for."""
+
+
+def as_functions(functions: Functions | None) -> Functions:
+    """The argument ``functions=`` of what reads a file.
+
+    Raises:
+        TypeError: if it is not a mapping of names to functions.
+    """
+    if functions is None:
+        return {}
+    if not isinstance(functions, Mapping) or not all(
+        isinstance(name, str) and callable(function) for name, function in functions.items()
+    ):
+        raise TypeError(
+            "functions= takes a mapping of the names in the file to functions, such as "
+            f"{{'my_module:tile': my_module.tile}}, not {shortened(repr(functions))}"
+        )
+    return functions
+
+
+def find_function(name: object, allowed: Functions) -> Function:
+    """The function that a file, or a user, means by ``name``. Nothing is imported.
+
+    Raises:
+        TieError: if it is none of `FUNCTIONS` or of those that the reader allows; the message
+            says how to allow it, or suggests the nearest name.
+    """
+    bare = {known.__name__: known for known in FUNCTIONS.values()}  # "t" is how repr shows torch.t
+    for known in (FUNCTIONS, bare, allowed):
+        if isinstance(name, str) and name in known:
+            return known[name]
+    module, colon, _ = str(name).partition(":")
+    if colon:
+        raise TieError(
+            f"its function {quoted(name)} is code, which a file cannot bring along. If you have it "
+            f"and trust the file, pass functions={{{quoted(name)}: the function}}; in the shell, "
+            f"{_in_the_shell(module)}."
+        )
+    near = difflib.get_close_matches(str(name), FUNCTIONS, n=1, cutoff=0.4)
+    hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(FUNCTIONS)}."
+    raise TieError(
+        f"fn={shortened(repr(name))} is not a known function. {hint} In Python pass a function of "
+        "your own itself; a file calls it 'module:name'."
+    )
+
+
+def _in_the_shell(module: str) -> str:
+    if module == "__main__":  # there it would be the shell itself
+        return "nothing can import a script's: save it again with a function of a module"
+    return f"--import {shortened(module)}"
+
+
+def function_name(function: Function) -> str:
+    """The name of a function in files.
+
+    Raises:
+        TieError: if it has none, since no module has it under its name.
+    """
+    for name, known in FUNCTIONS.items():
+        if known is function:
+            return name
+    module = str(getattr(function, "__module__", ""))
+    for attribute in ("__qualname__", "__name__"):  # torch's own have a wrong one
+        path = str(getattr(function, attribute, ""))
+        if _look_up(sys.modules.get(module), path) is function:
+            return f"{module}:{path}"
+    shown = getattr(function, "__name__", type(function).__name__)
+    raise TieError(
+        f"a file cannot name its function '{shown}', {_kind(function)}. Write it with def at the "
+        "top of a module: a file calls it 'module:name', and who loads the file passes it in "
+        "functions=."
+    )
+
+
+def functions_of(module: ModuleType) -> dict[str, Function]:
+    """The functions that stand in a module, by their names in files."""
+    found = {}
+    for value in vars(module).values():
+        if callable(value):
+            try:
+                found[function_name(value)] = value
+            except TieError:
+                continue
+    return found
+
+
+def _look_up(module: Any, name: str) -> object:
+    found = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _kind(function: object) -> str:
+    name = getattr(function, "__qualname__", "")
+    if isinstance(function, partial):
+        return "a partial"
+    if "<lambda>" in name:
+        return "a lambda"
+    if "<locals>" in name:
+        return "which was made inside of another function"
+    if getattr(function, "__self__", None) is not None:
+        return "a bound method"
+    if not name:
+        return f"an object of the class {type(function).__name__}"
+    return "which its module does not have under that name"

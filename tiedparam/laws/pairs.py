@@ -1,0 +1,126 @@
+"""Laws that pair entries: expanded fast in eager mode, by plain operations where somebody traces.
+
+A law gives two formulas, ``expand`` (free values → weight) and ``fold``, its adjoint (the sum
+over each orbit). They are each other's derivative. Recorded operation by operation they would
+cost several times as much, so in eager mode
+
+* a large weight is made by one autograd function, whose backward is ``fold``, whose backward
+  is ``expand``;
+* a small weight, or a small part of a large one, is one look-up, since there the number of
+  operations is all that counts. The table is made once for all weights of a shape, and belongs
+  to no layer and no checkpoint. `TABLE_ENTRIES` bounds it, so that it stays far below what a
+  large weight takes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiedparam.laws.matrices import is_eager
+
+TABLE_ENTRIES = 147_456
+"""Up to so many entries are looked up: the weight of 128 × 128 channels with a 3×3 kernel."""
+_SHAPES = 16  # whose tables are kept: 10 MB at most, and as much for their adjoints
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A linear map from free values to a weight, and its adjoint.
+
+    Attributes:
+        expand: ``(free, sizes) → weight``, differentiable.
+        fold: ``(weight, sizes) → free``, called without gradients only.
+        sizes: what both need to know.
+        shape: the weight's shape.
+    """
+
+    expand: Callable[[Tensor, Any], Tensor]
+    fold: Callable[[Tensor, Any], Tensor]
+    sizes: Any
+    shape: tuple[int, ...]
+
+    def __call__(self, free: Tensor) -> Tensor:
+        """Expand, by the way that is fastest here."""
+        if not is_eager(free):
+            return self.expand(free, self.sizes).reshape(self.shape)
+        if prod(self.shape) <= TABLE_ENTRIES:
+            places = _places(self.expand, self.sizes, free.numel())
+            return free.view(-1).index_select(0, places).view(self.shape)
+        weight: Tensor = _Expand.apply(free, self)
+        return weight.view(self.shape)
+
+
+def look_up(
+    expand: Callable[[Tensor, Any], Tensor], free: Tensor, sizes: Any, entries: int, swift: bool
+) -> Tensor:
+    """``expand(row, sizes)`` for every row of ``(n, free values)``, as ``(n, entries)``."""
+    if swift:
+        return free.index_select(1, _places(expand, sizes, free.shape[1]))
+    return expand(free, sizes).reshape(len(free), entries)
+
+
+def fold_pairs(
+    expand: Callable[[Tensor, Any], Tensor], weight: Tensor, sizes: Any, count: int
+) -> Tensor:
+    """The adjoint of `look_up`, if no free value stands for more than two entries."""
+    first, second, single = _members(expand, sizes, count)
+    values = weight.index_select(1, first)
+    # where, since for a single entry the sum would count it twice
+    return torch.where(single, values, values + weight.index_select(1, second))
+
+
+@functools.lru_cache(_SHAPES)
+def _places(expand: Callable[[Tensor, Any], Tensor], sizes: Any, count: int) -> Tensor:
+    """For each entry of the weight the place of its free value."""
+    with torch.inference_mode(False), torch.enable_grad():
+        # recorded, so that the formula itself is used; float64 counts exactly
+        places = torch.arange(count, dtype=torch.float64, device="cpu", requires_grad=True)
+        return expand(places[None], sizes).detach().flatten().to(torch.int32)
+
+
+@functools.lru_cache(_SHAPES)
+def _members(
+    expand: Callable[[Tensor, Any], Tensor], sizes: Any, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first and the last entry of each free value, and whether they are the same."""
+    with torch.inference_mode(False), torch.no_grad():
+        places = _places(expand, sizes, count).long()
+        entries = torch.arange(len(places), device="cpu")
+        first, last = (
+            torch.zeros(count, dtype=torch.int64, device="cpu").scatter_reduce_(
+                0, places, entries, which, include_self=False
+            )
+            for which in ("amin", "amax")
+        )
+        return first.to(torch.int32), last.to(torch.int32), first == last
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, free: Tensor, expansion: Expansion) -> Tensor:
+        ctx.expansion, ctx.shape = expansion, free.shape
+        return expansion.expand(free, expansion.sizes)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        folded: Tensor = _Fold.apply(gradient, ctx.expansion)
+        return folded.view(ctx.shape), None
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, expansion: Expansion) -> Tensor:
+        ctx.expansion = expansion
+        return expansion.fold(weight.contiguous(), expansion.sizes)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        weight: Tensor = _Expand.apply(gradient.contiguous(), ctx.expansion)
+        return weight, None

@@ -1,0 +1,81 @@
+"""Names → rules: how a law is found, ours and the user's own alike."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import TypeVar
+
+from tiedparam.laws.rule import Rule
+from tiedparam.util.errors import TieError
+
+_RULES: dict[str, type[Rule]] = {}
+
+R = TypeVar("R", bound=type[Rule])
+
+
+def register_rule(name: str) -> Callable[[R], R]:
+    """Class decorator: make a `Rule` known under ``name``.
+
+    Args:
+        name: what users pass to `register_tie`.
+
+    Raises:
+        TypeError: if the decorated object is not a `Rule` subclass, if no name was given, or if
+            `Rule.examples` or `Rule.variants` was overridden without ``@classmethod``.
+        TieError: if another rule has that name already.
+
+    Example::
+
+        @tiedparam.register_rule("circulant")
+        class Circulant(tiedparam.Rule):
+            ...
+    """
+    if not isinstance(name, str):
+        raise TypeError("register_rule takes the rule's name: @tiedparam.register_rule('my_rule')")
+
+    def enrol(rule: R) -> R:
+        if not (isinstance(rule, type) and issubclass(rule, Rule)):
+            raise TypeError(f"register_rule('{name}') decorates a subclass of tiedparam.Rule")
+        for member in ("examples", "variants"):
+            if not inspect.ismethod(getattr(rule, member)):
+                raise TypeError(f"{rule.__qualname__}.{member} must be a classmethod")
+        known = _RULES.get(name)
+        # a reloaded module defines the same rule once more: that is a replacement
+        if known is not None and _place(known) != _place(rule):
+            raise TieError(
+                f"the name '{name}' belongs to {known.__module__}.{known.__qualname__}. "
+                "Choose another name for your rule."
+            )
+        rule.name = name
+        _RULES[name] = rule
+        return rule
+
+    return enrol
+
+
+def _place(rule: type[Rule]) -> tuple[str, str]:
+    return rule.__module__, rule.__qualname__
+
+
+def available_rules() -> dict[str, type[Rule]]:
+    """All registered rules by name, in the order of their names."""
+    return dict(sorted(_RULES.items()))
+
+
+def find_rule(name: str) -> type[Rule]:
+    """The rule registered as ``name``.
+
+    Raises:
+        TieError: if there is none; the message suggests the nearest names.
+    """
+    if name in _RULES:
+        return _RULES[name]
+    near = difflib.get_close_matches(name, _RULES, n=3, cutoff=0.4)
+    if near:
+        hint = "Did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
+    else:
+        hint = "Known rules: " + ", ".join(available_rules()) + "."
+    hint += " If it is a rule of your own, import its module first."
+    raise TieError(f"there is no rule '{name}'. {hint}")

@@ -1,0 +1,310 @@
+"""The rule contract: what a law must say of itself, and what follows from that alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tiedparam.laws.layout import Layout
+from tiedparam.util.errors import TieError
+
+
+@dataclass(frozen=True)
+class Example:
+    """A layer and options with which tests, docs and benchmarks enrol a rule.
+
+    Attributes:
+        build: makes a fresh model.
+        options: the rule's options; a source may be named by its path in the model.
+        path: where the layer to tie lies in the model; ``""`` is the model itself.
+        tensor_name: which tensor of that layer to tie.
+    """
+
+    build: Callable[[], nn.Module]
+    options: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
+    tensor_name: str = "weight"
+
+
+class Rule(nn.Module):
+    """A law that ties the entries of one tensor: ``weight = forward(*free)``.
+
+    A rule is an ordinary parametrization module. `register_tie` binds it to one tensor
+    (`layout`) before it is used; a rule that is registered directly with
+    ``torch.nn.utils.parametrize`` binds itself to the shape it first sees.
+
+    To write a rule, give `law`, `check`, `free_shapes`, `forward`, `symmetries` and
+    `examples`. For every *linear rule with disjoint orbits* (each entry of the weight is
+    one free value, or minus it) projection, multiplicity and orbit labels follow from
+    `forward`: with ``B`` the expansion and ``Bᵀ`` its vector-Jacobian product, the nearest
+    lawful weight has the free values ``BᵀW / BᵀB1``, the (signed) orbit means
+    (Ravanbakhsh, Schneider, Póczos 2017, "Equivariance through parameter-sharing").
+    Overriding `right_inverse` can only make it faster.
+
+    Invariants, checked by the contract tests for every rule and example::
+
+        W = rule.forward(*free)
+        all(torch.equal(S, W) for S in rule.symmetries(W))
+        all(torch.equal(a, b) for a, b in zip(rule.right_inverse(W), free))
+        rule.project(rule.project(A)) == rule.project(A)   # and nearest to A
+    """
+
+    name: ClassVar[str] = ""
+    """The registered name; set by `register_rule`."""
+    law: str = ""
+    """The equation in one line, as tables and ``repr`` show it."""
+    complex_valued: ClassVar[bool] = False
+    """Whether the law has a meaning for complex weights."""
+    gains_from_cache: ClassVar[bool] = True
+    """Whether keeping the weight saves time; if not, ``cache=True`` is ignored."""
+
+    layout: Layout | None
+    residual_at_tying: float | None = None
+    """How far the weight was from the law when `register_tie` tied it; None if unknown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layout = None
+        self.memory: Any = None  # what `tiedparam.compute.frozen` keeps of the weight
+
+    # The law ------------------------------------------------------------------------
+
+    def check(self, layout: Layout) -> str | None:
+        """Why a tensor of this layout cannot carry the rule, or None. Never raises."""
+        return None
+
+    def free_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the free values for the bound layout; none may be empty."""
+        raise NotImplementedError(f"{type(self).__name__} must say the shapes of its free values")
+
+    def forward(self, *free: Tensor) -> Tensor:
+        """Expand the free values to the weight. Stateless, linear-time."""
+        raise NotImplementedError(f"{type(self).__name__} must expand its free values")
+
+    def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
+        """The law stated without `forward`: tensors that must equal ``weight`` to the bit."""
+        raise NotImplementedError(f"{type(self).__name__} must state its law as symmetries")
+
+    @classmethod
+    def examples(cls) -> Sequence[Example]:
+        """Layers and options with which tests, docs and benchmarks enrol the rule."""
+        return ()
+
+    @classmethod
+    def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
+        """The sets of options worth trying on a tensor of this layout, sources aside.
+
+        `scan` and the benchmarks try each of them; what does not fit is left out by `check`.
+        """
+        return ({},)
+
+    def options(self) -> dict[str, Any]:
+        """The options that differ from one use to the next, as ``repr`` shows them."""
+        return {}
+
+    # What follows from it -------------------------------------------------------------
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Free values of the nearest lawful weight, in storage of their own.
+
+        Returned as a sequence, so that torch makes fresh Parameters instead of reshaping
+        the dense one under its optimizer (S17). Accumulated in float32 or wider; the mean
+        is taken relative to one member of each orbit, so a lawful weight comes back to
+        the bit, which the plain mean of equal floats does not do.
+        """
+        self.bind_shape(weight)
+        representatives = self.representatives(weight)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        exact = [value.to(wide) for value in representatives]
+        difference = halved_difference(weight.to(wide), self.forward(*exact))
+        sums = self.adjoint(difference)
+        counts = self.multiplicities()
+        return tuple(
+            (value + 2 * (total / count.to(total.device))).to(weight.dtype)
+            for value, total, count in zip(exact, sums, counts, strict=True)
+        )
+
+    def project(self, weight: Tensor) -> Tensor:
+        """The lawful weight nearest to ``weight`` in the Frobenius norm."""
+        return self.forward(*self.right_inverse(weight))
+
+    def residual(self, weight: Tensor) -> float:
+        """``‖W − project(W)‖ / ‖W‖``: 0 for a lawful (or zero) weight, at most 1 if linear."""
+        with torch.no_grad():
+            return relative_distance(weight, self.project(weight))
+
+    def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """``BᵀW``: the (signed) sum of ``weight`` over each orbit, as free values."""
+        with torch.inference_mode(False), torch.enable_grad():
+            free = tuple(
+                torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+                for shape in self.free_shapes()
+            )
+            if not free:
+                return ()
+            cotangent = weight.clone() if weight.is_inference() else weight.detach()
+            return torch.autograd.grad(self.forward(*free), free, cotangent)
+
+    def multiplicities(self) -> tuple[Tensor, ...]:
+        """How many entries share each free value, as float64 tensors shaped like them."""
+        # BᵀB1: the signs of signed orbits cancel
+        cpu = torch.device("cpu")  # whatever the default device is
+        ones = [torch.ones(s, dtype=torch.float64, device=cpu) for s in self.free_shapes()]
+        return self.adjoint(self.forward(*ones)) if ones else ()
+
+    def orbit_labels(self) -> Tensor:
+        """The number of each entry's free value, from 1; negative where the entry is minus it.
+
+        Returns:
+            An int64 tensor of the weight's shape.
+        """
+        numbers, start = [], 1
+        for shape in self.free_shapes():
+            count = prod(shape)
+            # float64 counts exactly up to 2^53, and expansions need not take integers
+            values = torch.arange(start, start + count, dtype=torch.float64, device="cpu")
+            numbers.append(values.reshape(shape))
+            start += count
+        with torch.no_grad():
+            return self.forward(*numbers).to(torch.int64)
+
+    def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """One member of each orbit of ``weight``, as free values in storage of their own."""
+        labels = self.orbit_labels().flatten()
+        self._refuse_mixing(labels)
+        first = torch.full((self.free_count,), labels.numel(), device=labels.device)
+        position = torch.arange(labels.numel(), device=labels.device)
+        first.scatter_reduce_(0, labels.abs() - 1, position, "amin")
+        if (first == labels.numel()).any():
+            raise NotImplementedError("a free value reaches no entry of the weight; leave it out")
+        sign = labels[first].sign().to(device=weight.device, dtype=weight.dtype)
+        chosen = weight.detach().reshape(-1)[first.to(weight.device)] * sign
+        shapes = self.free_shapes()
+        parts = chosen.split([prod(shape) for shape in shapes])
+        # clone: a part of a split would keep the storage of all parts alive (S15)
+        return tuple(part.clone().reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+
+    def _refuse_mixing(self, labels: Tensor) -> None:
+        """What is derived here holds if every entry is one free value, or minus it."""
+        remedy = "override right_inverse and representatives"
+        if (labels == 0).any():
+            raise NotImplementedError(
+                "an entry of the weight is always zero and belongs to no orbit, or forward scales "
+                f"its free values; {remedy}"
+            )
+        generator = torch.Generator().manual_seed(0)
+        shapes = self.free_shapes()
+        free = [
+            torch.rand(s, dtype=torch.float64, device="cpu", generator=generator) for s in shapes
+        ]
+        with torch.no_grad():
+            weight = self.forward(*free).flatten()
+        values = torch.cat([value.flatten() for value in free])
+        index = (labels.abs() - 1).clamp(max=len(values) - 1)
+        if not torch.equal(weight, values[index] * labels.sign()):
+            raise NotImplementedError(f"forward scales or mixes its free values; {remedy}")
+
+    @property
+    def free_count(self) -> int:
+        """How many numbers are stored."""
+        return sum(prod(shape) for shape in self.free_shapes())
+
+    # Binding --------------------------------------------------------------------------
+
+    def bind(self, layer: nn.Module, tensor_name: str, root: nn.Module | None) -> str | None:
+        """Fit the rule to one tensor. Returns the reason why it does not fit, or None."""
+        weight = getattr(layer, tensor_name)
+        return self._bind_layout(Layout.of(layer, tensor_name, tuple(weight.shape)), weight.dtype)
+
+    def bind_shape(self, weight: Tensor) -> None:
+        """Bind a rule that was given to torch directly, to the canonical layout.
+
+        Raises:
+            TieError: if a tensor of this shape cannot carry the rule.
+        """
+        if self.layout is None:
+            reason = self._bind_layout(Layout(tuple(weight.shape)), weight.dtype)
+            if reason:
+                raise TieError(f"cannot tie a tensor {tuple(weight.shape)} by '{self}': {reason}")
+
+    def _bind_layout(self, layout: Layout, dtype: torch.dtype) -> str | None:
+        if not (dtype.is_floating_point or (dtype.is_complex and self.complex_valued)):
+            return f"the law has no meaning for {dtype}. Convert the layer first (.float())."
+        if 0 in layout.shape:
+            return f"the tensor {layout.shape} is empty. Tie a layer that has weights."
+        reason = self.check(layout)
+        if reason is None:
+            self.layout = layout
+        return reason
+
+    def why_not_kept(self) -> str | None:
+        """What the rule holds that no file could give back to it, or None."""
+        for name, module in self.named_children():
+            if module.state_dict():
+                return (
+                    f"it holds the layer '{name}', whose keys would stand in the model twice. A "
+                    "function of another layer's tensor is 'copy' with source= and fn=."
+                )
+        held = [repr(name) for name in self.state_dict()]
+        if held:
+            return (
+                f"it keeps {', '.join(held)} of its own, which is no free value and which no file "
+                "would give back. Say the numbers in options(), and compute what follows from "
+                "them in __init__ or forward; a buffer of that takes persistent=False."
+            )
+        return None
+
+    @property
+    def bound_layout(self) -> Layout:
+        """The layout of the tensor that the rule is bound to.
+
+        Raises:
+            TieError: if the rule is not bound yet.
+        """
+        if self.layout is None:
+            raise TieError(f"the rule '{self}' is bound to no tensor yet. Call register_tie first.")
+        return self.layout
+
+    def sources(self) -> Iterator[tuple[nn.Module, str]]:
+        """The tensors of other layers that `forward` reads; none for most rules."""
+        return iter(())
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
+        return (
+            f"{self.name or type(self).__name__}({options})"
+            if options
+            else (self.name or type(self).__name__)
+        )
+
+    def extra_repr(self) -> str:
+        """What ``repr(layer)`` shows of the tie: the law, and stored of dense values."""
+        if self.layout is None:
+            return f"{self}: {self.law}"
+        return f"{self}: {self.law}; {self.free_count} of {prod(self.layout.shape)} values"
+
+
+def halved_difference(left: Tensor, right: Tensor) -> Tensor:
+    """``(left − right) / 2``, which cannot overflow; 0 where they are equal infinities."""
+    return torch.where(left == right, 0, left / 2 - right / 2)
+
+
+def relative_distance(weight: Tensor, lawful: Tensor) -> float:
+    """``‖weight − lawful‖ / ‖weight‖`` in float32 or wider; 0 if they are equal."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    values, lawful = weight.to(wide), lawful.to(wide)
+    distance = torch.linalg.vector_norm(values - lawful)
+    norm = torch.linalg.vector_norm(values)
+    if not (1e-15 < norm < 1e15 and distance.isfinite()):  # squares may have left the range
+        scale = torch.maximum(values.abs().amax(), lawful.abs().amax())
+        if not (scale.isfinite() and scale > 0):
+            scale = torch.ones_like(scale)
+        # halves: the difference of large values cannot overflow
+        distance = torch.linalg.vector_norm(halved_difference(values, lawful) / scale)
+        norm = torch.linalg.vector_norm(values / 2 / scale)
+    return float(distance / norm) if distance else 0.0

@@ -1,0 +1,207 @@
+"""Ties that are lawful and surely not meant: they free nothing, or keep next to nothing.
+
+A random weight of ``N`` i.i.d. entries is ``chance = √(1 − free/N)`` away from a linear law, and
+the nearest lawful weight keeps ``√(free/N)`` of its norm: ``row_repeat`` on 512 outputs keeps
+4 % (S37). That is what ``init="project"`` makes of every fresh layer, and of a trained one that
+has nothing of the law. The projection is orthogonal, so ``kept² + residual² = 1``, and a weight
+that keeps less than `KEPT` is at least ``0.95 · chance`` away, whatever the law.
+
+``max_residual=`` is the user's own limit, above which a tie is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+
+from torch import Tensor
+
+from tiedparam.laws.rule import Rule
+from tiedparam.util.errors import TieError, shortened, warn
+
+KEPT = 0.2
+"""A weight that keeps less of its norm than this was ruined: 4 % of its energy is left."""
+ENTRIES = 128
+"""With fewer than so many entries a weight may cancel by luck, and chance says little."""
+SHOWN = 3
+"""So many ties of one model are described; the others are counted."""
+TO_TIE_AGAIN = (
+    "To tie again call untie_model first, and load trained weights anew: projections replaced them."
+)
+
+
+@dataclass(frozen=True)
+class Concern:
+    """A tie that is hardly meant.
+
+    Attributes:
+        where: the tensor, as messages name it.
+        tensor_name: its name in its layer.
+        rule: the rule that ties it.
+        weight: its values before the tie.
+        kept: the share of its norm that the nearest lawful weight has; None if the tie frees
+            nothing.
+    """
+
+    where: str
+    tensor_name: str
+    rule: Rule
+    weight: Tensor
+    kept: float | None
+
+    def fact(self) -> str:
+        """The tie, how much it keeps, and the options of its rule that would do better."""
+        rule, entries = self.rule, self.weight.numel()
+        if self.kept is None:
+            fact = f"frees nothing: {rule.free_count:,} of {entries:,} values are stored."
+        else:
+            chance = math.sqrt(1 - rule.free_count / entries)
+            fact = (
+                f"keeps {self.kept:.1%} of the weight, which was no nearer to the law than a "
+                f"random one (residual {rule.residual_at_tying:.3f}, chance {chance:.3f})."
+            )
+        does = [f"{shown} would {result}" for shown, result in self.others.items()]
+        others = f" {', '.join(does)}." if does else ""
+        where, law = shortened(self.where, 160), shortened(str(rule), 160)
+        return shortened(f"the tie of {where} by '{law}' {fact}{others}", 600)
+
+    def advice(self) -> str:
+        """What to do, with the call that looks before tying."""
+        if self.kept is None and not self.others:
+            return "Leave it out, or choose another law: tiedparam.scan(model) tries all."
+        name = f"'{self.rule.name}'" if self.rule.name else type(self.rule).__name__
+        tensor = [] if self.tensor_name == "weight" else [f"'{self.tensor_name}'"]
+        shown = _shown(self.rule) if self.kept is not None else next(iter(self.others), "")
+        call = ", ".join(["layer", name, *tensor, *([shown] if shown else [])])
+        before = f"how far it is: tiedparam.residual({shortened(call, 160)})."
+        if self.kept is None:
+            return (
+                "Call remove_tie, which changes no value here, and tie with another option: for a "
+                "fresh layer with init='rescale', which keeps its scale; for a trained one see "
+                f"first {before}"
+            )
+        return (
+            "For a fresh layer pass init='rescale', which keeps its scale (call remove_tie before "
+            "you tie it again). A trained weight is lost to the projection: load it again, and see "
+            f"before you tie {before}"
+        )
+
+    @cached_property
+    def others(self) -> dict[str, str]:
+        """The rule's own variants that free something and keep more, really tried."""
+        kind, entries, found = type(self.rule), self.weight.numel(), dict[str, str]()
+        try:
+            layout = self.rule.bound_layout
+            for options in kind.variants(layout):
+                other = kind(**options)
+                misfit = other._bind_layout(layout, self.weight.dtype)
+                unlike = other.options() not in ({}, self.rule.options())
+                if misfit is not None or other.free_count >= entries or not unlike:
+                    continue
+                if self.kept is None:
+                    found[_shown(other)] = f"store {other.free_count:,}"
+                elif (kept := _kept(other.residual(self.weight))) > KEPT:
+                    found[_shown(other)] = f"keep {kept:.0%}"
+        except Exception:  # variants of a user's rule that cannot be made are no help, and no error
+            return {}
+        return found
+
+
+def concern_of(
+    where: str, tensor_name: str, rule: Rule, weight: Tensor, *, projected: bool
+) -> Concern | None:
+    """What is odd about a tie, or None.
+
+    Args:
+        where: the tensor, as messages name it.
+        tensor_name: its name in its layer.
+        rule: the rule, bound, with its residual at tying.
+        weight: the values before the tie.
+        projected: whether the nearest lawful weight took their place, unasked how near it is.
+    """
+    free, entries = rule.free_count, weight.numel()
+    if free == 0:
+        return None  # a copy takes another layer's values: its own are gone by definition
+    if free >= entries:
+        return Concern(where, tensor_name, rule, weight, None)
+    residual = rule.residual_at_tying
+    if not projected or residual is None or entries < ENTRIES:
+        return None
+    kept = _kept(residual)
+    return Concern(where, tensor_name, rule, weight, kept) if kept < KEPT else None
+
+
+class Concerns:
+    """Those of a whole model, for one warning."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._facts: list[str] = []
+
+    def note(self, concern: Concern) -> None:
+        """Count one; the first are described while their weights are there."""
+        self.count += 1
+        if len(self._facts) < SHOWN:
+            self._facts.append(concern.fact())
+
+    def tell(self, ties: int, *, dry_run: bool) -> None:
+        """Warn, if there is anything to warn of, of so many among all ``ties``."""
+        if not self.count:
+            return
+        more = self.count - len(self._facts)
+        are = "is" if self.count == 1 else "are"
+        lines = [f"{self.count:,} of {ties:,} ties {are} hardly meant:", *self._facts]
+        lines += [f"… and {more:,} more."] if more else []
+        advice = (
+            "For fresh layers pass init='rescale'; for trained ones look first, with "
+            "tiedparam.residual or tiedparam.scan, or set a limit with max_residual=."
+        )
+        lines.append(advice if dry_run else f"{advice} {TO_TIE_AGAIN}")
+        warn("\n".join(lines))
+
+
+# The limit that a user may set ----------------------------------------------------------------
+
+
+def check_max_residual(value: object) -> None:
+    """Raise unless it is a limit of residuals, or None.
+
+    Raises:
+        TypeError: if it is no number.
+        TieError: if it is negative or not a number.
+    """
+    if value is None:
+        return
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"max_residual= takes a number, not {type(value).__name__}")
+    if not value >= 0:  # type: ignore[operator]  # a NaN is no limit either
+        raise TieError(
+            f"max_residual={value!r} is no limit. Choose a number from 0, for lawful weights only, "
+            "to 1, for all."
+        )
+
+
+def refuse_distant(residual: float | None, limit: float, refuse: Callable[[str], TieError]) -> None:
+    """Raise if a weight is further from its law than the user allows."""
+    if residual is None:
+        raise refuse(
+            "its weight has no values yet, so its residual is not known. Load it first, or leave "
+            "out max_residual=."
+        )
+    if not residual <= limit:  # not a number is no small number
+        raise refuse(
+            f"its residual {residual:.3g} is above max_residual={limit:g}. Leave it dense, choose "
+            "a law that it is near to (tiedparam.scan lists them), or raise the limit."
+        )
+
+
+def _kept(residual: float) -> float:
+    """The share of the norm; by Pythagoras, since the projection is orthogonal."""
+    return math.sqrt(max(0.0, 1 - residual**2)) if math.isfinite(residual) else 1.0
+
+
+def _shown(rule: Rule) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in rule.options().items())

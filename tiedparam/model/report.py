@@ -1,0 +1,332 @@
+"""What a tied model stores, computes and saves, as tables that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tiedparam.laws.linked import Linked
+from tiedparam.laws.rule import Rule
+from tiedparam.model import cost as _cost
+from tiedparam.model.scan_report import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
+from tiedparam.state.optimizer_moves import as_optimizers
+from tiedparam.tie.lookup import origins, ties_of
+from tiedparam.util.table import Column, Table, TableReport, plain, show
+
+
+@dataclass(frozen=True)
+class TieRow:
+    """One tied tensor.
+
+    Attributes:
+        layer: path of the layer in the model.
+        tensor_name: which of its tensors.
+        rule: the rule with its options, as text; a copy names its source.
+        shape: of the tensor.
+        dense_values: how many entries it has.
+        free_values: how many numbers are stored for it.
+        multiplicity: how many entries share a free value, least and most; None for a copy.
+        residual: how far the tensor was from the law when it was tied; None if that is not
+            known (a rule that was not put on by `register_tie`, or on the meta device).
+        multiply_adds_dense: multiply-adds per position without the tie, None if unknown.
+        multiply_adds_tied: the same with the tie, in training.
+        positions: on how many positions the layer works for the example; None without one.
+        bytes_per_value: of the stored type.
+        trained: whether gradients reach what the tensor is computed from.
+    """
+
+    layer: str
+    tensor_name: str
+    rule: str
+    shape: tuple[int, ...]
+    dense_values: int
+    free_values: int
+    multiplicity: tuple[int, int] | None
+    residual: float | None
+    multiply_adds_dense: int | None
+    multiply_adds_tied: int | None
+    positions: int | None
+    bytes_per_value: int
+    trained: bool
+
+    @property
+    def compression(self) -> float:
+        """Dense by free values; infinite for a copy."""
+        return self.dense_values / self.free_values if self.free_values else float("inf")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the whole model, tied and not.
+
+    Attributes:
+        values_dense: entries of all Parameters, if nothing were tied.
+        values_stored: entries of all Parameters that there are; a shared one counts once.
+        checkpoint_dense: bytes of Parameters and persistent buffers, if nothing were tied.
+        checkpoint_stored: the same as it is; a file adds its header.
+        optimizer_dense: bytes of Adam's two states for all trainable values, if nothing
+            were tied.
+        optimizer_stored: the same as it is.
+        optimizer_held: bytes of the tensors that the given optimizers hold as state; None if
+            none was given.
+        multiply_adds_dense: of the rows of the table whose positions are known, for the
+            example, without ties; None without an example.
+        multiply_adds_tied: the same with ties.
+    """
+
+    values_dense: int
+    values_stored: int
+    checkpoint_dense: int
+    checkpoint_stored: int
+    optimizer_dense: int
+    optimizer_stored: int
+    optimizer_held: int | None = None
+    multiply_adds_dense: int | None = None
+    multiply_adds_tied: int | None = None
+
+
+_COLUMNS: list[Column[TieRow]] = [*WHAT_IT_TIES, *WHAT_IT_COSTS]
+_ONLY_DATA: list[Column[TieRow]] = [
+    *WHERE_IT_LIES,
+    Column("positions", "", lambda r: r.positions),
+    Column("bytes_per_value", "", lambda r: r.bytes_per_value),
+    Column("trained", "", lambda r: r.trained),
+]
+
+
+@dataclass(frozen=True)
+class Report(TableReport[TieRow]):
+    """The ties of a model and what they save.
+
+    Attributes:
+        ties: one row for every tied tensor, in the model's order.
+        totals: sums over the whole model.
+    """
+
+    ties: tuple[TieRow, ...]
+    totals: Totals
+
+    def table(self) -> Table[TieRow]:
+        """One row for every tied tensor."""
+        return Table(_COLUMNS, self.ties)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat dictionary for every tied tensor."""
+        return Table([*_COLUMNS, *_ONLY_DATA], self.ties).data()
+
+    def notes(self) -> list[str]:
+        """The totals, with how they are counted."""
+        t = self.totals
+        notes = [] if self.ties else ["Nothing is tied."]
+        notes += [
+            _saved("Values of the model", t.values_dense, t.values_stored),
+            _saved("Checkpoint, without its header", t.checkpoint_dense, t.checkpoint_stored, " B"),
+            _saved("Adam's two states", t.optimizer_dense, t.optimizer_stored, " B"),
+        ]
+        if t.optimizer_held is not None:
+            notes.append(f"State held by the optimizer: {show(t.optimizer_held)} B.")
+        if t.multiply_adds_dense is not None and t.multiply_adds_tied is not None:
+            notes.append(
+                _saved(
+                    "Multiply-adds of these, forward", t.multiply_adds_dense, t.multiply_adds_tied
+                )
+            )
+            unknown = sum(
+                row.positions is None or row.multiply_adds_tied is None for row in self.ties
+            )
+            if unknown:
+                notes.append(f"Multiply-adds are not known for {unknown} of {len(self.ties)} rows.")
+        return notes
+
+    def to_data(self) -> dict[str, Any]:
+        """Rows, totals and notes."""
+        return {
+            "kind": "report",
+            "rows": plain(self.rows()),
+            "totals": asdict(self.totals),
+            "notes": self.notes(),
+        }
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A tensor that a plan selected and that was left as it is, and why.
+
+    Where a layer type or function of the plan selected nothing, ``layer`` is its name.
+    """
+
+    layer: str
+    tensor_name: str
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TieReport(Report):
+    """What `tie_model` did, or would do.
+
+    Attributes:
+        skipped: what could not be tied and was left alone (``on_unfit="skip"``).
+        dry_run: whether everything was put back, so that nothing is tied.
+    """
+
+    skipped: tuple[Skipped, ...] = ()
+    dry_run: bool = False
+
+    def notes(self) -> list[str]:
+        """The totals, after what was skipped."""
+        notes = ["A dry run: nothing was changed."] if self.dry_run else []
+        for left in self.skipped:
+            where = f"{left.layer}.{left.tensor_name}".removeprefix(".")
+            notes.append(f"Skipped: '{where}' by '{left.rule}': {left.reason}")
+        return [*notes, *super().notes()]
+
+    def to_data(self) -> dict[str, Any]:
+        """Rows, totals, notes and what was skipped."""
+        return {
+            **super().to_data(),
+            "kind": "tie",
+            "dry_run": self.dry_run,
+            "skipped": [asdict(left) for left in self.skipped],
+        }
+
+
+def _saved(what: str, dense: int, stored: int, unit: str = "") -> str:
+    share = f" ({stored / dense:.1%})" if dense else ""
+    return f"{what}: {show(stored)}{unit} of {show(dense)}{unit} dense{share}."
+
+
+def report(
+    model: nn.Module,
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    example: Any = None,
+) -> Report:
+    """What the ties of a model store, compute and save.
+
+    Args:
+        model: a model, tied or not.
+        optimizer: the optimizer or optimizers of the model, to count the state that they hold.
+        example: an input of the model: a tensor, a tuple of arguments, or a mapping of keyword
+            arguments. The model then runs once, in eval mode, to count the positions that each
+            layer works on.
+
+    Returns:
+        The report: print it, or take its `rows`, `to_markdown` or `to_json`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report takes an nn.Module, not {type(model).__name__}")
+    optimizers = as_optimizers(optimizer)
+    rows = tie_rows(model, example)
+    return Report(rows, totals_of(model, rows, optimizers))
+
+
+def tie_rows(model: nn.Module, example: Any = None) -> tuple[TieRow, ...]:
+    """One row for every tied tensor of the model; a layer with two names has one row."""
+    positions = _cost.positions(model, example) if example is not None else {}
+    paths = {id(module): path for path, module in model.named_modules()}
+    return tuple(
+        _row(path, layer, name, rule, paths, positions)
+        for path, layer in model.named_modules()
+        for name, rule in ties_of(layer).items()
+    )
+
+
+def _row(
+    path: str,
+    layer: nn.Module,
+    name: str,
+    rule: Rule,
+    paths: dict[int, str],
+    positions: dict[nn.Module, int],
+) -> TieRow:
+    shape = rule.bound_layout.shape
+    counts = rule.multiplicities()
+    costs = _cost.multiply_adds(layer, name, shape, rule)
+    stored = list(origins(layer, name))
+    return TieRow(
+        layer=path,
+        tensor_name=name,
+        rule=_described(rule, paths),
+        shape=shape,
+        dense_values=torch.Size(shape).numel(),
+        free_values=rule.free_count,
+        multiplicity=(
+            (int(min(c.min() for c in counts)), int(max(c.max() for c in counts)))
+            if counts
+            else None
+        ),
+        residual=rule.residual_at_tying,
+        multiply_adds_dense=costs[0] if costs else None,
+        multiply_adds_tied=costs[1] if costs else None,
+        positions=positions.get(layer),
+        bytes_per_value=stored[0].element_size() if stored else 0,
+        trained=any(parameter.requires_grad for parameter in stored),
+    )
+
+
+def _described(rule: Rule, paths: dict[int, str]) -> str:
+    if not isinstance(rule, Linked):
+        return str(rule)
+    ((source, source_name),) = rule.sources()
+    path = paths.get(id(source))
+    place = "a layer outside of the model" if path is None else f"{path}.{source_name}"
+    return f"{rule} of {place.removeprefix('.')}"
+
+
+def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimizer]) -> Totals:
+    """The sums over a model whose ties are ``rows``."""
+    rows = list(rows)
+    parameters = list(model.parameters())  # each once
+    stored = sum(p.numel() for p in parameters)
+    stored_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in _persistent_buffers(model))
+    trainable = sum(2 * p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    saved = sum(row.dense_values - row.free_values for row in rows)
+    saved_bytes = sum((r.dense_values - r.free_values) * r.bytes_per_value for r in rows)
+    saved_states = sum(
+        2 * (r.dense_values - r.free_values) * r.bytes_per_value for r in rows if r.trained
+    )
+    counted = [
+        (row.multiply_adds_dense * row.positions, row.multiply_adds_tied * row.positions)
+        for row in rows
+        if row.positions is not None
+        and row.multiply_adds_dense is not None
+        and row.multiply_adds_tied is not None
+    ]
+    return Totals(
+        values_dense=stored + saved,
+        values_stored=stored,
+        checkpoint_dense=stored_bytes + saved_bytes + buffers,
+        checkpoint_stored=stored_bytes + buffers,
+        optimizer_dense=trainable + saved_states,
+        optimizer_stored=trainable,
+        optimizer_held=sum(map(state_bytes, optimizers)) if optimizers else None,
+        multiply_adds_dense=sum(dense for dense, _ in counted) if counted else None,
+        multiply_adds_tied=sum(tied for _, tied in counted) if counted else None,
+    )
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[Tensor]:
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set or id(buffer) in seen:
+                continue
+            seen.add(id(buffer))
+            yield buffer
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """The bytes of all tensors in an optimizer's state."""
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )

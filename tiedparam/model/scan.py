@@ -1,0 +1,337 @@
+"""Look before you tie: how far every tensor of a model is from every law that fits it.
+
+A residual alone says little: a law that stores half of the values is half kept by any random
+weight, and a law of equal entries by any weight with a mean. So every residual stands beside the
+one that a random tensor of the same mean and spread would have (`tiedparam.model.random_tensor`).
+
+The work is linear in the model's size. Copies are looked for in all pairs by some sampled
+entries, and compared in full for the nearest few of each tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiedparam.compute import forward as _structured
+from tiedparam.laws.layout import Layout
+from tiedparam.laws.linked import Linked
+from tiedparam.laws.registry import available_rules
+from tiedparam.laws.rule import Rule
+from tiedparam.layer.register import make_rule, why_refused
+from tiedparam.model import cost as _cost
+from tiedparam.model.near_copies import Sources, sample
+from tiedparam.model.plan import PlanEntry
+from tiedparam.model.random_tensor import Moments, RandomResidual
+from tiedparam.model.scan_report import Candidate, NotLookedAt, Pairs, ScanReport
+from tiedparam.model.scanned import ScannedTensor, tensors_of
+from tiedparam.util.errors import TieError
+from tiedparam.util.progress import progress as progress_bar
+
+RuleChoice = str | type[Rule] | tuple[str | type[Rule], Mapping[str, Any]]
+
+
+def scan(
+    model: nn.Module,
+    rules: Iterable[RuleChoice] | None = None,
+    *,
+    pairs: int = 2,
+    example: Any = None,
+    progress: bool | None = None,
+) -> ScanReport:
+    """Look at every tensor of a model through every rule that fits it. Nothing is changed.
+
+    Args:
+        model: the model; tensors that are tied already are left out, and listed as such.
+        rules: names, `Rule` subclasses, or pairs of one and its options; by default all of
+            `available_rules`, each with all of its `Rule.variants`. Sources are looked for, and
+            not given. Options that fit no tensor are listed with the reason.
+        pairs: with how many other tensors of a fitting shape each tensor is compared in full,
+            for rules that copy; 0 looks for no copies. Which ones is decided by 1,024
+            sampled entries of every tensor, over all pairs. Biases are not searched for copies.
+        example: an input of the model: a tensor, a tuple of arguments, or a mapping of keyword
+            arguments. The model then runs once, in eval mode, to count the positions that
+            each layer works on.
+        progress: a bar on stderr: True, False, or None for work of more than a second on a
+            terminal.
+
+    Returns:
+        The report. Combinations that tie nothing (as many free values as entries) are left
+        out.
+
+    Raises:
+        TieError: if the model has no values to look at (meta device), a rule is unknown, or a
+            source was given.
+        TypeError: for arguments of a wrong type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"scan takes an nn.Module, not {type(model).__name__}")
+    if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 0:
+        raise TypeError(f"pairs= takes a number of pairs per tensor, 0 or more, not {pairs!r}")
+    chosen = _chosen_rules(rules)
+    tensors, left_out = tensors_of(model)
+    positions = _cost.positions(model, example) if example is not None else {}
+    passes = sum(pairs > 0 or not issubclass(choice.rule, Linked) for choice in chosen)
+    total = sum(t.value.numel() for t in tensors) * passes
+    with progress_bar(total, "scanning", progress) as advance, torch.no_grad():
+        looked = _Scan(chosen, positions, advance, left_out)
+        found = {id(tensor): list(looked.laws_on(tensor)) for tensor in tensors}
+        searched = looked.copies_among(tensors, pairs, found)
+        left_out += looked.idle()
+    in_order = [candidate for tensor in tensors for candidate in found[id(tensor)]]
+    return ScanReport(tuple(in_order), tuple(left_out), searched)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A rule to try, with its options, or with all of its variants."""
+
+    rule: type[Rule]
+    options: Mapping[str, Any] | None
+
+    def variants(self, layout: Layout) -> Sequence[Mapping[str, Any]]:
+        return self.rule.variants(layout) if self.options is None else [self.options]
+
+
+def _chosen_rules(rules: Iterable[RuleChoice] | None) -> list[_Choice]:
+    if rules is None:
+        return [_Choice(rule, None) for rule in available_rules().values()]
+    if isinstance(rules, (str, type)):
+        raise TypeError("rules= takes a list of rules, such as ['flip_sym']")
+    chosen = []
+    for item in rules:
+        rule, options = item if isinstance(item, tuple) else (item, None)
+        kind = PlanEntry("*", rule, options or {}).rule_class()
+        if options is not None and not issubclass(kind, Linked):
+            make_rule(kind, dict(options))  # unknown options are said before any work
+        given = {"source", "source_name"} & set(options or ())
+        if issubclass(kind, Linked) and given:
+            raise TieError(
+                f"scan looks for the sources of '{kind.name or kind.__name__}' itself. Leave out "
+                f"{' and '.join(f'{name}=' for name in sorted(given))}, or call residual for one."
+            )
+        chosen.append(_Choice(kind, options))
+    return chosen
+
+
+class _Scan:
+    """One pass over a model."""
+
+    def __init__(
+        self,
+        rules: list[_Choice],
+        positions: dict[nn.Module, int],
+        advance: Callable[[int], None],
+        left_out: list[NotLookedAt],
+    ) -> None:
+        self.rules = rules
+        self.positions = positions
+        self.advance = advance
+        self.left_out = left_out
+        self._broken: set[type[Rule]] = set()
+        self._misfits: dict[int, NotLookedAt] = {}
+        self._fitted: set[int] = set()
+        self._shapes: dict[tuple[str, Layout], _OfShape] = {}
+
+    def laws_on(self, tensor: ScannedTensor) -> Iterator[Candidate]:
+        """The candidates of one tensor alone."""
+        refused: dict[str, NotLookedAt] = {}
+        for choice in self.rules:
+            if issubclass(choice.rule, Linked) or choice.rule in self._broken:
+                continue
+            try:
+                yield from self._law_on(tensor, choice, refused)
+            except Exception as error:  # a rule of the user's own ends the look at itself alone
+                self._leave_out(choice, tensor, error)
+            self.advance(tensor.value.numel())
+        self.left_out += refused.values()
+
+    def idle(self) -> Iterator[NotLookedAt]:
+        """Where options that were given and fit no tensor were tried first, and why they do not."""
+        for number, misfit in self._misfits.items():
+            if number not in self._fitted:
+                yield misfit
+
+    def _leave_out(self, choice: _Choice, tensor: ScannedTensor, error: Exception) -> None:
+        self._broken.add(choice.rule)
+        reason = (
+            f"the rule '{choice.rule.name or choice.rule.__name__}' raised "
+            f"{type(error).__name__} here and was left out from then on: {error}"
+        )
+        self.left_out.append(NotLookedAt(tensor.path, tensor.name, reason))
+
+    def _law_on(
+        self, tensor: ScannedTensor, choice: _Choice, refused: dict[str, NotLookedAt]
+    ) -> Iterator[Candidate]:
+        for options in choice.variants(tensor.layout):
+            rule = make_rule(choice.rule, dict(options))
+            refusal = why_refused(tensor.layer, rule)
+            if refusal is not None:
+                refused[refusal] = NotLookedAt(tensor.path, tensor.name, refusal)
+                continue
+            misfit = rule.bind(tensor.layer, tensor.name, None)
+            if misfit is not None and choice.options is not None:
+                reason = f"'{rule}' fits this tensor as little as the others: {misfit}"
+                left_out = NotLookedAt(tensor.path, tensor.name, reason)
+                self._misfits.setdefault(id(choice), left_out)
+            if misfit is not None:
+                continue
+            self._fitted.add(id(choice))
+            entries, free = tensor.value.numel(), rule.free_count
+            if free >= entries:
+                continue  # it ties nothing
+            known = self._of_shape(rule, tensor.value)
+            random = RandomResidual.from_law(
+                tensor.moments, entries, free, known.unlawful, is_complex=tensor.value.is_complex()
+            )
+            yield self._candidate(tensor, rule, options, random, known.multiplicity)
+
+    def copies_among(
+        self, tensors: list[ScannedTensor], pairs: int, found: dict[int, list[Candidate]]
+    ) -> Pairs:
+        """Compare tensors with functions of each other; add the candidates to ``found``."""
+        if not pairs:
+            return Pairs()
+        rules = [choice for choice in self.rules if issubclass(choice.rule, Linked)]
+        work = sum(tensor.value.numel() for tensor in tensors)
+        # a constant tensor is near to every other constant one
+        tensors = [t for t in tensors if t.value.dim() >= 2 and not t.moments.constant]
+        fitting = compared = 0
+        values = [tensor.value for tensor in tensors]
+        own = [sample(value) for value in values]
+        for choice in rules:
+            for options, sources in self._functions(choice, tensors):
+                for index, near in sources.nearest(values, own, pairs):
+                    tensor = tensors[index]
+                    fitting += near.fitting
+                    for source in near.sources:
+                        if choice.rule in self._broken:
+                            continue
+                        try:
+                            candidate = self._copy(choice.rule, options, tensor, tensors[source])
+                        except Exception as error:
+                            self._leave_out(choice, tensor, error)
+                            continue
+                        if candidate is not None:
+                            compared += 1
+                            found[id(tensor)].append(candidate)
+            self.advance(work)
+        return Pairs(fitting, compared, pairs)
+
+    def _functions(
+        self, choice: _Choice, tensors: list[ScannedTensor]
+    ) -> Iterator[tuple[Mapping[str, Any], Sources]]:
+        """Every set of options of a rule that copies, with samples of what the sources give."""
+        by_options: dict[str, tuple[Mapping[str, Any], Sources]] = {}
+        for index, tensor in enumerate(tensors):
+            try:
+                for options in choice.variants(tensor.layout):
+                    _, sources = by_options.setdefault(repr(options), (options, Sources()))
+                    sources.add(index, tensor.value, _linked(choice.rule, options, tensor).fn)
+            except Exception as error:
+                self._leave_out(choice, tensor, error)
+                return
+        yield from by_options.values()
+
+    def _copy(
+        self,
+        kind: type[Rule],
+        options: Mapping[str, Any],
+        tensor: ScannedTensor,
+        source: ScannedTensor,
+    ) -> Candidate | None:
+        rule = _linked(kind, options, source)
+        refused = why_refused(tensor.layer, rule)
+        if refused is not None or rule.bind(tensor.layer, tensor.name, None) is not None:
+            return None
+        random = RandomResidual.from_copy(
+            tensor.moments,
+            Moments.of(rule.forward()),
+            tensor.value.numel(),
+            is_complex=tensor.value.is_complex(),
+        )
+        shown = {**options, "source": source.path}
+        if source.name != tensor.name:
+            shown["source_name"] = source.name
+        return self._candidate(tensor, rule, shown, random, None)
+
+    def _candidate(
+        self,
+        tensor: ScannedTensor,
+        rule: Rule,
+        options: Mapping[str, Any],
+        random: RandomResidual,
+        multiplicity: tuple[int, int] | None,
+    ) -> Candidate:
+        residual, constant = rule.residual(tensor.value), tensor.moments.constant
+        _structured.prepare(tensor.layer, tensor.name, rule)
+        shape = tuple(tensor.value.shape)
+        costs = _cost.multiply_adds(tensor.layer, tensor.name, shape, rule)
+        text = str(rule)
+        if isinstance(rule, Linked):
+            place = options["source"] + "." + options.get("source_name", tensor.name)
+            text = f"{text} of {place.removeprefix('.')}"
+        return Candidate(
+            layer=tensor.path,
+            tensor_name=tensor.name,
+            rule=text,
+            rule_class=type(rule),
+            options=dict(options),
+            shape=shape,
+            dense_values=tensor.value.numel(),
+            free_values=rule.free_count,
+            multiplicity=multiplicity,
+            residual=residual,
+            expected=random.expected,
+            z_score=None if constant else random.z_score(residual),
+            p_value=None
+            if constant
+            else random.p_value(residual, rounding=torch.finfo(tensor.value.dtype).eps),
+            constant=constant,
+            multiply_adds_dense=costs[0] if costs else None,
+            multiply_adds_tied=costs[1] if costs else None,
+            positions=self.positions.get(tensor.layer),
+        )
+
+    def _of_shape(self, rule: Rule, value: Tensor) -> _OfShape:
+        """What a bound rule says of every tensor like ``value``; once for each shape."""
+        key = (f"{type(rule).__qualname__} {rule}", rule.bound_layout)
+        if key not in self._shapes:
+            counts = rule.multiplicities()
+            least, most = min(c.min() for c in counts), max(c.max() for c in counts)
+            self._shapes[key] = _OfShape((int(least), int(most)), _unlawful(rule, value))
+        return self._shapes[key]
+
+
+def _unlawful(rule: Rule, like: Tensor) -> float:
+    """The residual² of a tensor of equal entries."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    equal = like.new_ones(like.shape, dtype=wide)
+    free = (like.new_ones(shape, dtype=wide) for shape in rule.free_shapes())
+    # all that share without signs: an expansion costs a fraction of a projection
+    if torch.equal(rule.forward(*free), equal):
+        return 0.0
+    return min(1.0, rule.residual(equal) ** 2)
+
+
+@dataclass(frozen=True)
+class _OfShape:
+    """What a rule says of all tensors of one shape.
+
+    Attributes:
+        multiplicity: how many entries share a free value, least and most.
+        unlawful: the residual² of a tensor of equal entries.
+    """
+
+    multiplicity: tuple[int, int]
+    unlawful: float
+
+
+def _linked(kind: type[Rule], options: Mapping[str, Any], source: ScannedTensor) -> Linked:
+    rule = make_rule(kind, {**options, "source": source.layer, "source_name": source.name})
+    assert isinstance(rule, Linked)
+    return rule

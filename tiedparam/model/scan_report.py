@@ -1,0 +1,298 @@
+"""What a scan found: its rows, how they are ranked, and how they are shown."""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from tiedparam.laws.linked import Linked
+from tiedparam.laws.rule import Rule
+from tiedparam.model.near_copies import SAMPLED
+from tiedparam.model.next_steps import in_python
+from tiedparam.model.plan import Plan, PlanEntry
+from tiedparam.util.table import Column, Table, TableReport, plain, show
+
+_NAMED = 5
+"""How many finds the headline names."""
+_LUCK = 1e-3
+"""How likely a model of random tensors may show a find."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One tensor and one law that it can carry.
+
+    Attributes:
+        layer: path of the layer in the model.
+        tensor_name: which of its tensors.
+        rule: the rule with its options, as text.
+        rule_class: the rule.
+        options: its options; a source is given as its path.
+        shape: of the tensor.
+        dense_values: how many entries it has.
+        free_values: how many numbers the rule stores.
+        multiplicity: how many entries share a free value, least and most; None for a copy.
+        residual: ``‖W − project(W)‖ / ‖W‖``; 0 for a zero weight.
+        expected: the root mean square residual of random tensors with the mean and the spread of
+            this one.
+        z_score: how many standard deviations ``residual²`` lies from that of such a tensor; far
+            below zero means that the law is kept on purpose. None if all of them are equally far.
+        p_value: how likely such a tensor is as near to the law as this one: at most this. None
+            for a constant tensor.
+        constant: whether all entries are equal: such a tensor keeps many laws and says nothing.
+        multiply_adds_dense: multiply-adds per position without the tie, None if unknown.
+        multiply_adds_tied: the same with the tie, in training.
+        positions: on how many positions the layer works for the example; None without one.
+    """
+
+    layer: str
+    tensor_name: str
+    rule: str
+    rule_class: type[Rule]
+    options: Mapping[str, Any]
+    shape: tuple[int, ...]
+    dense_values: int
+    free_values: int
+    multiplicity: tuple[int, int] | None
+    residual: float
+    expected: float
+    z_score: float | None
+    p_value: float | None
+    constant: bool
+    multiply_adds_dense: int | None
+    multiply_adds_tied: int | None
+    positions: int | None = None
+
+    @property
+    def compression(self) -> float:
+        """Dense by free values; infinite for a copy."""
+        return self.dense_values / self.free_values if self.free_values else math.inf
+
+    @property
+    def relative(self) -> float | None:
+        """Residual by expected residual: 1 for a random tensor, 0 for a lawful one.
+
+        Random is a tensor of the same mean and spread, so that a common offset of the entries,
+        which every law that shares keeps, counts for nothing. None for a constant tensor, whose
+        residual says nothing.
+        """
+        if self.constant or not self.expected:
+            return None
+        return self.residual / self.expected
+
+    def entry(self) -> PlanEntry:
+        """The entry of a plan that ties this tensor by this rule."""
+        rule = self.rule_class.name or self.rule_class
+        return PlanEntry(glob.escape(self.layer), rule, dict(self.options), self.tensor_name)
+
+
+@dataclass(frozen=True)
+class NotLookedAt:
+    """A tensor that was left out, and why."""
+
+    layer: str
+    tensor_name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """How much of the search for copies was done.
+
+    Attributes:
+        fitting: pairs of tensor and function of another tensor whose shapes fit.
+        compared: how many of them were compared in full; the others by sampled entries only.
+        per_tensor: how many were allowed for each tensor and function.
+    """
+
+    fitting: int = 0
+    compared: int = 0
+    per_tensor: int = 0
+
+
+def _path(candidate: Candidate | NotLookedAt) -> str:
+    return f"{candidate.layer}.{candidate.tensor_name}".removeprefix(".")
+
+
+# what candidates and ties have in common
+WHAT_IT_TIES: list[Column[Any]] = [
+    Column("tensor", "tensor", _path),
+    Column("rule", "rule", lambda r: r.rule),
+    Column("shape", "shape", lambda r: r.shape),
+    Column("dense_values", "dense", lambda r: r.dense_values),
+    Column("free_values", "free", lambda r: r.free_values),
+    Column("compression", "ratio", lambda r: r.compression),
+    Column("multiplicity", "mult.", lambda r: r.multiplicity, lambda r: _span(r.multiplicity)),
+    Column("residual", "residual", lambda r: r.residual),
+]
+WHAT_IT_COSTS: list[Column[Any]] = [
+    Column("multiply_adds_dense", "mult-adds", lambda r: r.multiply_adds_dense),
+    Column("multiply_adds_tied", "tied", lambda r: r.multiply_adds_tied),
+]
+WHERE_IT_LIES: list[Column[Any]] = [
+    Column("layer", "", lambda r: r.layer),
+    Column("tensor_name", "", lambda r: r.tensor_name),
+]
+_COLUMNS: list[Column[Candidate]] = [
+    *WHAT_IT_TIES,
+    Column("expected", "random", lambda c: c.expected),
+    Column("relative", "relative", lambda c: c.relative),
+    *WHAT_IT_COSTS,
+]
+_ONLY_DATA: list[Column[Candidate]] = [
+    *WHERE_IT_LIES,
+    Column("z_score", "", lambda c: c.z_score),
+    Column("p_value", "", lambda c: c.p_value),
+    Column("constant", "", lambda c: c.constant),
+    Column("positions", "", lambda c: c.positions),
+]
+
+
+def _span(multiplicity: tuple[int, int] | None) -> str:
+    """``4``, ``1–2``, or ``–`` for a copy."""
+    if multiplicity is None:
+        return "–"
+    least, most = multiplicity
+    return show(least) if least == most else f"{show(least)}–{show(most)}"
+
+
+@dataclass(frozen=True)
+class ScanReport(TableReport[Candidate]):
+    """What `scan` saw. Print it, or go on with `found`, `plan` and `rows`.
+
+    Attributes:
+        candidates: every tensor with every rule that fits it, in the model's order.
+        not_looked_at: tensors that were left out, and why.
+        pairs: how much of the search for copies was done.
+    """
+
+    candidates: tuple[Candidate, ...]
+    not_looked_at: tuple[NotLookedAt, ...] = ()
+    pairs: Pairs = field(default_factory=Pairs)
+
+    shown_rows: ClassVar[int | None] = 40
+
+    def ranked(self) -> list[Candidate]:
+        """The candidates by `Candidate.relative`; those first that luck does not explain."""
+
+        def key(candidate: Candidate) -> tuple[bool, bool, float]:
+            relative = candidate.relative
+            unknown = relative is None or math.isnan(relative)
+            known = 0.0 if unknown or relative is None else relative
+            return unknown, not _is_below(candidate.p_value, limit), known
+
+        limit = self._least_likely()
+        return sorted(self.candidates, key=key)
+
+    def _least_likely(self) -> float:
+        """The p-value below which a candidate is no luck, for as many as were compared."""
+        one_by_one = sum(not issubclass(c.rule_class, Linked) for c in self.candidates)
+        return _LUCK / max(1, one_by_one + self.pairs.fitting)
+
+    def found(self, below: float = 0.9) -> list[Candidate]:
+        """Near-symmetries that chance does not explain, the clearest first.
+
+        Args:
+            below: how small the residual must be, as a part of what a random tensor of the same
+                mean and spread has. Its `Candidate.p_value` must be small as well: if all of the
+                model's tensors were random, one model in 1,000 would show a find. So a tensor
+                of few entries does not stand out by luck, however many are compared.
+                Constant tensors are left out.
+        """
+        limit = self._least_likely()
+        return [
+            c for c in self.ranked() if _is_below(c.relative, below) and _is_below(c.p_value, limit)
+        ]
+
+    def plan(self, below: float = 0.9) -> Plan:
+        """A plan for `tie_model`: for each tensor the clearest of what was `found`.
+
+        Where several laws are kept equally well, the one that stores least.
+        """
+        return Plan(tuple(candidate.entry() for candidate in self._clearest(below)))
+
+    def _clearest(self, below: float = 0.9) -> list[Candidate]:
+        best: dict[tuple[str, str], Candidate] = {}
+        for candidate in self.found(below):
+            key = (candidate.layer, candidate.tensor_name)
+            if key not in best or _better(candidate, best[key]):
+                best[key] = candidate
+        return list(best.values())
+
+    def table(self) -> Table[Candidate]:
+        """The ranked candidates."""
+        return Table(_COLUMNS, self.ranked())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat dictionary for every candidate, in the model's order."""
+        return Table([*_COLUMNS, *_ONLY_DATA], self.candidates).data()
+
+    def headline(self) -> str:
+        """How many tensors look tied, which, and by what."""
+        looked_at = len({(c.layer, c.tensor_name) for c in self.candidates})
+        if not looked_at:
+            return "No tensor of the model can carry one of the rules."
+        clearest = self._clearest()
+        if not clearest:
+            return (
+                f"None of {looked_at:,} tensors looks tied: each is about as far from every law as "
+                "a random tensor of the same mean and spread. A law would be imposed, not found: "
+                "train on after tying."
+            )
+        some = [f"{_path(c)} ({c.rule})" for c in clearest[:_NAMED]]
+        more = f" and {len(clearest) - _NAMED:,} more" if len(clearest) > _NAMED else ""
+        look = "looks" if len(clearest) == 1 else "look"
+        return f"{len(clearest):,} of {looked_at:,} tensors {look} tied: {', '.join(some)}{more}."
+
+    def next_steps(self) -> list[str]:
+        """The line that ties what was found."""
+        if not self.candidates:
+            return []
+        plan = self.plan()
+        if not plan.entries:
+            return ['tp.register_tie(layer, "rule", init="rescale")  # by your own choice']
+        spelled_out = in_python(plan)
+        return [spelled_out or "tp.tie_model(model, seen.plan())  # seen is what scan returned"]
+
+    def notes(self) -> list[str]:
+        """What was not looked at, and how copies were searched."""
+        notes = []
+        fitting, compared = self.pairs.fitting, self.pairs.compared
+        if fitting and compared == fitting:
+            notes.append(f"Copies: every fitting pair of tensors was compared ({fitting:,}).")
+        elif fitting:
+            notes.append(
+                f"Copies: {compared:,} of {fitting:,} fitting pairs were compared in full, the "
+                f"{self.pairs.per_tensor} nearest of each tensor; the others by {SAMPLED:,} "
+                "sampled entries only, and have no row (pairs= sets the bound)."
+            )
+        by_reason: dict[str, list[str]] = {}
+        for left_out in self.not_looked_at:
+            by_reason.setdefault(left_out.reason, []).append(_path(left_out))
+        for reason, names in by_reason.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            notes.append(f"Not looked at: {', '.join(names[:3])}{more}: {reason}")
+        return notes
+
+    def to_data(self) -> dict[str, Any]:
+        """Rows, notes, what was left out, the bound on copies, and what was found in words."""
+        return {
+            "kind": "scan",
+            "headline": self.headline(),
+            "next_steps": self.next_steps(),
+            "rows": plain(self.rows()),
+            "not_looked_at": [plain(vars(left_out)) for left_out in self.not_looked_at],
+            "pairs": plain(vars(self.pairs)),
+            "notes": self.notes(),
+        }
+
+
+def _is_below(number: float | None, limit: float) -> bool:
+    return number is not None and number < limit
+
+
+def _better(one: Candidate, other: Candidate) -> bool:
+    return one.relative == other.relative and one.free_values < other.free_values

@@ -1,0 +1,101 @@
+"""Which tensors of a model a scan looks at, and why not at the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tiedparam.laws.layout import Layout
+from tiedparam.layer.register import why_untieable
+from tiedparam.model.random_tensor import Moments
+from tiedparam.model.scan_report import NotLookedAt
+from tiedparam.tie.lookup import get_tie, is_tied
+from tiedparam.tie.parameter_paths import Places
+from tiedparam.util.errors import TieError
+from tiedparam.util.torch_private import has_values
+
+
+@dataclass
+class ScannedTensor:
+    """A Parameter that can be tied, and where it lies."""
+
+    path: str
+    layer: nn.Module
+    name: str
+    value: Tensor
+    moments: Moments
+
+    @property
+    def layout(self) -> Layout:
+        """From the tensor's axes to channels."""
+        return Layout.of(self.layer, self.name, tuple(self.value.shape))
+
+
+def tensors_of(model: nn.Module) -> tuple[list[ScannedTensor], list[NotLookedAt]]:
+    """Every Parameter once, in the model's order; and what no rule can be put on."""
+    tensors, left_out = [], []
+    places = Places(model)
+    for path, layer in model.named_modules():
+        if isinstance(layer, parametrize.ParametrizationList):
+            continue  # its layer speaks for it
+        for name in _tensor_names(layer):
+            parameter = layer._parameters.get(name)
+            where = f"{path}.{name}".removeprefix(".")
+            if is_tied(layer, name):
+                reason: str | None = f"it is tied by '{get_tie(layer, name)}' already."
+            elif parameter is not None and (
+                others := list(places.other_holders(layer, name, parameter))
+            ):
+                reason = _why_shared(places, [(layer, name), *others])
+            else:
+                reason = why_untieable(layer, name) or _why_no_values(parameter, where)
+            if reason is not None:
+                left_out.append(NotLookedAt(path, name, reason))
+                continue
+            assert parameter is not None
+            value = parameter.detach()
+            tensors.append(ScannedTensor(path, layer, name, value, Moments.of(value)))
+        if hasattr(layer, "_packed_params") and hasattr(layer, "weight"):
+            left_out.append(NotLookedAt(path, "weight", "the layer is quantized."))
+    return tensors, left_out
+
+
+def _why_shared(places: Places, holders: list[tuple[nn.Module, str]]) -> str:
+    """Why the first of the holders of one Parameter cannot be tied."""
+    padded = [
+        places.describe(layer, name)
+        for layer, name in holders
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.padding_idx is not None
+    ]
+    # said here: else who gives the embedding its own Parameter is refused by the next law
+    circle = f" No other law can go on {padded[0]}, because of its padding_idx." if padded else ""
+    return (
+        f"it shares its Parameter with {places.describe(*holders[1])}, and a rule would take it "
+        f"away. Give one of them a Parameter of its own, and tie it to the other by 'copy'.{circle}"
+    )
+
+
+def _tensor_names(layer: nn.Module) -> Iterator[str]:
+    yield from (name for name, parameter in layer._parameters.items() if parameter is not None)
+    if parametrize.is_parametrized(layer):
+        yield from layer.parametrizations  # type: ignore[misc]
+
+
+def _why_no_values(parameter: nn.Parameter | None, where: str) -> str | None:
+    if parameter is None:
+        return "it is no Parameter."
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return f"no law has a meaning for {parameter.dtype}."
+    if parameter.dtype.itemsize < 2:  # float8: torch computes nothing in it
+        return f"nothing can be computed in {parameter.dtype}. Convert the layer first (.float())."
+    if parameter.numel() == 0:
+        return "it is empty."
+    if not has_values(parameter):
+        raise TieError(
+            f"the model has no values to look at: '{where}' is on the meta device. Load the "
+            "model first (model.to_empty, then load_state_dict)."
+        )
+    return None

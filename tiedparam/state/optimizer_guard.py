@@ -1,0 +1,156 @@
+"""No optimizer steps on a parameter that a tie has replaced, or with foreign state (S17–S19).
+
+A tie makes fresh Parameters. An optimizer built before goes on holding the old one and
+would never train the layer, in silence. One hook on torch's optimizers, installed with the
+first tie, raises before such a step writes anything, fused steps included.
+
+State that ``optimizer.load_state_dict`` assigned by index can land on the wrong parameter
+(S19), and fused kernels would read it out of bounds (S17): where a free value is involved,
+shapes are compared before the first step that follows. There it is also said if the optimizer is
+one, as Muon, that takes what is stored for the weight (S41).
+
+``load_state_dict`` replaces the options of the groups, too, and with them the rates of decay that
+were multiplied (S42): an optimizer that was moved takes groups only that say the same of that.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from tiedparam.state.optimizer_groups import times
+from tiedparam.state.optimizer_laws import parameter_shaped_state, why_unfit
+from tiedparam.util.errors import TieError, warn
+
+# Marks are attributes of the Parameters: a weak reference to one would keep torch from
+# swapping its contents (`torch.utils.swap_tensors`), as it does when it converts some models.
+_RETIRED = "_tiedparam_retired"  # on a replaced parameter: why no optimizer may hold it
+_FREE = "_tiedparam_free"  # on a free value: the name of its tensor
+_checked_state: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
+_forbidden: dict[Any, tuple[list[Tensor], str]] = {}  # who forbids → parameters, and why
+_installed = False
+
+
+def retire(parameters: list[nn.Parameter], where: str, remedy: str) -> None:
+    """From now on, stepping an optimizer that holds one of these raises."""
+    _install()
+    for parameter in parameters:
+        parameter.__dict__.pop(_FREE, None)
+        setattr(parameter, _RETIRED, f"{where}, which was replaced. {remedy}")
+
+
+def holds_retired(optimizer: Optimizer) -> bool:
+    """Whether a tie has replaced a parameter that the optimizer holds, so that it cannot step."""
+    held = (p for group in optimizer.param_groups for p in group["params"])
+    return any(hasattr(p, _RETIRED) for p in held)
+
+
+def watch_free_values(parameters: list[nn.Parameter], where: str) -> None:
+    """Compare loaded optimizer state with these parameters' shapes before a step uses it."""
+    _install()
+    for parameter in parameters:
+        setattr(parameter, _FREE, where)
+
+
+def carry_attributes(old: nn.Parameter, new: nn.Parameter) -> None:
+    """What users have written on a parameter (a learning rate, say) goes to its successor."""
+    for name, value in old.__dict__.items():
+        if name not in (_RETIRED, _FREE):
+            new.__dict__[name] = value
+
+
+def carry_marks(
+    old: Mapping[str, nn.Parameter | None], new: Mapping[str, nn.Parameter | None]
+) -> None:
+    """Free values that were copied, or replaced while loading, are watched as before (S17, S19)."""
+    for name, parameter in old.items():
+        successor = new.get(name)
+        if successor is not None and successor is not parameter and hasattr(parameter, _FREE):
+            setattr(successor, _FREE, getattr(parameter, _FREE))
+
+
+def forbid_steps(owner: object, parameters: list[Tensor], where: str) -> None:
+    """Until `allow_steps`, stepping an optimizer that holds one of these raises."""
+    _install()
+    _forbidden[owner] = (parameters, where)
+
+
+def allow_steps(owner: object) -> None:
+    """End what ``owner`` forbade."""
+    _forbidden.pop(owner, None)
+
+
+def watch_rates(optimizer: Optimizer) -> None:
+    """From now on, loading groups with other multiplied rates than those that are here raises."""
+    hooks = optimizer._optimizer_load_state_dict_pre_hooks
+    if _refuse_other_rates not in hooks.values():
+        optimizer.register_load_state_dict_pre_hook(_refuse_other_rates)
+
+
+def _refuse_other_rates(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    here, there = optimizer.param_groups, state_dict["param_groups"]
+    if len(here) != len(there):
+        return  # torch says so
+    for number, (own, loaded) in enumerate(zip(here, there, strict=True)):
+        if times(own) != times(loaded):
+            raise TieError(
+                f"cannot load this state into the {type(optimizer).__name__}: the decay of group "
+                f"{number} is multiplied by {times(own):g} for its ties here, and by "
+                f"{times(loaded):g} in what is loaded. Load it into an optimizer whose parameters "
+                "are tied as they were when it was saved, and tie or untie with optimizer= then."
+            )
+
+
+def _install() -> None:
+    global _installed
+    if not _installed:
+        register_optimizer_step_pre_hook(_before_step)
+        _installed = True
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            why = getattr(parameter, _RETIRED, None)
+            if why is not None:
+                raise TieError(f"the {type(optimizer).__name__} still holds {why}")
+    if _forbidden:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for parameters, where in list(_forbidden.values()):
+            if any(id(parameter) in held for parameter in parameters):
+                raise TieError(f"the {type(optimizer).__name__} would step {where}")
+    if _checked_state.get(optimizer) is not optimizer.state:
+        _check_state(optimizer)
+        _checked_state[optimizer] = optimizer.state
+
+
+def _check_state(optimizer: Optimizer) -> None:
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    involved = [getattr(p, _FREE) for p in held if hasattr(p, _FREE)]
+    if not involved:
+        return
+    unfit = why_unfit(optimizer)
+    if unfit:
+        warn(f"the {type(optimizer).__name__} steps the free values of {involved[0]}. {unfit}.")
+    shaped = parameter_shaped_state(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for key in shaped & state.keys():
+                value = state[key]
+                if isinstance(value, Tensor) and value.shape != parameter.shape:
+                    raise TieError(
+                        f"the {type(optimizer).__name__} holds '{key}' of shape "
+                        f"{tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}: "
+                        f"its state was loaded by index, and tying {involved[0]} changed the "
+                        "order of the parameters. Load the state into the dense model's "
+                        "optimizer first, then tie with register_tie(..., optimizer=optimizer)."
+                    )

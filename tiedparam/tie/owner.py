@@ -1,0 +1,123 @@
+"""From a free value back to the layer and the weight that it belongs to.
+
+The layers are remembered here, weakly, and their free values are looked up when somebody asks:
+so whatever makes other Parameters of them (a copy, a pickle, ``load_state_dict(assign=True)``,
+``.to()``, ``fully_shard``) leaves nothing behind that is wrong. A note on the Parameter itself
+would be lost by some of these, and a reference to it would keep torch from swapping its contents.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+from torch import nn
+
+from tiedparam.laws.rule import Rule
+from tiedparam.tie.lookup import free_values, get_tie, is_tied, ties_of
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What a free value belongs to.
+
+    Attributes:
+        layer: the tied layer.
+        tensor_name: which of its tensors.
+        shape: the shape of the dense tensor, which is what the values mean; they are stored in
+            another one.
+        rule: the rule that ties it.
+    """
+
+    layer: nn.Module
+    tensor_name: str
+    shape: tuple[int, ...]
+    rule: Rule
+
+
+# by layer, in the order of tying; a dictionary, as there is no ordered weak set
+_tied_layers: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
+
+
+# by the id of a Parameter, where it stood when all layers were last searched: looked at first, so
+# that asking for each Parameter of a model does not search them each time
+_last_seen: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
+
+
+def remember(layer: nn.Module) -> None:
+    """Let `owner` find a layer that is tied now, or was made from one that is."""
+    _tied_layers[layer] = None
+
+
+def owner(parameter: nn.Parameter) -> Owner | None:
+    """What a free value belongs to, or None for a Parameter that is not one.
+
+    Use it to build parameter groups of a tied model: the shape of a free value does not tell
+    whether its weight is a matrix or a vector.
+
+    Args:
+        parameter: any Parameter. The source of a copy is an ordinary one, unless it is tied.
+
+    Returns:
+        The layer, the tensor's name, its dense shape and its rule; None for a Parameter that no
+        tied tensor is computed from, one that a tie has replaced, or one that `remove_tie` has.
+
+    Raises:
+        TypeError: if it is not a Parameter.
+
+    Example:
+        >>> layer = tiedparam.register_tie(nn.Linear(4, 4), "flip_sym")
+        >>> for value in layer.parameters():
+        ...     found = tiedparam.owner(value)
+        ...     print(tuple(value.shape), found.shape if found else "not tied")
+        (4,) not tied
+        (10, 1) (4, 4)
+    """
+    if not isinstance(parameter, nn.Parameter):
+        raise TypeError(f"owner takes a Parameter, not {type(parameter).__name__}")
+    found = _where(parameter)
+    if found is None and _is_held_by_any(parameter):
+        _look_at_all()
+        found = _where(parameter)
+    if found is None or not is_tied(*found):
+        return None
+    layer, name = found
+    rule = get_tie(layer, name)
+    return Owner(layer, name, rule.bound_layout.shape, rule)
+
+
+def _where(parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
+    """In which tensor of which layer it was last seen, if it still stands there."""
+    seen, name = _last_seen.get(id(parameter), (None, ""))
+    layer = seen() if seen is not None else None
+    if layer is None:
+        return None
+    held = free_values(layer, name) if is_tied(layer, name) else [layer._parameters.get(name)]
+    return (layer, name) if any(value is parameter for value in held) else None
+
+
+def _is_held_by_any(parameter: nn.Parameter) -> bool:
+    """Whether a remembered layer has it in a list of parametrizations, of a tie or another one.
+
+    By the tables alone: what other layers hold is looked for in vain, each time.
+    """
+    wanted = id(parameter)
+    for layer in list(_tied_layers):
+        lists = layer.__dict__["_modules"].get("parametrizations")
+        if lists is not None:
+            for values in lists.__dict__["_modules"].values():
+                if wanted in map(id, values.__dict__["_parameters"].values()):
+                    return True
+    return False
+
+
+def _look_at_all() -> None:
+    """Note where each Parameter of the remembered layers stands; a shared one, in the first."""
+    _last_seen.clear()
+    for layer in list(_tied_layers):
+        for name in ties_of(layer):
+            for value in free_values(layer, name):
+                _last_seen.setdefault(id(value), (weakref.ref(layer), name))
+    for layer in list(_tied_layers):  # behind all free values, should somebody share one
+        for name, parameter in layer._parameters.items():
+            _last_seen.setdefault(id(parameter), (weakref.ref(layer), name))

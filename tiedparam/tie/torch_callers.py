@@ -1,0 +1,115 @@
+"""Which part of torch reads or writes a tied tensor, where that decides what is right.
+
+Some of torch's tools reach a layer by its attributes only, and would break it, or lose what
+they were given, without an error that says why. The module of the calling frame tells them
+from a user's code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from functools import lru_cache
+from types import FrameType
+
+from torch import nn
+
+from tiedparam.formats.checkpoint import StoredCheckpoint
+from tiedparam.util.errors import TieError, describe, describe_layer
+
+
+def is_stock_forward(reader: FrameType) -> bool:
+    """Whether a stock layer's forward reads the weight of another layer, to compute with it.
+
+    So do attention and Transformer encoders. They never write into it, and their fast paths
+    take no tensor subclass.
+    """
+    return reader.f_code.co_name == "forward" and _module(reader).startswith("torch.nn.modules.")
+
+
+def is_removal(reader: FrameType) -> bool:
+    """Whether ``parametrize.remove_parametrizations`` reads what the tensor shall be then."""
+    return reader.f_code.co_name == "remove_parametrizations" and (
+        _module(reader) == "torch.nn.utils.parametrize"
+    )
+
+
+def refuse_old_reparametrization(layer: nn.Module, tensor_name: str, reader: FrameType) -> None:
+    """Raise for ``torch.nn.utils.weight_norm`` and ``prune``, which read before they change."""
+    tools = ("torch.nn.utils.weight_norm", "torch.nn.utils.prune")
+    # their hooks may read a tied tensor: that of the Parameter which they made, tied later
+    hooks = ("compute_weight", "apply_mask")
+    if _module(reader) in tools and reader.f_code.co_name not in hooks:
+        raise TieError(
+            f"cannot use {_module(reader)} on the tied {describe(layer, tensor_name)}: it replaces "
+            "the Parameter, and the tensor is computed. Call remove_tie first, or stack a "
+            "parametrization on the tie (torch.nn.utils.parametrizations.spectral_norm works)."
+        )
+
+
+def refuse_functional_call(layer: nn.Module, tensor_name: str, writer: FrameType) -> None:
+    """Raise if ``torch.func.functional_call`` was given a tied tensor under its dense key."""
+    if _module(writer) == "torch.nn.utils._named_member_accessor":
+        raise TieError(
+            f"functional_call was given a value for the tied {describe(layer, tensor_name)}, which "
+            "is computed: the value would be written into the stored ones and get no gradient. "
+            "Give it the free values by their keys, as dict(model.named_parameters()) has them."
+        )
+
+
+def refuse_quantization(layer: nn.Module, writer: FrameType) -> None:
+    """Raise if ``torch.ao.quantization`` marks a tied layer for conversion.
+
+    It would convert by the stock class's recipe, which takes that very class only.
+    """
+    if _module(writer).startswith("torch.ao.quantization"):
+        raise TieError(
+            f"torch.ao.quantization cannot convert the tied {describe_layer(layer)}. Call "
+            "remove_tie first; quantized numbers are then as many as dense ones."
+        )
+
+
+def refuse_loading_by_key(layer: nn.Module, keys: list[str], reader: FrameType) -> None:
+    """Raise if accelerate is about to pass over the dense entries of a tied layer (S46).
+
+    With ``device_map=`` its ``load_checkpoint_in_model`` asks for the model's keys, and then
+    sets each tensor of its files under its key. A tied tensor has no dense key in the model.
+    """
+    caller: FrameType | None = reader
+    while caller is not None and _module(caller) in (
+        "torch.nn.modules.module",
+        "tiedparam.layer.host",
+    ):
+        caller = caller.f_back
+    if caller is None or caller.f_code.co_name != "load_checkpoint_in_model":
+        return
+    given = caller.f_locals
+    if not _module(caller).startswith("accelerate.") or given.get("device_map") is None:
+        return
+    for file in given.get("checkpoint_files") or ():
+        passed_over = [key for key in keys if key in _keys_of(file)]
+        if passed_over:
+            raise TieError(
+                f"accelerate would pass over '{passed_over[0]}' of '{file}', which is dense, "
+                f"because {describe_layer(layer)} is tied: with device_map= it sets each tensor "
+                "under its own key. Save tiedparam.tie_state_dict(model, dense) and load that, or "
+                "call tiedparam.load(path, model) before dispatch_model."
+            )
+
+
+def _keys_of(file: str) -> Collection[str]:
+    """The names of the tensors in a checkpoint, as far as it can be read."""
+    status = os.stat(file)
+    return _keys_at(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=16)  # every tied layer asks
+def _keys_at(file: str, *version: int) -> Collection[str]:
+    try:
+        return frozenset(StoredCheckpoint(file))
+    except TieError:  # accelerate will say what is wrong with it
+        return ()
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))

@@ -1,0 +1,185 @@
+"""Models that DDP, FSDP1 or ``fully_shard`` has taken over: tying or untying comes too late.
+
+They look at the parameters once, when they wrap a model. A parameter that a tie makes later
+is nobody's: its gradient is not averaged, and the ranks drift apart (S34, S35). And a copy
+whose source is sharded on its own would meet one part of it (S31), or keep its gradients from
+it (S53).
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tiedparam.util.errors import TieError, describe
+from tiedparam.util.sharded import is_sharded
+
+if TYPE_CHECKING:
+    from tiedparam.laws.linked import Linked
+
+
+def refuse_wrapped(
+    layer: nn.Module,
+    parameters: Iterable[Tensor],
+    where: str,
+    verb: str,
+    wrappers: Iterable[nn.Module] = (),
+) -> None:
+    """Raise if a wrapper holds the layer, whose ``parameters`` are about to be exchanged.
+
+    Args:
+        layer: the layer to tie or untie.
+        parameters: what its tensor is stored in.
+        where: how to name the tensor.
+        verb: "tie" or "untie".
+        wrappers: those in the model, where it is known.
+
+    Raises:
+        TieError: if the layer is part of a live DDP model (S34) or was sharded (S35).
+    """
+    parameters = list(parameters)
+    wrapper: nn.Module | None = None
+    if not any(is_sharded(parameter) for parameter in parameters):
+        wrapper = _wrapper_of(layer, parameters, wrappers)
+        if wrapper is None:
+            return
+    if isinstance(wrapper, _fsdp1()):
+        raise TieError(
+            f"cannot {verb} {where}: a FullyShardedDataParallel has put its values into a flat "
+            f"parameter already. {verb.capitalize()} before wrapping."
+        )
+    if isinstance(wrapper, DistributedDataParallel):
+        raise TieError(
+            f"cannot {verb} {where}: a {type(wrapper).__name__} holds it already, and would not "
+            f"average the gradients of the new parameters. {verb.capitalize()} before wrapping: "
+            f"drop the wrapper, {verb} its .module, and wrap that again."
+        )
+    raise TieError(
+        f"cannot {verb} {where}: it is sharded already. {verb.capitalize()} before fully_shard."
+    )
+
+
+def refuse_separate_source(layer: nn.Module, tensor_name: str, rule: Linked) -> None:
+    """Raise for a copy that is to be computed while its source is sharded elsewhere (S31)."""
+    ((source, source_name),) = rule.sources()
+    root = rule.meeting
+    copy, original = describe(layer, tensor_name, root), describe(source, source_name, root)
+    pair = "source_layer, layer"
+    if root is not None:
+        paths = {id(module): path for path, module in root.named_modules()}
+        pair = f"{paths[id(source)]}, {paths[id(layer)]}"
+    raise TieError(
+        f"cannot compute {copy} by '{rule}': its source {original} belongs to another "
+        "fully_shard unit, and only a part of it is here. Put both into one unit, with "
+        f"fully_shard([{pair}]) or by sharding only a module that holds both."
+    )
+
+
+def refuse_other_unit(rule: Linked, source: nn.Module) -> None:
+    """Raise for a copy that lies outside of the FSDP1 unit of its source (S53).
+
+    While the copy computes, that unit may be sharded, and it has finished the source's gradient
+    before the copy's is there.
+    """
+    root = rule.meeting
+    # units within the smallest module that holds both are enough, where that is known
+    for unit in root.modules() if root is not None else _live(_with_subclasses(_fsdp1())):
+        inside = list(unit.modules()) if isinstance(unit, _fsdp1()) else []
+        if any(m is source for m in inside) and not any(m is rule for m in inside):
+            place = f" '{rule.path_to_source}'" if root is not None else ""
+            raise TieError(
+                f"'{rule}' cannot be computed: its source{place}, a {type(source).__name__}, "
+                "belongs to a FullyShardedDataParallel unit that does not hold the copy, and "
+                "would miss its gradients. Put both into one unit: wrap a module that holds both, "
+                "and neither of them alone."
+            )
+
+
+def has_fsdp1(model: nn.Module) -> bool:
+    """Whether FSDP1 keeps values of the model in flat parameters."""
+    return any(isinstance(module, _fsdp1()) for module in model.modules())
+
+
+# Finding the wrapper ---------------------------------------------------------------------
+
+
+def _wrapper_of(
+    layer: nn.Module, parameters: list[Tensor], wrappers: Iterable[nn.Module]
+) -> nn.Module | None:
+    """The DDP or FSDP module that holds ``layer``, if any: a layer does not know it."""
+    found = [*([layer] if is_wrapper(layer) else []), *wrappers]
+    managed = _MANAGED in layer.__dict__  # also where the process group is gone
+    if managed or (distributed.is_available() and distributed.is_initialized()):
+        # parts of a flat parameter are views that autograd has no use for
+        found += _live_wrappers([] if managed else [*parameters, *layer.parameters()])
+    for wrapper in found:
+        if any(module is layer for module in wrapper.modules()):
+            return wrapper
+    return None
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether it is a DDP or FSDP module."""
+    return isinstance(module, _wrapper_classes())
+
+
+def _wrapper_classes() -> tuple[type[nn.Module], ...]:
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
+    return (DistributedDataParallel, *([fsdp.FSDPModule] if fsdp is not None else []), *_fsdp1())
+
+
+def _fsdp1() -> tuple[type[nn.Module], ...]:
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return (fsdp.FullyShardedDataParallel,) if fsdp is not None else ()
+
+
+def _live_wrappers(parameters: list[Tensor]) -> list[nn.Module]:
+    """All wrapped models of this process, or none where it is plain that none holds these.
+
+    Looking at every live object takes tens of milliseconds, which tying hundreds of layers
+    before wrapping should not cost.
+    """
+    ddp, *fsdp = _wrapper_classes()
+    classes = _with_subclasses(fsdp)
+    if not parameters or any(_may_be_in_ddp(parameter) for parameter in parameters):
+        classes += _with_subclasses([ddp])
+    return _live(classes)
+
+
+def _live(classes: Sequence[type]) -> list[nn.Module]:
+    """All living objects of these very classes: they refer to them."""
+    if not classes:
+        return []
+    return [o for o in gc.get_referrers(*classes) if issubclass(type(o), tuple(classes))]
+
+
+def _with_subclasses(kinds: Iterable[type]) -> list[type]:
+    return [each for kind in kinds for each in (kind, *_with_subclasses(kind.__subclasses__()))]
+
+
+def _may_be_in_ddp(parameter: Tensor) -> bool:
+    """Whether somebody keeps the parameter's gradient accumulator, as DDP's reducer does.
+
+    torch makes the accumulator when a graph needs it and drops it with the graph. A mark on
+    it is found again only if it outlived the graph that is made and dropped here.
+    """
+    if not parameter.requires_grad:
+        return True  # has none, so nothing can be told
+    with torch.inference_mode(False), torch.enable_grad():
+        _accumulator(parameter).metadata[_MARK] = True
+        return _MARK in _accumulator(parameter).metadata
+
+
+_MARK = "tiedparam looked here"
+_MANAGED = "_is_fsdp_managed_module"  # what FSDP1 and FSDP2 write on all that they take over
+
+
+def _accumulator(parameter: Tensor) -> Any:
+    node: Any = parameter.view_as(parameter).grad_fn
+    return node.next_functions[0][0]
