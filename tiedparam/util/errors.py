@@ -6,23 +6,71 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 
-class TieError(RuntimeError):
-    """A tie cannot be made or kept.
+class Reason(NamedTuple):
+    """Why something cannot be done: what a check returns instead of None.
 
-    The message names the layer, the fact and the next step, and nothing was changed when
-    it is raised. It is a ``RuntimeError``, as torch's own refusals are, so code that
-    already handles those handles this one. It loses its middle where it would be longer than
-    `LONGEST_MESSAGE`, whatever a model, a plan or a file is called.
+    Attributes:
+        fact: what is so, as a sentence; it may begin with a small letter, after a colon.
+        remedy: what to do about it, as a sentence; empty where it is all the same.
     """
 
-    def __str__(self) -> str:  # not __init__, in which torch.compile would find no graph break
-        return shortened(super().__str__(), LONGEST_MESSAGE)
+    fact: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.fact} {self.remedy}".strip()
+
+
+class TieError(RuntimeError):
+    """A tie cannot be made or kept: ``TieError(where, fact, remedy)``.
+
+    Nothing was changed when it is raised. It is a ``RuntimeError``, as torch's own refusals are,
+    so code that already handles those handles this one. The message is ``where: fact remedy``;
+    where the fact names the place itself it is not said twice. It loses its middle where it would
+    be longer than `LONGEST_MESSAGE`, whatever a model, a plan or a file is called.
+
+    Example::
+
+        try:
+            tiedparam.register_tie(model.conv, "flip_sym")
+        except tiedparam.TieError as error:
+            print(error.fact)  # out_channels (64) must equal in_channels (32).
+    """
+
+    # The parts are the arguments, and there is no __init__: in one torch.compile would find no
+    # graph break.
+
+    @property
+    def where(self) -> str:
+        """The place: a tensor, a layer, a file, an argument; or what could not be done to it."""
+        return str(self.args[0]) if len(self.args) > 1 else ""
+
+    @property
+    def fact(self) -> str:
+        """What is so, as a sentence."""
+        return str(self.args[min(1, len(self.args) - 1)]) if self.args else ""
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it, as a sentence; empty where nothing can be done."""
+        return str(self.args[2]) if len(self.args) > 2 else ""
+
+    @property
+    def reason(self) -> Reason:
+        """Fact and remedy, for another place to say."""
+        return Reason(self.fact, self.remedy)
+
+    def __str__(self) -> str:
+        said = str(self.reason)
+        if self.where and self.where not in self.fact:
+            said = f"{self.where}: {said}"
+        return shortened(said, LONGEST_MESSAGE)
 
 
 class TieWarning(UserWarning):

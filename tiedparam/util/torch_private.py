@@ -1,4 +1,8 @@
-"""Typed access to what torch keeps: parametrizations, whether a tensor has values, compilation."""
+"""What torch does not promise, one function for each fact: the only file that may rely on it.
+
+Each fact has a test in ``tests/util/test_torch_private.py``, which says in which versions of torch
+it was seen. The lint of private names (ruff's SLF) holds everywhere else.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,26 @@ from torch.nn.utils import parametrize
 from tiedparam.util.sharded import computed, is_sharded
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# The tables of a module -----------------------------------------------------------------------
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The table of a module's own Parameters, to be read or written."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The table of a module's own buffers, to be read or written."""
+    return module._buffers
+
+
+def submodules_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The table of a module's own submodules, to be read or written."""
+    return module._modules
+
+
+# Parametrizations ------------------------------------------------------------------------------
 
 
 def parametrization_lists(layer: nn.Module) -> nn.ModuleDict:
