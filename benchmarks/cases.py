@@ -20,6 +20,7 @@ from benchmarks import memory, models
 from benchmarks.goals import Goal
 from benchmarks.measuring import Contender, Run, Setting, summarize
 from tiedparam.compute import forward as _structured
+from tiedparam.tie.lookup import tie_of
 
 
 @dataclass(frozen=True)
@@ -571,7 +572,7 @@ def _compare_forms(
 ) -> None:  # fmt: skip
     layer = made.lawful(deepcopy(layer), rule, **options)
     tied = tp.register_tie(deepcopy(layer), rule, **options)
-    offered = tp.get_tie(tied).plan.offered
+    offered = tie_of(tied).computing.offered
     if options.get("over") == "groups":
         offered = [form for form in offered if form != "reduced"]  # it saves nothing there
     forced = [made.tied(layer, rule, form, compute=form, **options) for form in offered]
@@ -589,7 +590,7 @@ def _compare_forms(
 
 def _chosen(tied: Any, x: Tensor, mode: str) -> str:
     """The form in which a layer computes an input: seen, not derived."""
-    plan = tp.get_tie(tied).plan
+    plan = tie_of(tied).computing
     calls = []
     compute = _structured.convolve
 

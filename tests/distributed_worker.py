@@ -34,7 +34,7 @@ from torch.nn.utils import parametrize
 
 import tiedparam as tp
 from tiedparam.layer import host as _host
-from tiedparam.tie.lookup import named_ties
+from tiedparam.tie.lookup import named_ties, tie_of
 from tiedparam.util.torch_private import effective
 
 TIED = ("stem", "mid", "streams", "rows", "square", "decode")
@@ -191,7 +191,7 @@ def ddp_accumulating() -> dict:
 def structured_outputs(how: str) -> dict:
     """One forward and one backward of the cheap forms, under a wrapper."""
     net = tie(build())
-    forms = {name: tp.get_tie(getattr(net, name)).plan.form for name in ("stem", "rows")}
+    forms = {name: tie_of(getattr(net, name)).computing.form for name in ("stem", "rows")}
     model = DistributedDataParallel(net) if how == "ddp" else shard(net, how)
     ((x, y),) = batches(1)
     loss_of(model, my_half(x), my_half(y)).backward()

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 
 import tiedparam as tp
+from tiedparam.tie.lookup import tie_of
 
 
 def cached_conv(**settings):
@@ -426,7 +427,7 @@ def test_s01_a_copy_has_a_cache_of_its_own():
         assert torch.equal(twin(FEATURES), stock_output(twin))
         assert torch.equal(conv(FEATURES), stock_output(conv))
         assert not torch.equal(conv(FEATURES), twin(FEATURES))
-        assert tp.get_tie(twin).memory is not tp.get_tie(conv).memory
+        assert tie_of(twin).kept is not tie_of(conv).kept
 
 
 def test_the_cached_weight_is_handed_to_nobody_else():
@@ -441,7 +442,7 @@ def test_a_cached_layer_is_freed_with_its_weight():
     conv = cached_conv()
     with torch.no_grad():
         conv(FEATURES)
-    kept = weakref.ref(tp.get_tie(conv).memory.kept[1])
+    kept = weakref.ref(tie_of(conv).kept.kept[1])
     gc.disable()
     try:
         del conv
@@ -650,8 +651,8 @@ def test_frozen_is_a_decorator_and_can_be_entered_again():
             with tp.frozen(model[0]):
                 assert torch.equal(model(IMAGE), expected)
             assert torch.equal(infer(), expected)
-            assert tp.get_tie(model[0]).memory.frozen is not None
-        assert tp.get_tie(model[0]).memory.frozen is None
+            assert tie_of(model[0]).kept.frozen is not None
+        assert tie_of(model[0]).kept.frozen is None
         with block:
             assert torch.equal(model(IMAGE), expected)
     model.train()(IMAGE).sum().backward()
@@ -672,7 +673,7 @@ def test_frozen_refuses_a_model_in_training_mode_and_changes_nothing():
     model[2].train()
     with pytest.raises(TieError, match=r"'2\.weight'.*training mode.*eval"), tp.frozen(model):
         raise AssertionError
-    assert tp.get_tie(model[0]).memory.frozen is None
+    assert tie_of(model[0]).kept.frozen is None
     with pytest.raises(TypeError, match="takes a model"):
         tp.frozen("model")
 
@@ -992,7 +993,7 @@ def test_an_exchanged_source_ends_the_block_whole():
     model[0] = nn.Linear(4, 4)
     with pytest.raises(TieError, match=r"'1\.weight' changed inside frozen"):
         block.__exit__(None, None, None)
-    assert tp.get_tie(model[2]).memory.frozen is None
+    assert tie_of(model[2]).kept.frozen is None
     tp.assign_(model[2], torch.eye(4))
     with torch.no_grad():
         assert torch.equal(model[2](torch.ones(1, 4)), 1 + model[2].bias.expand(1, 4))
@@ -1107,7 +1108,7 @@ def test_s06_eight_threads_never_see_a_wrong_output(how):
                             assert torch.equal(conv(x), expected)
 
             in_threads(8, infer)
-    assert tp.get_tie(conv).memory.frozen is None
+    assert tie_of(conv).kept.frozen is None
 
 
 def test_s06_a_write_during_the_expansion_is_not_kept():
@@ -1123,7 +1124,7 @@ def test_s06_a_write_during_the_expansion_is_not_kept():
     before_expanding(conv, write)
     with torch.no_grad():
         conv(FEATURES)
-        (snapshot, _), weight = rule.memory.kept
+        (snapshot, _), weight = tie_of(conv).kept.kept
         assert torch.equal(weight, rule.forward(*snapshot))
         assert torch.equal(conv(FEATURES), stock_output(conv))
 

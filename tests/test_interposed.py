@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiedparam as tp
 from tiedparam import TieError
+from tiedparam.tie.lookup import tie_of
 
 X = torch.randn(2, 16, 12, 12, generator=torch.Generator().manual_seed(0))
 LAYERS = {
@@ -204,7 +205,7 @@ def test_where_nothing_stands_in_between_the_cheap_form_runs(case):
     assert not expanded
     with torch.autocast("cpu"):
         layer(x.bfloat16())
-    assert not expanded or tp.get_tie(layer).plan.otherwise == "dense"
+    assert not expanded or tie_of(layer).computing.otherwise == "dense"
     expanded.clear()
     handle = layer.parametrizations.weight[0].register_forward_hook(lambda *_: None)
     layer(x)

@@ -10,6 +10,7 @@ from test_contract import CASES, sample_input
 from torch import nn
 
 import tiedparam as tp
+from tiedparam.tie.lookup import tie_of
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -83,7 +84,7 @@ STRUCTURED = [
 @pytest.mark.parametrize(("build", "rule", "options", "shape"), STRUCTURED)
 def test_structured_layers_export_their_base(build, rule, options, shape):
     layer = tp.register_tie(build(), rule, **options)
-    assert tp.get_tie(layer).plan.otherwise == "reduced"
+    assert tie_of(layer).computing.otherwise == "reduced"
     program = assert_runs_equal(layer, lambda batch: (torch.randn(batch, *shape),))
     graph = program.model.graph
     products = [n for n in graph if n.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm")]

@@ -14,6 +14,7 @@ from torch import nn
 import tiedparam as tp
 from tiedparam.compute import forward as _structured
 from tiedparam.compute import windows as _windows
+from tiedparam.tie.lookup import tie_of
 
 BOUNDS = {torch.float64: 1e-11, torch.float32: 2e-4}
 CONVOLUTIONS = {
@@ -31,7 +32,7 @@ def twins(layer: nn.Module, rule: str, **options):
 
 
 def form_of(layer) -> str:
-    return tp.get_tie(layer).plan.form
+    return tie_of(layer).computing.form
 
 
 def dense_gradients(layer, dense):
@@ -312,7 +313,7 @@ def test_exports_the_cheap_form_with_a_dynamic_batch(build, rule, options, stric
     torch.testing.assert_close(
         torch.export.load(buffer).module()(x), layer(x), rtol=1e-4, atol=1e-4
     )
-    if tp.get_tie(layer).plan.otherwise == "reduced":
+    if tie_of(layer).computing.otherwise == "reduced":
         assert max(weight_sizes(program)) < layer.parametrizations.weight().numel()
 
 
@@ -726,4 +727,4 @@ def test_a_form_that_a_layer_has_not_is_refused(layer, tensor_name):
         tp.register_tie(layer, "row_repeat", tensor_name, compute="reduced")
     assert not tp.is_tied(layer)
     tp.register_tie(layer, "row_repeat", tensor_name)
-    assert tp.get_tie(layer).plan is None
+    assert tie_of(layer).computing is None

@@ -41,9 +41,8 @@ from tiedparam.compute.windows import (
     pays,
     summed_channels,
 )
-from tiedparam.laws.broadcast import Broadcast, Reduction
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.rule import Rule
+from tiedparam.laws.rule import Reduction, Rule
 from tiedparam.tie.interposed import TorchsOwn, is_bare
 from tiedparam.util.errors import TieError
 from tiedparam.util.torch_private import effective
@@ -90,8 +89,8 @@ def _has_windows(reduction: Reduction, layout: Layout, convolution: bool) -> boo
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is decided once per tie.
+class Computing:
+    """How one tied layer is computed, decided when it is tied.
 
     Attributes:
         form: the form that is tried first.
@@ -102,6 +101,7 @@ class Plan:
             itself, ``in_channels``, may have been changed since; torch goes by the weight.
         groups: of the layer, by which it was tied.
         kernel: the sizes of the kernel.
+        expand: the ``forward`` of the law, as it was then.
     """
 
     form: str
@@ -111,12 +111,20 @@ class Plan:
     channels: int
     groups: int
     kernel: tuple[int, ...]
+    expand: Any
 
 
-def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
-    """Decide how a layer that was just tied is computed, and note it on the rule."""
-    if not isinstance(rule, Broadcast) or tensor_name != "weight":
-        return
+def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | None:
+    """How a layer is to be computed whose tensor a bound rule ties; None: densely, as ever.
+
+    Raises:
+        TieError: if the rule asks for a form that the layer does not have.
+    """
+    if tensor_name != "weight":
+        return None
+    reduction = rule.reduction()
+    if reduction is None:
+        return None
     layout = rule.bound_layout
     stock = parametrize.type_before_parametrizations(layer)
     if len(layout.shape) < 2 or computation(stock) is None:
@@ -125,8 +133,7 @@ def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
                 f"compute={rule.compute!r} is no form of '{rule}' on a {stock.__name__}, which "
                 "computes densely. Leave it out."
             )
-        return
-    reduction = rule.reduction()
+        return None
     convolution = not isinstance(layer, nn.Linear)
     forms = _applicable(reduction, layout, convolution)
     if rule.compute not in ("auto", *forms):
@@ -138,7 +145,7 @@ def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
     if form == "auto":
         form = choose_form(reduction, layout, convolution=convolution)
     fallback = "dense" if reduction.shared_banks else "reduced"
-    rule.plan = Plan(
+    return Computing(
         form,
         fallback if form == "windows" else form,
         reduction,
@@ -146,6 +153,7 @@ def prepare(layer: nn.Module, tensor_name: str, rule: Rule) -> None:
         channels=layout.groups * layout.canonical_shape[1],
         groups=layout.groups,
         kernel=layout.kernel,
+        expand=type(rule).forward,
     )
 
 
@@ -333,7 +341,7 @@ _KINDS: dict[type[nn.Module], _Kind] = {
 }
 
 
-_Found = tuple[Broadcast, Plan, Tensor, Tensor | None]
+_Found = tuple[Rule, Computing, Tensor, Tensor | None]
 """What a cheap form computes with: rule, plan, free values, bias."""
 
 
@@ -344,10 +352,10 @@ def _planned(layer: nn.Module, input: Any) -> _Found | None:
     if weight is None or len(weight._modules) > 1 or not isinstance(input, Tensor):
         return None  # not tied (any more), or another parametrization on top
     rule: Any = weight._modules["0"]
-    plan: Plan | None = rule.__dict__.get("plan")
+    plan: Computing | None = weight.__dict__.get("computing")
     if plan is None or plan.form == "dense":
         return None
-    if type(rule).forward is not _EXPAND or not is_bare(weight, rule):
+    if type(rule).forward is not plan.expand or not is_bare(weight, rule):
         return None  # the weight is not what the base alone says
     free: Any = weight._parameters.get("original0")
     if free is None:
@@ -355,8 +363,6 @@ def _planned(layer: nn.Module, input: Any) -> _Found | None:
     bias = effective(layer, "bias")
     return (rule, plan, free, bias) if _agree(input, free, bias) else None
 
-
-_EXPAND = Broadcast.forward
 
 # Whether the stock layer would take this input; if not, it says so itself.
 
@@ -384,13 +390,13 @@ _CAST_BY_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
 # A tracer would warn of the comparisons, and a traced input was accepted already.
 
 
-def _has_features(plan: Plan, input: Tensor) -> bool:
+def _has_features(plan: Computing, input: Tensor) -> bool:
     return torch._C._get_tracing_state() is not None or (
         input.dim() > 0 and input.shape[-1] == plan.channels
     )
 
 
-def _has_channels(layer: Any, plan: Plan, input: Tensor) -> bool:
+def _has_channels(layer: Any, plan: Computing, input: Tensor) -> bool:
     if layer.groups != plan.groups:
         return False
     if torch._C._get_tracing_state() is not None:

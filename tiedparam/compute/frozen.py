@@ -6,7 +6,7 @@ last weight of one layer and compares the free values, bit for bit, before it is
 no metadata tells whether a tensor was written (fused optimizers, ``.data``, NumPy and other
 processes leave no trace).
 
-What is kept hangs on the rule, in a `Memory`: it goes with the tie, is in no state dict, and
+What is kept hangs on the tie, in a `Memory`: it goes with the tie, is in no state dict, and
 copies and pickles start with an empty one (S1). While somebody compiles, exports, traces or
 transforms (S7, S33), and for tensors put in by ``functional_call``, weights are computed.
 """
@@ -43,7 +43,7 @@ _sessions: list[_Session] = []  # what is frozen now, in all threads
 
 
 class Memory:
-    """What is kept of one tied weight. Belongs to one rule; copies start empty.
+    """What is kept of one tied weight. Belongs to one tie; copies start empty.
 
     Attributes:
         checked: whether ``cache=True`` was asked for.
@@ -66,9 +66,9 @@ class Memory:
         return Memory, (self.checked,)
 
 
-def remember(rule: Rule, cache: bool) -> None:
-    """Give a rule that was just tied its `Memory`; a rule that gains nothing ignores ``cache``."""
-    rule.memory = Memory(cache and rule.gains_from_cache)
+def memory_for(rule: Rule, cache: bool) -> Memory:
+    """What a fresh tie keeps of its weight; a rule that gains nothing ignores ``cache``."""
+    return Memory(cache and rule.gains_from_cache)
 
 
 def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor | None:
@@ -106,9 +106,8 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
 
 
 def _memory(values: nn.Module | None) -> Memory | None:
-    # by the tables: this runs at every call, and an attribute of a module is found last there
-    first = values._modules["0"]  # type: ignore[union-attr]
-    return first.__dict__.get("memory")
+    # by the table: this runs at every call
+    return values.__dict__.get("kept")
 
 
 # The checked cache ------------------------------------------------------------------------
@@ -268,7 +267,7 @@ class _Frozen:
     def _compute(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             weight = effective(self.layer, self.tensor_name).detach()
-        plan = getattr(parametrization_list(self.layer, self.tensor_name)[0], "plan", None)
+        plan = parametrization_list(self.layer, self.tensor_name).__dict__.get("computing")
         if plan is not None and plan.form != "dense":
             return weight  # an expanded view: nobody reads it where the structured form runs
         return weight.contiguous()
@@ -378,12 +377,13 @@ class _Session:
         # a copy's source may lie outside of the model: it must not change either
         sources = [module for _, _, _, rule in named_ties(model) for module in _sources(rule)]
         self.members = dict.fromkeys((*model.modules(), *sources))
-        held: list[tuple[Rule, _Frozen]] = []
+        held: list[tuple[Memory, _Frozen]] = []
         seen: set[int] = set()
         for prefix, layer, name, rule in named_ties(model):
-            if id(rule) in seen or rule.memory is None:  # given to torch directly: computed
+            memory = _memory(parametrization_list(layer, name))
+            if id(memory) in seen or memory is None:  # given to torch directly: computed
                 continue
-            seen.add(id(rule))
+            seen.add(id(memory))
             where = f"'{prefix}{name}'"
             if layer.training:
                 raise TieError(
@@ -393,12 +393,12 @@ class _Session:
                 can_be_loaded(source) for source in _sources(rule)
             ):
                 continue  # hooks may change the weight at every call, as offloading does
-            held.append((rule, rule.memory.frozen or _Frozen(layer, name, where)))
+            held.append((memory, memory.frozen or _Frozen(layer, name, where)))
         # nothing was changed so far
         self.held = held
-        for rule, weight in held:
+        for memory, weight in held:
             if weight.holders == 0:
-                rule.memory.frozen = weight
+                memory.frozen = weight
                 weight.guard()
             weight.holders += 1
         self.modes = [(module, module.training) for module in self.members]
@@ -443,10 +443,10 @@ class _Session:
         for hook in self.hooks:
             hook.remove()
         ended = []
-        for rule, weight in self.held:
+        for memory, weight in self.held:
             weight.holders -= 1
             if weight.holders == 0:
-                rule.memory.frozen = None
+                memory.frozen = None
                 weight.release()
                 ended.append(weight)
         return [weight.where for weight in ended if weight.changed()]

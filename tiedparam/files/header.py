@@ -23,7 +23,7 @@ from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
-from tiedparam.tie.lookup import is_stacked, ties_of
+from tiedparam.tie.lookup import is_stacked, tie_of, ties_of
 from tiedparam.util.errors import TieError
 
 LAYOUT_VERSION = 2
@@ -150,7 +150,7 @@ def stored_tie(layer: nn.Module, tensor: str, path: str, paths: Mapping[int, str
     name = f"{path}.{tensor}" if path else tensor
     try:
         options = _options(rule, paths)
-        layout, residual = rule.bound_layout, rule.residual_at_tying
+        layout, residual = rule.bound_layout, tie_of(layer, tensor).residual_at_tying
         stored = StoredTie(
             path,
             tensor,

@@ -29,7 +29,7 @@ from tiedparam.laws.linked import Linked
 from tiedparam.layer.register import tie_one
 from tiedparam.state.dictionaries import untie_with
 from tiedparam.state.optimizer_guard import watch_free_values
-from tiedparam.tie.lookup import free_values, get_tie, is_tied, named_ties
+from tiedparam.tie.lookup import free_values, is_tied, named_ties, tie_of
 from tiedparam.tie.offloaded import TO_BRING_BACK, is_offloaded
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.rollback import rolled_back_on_error
@@ -141,7 +141,8 @@ def load(path: PathLike, model: Model, *, functions: Functions | None = None) ->
             _give_memory(model)
             _load_state_dict(model, entries)
             for tie in header.ties:  # not that of the values that were replaced
-                get_tie(model.get_submodule(tie.layer), tie.tensor).residual_at_tying = tie.residual
+                made = tie_of(model.get_submodule(tie.layer), tie.tensor)
+                made.residual_at_tying = tie.residual
     except RecursionError as error:
         raise TieError(
             f"cannot load '{path}': its copies read each other in too long a chain. Tie each to "

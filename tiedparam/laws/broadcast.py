@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd, prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.rule import Rule, halved_difference
+from tiedparam.laws.rule import Reduction, Rule, halved_difference
 
 
 @dataclass(frozen=True)
@@ -32,21 +31,6 @@ class Blocks:
     def shape(self) -> tuple[int, ...]:
         """The blocked shape."""
         return (*self.outputs, *self.rest)
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """What a broadcast law lets a layer save.
-
-    Attributes:
-        summed: all inputs of a group share, so they can be summed first.
-        run: so many consecutive outputs of a group are equal; one is computed and spread.
-        shared_banks: the groups share their filters.
-    """
-
-    summed: bool
-    run: int
-    shared_banks: bool
 
 
 @dataclass(frozen=True)
@@ -78,25 +62,33 @@ class Broadcast(Rule):
     def __init__(self, compute: str = "auto") -> None:
         super().__init__()
         self.compute = compute
-        self.plan: Any = None  # the structured compute's note of its decision
 
     def blocks(self) -> Blocks:
         """The blocked view of the canonical weight, and the axes of it that are shared."""
         raise NotImplementedError(f"{type(self).__name__} must say which axes are shared")
 
-    def reduction(self) -> Reduction:
-        """What the law lets the layer save."""
+    def reduction(self) -> Reduction | None:
+        """What the law lets the layer save; None for a subclass that expands in its own way."""
+        if type(self).forward is not _EXPAND:
+            return None
+        blocks, layout, (summed, run) = self.blocks(), self.bound_layout, self._savings()
+        last = len(blocks.outputs) - 1
+        return Reduction(
+            summed=summed,
+            run=run,
+            # blocks of outputs that are the layer's groups, each with the same bank
+            shared_banks=last > 0 and 0 in blocks.shared and blocks.outputs[0] == layout.groups,
+            entries=prod(self._sizes.smaller),
+        )
+
+    def _savings(self) -> tuple[bool, int]:
+        """Whether inputs can be summed first, and how many outputs in a run are equal."""
         blocks, layout = self.blocks(), self.bound_layout
         outputs, inputs = (*layout.canonical_shape, 1)[:2]  # a bias has no input axis
         last = len(blocks.outputs) - 1
         # a run of equal rows must end where a block of rows or a group of the layer ends
         run = gcd(blocks.outputs[last], outputs // layout.groups) if last in blocks.shared else 1
-        return Reduction(
-            summed=last + 1 in blocks.shared and inputs > 1,
-            run=run,
-            # blocks of outputs that are the layer's groups, each with the same bank
-            shared_banks=last > 0 and 0 in blocks.shared and blocks.outputs[0] == layout.groups,
-        )
+        return last + 1 in blocks.shared and inputs > 1, run
 
     def reduced(self, base: Tensor) -> Tensor:
         """The weight of the smaller layer: one row per run, one column if inputs are summed."""
@@ -106,11 +98,6 @@ class Broadcast(Rule):
         canonical = base.reshape(sizes.kept).expand(sizes.reduced).reshape(sizes.smaller)
         layout = sizes.smaller_layout
         return canonical if layout is None else layout.native(canonical)
-
-    @property
-    def reduced_count(self) -> int:
-        """How many entries the weight of the smaller layer has."""
-        return prod(self._sizes.smaller)
 
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """One base: the different outputs, and the other axes with 1 where they are shared.
@@ -138,13 +125,13 @@ class Broadcast(Rule):
 
     def _measure(self) -> _Sizes:
         """The sizes that every forward needs, counted once."""
-        blocks, layout, reduction = self.blocks(), self.bound_layout, self.reduction()
+        blocks, layout, (summed, run) = self.blocks(), self.bound_layout, self._savings()
         full, last = blocks.shape, len(blocks.outputs) - 1
         reduced = list(full)
-        reduced[last] //= reduction.run
-        if reduction.summed:
+        reduced[last] //= run
+        if summed:
             reduced[last + 1] = 1
-        rows = prod(blocks.outputs) // reduction.run
+        rows = prod(blocks.outputs) // run
         columns, *kernel = reduced[last + 1 :] or [1]
         groups = layout.groups
         return _Sizes(
@@ -201,3 +188,6 @@ class Broadcast(Rule):
         for axis in shared:
             first = first.narrow(axis, 0, 1)
         return values, first
+
+
+_EXPAND = Broadcast.forward  # as it is without a patch

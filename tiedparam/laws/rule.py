@@ -31,6 +31,23 @@ class Example:
     tensor_name: str = "weight"
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """What a law lets the layer save that computes with its weight.
+
+    Attributes:
+        summed: all inputs of a group share, so they can be summed first.
+        run: so many consecutive outputs of a group are equal; one is computed and spread.
+        shared_banks: the groups share their filters.
+        entries: how many the weight of the smaller layer has.
+    """
+
+    summed: bool
+    run: int
+    shared_banks: bool
+    entries: int
+
+
 class Rule(nn.Module):
     """A law that ties the entries of one tensor: ``weight = forward(*free)``.
 
@@ -64,13 +81,12 @@ class Rule(nn.Module):
     """Whether keeping the weight saves time; if not, ``cache=True`` is ignored."""
 
     layout: Layout | None
-    residual_at_tying: float | None = None
-    """How far the weight was from the law when `register_tie` tied it; None if unknown."""
+    compute: str = "auto"
+    """The form in which a layer is to be computed; see `reduction`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layout = None
-        self.memory: Any = None  # what `tiedparam.compute.frozen` keeps of the weight
 
     # The law ------------------------------------------------------------------------
 
@@ -102,6 +118,14 @@ class Rule(nn.Module):
         `scan` and the benchmarks try each of them; what does not fit is left out by `check`.
         """
         return ({},)
+
+    def reduction(self) -> Reduction | None:
+        """What the law lets a layer save; None for laws that need the whole weight."""
+        return None
+
+    def reduced(self, base: Tensor) -> Tensor:
+        """The weight of the smaller layer that `reduction` speaks of."""
+        raise NotImplementedError(f"{type(self).__name__} has no smaller layer")
 
     def options(self) -> dict[str, Any]:
         """The options that differ from one use to the next, as ``repr`` shows them."""

@@ -44,6 +44,7 @@ class Concern:
         weight: its values before the tie.
         kept: the share of its norm that the nearest lawful weight has; None if the tie frees
             nothing.
+        residual: how far the weight was from the law, where it keeps too little.
     """
 
     where: str
@@ -51,6 +52,7 @@ class Concern:
     rule: Rule
     weight: Tensor
     kept: float | None
+    residual: float | None = None
 
     def fact(self) -> str:
         """The tie, how much it keeps, and the options of its rule that would do better."""
@@ -61,7 +63,7 @@ class Concern:
             chance = math.sqrt(1 - rule.free_count / entries)
             fact = (
                 f"keeps {self.kept:.1%} of the weight, which was no nearer to the law than a "
-                f"random one (residual {rule.residual_at_tying:.3f}, chance {chance:.3f})."
+                f"random one (residual {self.residual:.3f}, chance {chance:.3f})."
             )
         does = [f"{shown} would {result}" for shown, result in self.others.items()]
         others = f" {', '.join(does)}." if does else ""
@@ -111,27 +113,27 @@ class Concern:
 
 
 def concern_of(
-    where: str, tensor_name: str, rule: Rule, weight: Tensor, *, projected: bool
+    where: str, tensor_name: str, rule: Rule, weight: Tensor, residual: float | None
 ) -> Concern | None:
     """What is odd about a tie, or None.
 
     Args:
         where: the tensor, as messages name it.
         tensor_name: its name in its layer.
-        rule: the rule, bound, with its residual at tying.
+        rule: the rule, bound.
         weight: the values before the tie.
-        projected: whether the nearest lawful weight took their place, unasked how near it is.
+        residual: how far they are from the law, if the nearest lawful weight took their place and
+            nobody asked how near it is.
     """
     free, entries = rule.free_count, weight.numel()
     if free == 0:
         return None  # a copy takes another layer's values: its own are gone by definition
     if free >= entries:
         return Concern(where, tensor_name, rule, weight, None)
-    residual = rule.residual_at_tying
-    if not projected or residual is None or entries < ENTRIES:
+    if residual is None or entries < ENTRIES:
         return None
     kept = _kept(residual)
-    return Concern(where, tensor_name, rule, weight, kept) if kept < KEPT else None
+    return Concern(where, tensor_name, rule, weight, kept, residual) if kept < KEPT else None
 
 
 class Concerns:

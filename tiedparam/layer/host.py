@@ -90,7 +90,7 @@ def adopt(layer: nn.Module) -> None:
     layer.__class__ = host_class(stock, names)
     parametrization_lists(layer).train(layer.training)
     for name in ties_of(layer):
-        _stacking.watch(parametrization_list(layer, name))
+        _stacking.adopt(parametrization_list(layer, name))
     _owner.remember(layer)
     _recurrent.forget(layer)
     if not isinstance(made_by_torch, HostMeta):

@@ -30,14 +30,21 @@ from tiedparam.state import optimizer_guard as _optimizer_guard
 from tiedparam.state import optimizer_moves as _optimizer
 from tiedparam.state.dictionaries import watch_source
 from tiedparam.tie.lookup import free_values, get_tie, is_stacked, is_tied, origins
+from tiedparam.tie.marks import carry_attributes
 from tiedparam.tie.offloaded import is_on_disk, refuse_offloaded
 from tiedparam.tie.parameter_paths import Places
+from tiedparam.tie.record import adopt
 from tiedparam.tie.rollback import rolled_back_on_error
 from tiedparam.tie.wrapped import is_wrapper, refuse_wrapped
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.errors import TieError, describe, quoted, some_of, warn
 from tiedparam.util.sharded import is_sharded
-from tiedparam.util.torch_private import effective, has_values, never_compiled
+from tiedparam.util.torch_private import (
+    effective,
+    has_values,
+    never_compiled,
+    parametrization_list,
+)
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -161,20 +168,22 @@ def tie_one(
             made.locate(layer, tensor_name, places)
         if any(is_sharded(effective(*source)) for source in made.sources()):
             raise refuse("its source is sharded already. Tie before fully_shard.")
-        free = _initial_free_values(made, weight, init, max_residual, refuse)
+        free, residual = _initial_free_values(made, weight, init, max_residual, refuse)
         reason = made.why_not_kept()  # now that it has done all that it does
         if reason is not None:
             raise refuse(reason)
         _host.remember_order(layer)
         parametrize.register_parametrization(layer, tensor_name, made)
         _host.adopt(layer)
-        _structured.prepare(layer, tensor_name, made)
-        _cache.remember(made, cache)
+        values = adopt(parametrization_list(layer, tensor_name))
+        values.computing = _structured.computing_of(layer, tensor_name, made)
+        values.kept = _cache.memory_for(made, cache)
+        values.residual_at_tying = residual
         stored = free_values(layer, tensor_name)
         with torch.no_grad():
             for parameter, value in zip(stored, free, strict=True):
                 parameter.copy_(value)
-                _optimizer_guard.carry_attributes(weight, parameter)
+                carry_attributes(weight, parameter)
         change = _optimizer.tying(made, weight, stored, tensor_name)
         try:
             moves = _optimizer.plan_moves(optimizers, change)
@@ -188,7 +197,9 @@ def tie_one(
             watch_source(made)
             _optimizer.share_gradient(weight, made, list(origins(layer, tensor_name)))
         unasked = init == "project" and max_residual is None
-        concern = concern_of(where, tensor_name, made, weight.detach(), projected=unasked)
+        concern = concern_of(
+            where, tensor_name, made, weight.detach(), residual if unasked else None
+        )
         if concern is not None and concerned is not None:
             concerned(concern)
     _optimizer_guard.retire(
@@ -310,7 +321,7 @@ def remove_tie(
     if isinstance(rule, Linked) and rule.watch is not None:
         rule.watch.leave()
     for parameter in stored:
-        _optimizer_guard.carry_attributes(parameter, dense)
+        carry_attributes(parameter, dense)
     _host.release(layer, tensor_name, dense)
     for move in moves:
         move.apply()
@@ -515,8 +526,8 @@ def _initial_free_values(
     init: str,
     max_residual: float | None,
     refuse: Callable[[str], TieError],
-) -> list[Tensor]:
-    """Free values for ``weight`` by ``init``, once rule and weight have shown that they fit."""
+) -> tuple[list[Tensor], float | None]:
+    """Free values for ``weight`` by ``init``, and its residual, once rule and weight fit."""
     with torch.no_grad():
         if has_values(weight) and not has_values(torch.empty(0, device=weight.device)):
             raise refuse("FakeTensorMode computes no values. Tie the layer outside of it.")
@@ -536,15 +547,16 @@ def _initial_free_values(
         if any(value.numel() == 0 for value in free):
             raise refuse("one of its free values is empty. Leave it out of free_shapes.")
         _refuse_misshapen(lawful, dense, refuse)
+        residual = None
         if has_values(dense):
-            rule.residual_at_tying = relative_distance(dense, lawful)
+            residual = relative_distance(dense, lawful)
         elif init == "exact":
             raise refuse("its weight has no values yet to compare. Use init='project', or load it.")
         if max_residual is not None:
-            refuse_distant(rule.residual_at_tying, max_residual, refuse)
+            refuse_distant(residual, max_residual, refuse)
         if init == "exact" and not torch.equal(lawful, dense):
             raise refuse(
-                f"the weight breaks the law {rule.law} (residual {rule.residual_at_tying:.2e}). "
+                f"the weight breaks the law {rule.law} (residual {residual:.2e}). "
                 "Use init='project' to take the nearest lawful weight."
             )
         if init == "rescale":
@@ -555,7 +567,7 @@ def _initial_free_values(
                 value * count.sqrt().to(value.device, value.dtype)
                 for value, count in zip(free, counts, strict=True)
             ]
-        return free
+        return free, residual
 
 
 def _refuse_misshapen(value: object, dense: Tensor, refuse: Callable[[str], TieError]) -> None:

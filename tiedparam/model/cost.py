@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from tiedparam.compute import forward as _structured
-from tiedparam.laws.broadcast import Broadcast
+from tiedparam.compute.forward import computing_of
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.host import stock_class
 
@@ -34,7 +33,7 @@ def multiply_adds(
         layer: the layer.
         tensor_name: which of its tensors.
         shape: the shape of the tensor.
-        rule: a rule that is bound to it and planned (`tiedparam.compute.forward.prepare`).
+        rule: a rule that is bound to it.
 
     Returns:
         The two numbers, as the layer computes while it trains; None where it is not known
@@ -51,14 +50,15 @@ def multiply_adds(
 
 
 def _reduced_count(layer: nn.Module, tensor_name: str, rule: Rule | None) -> int | None:
-    if not isinstance(rule, Broadcast) or rule.plan is None or tensor_name != "weight":
+    if rule is None or rule.layout is None:
+        return None
+    computing = computing_of(layer, tensor_name, rule)
+    if computing is None or computing.otherwise != "reduced":
         return None
     stock = stock_class(layer)
     if issubclass(stock, NonDynamicallyQuantizableLinear):
         return None  # attention reads the weight and does the product itself
-    if _structured.computation(stock) is None or rule.plan.otherwise != "reduced":
-        return None
-    return rule.reduced_count
+    return computing.reduction.entries
 
 
 def positions(model: nn.Module, example: Any) -> dict[nn.Module, int]:

@@ -15,7 +15,7 @@ from tiedparam.laws.rule import Rule
 from tiedparam.model import cost as _cost
 from tiedparam.model.scan_report import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
 from tiedparam.state.optimizer_moves import as_optimizers
-from tiedparam.tie.lookup import origins, ties_of
+from tiedparam.tie.lookup import origins, tie_of, ties_of
 from tiedparam.util.table import Column, Table, TableReport, plain, show
 
 
@@ -261,7 +261,7 @@ def _row(
             if counts
             else None
         ),
-        residual=rule.residual_at_tying,
+        residual=tie_of(layer, name).residual_at_tying,
         multiply_adds_dense=costs[0] if costs else None,
         multiply_adds_tied=costs[1] if costs else None,
         positions=positions.get(layer),

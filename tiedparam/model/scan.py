@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedparam.compute import forward as _structured
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked
 from tiedparam.laws.registry import available_rules
@@ -268,7 +267,6 @@ class _Scan:
         multiplicity: tuple[int, int] | None,
     ) -> Candidate:
         residual, constant = rule.residual(tensor.value), tensor.moments.constant
-        _structured.prepare(tensor.layer, tensor.name, rule)
         shape = tuple(tensor.value.shape)
         costs = _cost.multiply_adds(tensor.layer, tensor.name, shape, rule)
         text = str(rule)

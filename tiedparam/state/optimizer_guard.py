@@ -16,7 +16,6 @@ were multiplied (S42): an optimizer that was moved takes groups only that say th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,12 +25,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tiedparam.state.optimizer_groups import times
 from tiedparam.state.optimizer_laws import parameter_shaped_state, why_unfit
+from tiedparam.tie.marks import FREE, RETIRED
 from tiedparam.util.errors import TieError, warn
 
-# Marks are attributes of the Parameters: a weak reference to one would keep torch from
-# swapping its contents (`torch.utils.swap_tensors`), as it does when it converts some models.
-_RETIRED = "_tiedparam_retired"  # on a replaced parameter: why no optimizer may hold it
-_FREE = "_tiedparam_free"  # on a free value: the name of its tensor
 _checked_state: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
 _forbidden: dict[Any, tuple[list[Tensor], str]] = {}  # who forbids → parameters, and why
 _installed = False
@@ -41,38 +37,21 @@ def retire(parameters: list[nn.Parameter], where: str, remedy: str) -> None:
     """From now on, stepping an optimizer that holds one of these raises."""
     _install()
     for parameter in parameters:
-        parameter.__dict__.pop(_FREE, None)
-        setattr(parameter, _RETIRED, f"{where}, which was replaced. {remedy}")
+        parameter.__dict__.pop(FREE, None)
+        setattr(parameter, RETIRED, f"{where}, which was replaced. {remedy}")
 
 
 def holds_retired(optimizer: Optimizer) -> bool:
     """Whether a tie has replaced a parameter that the optimizer holds, so that it cannot step."""
     held = (p for group in optimizer.param_groups for p in group["params"])
-    return any(hasattr(p, _RETIRED) for p in held)
+    return any(hasattr(p, RETIRED) for p in held)
 
 
 def watch_free_values(parameters: list[nn.Parameter], where: str) -> None:
     """Compare loaded optimizer state with these parameters' shapes before a step uses it."""
     _install()
     for parameter in parameters:
-        setattr(parameter, _FREE, where)
-
-
-def carry_attributes(old: nn.Parameter, new: nn.Parameter) -> None:
-    """What users have written on a parameter (a learning rate, say) goes to its successor."""
-    for name, value in old.__dict__.items():
-        if name not in (_RETIRED, _FREE):
-            new.__dict__[name] = value
-
-
-def carry_marks(
-    old: Mapping[str, nn.Parameter | None], new: Mapping[str, nn.Parameter | None]
-) -> None:
-    """Free values that were copied, or replaced while loading, are watched as before (S17, S19)."""
-    for name, parameter in old.items():
-        successor = new.get(name)
-        if successor is not None and successor is not parameter and hasattr(parameter, _FREE):
-            setattr(successor, _FREE, getattr(parameter, _FREE))
+        setattr(parameter, FREE, where)
 
 
 def forbid_steps(owner: object, parameters: list[Tensor], where: str) -> None:
@@ -119,7 +98,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            why = getattr(parameter, _RETIRED, None)
+            why = getattr(parameter, RETIRED, None)
             if why is not None:
                 raise TieError(f"the {type(optimizer).__name__} still holds {why}")
     if _forbidden:
@@ -134,7 +113,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _check_state(optimizer: Optimizer) -> None:
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    involved = [getattr(p, _FREE) for p in held if hasattr(p, _FREE)]
+    involved = [getattr(p, FREE) for p in held if hasattr(p, FREE)]
     if not involved:
         return
     unfit = why_unfit(optimizer)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tiedparam.laws.rule import Rule
+from tiedparam.tie.record import Tie
 from tiedparam.util.errors import TieError, describe
 from tiedparam.util.torch_private import parametrization_list, parametrization_lists
 
@@ -45,6 +46,11 @@ def get_tie(layer: nn.Module, tensor_name: str = "weight") -> Rule:
             f"{describe(layer, tensor_name)} is not tied. Tie it with register_tie first."
         )
     return cast(Rule, parametrization_list(layer, tensor_name)[0])
+
+
+def tie_of(layer: nn.Module, tensor_name: str = "weight") -> Tie:
+    """The tie of a tensor that is known to be tied."""
+    return Tie(layer, tensor_name, parametrization_list(layer, tensor_name))
 
 
 def free_values(layer: nn.Module, tensor_name: str) -> list[nn.Parameter]:

@@ -13,19 +13,32 @@ are copied, or replaced by ``load_state_dict(assign=True)``.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tiedparam.state import optimizer_guard as _optimizer_guard
-from tiedparam.util.errors import TieError
-from tiedparam.util.torch_private import through
+from tiedparam.laws.rule import Rule
+from tiedparam.tie.marks import carry_marks
+from tiedparam.util.errors import TieError, describe
+from tiedparam.util.torch_private import effective, through
 
 
 class TiedList(parametrize.ParametrizationList):
-    """The parametrizations of a tied tensor: the rule, and what is stacked on it."""
+    """The parametrizations of a tied tensor, and all that is known of the tie.
+
+    It is where torch keeps them, so it is copied, pickled and freed with the layer.
+
+    Attributes:
+        kept: what is kept of the weight for inference.
+        computing: how the layer computes with it, if not densely.
+        residual_at_tying: how far the weight was from the law then; None if unknown.
+    """
+
+    kept: Any = None
+    computing: Any = None
+    residual_at_tying: float | None = None
 
     def append(self, module: nn.Module) -> TiedList:
         """Stack a parametrization on the tie.
@@ -76,18 +89,86 @@ class TiedList(parametrize.ParametrizationList):
         replica: TiedList = type(self).__new__(type(self))
         memo[id(self)] = replica
         replica.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        _optimizer_guard.carry_marks(self._parameters, replica._parameters)
+        carry_marks(self._parameters, replica._parameters)
         return replica
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         before = self._parameters.copy()
         super()._load_from_state_dict(*args, **kwargs)
-        _optimizer_guard.carry_marks(before, self._parameters)
+        carry_marks(before, self._parameters)
 
     def _get_name(self) -> str:
         return "ParametrizationList"  # repr: to a reader it is torch's
 
 
-def watch(parametrizations: parametrize.ParametrizationList) -> None:
-    """Check what is stacked on these parametrizations from now on."""
+class Tie:
+    """One rule on one tensor of one layer, with all that belongs to it.
+
+    Made by `tiedparam.tie.lookup` for whoever asks. What must live as long as the tie lies in the
+    layer's `TiedList`; that cannot know its layer, since shallow copies of a layer share it.
+
+    Attributes:
+        layer: the tied layer.
+        tensor_name: which of its tensors.
+        values: torch's list of its parametrizations, with the free values.
+    """
+
+    __slots__ = ("layer", "tensor_name", "values")
+
+    def __init__(
+        self, layer: nn.Module, tensor_name: str, values: parametrize.ParametrizationList
+    ) -> None:
+        self.layer, self.tensor_name, self.values = layer, tensor_name, values
+
+    @property
+    def rule(self) -> Rule:
+        """The law."""
+        return cast(Rule, self.values[0])
+
+    @property
+    def free(self) -> list[nn.Parameter]:
+        """The Parameters that the tensor is computed from; none for a copy."""
+        return [getattr(self.values, f"original{i}") for i in range(self.values.ntensors)]
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """The state-dict keys of the free values, in a model that has the layer at ``prefix``."""
+        start = f"{prefix}parametrizations.{self.tensor_name}.original"
+        return [f"{start}{index}" for index in range(self.values.ntensors)]
+
+    def weight(self) -> Tensor:
+        """The tensor that the layer computes with."""
+        return effective(self.layer, self.tensor_name)
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether another parametrization works on what the tie gives."""
+        return len(self.values) > 1
+
+    def describe(self, root: nn.Module | None = None) -> str:
+        """The tensor, as messages name it."""
+        return describe(self.layer, self.tensor_name, root)
+
+    @property
+    def residual_at_tying(self) -> float | None:
+        """How far the weight was from the law when `register_tie` tied it; None if unknown."""
+        return cast("float | None", self.values.__dict__.get("residual_at_tying"))
+
+    @residual_at_tying.setter
+    def residual_at_tying(self, residual: float | None) -> None:
+        self.values.__dict__["residual_at_tying"] = residual
+
+    @property
+    def kept(self) -> Any:
+        """What is kept of the weight for inference; None for a rule given to torch directly."""
+        return self.values.__dict__.get("kept")
+
+    @property
+    def computing(self) -> Any:
+        """How the layer computes with the tensor, if not densely."""
+        return self.values.__dict__.get("computing")
+
+
+def adopt(parametrizations: parametrize.ParametrizationList) -> TiedList:
+    """Make torch's list the record of a tie, which also checks what is stacked on it."""
     parametrizations.__class__ = TiedList
+    return cast(TiedList, parametrizations)
