@@ -302,7 +302,7 @@ class _Frozen:
         self.hooks = [t.register_hook(self._refuse_backward) for t in leaves]
         _optimizer_guard.forbid_steps(
             self, [t for _, _, t in self.origins],
-            f"{self.where}, which is frozen. Step outside of the block.",
+            f"{self.where}, which is frozen.", "Step outside of the block.",
         )  # fmt: skip
 
     def release(self) -> None:

@@ -22,7 +22,9 @@ from tiedparam.laws.functions import Functions, function_name
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked
 from tiedparam.laws.rule import Rule
-from tiedparam.state.dictionaries import signatures_of, tie_state_dict
+from tiedparam.state.dictionaries import tie_state_dict
+from tiedparam.state.loading import signatures_of
+from tiedparam.tie.binding import bind
 from tiedparam.tie.lookup import free_values, get_tie, is_stacked, is_tied, named_ties
 from tiedparam.util.bits import same_bits
 from tiedparam.util.errors import TieError, TieWarning, quoted, shown_shape, some_of
@@ -75,9 +77,9 @@ def _fitting_rule(tie: StoredTie, model: nn.Module, functions: Functions) -> Rul
     if not isinstance(layer._parameters.get(tie.tensor), nn.Parameter):
         raise TieError("the model has no such Parameter. Build the model that was saved.")
     probe = tie.make(functions)  # binding leaves its traces
-    reason = probe.bind(layer, tie.tensor, model)
+    reason = bind(probe, layer, tie.tensor, model)
     if reason is not None:
-        raise TieError(reason)
+        raise TieError("", *reason)
     if probe.bound_layout != tie.layout:
         raise TieError(_another_layout(tie.layout, probe.bound_layout))
     return rule
@@ -86,7 +88,10 @@ def _fitting_rule(tie: StoredTie, model: nn.Module, functions: Functions) -> Rul
 def _function_of(present: Rule) -> Functions:
     """The function of a copy in the model, by its name: the model's own code brought it."""
     try:
-        return {function_name(present.fn): present.fn} if isinstance(present, Linked) else {}
+        return {
+            function_name(getattr(present, name)): getattr(present, name)
+            for name in present.functions
+        }
     except TieError:  # one without a name
         return {}
 
@@ -202,7 +207,7 @@ def _slots(
     for tie, _ in new:
         slot = slots.pop(tie.key)
         probe = tie.make(functions)
-        probe.bind(model.get_submodule(tie.layer), tie.tensor, model)
+        bind(probe, model.get_submodule(tie.layer), tie.tensor, model)
         for number, shape in enumerate(probe.free_shapes()):
             key = f"{tie.layer}.parametrizations.{tie.tensor}.original{number}".removeprefix(".")
             slots[key] = _Slot(shape, slot.dtype, (slot.tensor, number))

@@ -232,7 +232,7 @@ def _options(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
         name = parameter.name
         if name in options or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        named = isinstance(rule, Linked) and name == "fn"
+        named = name in rule.functions
         value = getattr(rule, name, parameter.default)
         if name in said and not named:
             value = said[name]
@@ -262,13 +262,15 @@ def _path_of(source: nn.Module, paths: Mapping[int, str]) -> str:
 def _refuse_changed(rule: Rule, stored: StoredTie) -> None:
     """Raise unless what is stored makes a rule that gives the same weight, to the bit."""
     named = {}
-    if isinstance(rule, Linked) and "fn" in stored.options:
-        named[stored.options["fn"]] = rule.fn
+    for name in rule.functions:
+        if name in stored.options:
+            named[stored.options[name]] = getattr(rule, name)
     again = stored.make(named)
     if isinstance(rule, Linked) and isinstance(again, Linked):
-        same = again.fn is rule.fn and again.source_name == rule.source_name
+        same = all(getattr(again, f) is getattr(rule, f) for f in rule.functions)
+        same = same and again.source_name == rule.source_name
     else:
-        reason = again._bind_layout(rule.bound_layout, torch.float32)
+        reason = again.bind(rule.bound_layout, torch.float32)
         numbers = [
             torch.arange(1.0, prod(shape) + 1, device="cpu").reshape(shape)
             for shape in rule.free_shapes()
@@ -286,8 +288,7 @@ def _refuse_changed(rule: Rule, stored: StoredTie) -> None:
 def _law_options(rule: Rule) -> Any:
     # as a file gives them back: lists for tuples
     options = json.loads(json.dumps(rule.options(), default=repr))
-    if isinstance(rule, Linked):
-        options["fn"] = id(rule.fn)
+    options.update({name: id(getattr(rule, name)) for name in rule.functions})
     return options
 
 

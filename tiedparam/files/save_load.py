@@ -185,7 +185,9 @@ def export_dense(
         )
     refuse_foreign_suffix(path)
     limit = None if max_shard_size is None else _bytes_of(max_shard_size)
-    state = untie_with(model, _plain_state(model), placeholder)
+    state = untie_with(
+        model, _plain_state(model), lambda tie: placeholder(tie.layer, tie.tensor_name, tie.rule)
+    )
     computed = {prefix + name: (layer, name) for prefix, layer, name, _ in named_ties(model)}
     entries = [_entry(key, value) for key, value in state.items()]
     check_entries(entries)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Reduction, Rule, halved_difference
+from tiedparam.util.errors import Reason
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,9 @@ class Broadcast(Rule):
         canonical = base.reshape(sizes.kept).expand(sizes.full).reshape(layout.canonical_shape)
         return layout.native(canonical)
 
-    def _bind_layout(self, layout: Layout, dtype: torch.dtype) -> str | None:
-        reason = super()._bind_layout(layout, dtype)
+    def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
+        """Fit the rule to one tensor, and count the sizes on the way to its weight."""
+        reason = super().bind(layout, dtype)
         if reason is None:
             self._sizes = self._measure()
         return reason

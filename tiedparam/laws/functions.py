@@ -67,15 +67,18 @@ def find_function(name: object, allowed: Functions) -> Function:
     module, colon, _ = str(name).partition(":")
     if colon:
         raise TieError(
-            f"its function {quoted(name)} is code, which a file cannot bring along. If you have it "
-            f"and trust the file, pass functions={{{quoted(name)}: the function}}; in the shell, "
-            f"{_in_the_shell(module)}."
+            f"its function {quoted(name)}",
+            f"its function {quoted(name)} is code, which a file cannot bring along.",
+            f"If you have it and trust the file, pass functions={{{quoted(name)}: the function}}; "
+            f"in the shell, {_in_the_shell(module)}.",
         )
     near = difflib.get_close_matches(str(name), FUNCTIONS, n=1, cutoff=0.4)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(FUNCTIONS)}."
+    place = f"fn={shortened(repr(name))}"
     raise TieError(
-        f"fn={shortened(repr(name))} is not a known function. {hint} In Python pass a function of "
-        "your own itself; a file calls it 'module:name'."
+        place,
+        f"{place} is not a known function.",
+        f"{hint} In Python pass a function of your own itself; a file calls it 'module:name'.",
     )
 
 
@@ -101,9 +104,10 @@ def function_name(function: Function) -> str:
             return f"{module}:{path}"
     shown = getattr(function, "__name__", type(function).__name__)
     raise TieError(
-        f"a file cannot name its function '{shown}', {_kind(function)}. Write it with def at the "
-        "top of a module: a file calls it 'module:name', and who loads the file passes it in "
-        "functions=."
+        f"its function '{shown}'",
+        f"a file cannot name its function '{shown}', {_kind(function)}.",
+        "Write it with def at the top of a module: a file calls it 'module:name', and who loads "
+        "the file passes it in functions=.",
     )
 
 

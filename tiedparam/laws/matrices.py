@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from tiedparam.tie.write_guard import guarding_is_off
+from tiedparam.util.torch_private import is_traced_or_transformed
 
 _FEW = 1024  # entries: below, the shuffle's fixed cost is the larger one
 
@@ -22,7 +22,7 @@ def is_eager(tensor: Tensor) -> bool:
     return (
         (type(tensor) is Tensor or type(tensor) is nn.Parameter)
         and tensor.device.type == "cpu"
-        and not guarding_is_off()
+        and not is_traced_or_transformed()
         and forward_ad._current_level < 0
     )
 

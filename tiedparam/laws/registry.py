@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tiedparam.laws.rule import Rule
 from tiedparam.util.errors import TieError
@@ -45,8 +45,9 @@ def register_rule(name: str) -> Callable[[R], R]:
         # a reloaded module defines the same rule once more: that is a replacement
         if known is not None and _place(known) != _place(rule):
             raise TieError(
-                f"the name '{name}' belongs to {known.__module__}.{known.__qualname__}. "
-                "Choose another name for your rule."
+                f"'{name}'",
+                f"the name '{name}' belongs to {known.__module__}.{known.__qualname__}.",
+                "Choose another name for your rule.",
             )
         rule.name = name
         _RULES[name] = rule
@@ -78,4 +79,32 @@ def find_rule(name: str) -> type[Rule]:
     else:
         hint = "Known rules: " + ", ".join(available_rules()) + "."
     hint += " If it is a rule of your own, import its module first."
-    raise TieError(f"there is no rule '{name}'. {hint}")
+    raise TieError(f"'{name}'", f"there is no rule '{name}'.", hint)
+
+
+def make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:
+    """A fresh rule from a name or a class, or the given one."""
+    if isinstance(rule, Rule):
+        if options:
+            raise TypeError(
+                f"options {sorted(options)} go with a rule's name or class, not with an instance"
+            )
+        if rule.layout is not None:
+            raise TieError(
+                f"this '{rule}'",
+                f"this '{rule}' is bound to a tensor already.",
+                "Make a new instance for every tensor.",
+            )
+        return rule
+    if isinstance(rule, str):
+        rule = find_rule(rule)
+    if not (isinstance(rule, type) and issubclass(rule, Rule)):
+        raise TypeError(f"rule takes a name, a Rule subclass or a Rule, not {rule!r}")
+    name = rule.name or rule.__name__
+    signature = inspect.signature(rule)
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        known = ", ".join(f"{option}=" for option in signature.parameters) or "none"
+        raise TypeError(f"rule '{name}': {error}. Its options are: {known}.") from error
+    return rule(**options)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws.layout import Layout
-from tiedparam.util.errors import TieError
+from tiedparam.util.errors import Reason, TieError
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,12 @@ class Rule(nn.Module):
     gains_from_cache: ClassVar[bool] = True
     """Whether keeping the weight saves time; if not, ``cache=True`` is ignored."""
 
+    reads_layers: ClassVar[bool] = False
+    """Whether `forward` takes tensors of other layers, its `sources`, before the free values. Such
+    a law has the options ``source`` and ``source_name``: see `tiedparam.laws.Linked`."""
+    functions: ClassVar[tuple[str, ...]] = ()
+    """The names of options that are functions, which files hold by name."""
+
     layout: Layout | None
     compute: str = "auto"
     """The form in which a layer is to be computed; see `reduction`."""
@@ -90,9 +96,18 @@ class Rule(nn.Module):
 
     # The law ------------------------------------------------------------------------
 
-    def check(self, layout: Layout) -> str | None:
-        """Why a tensor of this layout cannot carry the rule, or None. Never raises."""
+    def check(self, layout: Layout) -> Reason | str | None:
+        """Why a tensor of this layout cannot carry the rule, or None. Never raises.
+
+        Returns:
+            A `Reason` with fact and remedy, or both as one text.
+        """
         return None
+
+    def reason_against(self, layout: Layout) -> Reason | None:
+        """What `check` says, as a `Reason`."""
+        said = self.check(layout)
+        return Reason(said) if isinstance(said, str) else said
 
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the free values for the bound layout; none may be empty."""
@@ -153,9 +168,13 @@ class Rule(nn.Module):
             for value, total, count in zip(exact, sums, counts, strict=True)
         )
 
+    def fit_to(self, weight: Tensor, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`right_inverse`, where the tensors of `sources` are given."""
+        return self.right_inverse(weight)
+
     def project(self, weight: Tensor) -> Tensor:
         """The lawful weight nearest to ``weight`` in the Frobenius norm."""
-        return self.forward(*self.right_inverse(weight))
+        return self.forward(*self.read(), *self.right_inverse(weight))
 
     def residual(self, weight: Tensor) -> float:
         """``‖W − project(W)‖ / ‖W‖``: 0 for a lawful (or zero) weight, at most 1 if linear."""
@@ -240,10 +259,18 @@ class Rule(nn.Module):
 
     # Binding --------------------------------------------------------------------------
 
-    def bind(self, layer: nn.Module, tensor_name: str, root: nn.Module | None) -> str | None:
+    def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
         """Fit the rule to one tensor. Returns the reason why it does not fit, or None."""
-        weight = getattr(layer, tensor_name)
-        return self._bind_layout(Layout.of(layer, tensor_name, tuple(weight.shape)), weight.dtype)
+        if not (dtype.is_floating_point or (dtype.is_complex and self.complex_valued)):
+            return Reason(
+                f"the law has no meaning for {dtype}.", "Convert the layer first (.float())."
+            )
+        if 0 in layout.shape:
+            return Reason(f"the tensor {layout.shape} is empty.", "Tie a layer that has weights.")
+        reason = self.reason_against(layout)
+        if reason is None:
+            self.layout = layout
+        return reason
 
     def bind_shape(self, weight: Tensor) -> None:
         """Bind a rule that was given to torch directly, to the canonical layout.
@@ -252,34 +279,26 @@ class Rule(nn.Module):
             TieError: if a tensor of this shape cannot carry the rule.
         """
         if self.layout is None:
-            reason = self._bind_layout(Layout(tuple(weight.shape)), weight.dtype)
-            if reason:
-                raise TieError(f"cannot tie a tensor {tuple(weight.shape)} by '{self}': {reason}")
+            reason = self.bind(Layout(tuple(weight.shape)), weight.dtype)
+            if reason is not None:
+                place = f"cannot tie a tensor {tuple(weight.shape)} by '{self}'"
+                raise TieError(place, *reason)
 
-    def _bind_layout(self, layout: Layout, dtype: torch.dtype) -> str | None:
-        if not (dtype.is_floating_point or (dtype.is_complex and self.complex_valued)):
-            return f"the law has no meaning for {dtype}. Convert the layer first (.float())."
-        if 0 in layout.shape:
-            return f"the tensor {layout.shape} is empty. Tie a layer that has weights."
-        reason = self.check(layout)
-        if reason is None:
-            self.layout = layout
-        return reason
-
-    def why_not_kept(self) -> str | None:
+    def why_not_kept(self) -> Reason | None:
         """What the rule holds that no file could give back to it, or None."""
         for name, module in self.named_children():
             if module.state_dict():
-                return (
-                    f"it holds the layer '{name}', whose keys would stand in the model twice. A "
-                    "function of another layer's tensor is 'copy' with source= and fn=."
+                return Reason(
+                    f"it holds the layer '{name}', whose keys would stand in the model twice.",
+                    "A function of another layer's tensor is 'copy' with source= and fn=.",
                 )
         held = [repr(name) for name in self.state_dict()]
         if held:
-            return (
+            return Reason(
                 f"it keeps {', '.join(held)} of its own, which is no free value and which no file "
-                "would give back. Say the numbers in options(), and compute what follows from "
-                "them in __init__ or forward; a buffer of that takes persistent=False."
+                "would give back.",
+                "Say the numbers in options(), and compute what follows from them in __init__ or "
+                "forward; a buffer of that takes persistent=False.",
             )
         return None
 
@@ -291,12 +310,25 @@ class Rule(nn.Module):
             TieError: if the rule is not bound yet.
         """
         if self.layout is None:
-            raise TieError(f"the rule '{self}' is bound to no tensor yet. Call register_tie first.")
+            raise TieError(
+                f"the rule '{self}'",
+                f"the rule '{self}' is bound to no tensor yet.",
+                "Call register_tie first.",
+            )
         return self.layout
 
     def sources(self) -> Iterator[tuple[nn.Module, str]]:
-        """The tensors of other layers that `forward` reads; none for most rules."""
+        """The tensors of other layers that `forward` takes first; none for most rules."""
         return iter(())
+
+    def read(self) -> tuple[Tensor, ...]:
+        """What `sources` hold now."""
+        return ()
+
+    @property
+    def is_plain_copy(self) -> bool:
+        """Whether the weight is to be the very tensor that the one source has."""
+        return False
 
     def __str__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.options().items())

@@ -12,7 +12,6 @@ that keeps less than `KEPT` is at least ``0.95 · chance`` away, whatever the la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -20,7 +19,7 @@ from numbers import Real
 from torch import Tensor
 
 from tiedparam.laws.rule import Rule
-from tiedparam.util.errors import TieError, shortened, warn
+from tiedparam.util.errors import Reason, TieError, shortened, warn
 
 KEPT = 0.2
 """A weight that keeps less of its norm than this was ruined: 4 % of its energy is left."""
@@ -99,7 +98,7 @@ class Concern:
             layout = self.rule.bound_layout
             for options in kind.variants(layout):
                 other = kind(**options)
-                misfit = other._bind_layout(layout, self.weight.dtype)
+                misfit = other.bind(layout, self.weight.dtype)
                 unlike = other.options() not in ({}, self.rule.options())
                 if misfit is not None or other.free_count >= entries or not unlike:
                     continue
@@ -181,23 +180,28 @@ def check_max_residual(value: object) -> None:
         raise TypeError(f"max_residual= takes a number, not {type(value).__name__}")
     if not value >= 0:  # type: ignore[operator]  # a NaN is no limit either
         raise TieError(
-            f"max_residual={value!r} is no limit. Choose a number from 0, for lawful weights only, "
-            "to 1, for all."
+            f"max_residual={value!r}",
+            f"max_residual={value!r} is no limit.",
+            "Choose a number from 0, for lawful weights only, to 1, for all.",
         )
 
 
-def refuse_distant(residual: float | None, limit: float, refuse: Callable[[str], TieError]) -> None:
-    """Raise if a weight is further from its law than the user allows."""
+def why_distant(residual: float | None, limit: float | None) -> Reason | None:
+    """Why a weight is further from its law than the user allows, or None."""
+    if limit is None:
+        return None
     if residual is None:
-        raise refuse(
-            "its weight has no values yet, so its residual is not known. Load it first, or leave "
-            "out max_residual=."
+        return Reason(
+            "its weight has no values yet, so its residual is not known.",
+            "Load it first, or leave out max_residual=.",
         )
     if not residual <= limit:  # not a number is no small number
-        raise refuse(
-            f"its residual {residual:.3g} is above max_residual={limit:g}. Leave it dense, choose "
-            "a law that it is near to (tiedparam.scan lists them), or raise the limit."
+        return Reason(
+            f"its residual {residual:.3g} is above max_residual={limit:g}.",
+            "Leave it dense, choose a law that it is near to (tiedparam.scan lists them), or raise "
+            "the limit.",
         )
+    return None
 
 
 def _kept(residual: float) -> float:

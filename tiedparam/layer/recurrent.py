@@ -44,14 +44,14 @@ def members(stock: type[nn.Module]) -> dict[str, Any]:
         return {}
     return {
         "_flat_weights": property(_flat_weights, lambda layer, value: None),
-        "_init_flat_weights": forget,
+        "_init_flat_weights": clear_flat_weights,
         "_update_flat_weights": lambda layer: None,
         "flatten_parameters": lambda layer: None,
         "__setstate__": _set_state,
     }
 
 
-def forget(layer: Any) -> None:
+def clear_flat_weights(layer: Any) -> None:
     """Let go of the kept weights, so that the stock class collects them at its next forward.
 
     Does nothing to layers that are not recurrent.
@@ -78,4 +78,4 @@ def _weights(layer: Any) -> list[Tensor | None]:
 def _set_state(layer: Any, state: dict[str, Any]) -> None:
     # not RNNBase's, which would compute the weights while a copy's source is not there yet
     nn.Module.__setstate__(layer, state)
-    forget(layer)
+    clear_flat_weights(layer)

@@ -1,54 +1,51 @@
 """Tying and untying one tensor of one layer.
 
-`register_tie` reads top to bottom: find the rule, check everything, compute the free values,
-plan the optimizers' moves; only then touch the layer, and put everything back if torch
-refuses midway.
+`register_tie` reads top to bottom: find the rule, check everything, compute the free values, plan
+the optimizers' moves; only then touch the layer, and put everything back if torch refuses midway.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from copy import copy
-from typing import Any, TypeVar, cast
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from tiedparam.compute import forward as _structured
-from tiedparam.compute import frozen as _cache
+from tiedparam.compute.forward import computing_of
+from tiedparam.compute.frozen import memory_for, refuse_if_frozen
 from tiedparam.laws.layout import declare_shape
-from tiedparam.laws.linked import Linked
-from tiedparam.laws.registry import find_rule
-from tiedparam.laws.rule import Rule, relative_distance
-from tiedparam.layer import host as _host
-from tiedparam.layer.concerns import Concern, check_max_residual, concern_of, refuse_distant
-from tiedparam.state import optimizer_guard as _optimizer_guard
-from tiedparam.state import optimizer_moves as _optimizer
-from tiedparam.state.dictionaries import watch_source
-from tiedparam.tie.lookup import free_values, get_tie, is_stacked, is_tied, origins
+from tiedparam.laws.registry import make_rule
+from tiedparam.laws.rule import Rule
+from tiedparam.layer import host
+from tiedparam.layer.checks import check_arguments, described, why_refused, why_untieable
+from tiedparam.layer.concerns import Concern, check_max_residual, concern_of
+from tiedparam.layer.initial_values import InitialValues, initial_values
+from tiedparam.layer.parameter_order import plain_parameter, remember_order
+from tiedparam.state import optimizer_guard, optimizer_moves
+from tiedparam.state.optimizer_moves import Exchange, Move
+from tiedparam.tie.binding import bind, value_of
+from tiedparam.tie.lookup import find_tie, origins, tie_of
 from tiedparam.tie.marks import carry_attributes
-from tiedparam.tie.offloaded import is_on_disk, refuse_offloaded
+from tiedparam.tie.offloaded import why_offloaded
 from tiedparam.tie.parameter_paths import Places
-from tiedparam.tie.record import adopt
+from tiedparam.tie.reading import Reading, overlooking_sources
+from tiedparam.tie.record import Tie
 from tiedparam.tie.rollback import rolled_back_on_error
-from tiedparam.tie.wrapped import is_wrapper, refuse_wrapped
-from tiedparam.tie.write_guard import unguard
-from tiedparam.util.errors import TieError, describe, quoted, some_of, warn
+from tiedparam.tie.wrapped import why_wrapped
+from tiedparam.util.errors import Reason, TieError, describe, warn
 from tiedparam.util.sharded import is_sharded
 from tiedparam.util.torch_private import (
     effective,
-    has_values,
+    has_gradient_hooks,
     never_compiled,
-    parametrization_list,
+    parameters_of,
 )
 
 Layer = TypeVar("Layer", bound=nn.Module)
-
-INITS = ("project", "rescale", "exact")
 
 
 @never_compiled
@@ -108,7 +105,7 @@ def register_tie(
         TieWarning: if decay that the optimizer adds to the gradient becomes weaker, with by how
             much and the way out.
     """
-    _check_arguments(layer, tensor_name, init, root)
+    check_arguments(layer, tensor_name, init, root)
     check_max_residual(max_residual)
     made = make_rule(rule, options)
     places = Places(root) if root is not None else None
@@ -145,105 +142,137 @@ def tie_one(
     Raises:
         TieError: if anything does not fit. Nothing was changed then.
     """
-    if isinstance(made, Linked) and _is_broken_copy(layer, tensor_name):
+    if made.reads_layers and _has_lost_its_source(layer, tensor_name):
         return _tie_again(layer, made, tensor_name, places, init=init, cache=cache)
-    root = places.root if places is not None else None
-    where = _describe(layer, tensor_name, places)
-
-    def refuse(reason: str) -> TieError:
-        return TieError(f"cannot tie {where} by '{made}': {reason}")
-
-    _cache.refuse_if_frozen(layer, "register_tie")
-    weight = _weight_to_tie(layer, tensor_name, places, refuse)
-    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
-        _refuse_embedding_options(layer, made, refuse)
-    optimizers = _optimizer.as_optimizers(optimizer)
-
+    where = described(layer, tensor_name, places)
+    place = f"cannot tie {where} by '{made}'"
+    refuse_if_frozen(layer, "register_tie")
+    _raise(place, why_untieable(layer, tensor_name, places) or why_refused(layer, made))
+    weight: nn.Parameter = parameters_of(layer)[tensor_name]  # type: ignore[assignment]
+    optimizers = optimizer_moves.as_optimizers(optimizer)
     noted = rolled_back_on_error(layer.modules(), optimizers)
-    with _long_chains_told(refuse), _unbound_on_error(made), noted:
-        reason = made.bind(layer, tensor_name, root)
-        if reason is not None:
-            raise refuse(reason)
-        if isinstance(made, Linked) and places is not None:
-            made.locate(layer, tensor_name, places)
-        if any(is_sharded(effective(*source)) for source in made.sources()):
-            raise refuse("its source is sharded already. Tie before fully_shard.")
-        free, residual = _initial_free_values(made, weight, init, max_residual, refuse)
-        reason = made.why_not_kept()  # now that it has done all that it does
-        if reason is not None:
-            raise refuse(reason)
-        _host.remember_order(layer)
-        parametrize.register_parametrization(layer, tensor_name, made)
-        _host.adopt(layer)
-        values = adopt(parametrization_list(layer, tensor_name))
-        values.computing = _structured.computing_of(layer, tensor_name, made)
-        values.kept = _cache.memory_for(made, cache)
-        values.residual_at_tying = residual
-        stored = free_values(layer, tensor_name)
-        with torch.no_grad():
-            for parameter, value in zip(stored, free, strict=True):
-                parameter.copy_(value)
-                carry_attributes(weight, parameter)
-        change = _optimizer.tying(made, weight, stored, tensor_name)
-        try:
-            moves = _optimizer.plan_moves(optimizers, change)
-        except ValueError as error:
-            raise refuse(f"{error}.") from error
-        _optimizer.warn_of_losses(moves, f"tying {where} by '{made}'")
-        _optimizer.move_gradient(change)
+    with _long_chains_told(place), _unbound_on_error(made), noted:
+        values = _fit(made, layer, tensor_name, places, init, max_residual, place)
+        tie = _replace_parameter(layer, tensor_name, made, values.free)
+        tie.record.computing = computing_of(layer, tensor_name, made)
+        tie.record.kept = memory_for(made, cache)
+        tie.record.residual_at_tying = values.residual
+        if made.reads_layers:
+            tie.record.reading = Reading.start(tie.record, layer, tensor_name, places)
+        for parameter in tie.free:
+            carry_attributes(weight, parameter)
+        change = optimizer_moves.tying(made, weight, tie.free, tensor_name)
+        moves = _planned(optimizers, change, place)
+        optimizer_moves.warn_of_losses(moves, f"tying {where} by '{made}'")
+        optimizer_moves.move_gradient(change)
         for move in moves:
             move.apply()
-        if isinstance(made, Linked):
-            watch_source(made)
-            _optimizer.share_gradient(weight, made, list(origins(layer, tensor_name)))
-        unasked = init == "project" and max_residual is None
-        concern = concern_of(
-            where, tensor_name, made, weight.detach(), residual if unasked else None
-        )
+        if made.reads_layers and not tie.free:
+            origin = list(origins(layer, tensor_name))
+            optimizer_moves.share_gradient(weight, tie.tied, origin)
+        asked = init != "project" or max_residual is not None
+        residual = None if asked else values.residual
+        concern = concern_of(where, tensor_name, made, weight.detach(), residual)
         if concern is not None and concerned is not None:
             concerned(concern)
-    _optimizer_guard.retire(
-        [weight],
-        f"the dense parameter of {where}",
-        "Build the optimizer anew, now that the tie is made; to keep its state, pass optimizer= to "
-        "register_tie when you tie. If another layer shares that parameter, register_tie finds it "
-        "with root=model.",
-    )
-    _optimizer_guard.watch_free_values(stored, where)
+    optimizer_guard.retire([weight], f"the dense parameter of {where}", _TO_REBUILD)
+    optimizer_guard.watch_free_values(tie.free, where)
     return layer
 
 
-def _is_broken_copy(layer: nn.Module, tensor_name: str) -> bool:
+_TO_REBUILD = (
+    "Build the optimizer anew, now that the tie is made; to keep its state, pass optimizer= to "
+    "register_tie when you tie. If another layer shares that parameter, register_tie finds it "
+    "with root=model."
+)
+
+
+def _raise(place: str, reason: Reason | None) -> None:
+    if reason is not None:
+        raise TieError(place, *reason)
+
+
+def _fit(
+    made: Rule,
+    layer: nn.Module,
+    tensor_name: str,
+    places: Places | None,
+    init: str,
+    max_residual: float | None,
+    place: str,
+) -> InitialValues:
+    """Bind the rule and compute the free values, with all reasons against them."""
+    _raise(place, bind(made, layer, tensor_name, places.root if places is not None else None))
+    if any(is_sharded(effective(*source)) for source in made.sources()):
+        raise TieError(place, "its source is sharded already.", "Tie before fully_shard.")
+    weight: nn.Parameter = parameters_of(layer)[tensor_name]  # type: ignore[assignment]
+    found = initial_values(made, weight, init, max_residual)
+    if isinstance(found, Reason):
+        raise TieError(place, *found)
+    _raise(place, made.why_not_kept())  # now that it has done all that it does
+    return found
+
+
+def _replace_parameter(
+    layer: nn.Module, tensor_name: str, made: Rule, free: list[torch.Tensor]
+) -> Tie:
+    """Put the rule and its free values into the place of the Parameter."""
+    remember_order(layer)
+    # torch's check calls the law without its sources; ours was made with them
+    parametrize.register_parametrization(layer, tensor_name, made, unsafe=made.reads_layers)
+    host.install_host(layer)
+    tie = tie_of(layer, tensor_name)
+    tie.values.unsafe = False
+    with torch.no_grad():
+        for parameter, value in zip(tie.free, free, strict=True):
+            parameter.copy_(value)
+    return tie
+
+
+def _planned(optimizers: list[Optimizer], change: Exchange, place: str) -> list[Move]:
+    try:
+        return optimizer_moves.plan_moves(optimizers, change)
+    except TieError as error:
+        raise TieError(place, *error.reason) from error
+
+
+# A copy whose source has changed -----------------------------------------------------------------
+
+
+def _has_lost_its_source(layer: nn.Module, tensor_name: str) -> bool:
     """Whether the tensor is tied to a source that was resized, exchanged or lost since."""
-    if not is_tied(layer, tensor_name) or is_stacked(layer, tensor_name):
-        return False
-    if not isinstance(get_tie(layer, tensor_name), Linked):
+    tie = find_tie(layer, tensor_name)
+    if tie is None or tie.is_stacked or not tie.rule.reads_layers:
         return False
     try:
         with torch.no_grad():
-            effective(layer, tensor_name)
+            tie.weight()
     except TieError:
         return True
     return False
 
 
 def _tie_again(
-    layer: Layer, made: Linked, tensor_name: str, places: Places | None, *, init: str, cache: bool
+    layer: Layer, made: Rule, tensor_name: str, places: Places | None, *, init: str, cache: bool
 ) -> Layer:
     """Replace a broken copy: one call, from whatever has become of its source (S30, S44)."""
-    _cache.refuse_if_frozen(layer, "register_tie")
-    present = cast(Linked, get_tie(layer, tensor_name))
+    refuse_if_frozen(layer, "register_tie")
+    present = tie_of(layer, tensor_name)
+    watches = present.reading.watches if present.reading is not None else []
     with _unbound_on_error(made), rolled_back_on_error(layer.modules(), []):
-        value = made.value_for(tensor_name, places.root if places is not None else None)
-        shape = present.bound_layout.shape
+        value = value_of(made, tensor_name, places.root if places is not None else None)
+        shape = present.rule.bound_layout.shape
         if value is None or value.dim() != len(shape):
             value = torch.empty(shape, device="cpu")  # `bind` says what does not fit
-        _host.release(layer, tensor_name, _host.plain_parameter(value, requires_grad=True))
+        host.remove_host(layer, tensor_name, plain_parameter(value, requires_grad=True))
         declare_shape(layer, tensor_name, tuple(value.shape))
         tie_one(layer, made, tensor_name, places, init=init, cache=cache, optimizer=None)
-    if present.watch is not None:
-        present.watch.leave()
+    for watch in watches:
+        watch.leave()
     return layer
+
+
+# Untying -----------------------------------------------------------------------------------------
 
 
 @never_compiled
@@ -274,58 +303,30 @@ def remove_tie(
         TieWarning: if decay that the optimizer adds to the gradient becomes stronger.
         TieWarning: if the source of a copy was resized: the tensor then has that size.
     """
+    tie = find_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
-    if not is_tied(layer, tensor_name):
-        raise TieError(f"{where} is not tied, so there is no tie to remove.")
-    rule = get_tie(layer, tensor_name)
-    _cache.refuse_if_frozen(layer, "remove_tie")
-    if is_stacked(layer, tensor_name):
-        raise TieError(
-            f"cannot untie {where}: another parametrization is stacked on '{rule}'. Remove that "
-            f"one first (del layer.parametrizations.{tensor_name}[1:]), or use torch's "
-            "remove_parametrizations to fix the combined weight."
-        )
-    optimizers = _optimizer.as_optimizers(optimizer)
-    stored = free_values(layer, tensor_name)
-    if any(_has_hooks(parameter) for parameter in stored):
-        raise TieError(
-            f"cannot untie {where}: its free values carry gradient hooks, which would be lost. "
-            "Remove them first."
-        )
-    with rule.untying() if isinstance(rule, Linked) else nullcontext():
-        origin = list(origins(layer, tensor_name))
-        refuse_wrapped(layer, origin, where, "untie")
-        refuse_offloaded(layer, where, "untie")
-        with torch.enable_grad():
-            weight = effective(layer, tensor_name)
-        dense = _host.plain_parameter(weight, weight.requires_grad)
-        try:
-            if stored:
-                change = _optimizer.untying(rule, stored, dense, tensor_name)
-                moves = _optimizer.plan_moves(optimizers, change)
-            else:
-                moves = _optimizer.plan_addition(optimizers, dense, origin)
-        except ValueError as error:
-            raise TieError(f"cannot untie {where}: {error}.") from error
-        _optimizer.warn_of_losses(moves, f"untying {where}")
-        if stored:
-            _optimizer.move_gradient(change)
-
-    if dense.shape != rule.bound_layout.shape:
-        # here, where nothing has changed: warnings may be errors
-        warn(
-            f"{where} was tied as {rule.bound_layout.shape} and its source was resized since: it "
-            f"is {tuple(dense.shape)} now. Resize what else the layer has, such as its bias."
-        )
-        declare_shape(layer, tensor_name, tuple(dense.shape))
-    if isinstance(rule, Linked) and rule.watch is not None:
-        rule.watch.leave()
+    if tie is None:
+        raise TieError(where, f"{where} is not tied, so there is no tie to remove.")
+    place = f"cannot untie {where}"
+    refuse_if_frozen(layer, "remove_tie")
+    optimizers = optimizer_moves.as_optimizers(optimizer)
+    _raise(place, _why_not_untied(tie))
+    with overlooking_sources(tie.values):
+        dense, moves = _plan_untying(tie, optimizers, place)
+        optimizer_moves.warn_of_losses(moves, f"untying {where}")
+        if tie.free:
+            optimizer_moves.move_gradient(_untying(tie, dense))
+    _tell_resized(tie, dense, where)
+    reading = tie.reading
+    for watch in reading.watches if reading is not None else ():
+        watch.leave()
+    stored = tie.free
     for parameter in stored:
         carry_attributes(parameter, dense)
-    _host.release(layer, tensor_name, dense)
+    host.remove_host(layer, tensor_name, dense)
     for move in moves:
         move.apply()
-    _optimizer_guard.retire(
+    optimizer_guard.retire(
         stored,
         f"a free value of {where}",
         "Build the optimizer anew; to keep its state, pass optimizer= to remove_tie when you "
@@ -334,261 +335,63 @@ def remove_tie(
     return layer
 
 
-def residual(
-    layer: nn.Module,
-    rule: str | type[Rule] | Rule,
-    tensor_name: str = "weight",
-    *,
-    root: nn.Module | None = None,
-    **options: Any,
-) -> float:
-    """How far a tensor is from a law: ``‖W − project(W)‖ / ‖W‖``. Look before you tie.
-
-    Args:
-        layer: the layer, tied or not; it is not changed.
-        rule: as in `register_tie`.
-        tensor_name: which tensor.
-        root: the model, to find a ``source=`` given as a path.
-        **options: the rule's own options.
-
-    Returns:
-        0 for a lawful (or zero) weight. For a rule with free values at most 1, and about
-        ``sqrt(1 − free/entries)`` for i.i.d. entries; for a copy unbounded, and about √2 for
-        unrelated weights of equal scale.
-
-    Raises:
-        TieError: if the tensor cannot carry the rule.
-    """
-    _check_arguments(layer, tensor_name, "project", root)
-    made = make_rule(rule, options)
-    where = describe(layer, tensor_name, root)
-    weight = getattr(layer, tensor_name, None)
-    if (
-        not isinstance(weight, Tensor)
-        or isinstance(weight, nn.UninitializedParameter)
-        or not has_values(weight)
-    ):
-        if weight is None:
-            raise TieError(
-                f"cannot compare {where} with '{made}': {_why_no_parameter(layer, tensor_name)}"
-            )
-        raise TieError(
-            f"{where} has no values to compare with '{made}'. Load or initialise the layer first."
+def _why_not_untied(tie: Tie) -> Reason | None:
+    if tie.is_stacked:
+        return Reason(
+            f"another parametrization is stacked on '{tie.rule}'.",
+            f"Remove that one first (del layer.parametrizations.{tie.tensor_name}[1:]), or use "
+            "torch's remove_parametrizations to fix the combined weight.",
         )
-    looked_through = copy(made)  # an instance that was given can still tie
-    reason = looked_through.bind(layer, tensor_name, root)
-    if reason is not None:
-        raise TieError(f"cannot compare {where} with '{made}': {reason}")
-    return looked_through.residual(unguard(weight).detach())
-
-
-def _check_arguments(layer: object, tensor_name: object, init: object, root: object) -> None:
-    if not isinstance(layer, nn.Module):
-        raise TypeError(
-            f"a tie is registered on an nn.Module, not on {type(layer).__name__}. Pass the layer, "
-            "and the name of its tensor as tensor_name="
+    if any(has_gradient_hooks(parameter) for parameter in tie.free):
+        return Reason(
+            "its free values carry gradient hooks, which would be lost.", "Remove them first."
         )
-    if not isinstance(tensor_name, str):
-        raise TypeError(f"tensor_name takes a string, not {type(tensor_name).__name__}")
-    if root is not None and not isinstance(root, nn.Module):
-        raise TypeError(f"root= takes the model that holds the layer, not {type(root).__name__}")
-    if init not in INITS:
-        raise TieError(f"init={init!r} is unknown. Choose one of {', '.join(map(repr, INITS))}.")
-
-
-def make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:
-    """A fresh rule from a name or a class, or the given one."""
-    if isinstance(rule, Rule):
-        if options:
-            raise TypeError(
-                f"options {sorted(options)} go with a rule's name or class, not with an instance"
-            )
-        if rule.layout is not None:
-            raise TieError(
-                f"this '{rule}' is bound to a tensor already. Make a new instance for every tensor."
-            )
-        return rule
-    if isinstance(rule, str):
-        rule = find_rule(rule)
-    if not (isinstance(rule, type) and issubclass(rule, Rule)):
-        raise TypeError(f"rule takes a name, a Rule subclass or a Rule, not {rule!r}")
-    name = rule.name or rule.__name__
-    signature = inspect.signature(rule)
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        known = ", ".join(f"{option}=" for option in signature.parameters) or "none"
-        raise TypeError(f"rule '{name}': {error}. Its options are: {known}.") from error
-    return rule(**options)
-
-
-def _weight_to_tie(
-    layer: nn.Module,
-    tensor_name: str,
-    places: Places | None,
-    refuse: Callable[[str], TieError],
-) -> nn.Parameter:
-    """The Parameter to tie, once nothing speaks against touching it."""
-    if is_tied(layer, tensor_name):
-        present = get_tie(layer, tensor_name)
-        raise refuse(f"it is tied by '{present}' already. Call remove_tie first.")
-    if parametrize.is_parametrized(layer, tensor_name):
-        raise refuse("it has another parametrization. Remove that one, tie, and register it again.")
-    weight = layer._parameters.get(tensor_name)
-    wrappers = places.modules_that(is_wrapper) if places is not None else ()
-    on_disk = places.modules_that(is_on_disk) if places is not None else ()
-    where = _describe(layer, tensor_name, places)
-    if weight is None:
-        refuse_wrapped(layer, [], where, "tie", wrappers)
-        raise refuse(_why_no_parameter(layer, tensor_name))
-    if isinstance(weight, nn.UninitializedParameter):
-        raise refuse("the layer is lazy and has no shape yet. Run one forward pass first.")
-    if weight.layout is not torch.strided or weight.is_quantized:
-        raise refuse("only dense, unquantized tensors can be tied. Convert the layer first.")
-    if _has_hooks(weight):
-        raise refuse("it carries gradient hooks, which would be lost. Remove them first.")
-    refuse_wrapped(layer, [weight], where, "tie", wrappers)
-    refuse_offloaded(layer, where, "tie", on_disk)
-    for other, name in (places or Places(layer)).other_holders(layer, tensor_name, weight):
-        own = f"layer.{tensor_name} = nn.Parameter(layer.{tensor_name}.detach().clone())"
-        raise refuse(
-            f"it shares its Parameter with {_describe(other, name, places)}. Give one of them a "
-            f"Parameter of its own ({own}), and tie it to the other by 'copy'."
-        )
-    return weight
-
-
-def _has_hooks(parameter: nn.Parameter) -> bool:
-    return bool(
-        parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
-    )
-
-
-def why_untieable(layer: nn.Module, tensor_name: str) -> str | None:
-    """Why no rule can tie this tensor, or None. Other layers are not looked at."""
-    try:
-        _weight_to_tie(layer, tensor_name, None, TieError)
-    except TieError as error:
-        return str(error)
     return None
 
 
-def why_refused(layer: nn.Module, rule: Rule) -> str | None:
-    """Why this kind of rule cannot go on the layer, or None; shapes aside."""
+def _plan_untying(
+    tie: Tie, optimizers: list[Optimizer], place: str
+) -> tuple[nn.Parameter, list[Move]]:
+    """The dense Parameter, and how the optimizers take it up."""
+    origin = list(origins(tie.layer, tie.tensor_name))
+    _raise(place, why_wrapped(tie.layer, origin, "untie") or why_offloaded(tie.layer))
+    with torch.enable_grad():
+        weight = tie.weight()
+    dense = plain_parameter(weight, weight.requires_grad)
+    if tie.free:
+        return dense, _planned(optimizers, _untying(tie, dense), place)
     try:
-        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
-            _refuse_embedding_options(layer, rule, TieError)
+        return dense, optimizer_moves.plan_addition(optimizers, dense, origin)
     except TieError as error:
-        return str(error)
-    return None
+        raise TieError(place, *error.reason) from error
 
 
-def _refuse_embedding_options(
-    layer: nn.Embedding | nn.EmbeddingBag, rule: Rule, refuse: Callable[[str], TieError]
-) -> None:
-    if layer.sparse:
-        raise refuse("its gradients are sparse. Build the embedding with sparse=False.")
-    if layer.max_norm is not None:
-        raise refuse("max_norm writes into single rows of the weight. Build it without max_norm.")
-    if layer.padding_idx is not None and not isinstance(rule, Linked):
-        raise refuse("padding_idx keeps one row at zero, which the law does not. Leave it out.")
+def _untying(tie: Tie, dense: nn.Parameter) -> Exchange:
+    return optimizer_moves.untying(tie.rule, tie.free, dense, tie.tensor_name)
 
 
-def _why_no_parameter(layer: nn.Module, tensor_name: str) -> str:
-    if tensor_name in layer._parameters:
-        return f"the layer was built without {tensor_name}. Build it with one, or drop the tie."
-    if tensor_name in layer._buffers:
-        return "it is a buffer, and only Parameters can be tied."
-    if isinstance(getattr(layer, tensor_name, None), Tensor):
-        return "it is computed by a hook, not a Parameter. Remove that first (weight_norm, prune)."
-    names = [name for name, parameter in layer._parameters.items() if parameter is not None]
-    known = some_of([quoted(name) for name in names])
-    if not known:
-        if not layer._modules:
-            return "the layer has no Parameters. Tie another one."
-        children = [f"'{name}'" for name in list(layer._modules)[:5]]
-        return (
-            f"the layer has no Parameter of its own. Pass one of its layers ({', '.join(children)})"
-            f", as layer.get_submodule({children[0]}), or tie by names with tiedparam.tie_model."
+def _tell_resized(tie: Tie, dense: nn.Parameter, where: str) -> None:
+    """Warn of a copy that leaves in another size; here, before anything has changed."""
+    shape = tie.rule.bound_layout.shape
+    if dense.shape != shape:
+        warn(
+            f"{where} was tied as {shape} and its source was resized since: it is "
+            f"{tuple(dense.shape)} now. Resize what else the layer has, such as its bias."
         )
-    return f"the layer has no such tensor. Its Parameters are {known}."
+        declare_shape(tie.layer, tie.tensor_name, tuple(dense.shape))
 
 
-def _describe(layer: nn.Module, tensor_name: str, places: Places | None) -> str:
-    return (
-        places.describe(layer, tensor_name) if places is not None else describe(layer, tensor_name)
-    )
-
-
-def _initial_free_values(
-    rule: Rule,
-    weight: nn.Parameter,
-    init: str,
-    max_residual: float | None,
-    refuse: Callable[[str], TieError],
-) -> tuple[list[Tensor], float | None]:
-    """Free values for ``weight`` by ``init``, and its residual, once rule and weight fit."""
-    with torch.no_grad():
-        if has_values(weight) and not has_values(torch.empty(0, device=weight.device)):
-            raise refuse("FakeTensorMode computes no values. Tie the layer outside of it.")
-        dense = weight.detach()
-        try:
-            # the shape first: what follows from a wrong forward would be hard to read
-            zeros = [dense.new_zeros(shape) for shape in rule.free_shapes()]
-            _refuse_misshapen(rule(*zeros), dense, refuse)
-            free = list(rule.right_inverse(dense))
-            lawful = rule(*free)
-        except (TieError, RecursionError):
-            raise
-        except Exception as error:
-            raise refuse(f"the rule raised {type(error).__name__}: {error}") from error
-        if any(value.dtype != dense.dtype for value in free):
-            raise refuse(f"its free values are not {dense.dtype}. Correct the rule.")
-        if any(value.numel() == 0 for value in free):
-            raise refuse("one of its free values is empty. Leave it out of free_shapes.")
-        _refuse_misshapen(lawful, dense, refuse)
-        residual = None
-        if has_values(dense):
-            residual = relative_distance(dense, lawful)
-        elif init == "exact":
-            raise refuse("its weight has no values yet to compare. Use init='project', or load it.")
-        if max_residual is not None:
-            refuse_distant(residual, max_residual, refuse)
-        if init == "exact" and not torch.equal(lawful, dense):
-            raise refuse(
-                f"the weight breaks the law {rule.law} (residual {residual:.2e}). "
-                "Use init='project' to take the nearest lawful weight."
-            )
-        if init == "rescale":
-            if isinstance(rule, Linked):
-                raise refuse("a copy has no values of its own to rescale. Use init='project'.")
-            counts = rule.multiplicities()
-            free = [
-                value * count.sqrt().to(value.device, value.dtype)
-                for value, count in zip(free, counts, strict=True)
-            ]
-        return free, residual
-
-
-def _refuse_misshapen(value: object, dense: Tensor, refuse: Callable[[str], TieError]) -> None:
-    if not isinstance(value, Tensor) or value.shape != dense.shape:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise refuse(
-            f"its forward returns {shape}, and the tensor is {tuple(dense.shape)}. "
-            "Correct the rule."
-        )
-    if value.dtype != dense.dtype:
-        raise refuse(f"its forward returns {value.dtype}, not {dense.dtype}. Correct the rule.")
+# When something fails ----------------------------------------------------------------------------
 
 
 @contextmanager
-def _long_chains_told(refuse: Callable[[str], TieError]) -> Iterator[None]:
+def _long_chains_told(place: str) -> Iterator[None]:
     """Say what it means if Python's stack does not reach to the end of a chain of copies."""
     try:
         yield
     except RecursionError as error:
-        raise refuse(
-            "its copies read each other in too long a chain. Tie each to the first."
+        raise TieError(
+            place, "its copies read each other in too long a chain.", "Tie each to the first."
         ) from error
 
 

@@ -7,16 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tiedparam.compute import frozen as _cache
-from tiedparam.laws.linked import Linked
-from tiedparam.tie.lookup import free_values, get_tie, is_stacked, ties_of
-from tiedparam.tie.offloaded import refuse_offloaded
+from tiedparam.compute.frozen import refuse_if_frozen
+from tiedparam.laws.rule import relative_distance
+from tiedparam.tie.lookup import tie_of, ties_in
+from tiedparam.tie.offloaded import why_offloaded
+from tiedparam.tie.reading import is_what_it_copies
+from tiedparam.tie.record import Tie
 from tiedparam.tie.write_guard import unguard
-from tiedparam.util.errors import TieError, describe
+from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.sharded import is_sharded, whole, write
-from tiedparam.util.torch_private import effective, has_values, parametrization_lists
+from tiedparam.util.torch_private import (
+    effective,
+    has_values,
+    is_traceable_wrapper_subclass,
+    parameters_of,
+    parametrization_lists,
+    submodules_of,
+)
 
 
 def assign_(
@@ -41,65 +49,82 @@ def assign_(
             message says; or if the values are elsewhere (accelerate's offloading), so that the
             write would be lost.
     """
-    rule = get_tie(layer, tensor_name)
-    where = describe(layer, tensor_name)
-    _cache.refuse_if_frozen(layer, "assigning")
-    refuse_offloaded(layer, where, "assign to")
+    tie = tie_of(layer, tensor_name)
+    place = f"cannot assign to {tie.describe()}"
+    refuse_if_frozen(layer, "assigning")
+    reason = why_offloaded(layer)
+    if reason is not None:
+        raise TieError(place, *reason)
     if not isinstance(value, Tensor):
         raise TypeError(f"assign_ takes a tensor, not {type(value).__name__}")
-    if isinstance(rule, Linked):
-        if rule.is_what_it_copies(value):
-            rule.renew(layer, tensor_name, tuple(value.shape))
-            return layer
-        raise TieError(
-            f"cannot assign to {where}: it is computed from another layer's tensor by '{rule}'. "
-            "Assign to the source, or call remove_tie first."
-        )
-    if is_stacked(layer, tensor_name):
-        raise TieError(
-            f"cannot assign to {where}: another parametrization is stacked on the tie. "
-            f"Remove that one first (del layer.parametrizations.{tensor_name}[1:])."
-        )
+    rule, stored = tie.rule, tie.free
+    if rule.reads_layers and not stored:
+        if not is_what_it_copies(tie.values, value):
+            fact = f"it is computed from another layer's tensor by '{rule}'."
+            raise TieError(place, fact, "Assign to the source, or call remove_tie first.")
+        if tie.reading is not None:
+            tie.reading.renew(tie.record, layer, tensor_name, value)
+        return layer
     value = unguard(value)
-    if is_traceable_wrapper_subclass(value) and not is_sharded(value):
-        # what torchao's quantize_ puts in the place of a weight
-        raise TieError(
-            f"cannot assign a {type(value).__name__} to {where}: the free values are plain "
-            "numbers. To quantize the layer call remove_tie first."
-        )
+    reason = _why_not_taken(tie, value)
+    if reason is not None:
+        raise TieError(place, *reason)
     value = whole(value.detach())
     with torch.no_grad():
-        present = effective(layer, tensor_name)
-        if value.shape != present.shape or value.dtype != present.dtype:
-            sizes = {shape: number for number, shape in enumerate(rule.free_shapes())}
-            raise TieError(
-                f"cannot assign {value.dtype} {tuple(value.shape)} to {where}, which is "
-                f"{present.dtype} {tuple(present.shape)}. "
-                f"{_meant(value, present, tensor_name, sizes)}"
-            )
-        if has_values(value) and not has_values(present):
-            raise TieError(
-                f"cannot assign to {where}: it is on the meta device, where numbers are lost. Call "
-                "to_empty first."
-            )
+        present = tie.weight()
+        reason = _why_other_than(present, value, tie)
+        if reason is not None:
+            raise TieError(place, *reason)
         if not has_values(value):
-            if not has_values(present):
-                return layer  # shapes alone, and they agree
-            raise TieError(
-                f"cannot assign to {where}: the value has no numbers, it is on the meta device. "
-                "Give it some first, or move the layer with to('meta')."
-            )
+            return layer  # shapes alone, and they agree
         free = rule.right_inverse(value)
-        if not project and not torch.equal(rule(*free), value):
+        lawful = rule(*rule.read(), *free)
+        if not project and not torch.equal(lawful, value):
+            fact = f"the value breaks the law {rule.law} of {tie.describe()} (residual "
             raise TieError(
-                f"the value breaks the law {rule.law} of {where} (residual "
-                f"{rule.residual(value):.2e}). To take the nearest lawful weight call "
-                "tiedparam.assign_(layer, value, project=True); to keep the value as it is, call "
-                "remove_tie first."
+                tie.describe(),
+                f"{fact}{relative_distance(value, lawful):.2e}).",
+                "To take the nearest lawful weight call tiedparam.assign_(layer, value, "
+                "project=True); to keep the value as it is, call remove_tie first.",
             )
-        for parameter, content in zip(free_values(layer, tensor_name), free, strict=True):
+        for parameter, content in zip(stored, free, strict=True):
             write(parameter, content)
     return layer
+
+
+def _why_not_taken(tie: Tie, value: Tensor) -> Reason | None:
+    """Why no value of this kind can be assigned, whatever its size."""
+    if tie.is_stacked:
+        return Reason(
+            "another parametrization is stacked on the tie.",
+            f"Remove that one first (del layer.parametrizations.{tie.tensor_name}[1:]).",
+        )
+    if is_traceable_wrapper_subclass(value) and not is_sharded(value):
+        # what torchao's quantize_ puts in the place of a weight
+        return Reason(
+            f"the value is a {type(value).__name__}, and the free values are plain numbers.",
+            "To quantize the layer call remove_tie first.",
+        )
+    return None
+
+
+def _why_other_than(present: Tensor, value: Tensor, tie: Tie) -> Reason | None:
+    """Why a value does not fit the tensor that is there."""
+    if value.shape != present.shape or value.dtype != present.dtype:
+        sizes = {shape: number for number, shape in enumerate(tie.rule.free_shapes())}
+        return Reason(
+            f"the value is {value.dtype} {tuple(value.shape)}, and the tensor {present.dtype} "
+            f"{tuple(present.shape)}.",
+            _meant(value, present, tie.tensor_name, sizes),
+        )
+    if has_values(value) and not has_values(present):
+        return Reason("it is on the meta device, where numbers are lost.", "Call to_empty first.")
+    if has_values(present) and not has_values(value):
+        return Reason(
+            "the value has no numbers, it is on the meta device.",
+            "Give it some first, or move the layer with to('meta').",
+        )
+    return None
 
 
 def _meant(
@@ -145,20 +170,24 @@ def init_(
         TieError: if the tensor is not tied, if ``init_fn`` does not fill its tensor, or if the
             values are elsewhere (accelerate's offloading), so that the write would be lost.
     """
-    rule = get_tie(layer, tensor_name)
-    _cache.refuse_if_frozen(layer, "initialising")
-    if isinstance(rule, Linked):
+    tie = tie_of(layer, tensor_name)
+    refuse_if_frozen(layer, "initialising")
+    if tie.rule.reads_layers:
         return layer
-    refuse_offloaded(layer, describe(layer, tensor_name), "initialise")
+    where = tie.describe()
+    reason = why_offloaded(layer)
+    if reason is not None:
+        raise TieError(f"cannot initialise {where}", *reason)
     with torch.no_grad():
         dense = _empty_dense(layer, tensor_name)
         init_fn(dense)
         if _is_unfilled(dense):
             raise TieError(
-                f"init_fn left entries of {describe(layer, tensor_name)} unfilled. Pass a function "
-                "that fills its tensor in place, as those of torch.nn.init do."
+                where,
+                f"init_fn left entries of {where} unfilled.",
+                "Pass a function that fills its tensor in place, as those of torch.nn.init do.",
             )
-        keep_representatives(layer, tensor_name, dense)
+        _keep_representatives(tie, dense)
     return layer
 
 
@@ -173,12 +202,11 @@ def _is_unfilled(dense: Tensor) -> bool:
     return has_values(dense) and bool(dense.isnan().any())
 
 
-def keep_representatives(layer: nn.Module, tensor_name: str, dense: Tensor) -> None:
+def _keep_representatives(tie: Tie, dense: Tensor) -> None:
     """Fill the free values with one member of each orbit of ``dense``."""
-    rule = get_tie(layer, tensor_name)
     with torch.no_grad():
-        chosen = rule.representatives(dense)
-        for parameter, content in zip(free_values(layer, tensor_name), chosen, strict=True):
+        chosen = tie.rule.representatives(dense)
+        for parameter, content in zip(tie.free, chosen, strict=True):
             write(parameter, content)
 
 
@@ -188,25 +216,30 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     Everything else that it resets (a bias, running statistics) is the layer's own. A
     copy-tied tensor is left alone: its source is not re-initialised behind its back (S23).
     """
-    _cache.refuse_if_frozen(layer, "reset_parameters()")
-    refuse_offloaded(layer, f"a tied {stock_class.__name__}", "reset")
+    refuse_if_frozen(layer, "reset_parameters()")
+    reason = why_offloaded(layer)
+    if reason is not None:
+        raise TieError(f"cannot reset a tied {stock_class.__name__}", *reason)
     stand_in = stock_class.__new__(stock_class)
     stand_in.__dict__.update(layer.__dict__)
-    stand_in._parameters = dict(layer._parameters)
-    stand_in._modules = {k: v for k, v in layer._modules.items() if k != "parametrizations"}
+    parameters = dict(parameters_of(layer))
+    modules = {k: v for k, v in submodules_of(layer).items() if k != "parametrizations"}
     with torch.no_grad():
         for name in parametrization_lists(layer):
-            stand_in._parameters[name] = nn.Parameter(_empty_dense(layer, name))
+            parameters[name] = nn.Parameter(_empty_dense(layer, name))
+    stand_in.__dict__.update(_parameters=parameters, _modules=modules)
     stock_class.reset_parameters(stand_in)  # type: ignore[attr-defined]
-    for name, rule in ties_of(layer).items():
-        dense_parameter = stand_in._parameters[name]
-        if isinstance(rule, Linked) or dense_parameter is None:
+    parameters = parameters_of(stand_in)
+    for tie in ties_in(layer):
+        dense_parameter = parameters[tie.tensor_name]
+        if tie.rule.reads_layers or dense_parameter is None:
             continue
         if not _is_unfilled(dense_parameter):  # a reset of the bias alone, say
-            keep_representatives(layer, name, dense_parameter)
+            _keep_representatives(tie, dense_parameter)
     # what the stock method assigned instead of filling in place
-    for name in layer._parameters:
-        layer._parameters[name] = stand_in._parameters[name]
+    table = parameters_of(layer)
+    for name in table:
+        table[name] = parameters[name]
     for name, value in stand_in.__dict__.items():
         if name not in ("_parameters", "_modules"):
             layer.__dict__[name] = value

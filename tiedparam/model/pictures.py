@@ -208,7 +208,7 @@ def orbit_numbers(rule: Rule) -> Tensor:
     numbers = torch.arange(1, shape.numel() + 1, dtype=torch.float64, device="cpu").reshape(shape)
     # each entry is some f(number): the chain rule, along the numbers and along ones
     scaled, slope = (
-        torch.func.jvp(rule.fn, (numbers,), (along,))[1]
+        torch.func.jvp(rule.forward, (numbers,), (along,))[1]
         for along in (numbers, torch.ones_like(numbers))
     )
     origins: Tensor = (scaled / slope).round().nan_to_num(0)

@@ -37,7 +37,7 @@ from tiedparam.formats.strict_json import read_json
 from tiedparam.laws.functions import Functions, as_functions, find_function, function_name
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
-from tiedparam.layer.register import INITS
+from tiedparam.layer.checks import INITS
 from tiedparam.util.errors import LONGEST_MESSAGE, TieError, shortened
 
 Predicate = Callable[[str, nn.Module], bool]

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked
-from tiedparam.laws.registry import available_rules
+from tiedparam.laws.registry import available_rules, make_rule
 from tiedparam.laws.rule import Rule
-from tiedparam.layer.register import make_rule, why_refused
+from tiedparam.layer.checks import why_refused
 from tiedparam.model import cost as _cost
 from tiedparam.model.near_copies import Sources, sample
 from tiedparam.model.plan import PlanEntry
 from tiedparam.model.random_tensor import Moments, RandomResidual
 from tiedparam.model.scan_report import Candidate, NotLookedAt, Pairs, ScanReport
 from tiedparam.model.scanned import ScannedTensor, tensors_of
+from tiedparam.tie.binding import bind
 from tiedparam.util.errors import TieError
 from tiedparam.util.progress import progress as progress_bar
 
@@ -168,11 +169,13 @@ class _Scan:
     ) -> Iterator[Candidate]:
         for options in choice.variants(tensor.layout):
             rule = make_rule(choice.rule, dict(options))
-            refusal = why_refused(tensor.layer, rule)
+            why = why_refused(tensor.layer, rule)
+            refusal = str(why) if why is not None else None
             if refusal is not None:
                 refused[refusal] = NotLookedAt(tensor.path, tensor.name, refusal)
                 continue
-            misfit = rule.bind(tensor.layer, tensor.name, None)
+            unfit = bind(rule, tensor.layer, tensor.name, None)
+            misfit = str(unfit) if unfit is not None else None
             if misfit is not None and choice.options is not None:
                 reason = f"'{rule}' fits this tensor as little as the others: {misfit}"
                 left_out = NotLookedAt(tensor.path, tensor.name, reason)
@@ -230,7 +233,7 @@ class _Scan:
             try:
                 for options in choice.variants(tensor.layout):
                     _, sources = by_options.setdefault(repr(options), (options, Sources()))
-                    sources.add(index, tensor.value, _linked(choice.rule, options, tensor).fn)
+                    sources.add(index, tensor.value, _linked(choice.rule, options, tensor).forward)
             except Exception as error:
                 self._leave_out(choice, tensor, error)
                 return
@@ -245,7 +248,7 @@ class _Scan:
     ) -> Candidate | None:
         rule = _linked(kind, options, source)
         refused = why_refused(tensor.layer, rule)
-        if refused is not None or rule.bind(tensor.layer, tensor.name, None) is not None:
+        if refused is not None or bind(rule, tensor.layer, tensor.name, None) is not None:
             return None
         random = RandomResidual.from_copy(
             tensor.moments,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam.laws.layout import Layout
-from tiedparam.layer.register import why_untieable
+from tiedparam.layer.checks import why_untieable
 from tiedparam.model.random_tensor import Moments
 from tiedparam.model.scan_report import NotLookedAt
 from tiedparam.tie.lookup import get_tie, is_tied
@@ -51,7 +51,8 @@ def tensors_of(model: nn.Module) -> tuple[list[ScannedTensor], list[NotLookedAt]
             ):
                 reason = _why_shared(places, [(layer, name), *others])
             else:
-                reason = why_untieable(layer, name) or _why_no_values(parameter, where)
+                untieable = why_untieable(layer, name)
+                reason = str(untieable) if untieable else _why_no_values(parameter, where)
             if reason is not None:
                 left_out.append(NotLookedAt(path, name, reason))
                 continue

@@ -18,12 +18,15 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from tiedparam.laws.linked import Linked
+from tiedparam.laws.registry import make_rule
 from tiedparam.laws.rule import Rule
+from tiedparam.layer.checks import INITS
 from tiedparam.layer.concerns import Concerns, check_max_residual
-from tiedparam.layer.register import INITS, make_rule, remove_tie, tie_one
+from tiedparam.layer.register import remove_tie, tie_one
 from tiedparam.model.plan import Pattern, Plan, PlanEntry, Value
 from tiedparam.model.report import Skipped, TieReport, tie_rows, totals_of
 from tiedparam.state.optimizer_moves import as_optimizers
+from tiedparam.tie.binding import find_sources
 from tiedparam.tie.lookup import ties_of
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.rollback import rolled_back_on_error
@@ -164,8 +167,8 @@ def untie_model(model: Model, *, optimizer: Optimizer | Iterable[Optimizer] | No
 def _sources(rule: Rule) -> Iterator[nn.Module]:
     """The layers that a rule reads, even if others have taken their places in the model."""
     if isinstance(rule, Linked):
-        with rule.untying():
-            yield rule.source
+        for source, _ in rule.sources():
+            yield source
 
 
 # What a plan selects -----------------------------------------------------------------------
@@ -203,8 +206,7 @@ class _Tie:
                 concerned=concerns.note,
             )
         except TieError as error:
-            where = f"{self.path}.{self.entry.tensor_name}".removeprefix(".")
-            return str(error).removeprefix(f"cannot tie '{where}' by '{self.rule}': ")
+            return str(error.reason)
         return None
 
 
@@ -338,10 +340,11 @@ def _source_ties(
     tie: _Tie, by_tensor: Mapping[tuple[nn.Module, str], _Tie], model: nn.Module
 ) -> Iterator[_Tie]:
     # a source that is not found is for register_tie to tell
-    if isinstance(tie.rule, Linked) and tie.rule.find_source(model) is None:
-        place = tie.rule.source, tie.rule.source_name or tie.entry.tensor_name
-        if place in by_tensor:
-            yield by_tensor[place]
+    name = tie.entry.tensor_name
+    if tie.rule.reads_layers and find_sources(tie.rule, name, model) is None:
+        for place in tie.rule.sources():
+            if place in by_tensor:
+                yield by_tensor[place]
 
 
 def _all_reasons(skipped: list[Skipped], wanted: int) -> str:

@@ -11,6 +11,7 @@ from tiedparam.laws.broadcast import Blocks, Broadcast
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.util.errors import Reason
 
 _LAWS = {
     "in": "W[o, c, x] = w[o, x]",
@@ -61,19 +62,20 @@ class ChannelShared(Broadcast):
         """``over``."""
         return {"over": self.over}
 
-    def check(self, layout: Layout) -> str | None:
+    def check(self, layout: Layout) -> Reason | None:
         """``over`` must be known, the tensor must have channels, ``groups`` needs groups."""
         if not isinstance(self.over, str) or self.over not in _LAWS:
             known = ", ".join(f"'{over}'" for over in _LAWS)
-            return f"over={self.over!r} is unknown. Choose one of {known}."
+            return Reason(f"over={self.over!r} is unknown.", f"Choose one of {known}.")
         vector = len(layout.shape) < 2
         if self.over == "groups" and (layout.layer_groups if vector else layout.groups) == 1:
-            return (
+            return Reason(
                 "over='groups' shares one bank between the groups of a convolution, and this "
-                "layer has groups=1. Build the layer with groups=, or use over='in'."
+                "layer has groups=1.",
+                "Build the layer with groups=, or use over='in'.",
             )
         if vector:
-            return f"the tensor has no input channels. {self._for_vectors(layout)}"
+            return Reason("the tensor has no input channels.", self._for_vectors(layout))
         return None
 
     def _for_vectors(self, layout: Layout) -> str:

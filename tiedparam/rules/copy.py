@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedparam.laws.functions import identity
+from tiedparam.laws.functions import find_function, identity
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.linked import Linked
+from tiedparam.laws.linked import Linked, Source
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
 
@@ -24,7 +24,8 @@ class Copy(Linked):
 
     Args:
         source: the layer to read; with ``register_tie(..., root=model)`` also its path, that of
-            its tensor (``"encoder.weight"``), or the tensor itself (``model.encoder.weight``).
+            its tensor (``"encoder.weight"``), or the tensor itself (``model.encoder.weight``). A
+            list of several for an ``fn`` of several tensors.
         source_name: which of its tensors; by default the one with the tied tensor's name.
         fn: any differentiable function whose result has the tied tensor's shape, such as
             ``torch.square``, ``torch.t`` for a tied autoencoder, or a tile or crop. Those that
@@ -38,14 +39,29 @@ class Copy(Linked):
     """
 
     law = "W = fn(source.W)"
+    functions = ("fn",)
 
     def __init__(
         self,
-        source: nn.Module | str | Tensor,
-        source_name: str | None = None,
-        fn: Callable[[Tensor], Tensor] | str = identity,
+        source: Source | Sequence[Source],
+        source_name: str | Sequence[str | None] | None = None,
+        fn: Callable[..., Tensor] | str = identity,
     ) -> None:
-        super().__init__(source, source_name, fn)
+        super().__init__(source, source_name)
+        if isinstance(fn, str):
+            fn = find_function(fn, {})
+        if not callable(fn):
+            raise TypeError(f"fn= takes a function of the source's tensor, not {fn!r}")
+        self.fn = fn
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        """The function of the source."""
+        return self.fn(*sources)
+
+    @property
+    def is_plain_copy(self) -> bool:
+        """Whether the function gives back what it takes."""
+        return self.fn is identity
 
     def options(self) -> dict[str, Any]:
         """``fn``, where it is not the identity."""

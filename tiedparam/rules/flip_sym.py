@@ -13,6 +13,7 @@ from tiedparam.laws.matrices import is_unrecorded, transposed
 from tiedparam.laws.pairs import TABLE_ENTRIES, Expansion, fold_pairs, look_up
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example, Rule
+from tiedparam.util.errors import Reason
 
 
 @register_rule("flip_sym")
@@ -38,15 +39,17 @@ class FlipSym(Rule):
     law = "W[i, j, x] = W[j, i, flip(x)]"
     _expansion: Expansion
 
-    def check(self, layout: Layout) -> str | None:
+    def check(self, layout: Layout) -> Reason | None:
         """Inputs and outputs of a group must be the same channels."""
         if len(layout.shape) < 2:
-            return "the tensor has no input channels to swap with its outputs. Tie a weight."
+            return Reason(
+                "the tensor has no input channels to swap with its outputs.", "Tie a weight."
+            )
         outputs, inputs = layout.canonical_shape[:2]
         if outputs != inputs * layout.groups:
-            return (
-                f"out_channels ({outputs}) must equal in_channels ({inputs * layout.groups}). "
-                "Tie a square layer, or use 'channel_shared'."
+            return Reason(
+                f"out_channels ({outputs}) must equal in_channels ({inputs * layout.groups}).",
+                "Tie a square layer, or use 'channel_shared'.",
             )
         return None
 
@@ -84,8 +87,9 @@ class FlipSym(Rule):
         groups = layout.canonical(weight).chunk(layout.groups)
         yield layout.native(torch.cat([group.transpose(0, 1).flip(axes) for group in groups]))
 
-    def _bind_layout(self, layout: Layout, dtype: torch.dtype) -> str | None:
-        reason = super()._bind_layout(layout, dtype)
+    def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
+        """Fit the rule to one tensor, and choose how to expand its weight."""
+        reason = super().bind(layout, dtype)
         if reason is None:
             self._expansion = Expansion(_expand, _fold, self._sizes(), layout.shape)
         return reason

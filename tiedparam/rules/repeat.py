@@ -11,6 +11,7 @@ from tiedparam.laws.broadcast import Blocks, Broadcast
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.util.errors import Reason
 
 _LAWS = {"block": "W[o] = w[o // r]", "tile": "W[o] = w[o mod (O/r)]"}
 
@@ -62,20 +63,20 @@ class Repeat(Broadcast):
         """``outputs``, and ``order`` where it is not ``"block"``."""
         return {"outputs": self.outputs} | ({} if self.order == "block" else {"order": self.order})
 
-    def check(self, layout: Layout) -> str | None:
+    def check(self, layout: Layout) -> Reason | None:
         """``outputs`` must be a positive divisor of the number of outputs, ``order`` known."""
         if not isinstance(self.order, str) or self.order not in _LAWS:
             known = ", ".join(f"'{order}'" for order in _LAWS)
-            return f"order={self.order!r} is unknown. Choose one of {known}."
+            return Reason(f"order={self.order!r} is unknown.", f"Choose one of {known}.")
         if not isinstance(self.outputs, int) or isinstance(self.outputs, bool) or self.outputs < 1:
-            return f"outputs must be a positive integer, not {self.outputs!r}."
+            return Reason(f"outputs must be a positive integer, not {self.outputs!r}.")
         if not layout.shape:
-            return "a tensor without axes has no outputs. Tie a weight or a bias."
+            return Reason("a tensor without axes has no outputs.", "Tie a weight or a bias.")
         out = layout.canonical_shape[0]
         if out % self.outputs:
-            return (
-                f"{out} outputs cannot stand outputs={self.outputs} times each. "
-                f"Choose a divisor of {out}."
+            return Reason(
+                f"{out} outputs cannot stand outputs={self.outputs} times each.",
+                f"Choose a divisor of {out}.",
             )
         return None
 

@@ -12,6 +12,7 @@ from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
 from tiedparam.rules.repeat import repeated
+from tiedparam.util.errors import Reason
 
 
 @register_rule("row_repeat")
@@ -43,17 +44,17 @@ class RowRepeat(Broadcast):
         """``groups``."""
         return {"groups": self.groups}
 
-    def check(self, layout: Layout) -> str | None:
+    def check(self, layout: Layout) -> Reason | None:
         """``groups`` must be a positive divisor of the number of outputs."""
         if not isinstance(self.groups, int) or isinstance(self.groups, bool) or self.groups < 1:
-            return f"groups must be a positive integer, not {self.groups!r}."
+            return Reason(f"groups must be a positive integer, not {self.groups!r}.")
         if not layout.shape:
-            return "a tensor without axes has no rows. Tie a weight or a bias."
+            return Reason("a tensor without axes has no rows.", "Tie a weight or a bias.")
         out = layout.canonical_shape[0]
         if out % self.groups:
-            return (
-                f"the {out} rows cannot be cut into groups={self.groups} equal blocks. "
-                f"Choose a divisor of {out}."
+            return Reason(
+                f"the {out} rows cannot be cut into groups={self.groups} equal blocks.",
+                f"Choose a divisor of {out}.",
             )
         return None
 

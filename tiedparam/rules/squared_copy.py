@@ -11,11 +11,6 @@ from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
 
 
-def squared(weight: Tensor) -> Tensor:
-    """``weight²``, as a product: `torch.square` has a slower gradient."""
-    return weight * weight
-
-
 @register_rule("squared_copy")
 class SquaredCopy(Linked):
     """A tensor that is the elementwise square of another layer's: ``W = source.W²``.
@@ -33,8 +28,10 @@ class SquaredCopy(Linked):
 
     law = "W = source.W²"
 
-    def __init__(self, source: nn.Module | str | Tensor, source_name: str | None = None) -> None:
-        super().__init__(source, source_name, squared)
+    def forward(self, *sources: Tensor) -> Tensor:
+        """The square, as a product: `torch.square` has a slower gradient."""
+        (weight,) = sources
+        return weight * weight
 
     @classmethod
     def examples(cls) -> Sequence[Example]:

@@ -24,12 +24,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tiedparam.state.optimizer_groups import times
-from tiedparam.state.optimizer_laws import parameter_shaped_state, why_unfit
+from tiedparam.state.optimizer_laws import parameter_shaped_state, why_no_steps
 from tiedparam.tie.marks import FREE, RETIRED
-from tiedparam.util.errors import TieError, warn
+from tiedparam.util.errors import Reason, TieError, warn
 
 _checked_state: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
-_forbidden: dict[Any, tuple[list[Tensor], str]] = {}  # who forbids → parameters, and why
+_forbidden: dict[Any, tuple[list[Tensor], Reason]] = {}  # who forbids → parameters, and why
 _installed = False
 
 
@@ -38,7 +38,7 @@ def retire(parameters: list[nn.Parameter], where: str, remedy: str) -> None:
     _install()
     for parameter in parameters:
         parameter.__dict__.pop(FREE, None)
-        setattr(parameter, RETIRED, f"{where}, which was replaced. {remedy}")
+        setattr(parameter, RETIRED, Reason(f"{where}, which was replaced.", remedy))
 
 
 def holds_retired(optimizer: Optimizer) -> bool:
@@ -54,10 +54,10 @@ def watch_free_values(parameters: list[nn.Parameter], where: str) -> None:
         setattr(parameter, FREE, where)
 
 
-def forbid_steps(owner: object, parameters: list[Tensor], where: str) -> None:
+def forbid_steps(owner: object, parameters: list[Tensor], where: str, remedy: str) -> None:
     """Until `allow_steps`, stepping an optimizer that holds one of these raises."""
     _install()
-    _forbidden[owner] = (parameters, where)
+    _forbidden[owner] = (parameters, Reason(where, remedy))
 
 
 def allow_steps(owner: object) -> None:
@@ -79,10 +79,11 @@ def _refuse_other_rates(optimizer: Optimizer, state_dict: dict[str, Any]) -> Non
     for number, (own, loaded) in enumerate(zip(here, there, strict=True)):
         if times(own) != times(loaded):
             raise TieError(
-                f"cannot load this state into the {type(optimizer).__name__}: the decay of group "
-                f"{number} is multiplied by {times(own):g} for its ties here, and by "
-                f"{times(loaded):g} in what is loaded. Load it into an optimizer whose parameters "
-                "are tied as they were when it was saved, and tie or untie with optimizer= then."
+                f"cannot load this state into the {type(optimizer).__name__}",
+                f"the decay of group {number} is multiplied by {times(own):g} for its ties here, "
+                f"and by {times(loaded):g} in what is loaded.",
+                "Load it into an optimizer whose parameters are tied as they were when it was "
+                "saved, and tie or untie with optimizer= then.",
             )
 
 
@@ -96,16 +97,17 @@ def _install() -> None:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
+    place = f"the {type(optimizer).__name__}"
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             why = getattr(parameter, RETIRED, None)
             if why is not None:
-                raise TieError(f"the {type(optimizer).__name__} still holds {why}")
+                raise TieError(place, f"{place} still holds {why.fact}", why.remedy)
     if _forbidden:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for parameters, where in list(_forbidden.values()):
+        for parameters, why in list(_forbidden.values()):
             if any(id(parameter) in held for parameter in parameters):
-                raise TieError(f"the {type(optimizer).__name__} would step {where}")
+                raise TieError(place, f"{place} would step {why.fact}", why.remedy)
     if _checked_state.get(optimizer) is not optimizer.state:
         _check_state(optimizer)
         _checked_state[optimizer] = optimizer.state
@@ -116,9 +118,9 @@ def _check_state(optimizer: Optimizer) -> None:
     involved = [getattr(p, FREE) for p in held if hasattr(p, FREE)]
     if not involved:
         return
-    unfit = why_unfit(optimizer)
-    if unfit:
-        warn(f"the {type(optimizer).__name__} steps the free values of {involved[0]}. {unfit}.")
+    reason = why_no_steps(optimizer)
+    if reason is not None:
+        warn(f"the {type(optimizer).__name__} steps the free values of {involved[0]}. {reason}")
     shaped = parameter_shaped_state(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -126,10 +128,12 @@ def _check_state(optimizer: Optimizer) -> None:
             for key in shaped & state.keys():
                 value = state[key]
                 if isinstance(value, Tensor) and value.shape != parameter.shape:
+                    place = f"the {type(optimizer).__name__}"
                     raise TieError(
-                        f"the {type(optimizer).__name__} holds '{key}' of shape "
-                        f"{tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}: "
-                        f"its state was loaded by index, and tying {involved[0]} changed the "
-                        "order of the parameters. Load the state into the dense model's "
-                        "optimizer first, then tie with register_tie(..., optimizer=optimizer)."
+                        place,
+                        f"{place} holds '{key}' of shape {tuple(value.shape)} for a parameter of "
+                        f"shape {tuple(parameter.shape)}: its state was loaded by index, and "
+                        f"tying {involved[0]} changed the order of the parameters.",
+                        "Load the state into the dense model's optimizer first, then tie with "
+                        "register_tie(..., optimizer=optimizer).",
                     )

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 from torch import optim
 from torch.optim import Optimizer
 
+from tiedparam.util.errors import Reason
+
 Kind = Literal[
     "gradient",
     "gradient magnitude",
@@ -37,7 +39,7 @@ class OptimizerLaw:
         coupled_decay: the options of a group that are rates of decay added to the gradient.
         decoupled_if: the option that, if true, takes the decay out of the gradient.
         normalized: whether steps are the same if all gradients are scaled.
-        refused: why its state is not moved, or "".
+        refused: why its state is not moved, or None.
         even_fresh: whether it is refused before its first step, too.
         joint: whether its state is that of all of its parameters together.
     """
@@ -46,7 +48,7 @@ class OptimizerLaw:
     coupled_decay: tuple[str, ...] = ()
     decoupled_if: str | None = None
     normalized: bool = True
-    refused: str = ""
+    refused: Reason | None = None
     even_fresh: bool = False
     joint: bool = False
 
@@ -159,22 +161,22 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def law_of(optimizer: Optimizer) -> OptimizerLaw:
+def law_of(optimizer: Optimizer) -> OptimizerLaw | Reason:
     """The law of an optimizer's class, or of the class whose update it inherits unchanged.
 
-    Raises:
-        ValueError: with the reason, if its update is not known.
+    Returns:
+        The law; or the reason, if its update is not known.
     """
     kind = type(optimizer)
     known = _nearest_known(kind)
     if known is None:
-        raise ValueError(f"how the {kind.__name__} makes its steps is not known")
+        return Reason(f"how the {kind.__name__} makes its steps is not known.")
     for derived in kind.__mro__[: kind.__mro__.index(known)]:
         for name in vars(derived).keys() - _HARMLESS:
             if not name.startswith("__") and _is_overridden(derived, known, name):
-                raise ValueError(
+                return Reason(
                     f"the {kind.__name__} overrides {name} of {known.__name__}, and how it makes "
-                    "its steps is not known"
+                    "its steps is not known."
                 )
     return _LAWS[known]
 
@@ -185,10 +187,10 @@ def parameter_shaped_state(optimizer: Optimizer) -> set[str]:
     return _LAWS[known].parameter_shaped() if known is not None else set()
 
 
-def why_unfit(optimizer: Optimizer) -> str:
-    """Why an optimizer should not step free values at all, or ""."""
+def why_no_steps(optimizer: Optimizer) -> Reason | None:
+    """Why an optimizer should not step free values at all, or None."""
     known = _nearest_known(type(optimizer))
-    return _LAWS[known].refused if known is not None and _LAWS[known].even_fresh else ""
+    return _LAWS[known].refused if known is not None and _LAWS[known].even_fresh else None
 
 
 def _nearest_known(kind: type) -> type[Optimizer] | None:
@@ -272,22 +274,28 @@ _TORCHS_OWN: dict[type[Optimizer], OptimizerLaw] = {
         {"step": "scalar", "prev": "gradient", "step_size": "weight magnitude"}
     ),
     optim.Adafactor: OptimizerLaw(
-        refused="Adafactor keeps the second moments of rows and columns, and the free values "
-        "have other rows and columns"
+        refused=Reason(
+            "Adafactor keeps the second moments of rows and columns, and the free values have "
+            "other rows and columns."
+        )
     ),
     optim.LBFGS: OptimizerLaw(
-        refused="LBFGS holds one history for all of its parameters, which cannot follow",
+        refused=Reason("LBFGS holds one history for all of its parameters, which cannot follow."),
         joint=True,
     ),
     optim.Muon: OptimizerLaw(
-        refused="Muon orthogonalizes a weight as a matrix, and its free values are another one. "
-        "Build Muon after tying, from the matrices that are not tied (tiedparam.owner tells "
-        "which), and another optimizer from the free values",
+        refused=Reason(
+            "Muon orthogonalizes a weight as a matrix, and its free values are another one.",
+            "Build Muon after tying, from the matrices that are not tied (tiedparam.owner tells "
+            "which), and another optimizer from the free values.",
+        ),
         even_fresh=True,
     ),
     optim.SparseAdam: OptimizerLaw(
-        refused="SparseAdam takes sparse gradients only, and those of a tied weight are dense. "
-        "Leave the tensor as it is, or build another optimizer after tying",
+        refused=Reason(
+            "SparseAdam takes sparse gradients only, and those of a tied weight are dense.",
+            "Leave the tensor as it is, or build another optimizer after tying.",
+        ),
         even_fresh=True,
     ),
 }

@@ -83,6 +83,8 @@ def maps_to_dense(rule: Rule) -> Maps:
 
 def has_orbits(rule: Rule) -> bool:
     """Whether every entry of the weight is one free value, or minus it, or always zero."""
+    if rule.reads_layers:
+        return False
     with torch.no_grad():
         labels = rule.orbit_labels().flatten()
         free = _random_free_values(rule, 1)[0]
@@ -94,6 +96,8 @@ def has_orbits(rule: Rule) -> bool:
 
 def is_linear(rule: Rule) -> bool:
     """Whether the rule's ``forward`` is linear, tried on random values."""
+    if rule.reads_layers:
+        return False  # nor is that of most laws that have values of their own besides
     left, right = _random_free_values(rule, 2)
     with torch.no_grad():
         both = rule(*(a + 2 * b for a, b in zip(left, right, strict=True)))

@@ -8,7 +8,7 @@ Here a move is planned, with every reason against it, before anything is changed
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from tiedparam.state.optimizer_groups import among, destination, exchange, posit
 from tiedparam.state.optimizer_guard import holds_retired, watch_rates
 from tiedparam.state.optimizer_laws import OptimizerLaw, law_of, unwrapped
 from tiedparam.state.optimizer_maps import Maps, has_orbits, is_linear, maps_to_dense, maps_to_free
-from tiedparam.util.errors import warn
+from tiedparam.util.errors import Reason, TieError, warn
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Exchange:
     @property
     def remedy(self) -> str:
         """How to do without the move."""
-        return f"Build the optimizer after {'tying' if self.tying else 'untying'}"
+        return f"Build the optimizer after {'tying' if self.tying else 'untying'}."
 
     def multiplicities(self) -> tuple[float, float] | None:
         """The smallest and the largest, or None if the law has none."""
@@ -77,9 +77,10 @@ def _refuse_unmapped(change: Exchange, optimizers: list[Optimizer]) -> None:
         return  # the transpose of any linear law gives the gradient
     what = "optimizer state" if stepped else "a pending gradient"
     fact = "scales or mixes its free values" if is_linear(change.rule) else "is not linear"
-    raise ValueError(
-        f"the rule {fact}, and how {what} follows is not known. Call zero_grad, or build the "
-        "optimizer afterwards"
+    raise TieError(
+        f"'{change.rule}'",
+        f"the rule {fact}, and how {what} follows is not known.",
+        "Call zero_grad, or build the optimizer afterwards.",
     )
 
 
@@ -145,7 +146,7 @@ def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:
     """Plan the exchange in every optimizer that holds what goes.
 
     Raises:
-        ValueError: with the reason, if no optimizer holds it, if it stands in several groups, or
+        TieError: with the reason, if no optimizer holds it, if it stands in several groups, or
             if how an optimizer follows is not known.
     """
     _refuse_unmapped(change, list(optimizers))
@@ -158,9 +159,11 @@ def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:
         if not groups:
             continue
         if len(groups) > 1 or not all(among(p, groups[0]["params"]) for p in change.old):
-            raise ValueError(
-                f"the {type(optimizer).__name__} holds its free values in several groups, or "
-                "only some of them. Put them into one group"
+            place = f"the {type(optimizer).__name__}"
+            raise TieError(
+                place,
+                f"{place} holds its free values in several groups, or only some of them.",
+                "Put them into one group.",
             )
         law = _law_for(optimizer, change.old, change.new, change.remedy)
         group, states = groups[0], _moved_state(optimizer, law, change)
@@ -169,12 +172,15 @@ def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:
         moves.append(_placed(move, law, change))
     if optimizers and change.old and not moves and any(p.requires_grad for p in change.old):
         if any(map(holds_retired, optimizers)):
-            raise ValueError(
-                "none of the optimizers holds it, and one holds what an earlier tie has replaced. "
-                "Leave optimizer= out, and build the optimizer anew afterwards"
+            raise TieError(
+                "optimizer=",
+                "none of the optimizers holds it, and one holds what an earlier tie has replaced.",
+                "Leave optimizer= out, and build the optimizer anew afterwards.",
             )
-        raise ValueError(
-            "none of the optimizers holds it. Pass all that were built from this model"
+        raise TieError(
+            "optimizer=",
+            "none of the optimizers holds it.",
+            "Pass all that were built from this model.",
         )
     return moves
 
@@ -185,21 +191,20 @@ def _law_for(
     """What is known of the optimizer.
 
     Raises:
-        ValueError: with the reason, if this does not allow the exchange.
+        TieError: with the reason, if this does not allow the exchange.
     """
-    try:
-        law = law_of(optimizer)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}. {remedy}, or register its law with tiedparam.register_optimizer"
-        ) from None
-    if law.refused:
+    place = f"the {type(optimizer).__name__}"
+    law = law_of(optimizer)
+    if isinstance(law, Reason):
+        way = f"{remedy.removesuffix('.')}, or register its law with tiedparam.register_optimizer."
+        raise TieError(place, law.fact, way)
+    if law.refused is not None:
         if new and law.even_fresh:
-            raise ValueError(law.refused)
+            raise TieError(place, *law.refused)
         # where nothing takes its place, the state of a parameter is dropped, not moved
         held = optimizer.state if law.joint else [p for p in old if new and optimizer.state.get(p)]
         if held:
-            raise ValueError(f"{law.refused}. {remedy}")
+            raise TieError(place, law.refused.fact, f"{law.refused.remedy} {remedy}".strip())
     return law
 
 
@@ -258,7 +263,7 @@ def plan_addition(
         beside: what its source is computed from.
 
     Raises:
-        ValueError: with the reason, if no optimizer holds the source and there is a choice.
+        TieError: with the reason, if no optimizer holds the source and there is a choice.
     """
     moves = []
     for optimizer in optimizers:
@@ -268,16 +273,17 @@ def plan_addition(
                 break
     if optimizers and not moves:
         if len(optimizers) > 1 or len(optimizers[0].param_groups) > 1:
-            raise ValueError(
-                "there are several groups and none holds its source. Call remove_tie without "
-                "optimizer= and add the parameter to the group you want"
+            raise TieError(
+                "optimizer=",
+                "there are several groups and none holds its source.",
+                "Call remove_tie without optimizer= and add the parameter to the group you want.",
             )
         moves.append(_addition(optimizers[0], optimizers[0].param_groups[0], new))
     return moves
 
 
 def _addition(optimizer: Optimizer, group: dict[str, Any], new: nn.Parameter) -> Move:
-    law = _law_for(optimizer, [], [], "Build the optimizer after untying")  # nothing is moved
+    law = _law_for(optimizer, [], [], "Build the optimizer after untying.")  # nothing is moved
     names = []
     if "param_names" in group:
         taken = {name for g in optimizer.param_groups for name in g["param_names"]}
@@ -312,13 +318,15 @@ def move_gradient(change: Exchange) -> None:
             parameter.grad = gradient
 
 
-def share_gradient(weight: nn.Parameter, copy: Rule, origin: Sequence[nn.Parameter]) -> None:
+def share_gradient(
+    weight: nn.Parameter, compute: Callable[[], Tensor], origin: Sequence[nn.Parameter]
+) -> None:
     """Add the pending ``.grad`` of a tensor that is a copy now to what it is computed from."""
     trained = [parameter for parameter in origin if parameter.requires_grad]
     if weight.grad is None or not trained:
         return
     with torch.enable_grad():
-        shares = torch.autograd.grad(copy(), trained, weight.grad, allow_unused=True)
+        shares = torch.autograd.grad(compute(), trained, weight.grad, allow_unused=True)
     for parameter, share in zip(trained, shares, strict=True):
         if share is not None:
             parameter.grad = share if parameter.grad is None else parameter.grad + share
@@ -328,17 +336,19 @@ def _moved_state(optimizer: Optimizer, law: OptimizerLaw, change: Exchange) -> l
     """The state of each new parameter.
 
     Raises:
-        ValueError: with the reason, if an entry is not known, or not what it should be.
+        TieError: with the reason, if an entry is not known, or not what it should be.
     """
-    kind = type(optimizer).__name__
+    kind = f"the {type(optimizer).__name__}"
     states: list[dict[str, Any]] = [optimizer.state.get(p) or {} for p in change.old]
     moved: list[dict[str, Any]] = [{} for _ in change.new]
     if not moved or not any(states):
         return moved
     if len({frozenset(state) for state in states}) > 1:
-        raise ValueError(
-            f"the {kind} holds state for some of its free values only, as after a step with the "
-            "others frozen, and how that follows is not known. Build the optimizer afterwards"
+        raise TieError(
+            kind,
+            f"{kind} holds state for some of its free values only, as after a step with the "
+            "others frozen, and how that follows is not known.",
+            "Build the optimizer afterwards.",
         )
     for key in states[0]:
         values = [state[key] for state in states]
@@ -348,15 +358,15 @@ def _moved_state(optimizer: Optimizer, law: OptimizerLaw, change: Exchange) -> l
             for v, p in zip(values, change.old, strict=True)
         )
         if follows is None or not known:
-            raise ValueError(
-                f"the {kind} holds the state '{key}', and how it follows a tie is not known. "
-                f"{change.remedy}"
-            )
+            fact = f"{kind} holds the state '{key}', and how it follows a tie is not known."
+            raise TieError(kind, fact, change.remedy)
         if follows == "scalar" or values[0] is None:
             if any(bool(value != values[0]) for value in values):
-                raise ValueError(
-                    f"the free values have made different numbers of steps ('{key}' of the "
-                    f"{kind}), and a dense weight has one. Build the optimizer afterwards"
+                raise TieError(
+                    kind,
+                    f"the free values have made different numbers of steps ('{key}' of {kind}), "
+                    "and a dense weight has one.",
+                    "Build the optimizer afterwards.",
                 )
             mapped = [_copied(values[0]) for _ in moved]
         else:

@@ -20,9 +20,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from tiedparam.tie.lookup import ties_of
+from tiedparam.laws.rule import Rule
 from tiedparam.util.errors import TieError, describe
-from tiedparam.util.torch_private import is_watched
+from tiedparam.util.torch_private import is_watched, parametrization_list
 
 
 def is_bare(values: nn.Module, rule: nn.Module) -> bool:
@@ -120,8 +120,8 @@ def refuse_absent(layer: nn.Module, tensor_name: str, others: Iterable[Any]) -> 
         return  # shapes are being worked out
     fact = "has no values yet: it is on the meta device, and its input is not"
     remedy = "Load them first: to_empty, then load_state_dict."
-    rule = ties_of(layer).get(tensor_name)
-    for source, name in rule.sources() if rule is not None else ():
+    rule = parametrization_list(layer, tensor_name)[0]
+    for source, name in rule.sources() if isinstance(rule, Rule) else ():
         fact = f"is computed from {describe(source, name)}, whose values are on the meta device"
         remedy = (
             "Load them first. Where a tool loads the values of a layer as that layer is called "

@@ -1,9 +1,8 @@
-"""What is tied, and by which rule: the questions that every other part asks."""
+"""What is tied: the questions that every other part asks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -11,7 +10,11 @@ from torch.nn.utils import parametrize
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
 from tiedparam.util.errors import TieError, describe
-from tiedparam.util.torch_private import parametrization_list, parametrization_lists
+from tiedparam.util.torch_private import (
+    parameters_of,
+    parametrization_list,
+    parametrization_lists,
+)
 
 
 def is_tied(module: nn.Module, tensor_name: str | None = None, *, recurse: bool = True) -> bool:
@@ -29,10 +32,8 @@ def is_tied(module: nn.Module, tensor_name: str | None = None, *, recurse: bool 
         is_tied(model.conv, "bias")
     """
     if tensor_name is None:
-        return any(ties_of(part) for part in (module.modules() if recurse else (module,)))
-    if not parametrize.is_parametrized(module, tensor_name):
-        return False
-    return isinstance(parametrization_list(module, tensor_name)[0], Rule)
+        return any(ties_in(part) for part in (module.modules() if recurse else (module,)))
+    return find_tie(module, tensor_name) is not None
 
 
 def get_tie(layer: nn.Module, tensor_name: str = "weight") -> Rule:
@@ -41,53 +42,55 @@ def get_tie(layer: nn.Module, tensor_name: str = "weight") -> Rule:
     Raises:
         TieError: if the tensor is not tied.
     """
-    if not is_tied(layer, tensor_name):
-        raise TieError(
-            f"{describe(layer, tensor_name)} is not tied. Tie it with register_tie first."
-        )
-    return cast(Rule, parametrization_list(layer, tensor_name)[0])
+    return tie_of(layer, tensor_name).rule
+
+
+def find_tie(layer: nn.Module, tensor_name: str) -> Tie | None:
+    """The tie of a tensor, or None if it is not tied."""
+    if not parametrize.is_parametrized(layer, tensor_name):
+        return None
+    values = parametrization_list(layer, tensor_name)
+    return Tie(layer, tensor_name, values) if isinstance(values[0], Rule) else None
 
 
 def tie_of(layer: nn.Module, tensor_name: str = "weight") -> Tie:
-    """The tie of a tensor that is known to be tied."""
-    return Tie(layer, tensor_name, parametrization_list(layer, tensor_name))
+    """The tie of a tensor.
+
+    Raises:
+        TieError: if the tensor is not tied.
+    """
+    tie = find_tie(layer, tensor_name)
+    if tie is None:
+        where = describe(layer, tensor_name)
+        raise TieError(where, f"{where} is not tied.", "Tie it with register_tie first.")
+    return tie
 
 
-def free_values(layer: nn.Module, tensor_name: str) -> list[nn.Parameter]:
-    """The Parameters that a tied tensor is computed from; none for a copy."""
-    values = parametrization_list(layer, tensor_name)
-    return [getattr(values, f"original{index}") for index in range(values.ntensors)]
+def ties_in(layer: nn.Module) -> list[Tie]:
+    """The ties of one layer."""
+    if not parametrize.is_parametrized(layer):
+        return []
+    found = (find_tie(layer, name) for name in parametrization_lists(layer))
+    return [tie for tie in found if tie is not None]
+
+
+def named_ties_in(model: nn.Module) -> Iterator[tuple[str, Tie]]:
+    """All ties of a model, each with what the state-dict keys of its layer begin with."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for tie in ties_in(module):
+            yield key_prefix(path), tie
 
 
 def origins(layer: nn.Module, tensor_name: str) -> Iterator[nn.Parameter]:
     """The Parameters that hold a tensor's numbers; a copy's are at the end of its chain."""
-    if not is_tied(layer, tensor_name):
-        parameter = layer._parameters.get(tensor_name)
+    tie = find_tie(layer, tensor_name)
+    if tie is None:
+        parameter = parameters_of(layer).get(tensor_name)
         yield from [parameter] if parameter is not None else []
         return
-    yield from free_values(layer, tensor_name)
-    for source, name in get_tie(layer, tensor_name).sources():
+    yield from tie.free
+    for source, name in tie.rule.sources():
         yield from origins(source, name)
-
-
-def is_stacked(layer: nn.Module, tensor_name: str) -> bool:
-    """Whether another parametrization works on what the tie gives."""
-    return len(parametrization_list(layer, tensor_name)) > 1
-
-
-def ties_of(layer: nn.Module) -> dict[str, Rule]:
-    """The tied tensors of one layer and their rules."""
-    if not parametrize.is_parametrized(layer):
-        return {}
-    names = parametrization_lists(layer)
-    return {name: get_tie(layer, name) for name in names if is_tied(layer, name)}
-
-
-def named_ties(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Rule]]:
-    """Every tied tensor: key prefix of its layer, layer, tensor name, rule."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, rule in ties_of(module).items():
-            yield key_prefix(path), module, name, rule
 
 
 def key_prefix(path: str) -> str:
@@ -97,3 +100,27 @@ def key_prefix(path: str) -> str:
         wrappers = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
         path = ".".join(name for name in path.split(".") if name not in wrappers)
     return f"{path}." if path else ""
+
+
+# For the rooms that still ask for layer, name and rule apart; they go.
+
+
+def free_values(layer: nn.Module, tensor_name: str) -> list[nn.Parameter]:
+    """The Parameters that a tied tensor is computed from; none for a copy."""
+    return tie_of(layer, tensor_name).free
+
+
+def is_stacked(layer: nn.Module, tensor_name: str) -> bool:
+    """Whether another parametrization works on what the tie gives."""
+    return tie_of(layer, tensor_name).is_stacked
+
+
+def ties_of(layer: nn.Module) -> dict[str, Rule]:
+    """The tied tensors of one layer and their rules."""
+    return {tie.tensor_name: tie.rule for tie in ties_in(layer)}
+
+
+def named_ties(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Rule]]:
+    """Every tied tensor: key prefix of its layer, layer, tensor name, rule."""
+    for prefix, tie in named_ties_in(model):
+        yield prefix, tie.layer, tie.tensor_name, tie.rule

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from tiedparam.util.errors import TieError
+from tiedparam.util.errors import Reason
 
 TO_BRING_BACK = "Call accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
 
@@ -37,31 +37,24 @@ def loaded(module: nn.Module) -> Iterator[None]:
         hook.post_forward(module, None)
 
 
-def refuse_offloaded(
-    layer: nn.Module, where: str, verb: str, on_disk: Iterable[nn.Module] = ()
-) -> None:
-    """Raise if a tool keeps the values of a layer that are about to be exchanged or written.
+def why_offloaded(layer: nn.Module, on_disk: Iterable[nn.Module] = ()) -> Reason | None:
+    """Why the values of a layer cannot be exchanged or written: a tool keeps them. Or None.
 
     Args:
-        layer: the layer to tie or untie, or whose values are to be written.
-        where: how to name the tensor.
-        verb: what cannot be done: "tie", "untie", "assign to".
+        layer: the layer.
         on_disk: the modules of the model that diffusers keeps on disk, where it is known.
-
-    Raises:
-        TieError: if accelerate offloads the layer, or diffusers keeps it on disk.
     """
     if is_offloaded(layer):
-        raise TieError(
-            f"cannot {verb} {where}: accelerate offloads its values, and would look for the old "
-            f"ones. {TO_BRING_BACK}"
+        return Reason(
+            "accelerate offloads its values, and would look for the old ones.", TO_BRING_BACK
         )
     holders = [*([layer] if is_on_disk(layer) else []), *on_disk]
     if any(module is layer for holder in holders for module in holder.modules()):
-        raise TieError(
-            f"cannot {verb} {where}: diffusers keeps its values on disk. Do so "
-            "before apply_group_offloading, or leave offload_to_disk_path out."
+        return Reason(
+            "diffusers keeps its values on disk.",
+            "Do so before apply_group_offloading, or leave offload_to_disk_path out.",
         )
+    return None
 
 
 def is_offloaded(module: nn.Module) -> bool:

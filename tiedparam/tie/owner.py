@@ -44,7 +44,7 @@ _tied_layers: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictio
 _last_seen: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
 
 
-def remember(layer: nn.Module) -> None:
+def remember_layer(layer: nn.Module) -> None:
     """Let `owner` find a layer that is tied now, or was made from one that is."""
     _tied_layers[layer] = None
 

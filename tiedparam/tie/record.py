@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.marks import carry_marks
+from tiedparam.tie.reading import Reading
 from tiedparam.util.errors import TieError, describe
 from tiedparam.util.torch_private import effective, through
 
@@ -34,11 +35,13 @@ class TiedList(parametrize.ParametrizationList):
         kept: what is kept of the weight for inference.
         computing: how the layer computes with it, if not densely.
         residual_at_tying: how far the weight was from the law then; None if unknown.
+        reading: how other layers are read, for a law that does.
     """
 
     kept: Any = None
     computing: Any = None
     residual_at_tying: float | None = None
+    reading: Reading | None = None
 
     def append(self, module: nn.Module) -> TiedList:
         """Stack a parametrization on the tie.
@@ -78,7 +81,19 @@ class TiedList(parametrize.ParametrizationList):
         originals = self._parameters.values()
         if len(originals) != self.ntensors or self.is_tensor:
             return super().forward()  # a replica of nn.DataParallel, say
-        return through(self, *originals)  # type: ignore[arg-type]
+        if self.reading is None:
+            return through(self, *originals)  # type: ignore[arg-type]
+        weight = self.reading.compute(self, originals)  # type: ignore[arg-type]
+        for stacked in list(self)[1:]:
+            weight = stacked(weight)
+        return weight
+
+    def tied(self) -> Tensor:
+        """What the tie gives, before anything that is stacked on it."""
+        free = self._parameters.values()
+        if self.reading is None:
+            return self[0](*free)  # type: ignore[no-any-return]
+        return self.reading.compute(self, free)  # type: ignore[arg-type]
 
     @property
     def original(self) -> TiedList:  # type: ignore[override]
@@ -88,9 +103,26 @@ class TiedList(parametrize.ParametrizationList):
     def __deepcopy__(self, memo: dict[int, Any]) -> TiedList:
         replica: TiedList = type(self).__new__(type(self))
         memo[id(self)] = replica
-        replica.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state = {key: value for key, value in self.__dict__.items() if key != "reading"}
+        replica.__dict__.update(copy.deepcopy(state, memo))
+        if self.reading is not None:
+            watches = copy.deepcopy(self.reading.watches, memo)
+            replica.reading = self.reading.copied(replica, watches, memo)
         carry_marks(self._parameters, replica._parameters)
         return replica
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.reading is not None:
+            self.reading = self.reading.serving(self)
+
+    def __repr__(self) -> str:
+        # as torch shows it, but a list says nothing of its own
+        return nn.Module.__repr__(self) if self.reading is not None else super().__repr__()
+
+    def extra_repr(self) -> str:
+        """Which layers are read."""
+        return self.reading.shown(self) if self.reading is not None else ""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         before = self._parameters.copy()
@@ -130,14 +162,24 @@ class Tie:
         """The Parameters that the tensor is computed from; none for a copy."""
         return [getattr(self.values, f"original{i}") for i in range(self.values.ntensors)]
 
-    def keys(self, prefix: str = "") -> list[str]:
-        """The state-dict keys of the free values, in a model that has the layer at ``prefix``."""
+    def keys(self, prefix: str = "", count: int | None = None) -> list[str]:
+        """The state-dict keys of the free values, or of the first ``count`` if there were so many.
+
+        Args:
+            prefix: what the keys of the layer begin with.
+            count: how many.
+        """
         start = f"{prefix}parametrizations.{self.tensor_name}.original"
-        return [f"{start}{index}" for index in range(self.values.ntensors)]
+        return [f"{start}{i}" for i in range(self.values.ntensors if count is None else count)]
 
     def weight(self) -> Tensor:
         """The tensor that the layer computes with."""
         return effective(self.layer, self.tensor_name)
+
+    def tied(self) -> Tensor:
+        """What the tie gives, before anything that is stacked on it."""
+        values = self.values
+        return values.tied() if isinstance(values, TiedList) else self.rule(*self.free)
 
     @property
     def is_stacked(self) -> bool:
@@ -147,6 +189,11 @@ class Tie:
     def describe(self, root: nn.Module | None = None) -> str:
         """The tensor, as messages name it."""
         return describe(self.layer, self.tensor_name, root)
+
+    @property
+    def record(self) -> TiedList:
+        """The list, where it is ours: not that of a rule that was given to torch directly."""
+        return cast(TiedList, self.values)
 
     @property
     def residual_at_tying(self) -> float | None:
@@ -163,12 +210,17 @@ class Tie:
         return self.values.__dict__.get("kept")
 
     @property
+    def reading(self) -> Reading | None:
+        """How other layers are read, for a law that does."""
+        return self.values.__dict__.get("reading")
+
+    @property
     def computing(self) -> Any:
         """How the layer computes with the tensor, if not densely."""
         return self.values.__dict__.get("computing")
 
 
-def adopt(parametrizations: parametrize.ParametrizationList) -> TiedList:
+def make_record(parametrizations: parametrize.ParametrizationList) -> TiedList:
     """Make torch's list the record of a tie, which also checks what is stacked on it."""
     parametrizations.__class__ = TiedList
     return cast(TiedList, parametrizations)

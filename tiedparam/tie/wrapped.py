@@ -17,87 +17,91 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tiedparam.util.errors import TieError, describe
+from tiedparam.util.errors import Reason, TieError, describe
 from tiedparam.util.sharded import is_sharded
 
 if TYPE_CHECKING:
-    from tiedparam.laws.linked import Linked
+    from tiedparam.laws.rule import Rule
+    from tiedparam.tie.reading import Reading
+    from tiedparam.tie.record import Tie
+    from tiedparam.tie.whereabouts import Whereabouts
 
 
-def refuse_wrapped(
-    layer: nn.Module,
-    parameters: Iterable[Tensor],
-    where: str,
-    verb: str,
-    wrappers: Iterable[nn.Module] = (),
-) -> None:
-    """Raise if a wrapper holds the layer, whose ``parameters`` are about to be exchanged.
+def why_wrapped(
+    layer: nn.Module, parameters: Iterable[Tensor], verb: str, wrappers: Iterable[nn.Module] = ()
+) -> Reason | None:
+    """Why a layer cannot be tied or untied that a wrapper holds, or None.
 
     Args:
-        layer: the layer to tie or untie.
+        layer: the layer, whose ``parameters`` are about to be exchanged.
         parameters: what its tensor is stored in.
-        where: how to name the tensor.
         verb: "tie" or "untie".
         wrappers: those in the model, where it is known.
 
-    Raises:
-        TieError: if the layer is part of a live DDP model (S34) or was sharded (S35).
+    Returns:
+        A reason if the layer is part of a live DDP model (S34) or was sharded (S35).
     """
     parameters = list(parameters)
     wrapper: nn.Module | None = None
     if not any(is_sharded(parameter) for parameter in parameters):
         wrapper = _wrapper_of(layer, parameters, wrappers)
         if wrapper is None:
-            return
+            return None
+    verb = verb.capitalize()
     if isinstance(wrapper, _fsdp1()):
-        raise TieError(
-            f"cannot {verb} {where}: a FullyShardedDataParallel has put its values into a flat "
-            f"parameter already. {verb.capitalize()} before wrapping."
+        return Reason(
+            "a FullyShardedDataParallel has put its values into a flat parameter already.",
+            f"{verb} before wrapping.",
         )
     if isinstance(wrapper, DistributedDataParallel):
-        raise TieError(
-            f"cannot {verb} {where}: a {type(wrapper).__name__} holds it already, and would not "
-            f"average the gradients of the new parameters. {verb.capitalize()} before wrapping: "
-            f"drop the wrapper, {verb} its .module, and wrap that again."
+        return Reason(
+            f"a {type(wrapper).__name__} holds it already, and would not average the gradients of "
+            "the new parameters.",
+            f"{verb} before wrapping: drop the wrapper, {verb.lower()} its .module, and wrap that "
+            "again.",
         )
-    raise TieError(
-        f"cannot {verb} {where}: it is sharded already. {verb.capitalize()} before fully_shard."
-    )
+    return Reason("it is sharded already.", f"{verb} before fully_shard.")
 
 
-def refuse_separate_source(layer: nn.Module, tensor_name: str, rule: Linked) -> None:
-    """Raise for a copy that is to be computed while its source is sharded elsewhere (S31)."""
-    ((source, source_name),) = rule.sources()
-    root = rule.meeting
-    copy, original = describe(layer, tensor_name, root), describe(source, source_name, root)
+def refuse_separate_source(tie: Tie) -> None:
+    """Raise for a tie that is to be computed while a source is sharded elsewhere (S31)."""
+    reading: Reading = tie.values.reading  # type: ignore[assignment]
+    (source, source_name), *_ = tie.rule.sources()
+    root = reading.places[0].common_root
+    copy, original = tie.describe(root), describe(source, source_name, root)
     pair = "source_layer, layer"
     if root is not None:
         paths = {id(module): path for path, module in root.named_modules()}
-        pair = f"{paths[id(source)]}, {paths[id(layer)]}"
+        pair = f"{paths[id(source)]}, {paths[id(tie.layer)]}"
     raise TieError(
-        f"cannot compute {copy} by '{rule}': its source {original} belongs to another "
-        "fully_shard unit, and only a part of it is here. Put both into one unit, with "
-        f"fully_shard([{pair}]) or by sharding only a module that holds both."
+        f"cannot compute {copy} by '{tie.rule}'",
+        f"its source {original} belongs to another fully_shard unit, and only a part of it is "
+        "here.",
+        f"Put both into one unit, with fully_shard([{pair}]) or by sharding only a module that "
+        "holds both.",
     )
 
 
-def refuse_other_unit(rule: Linked, source: nn.Module) -> None:
-    """Raise for a copy that lies outside of the FSDP1 unit of its source (S53).
+def refuse_other_unit(
+    rule: Rule, values: nn.Module | None, source: nn.Module, place: Whereabouts
+) -> None:
+    """Raise for a tie that lies outside of the FSDP1 unit of its source (S53).
 
     While the copy computes, that unit may be sharded, and it has finished the source's gradient
     before the copy's is there.
     """
-    root = rule.meeting
+    root = place.common_root
     # units within the smallest module that holds both are enough, where that is known
     for unit in root.modules() if root is not None else _live(_with_subclasses(_fsdp1())):
         inside = list(unit.modules()) if isinstance(unit, _fsdp1()) else []
-        if any(m is source for m in inside) and not any(m is rule for m in inside):
-            place = f" '{rule.path_to_source}'" if root is not None else ""
+        if any(m is source for m in inside) and not any(m is values for m in inside):
+            named = f" '{place.path}'" if root is not None else ""
             raise TieError(
-                f"'{rule}' cannot be computed: its source{place}, a {type(source).__name__}, "
-                "belongs to a FullyShardedDataParallel unit that does not hold the copy, and "
-                "would miss its gradients. Put both into one unit: wrap a module that holds both, "
-                "and neither of them alone."
+                f"'{rule}' cannot be computed",
+                f"its source{named}, a {type(source).__name__}, belongs to a "
+                "FullyShardedDataParallel unit that does not hold the copy, and would miss its "
+                "gradients.",
+                "Put both into one unit: wrap a module that holds both, and neither of them alone.",
             )
 
 

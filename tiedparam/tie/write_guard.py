@@ -160,16 +160,6 @@ def _ordinary(weight: GuardedWeight) -> Tensor:
     return plain
 
 
-def guarding_is_off() -> bool:
-    """Whether somebody traces or transforms the code, where a subclass would be in the way."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuardedWeight | None:
     """The guarded tensor that ``func`` would write into, if any."""
     outputs = kwargs.get("out")
@@ -232,9 +222,11 @@ def _refuse(weight: GuardedWeight, func: Any) -> None:
             "Use tiedparam.assign_(layer, value), tiedparam.init_(layer, init_fn), write to the "
             f"free values in layer.parametrizations.{tensor_name}, or call remove_tie first."
         )
+    place = f"{action} on the tied {where}"
     raise TieError(
-        f"{action} on the tied {where} would be lost: the weight is "
-        f"computed from its free values at every read. {way}"
+        place,
+        f"{place} would be lost: the weight is computed from its free values at every read.",
+        way,
     )
 
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import (
+    is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
+)
 
 from tiedparam.util.sharded import computed, is_sharded
 
@@ -36,6 +40,94 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 def submodules_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """The table of a module's own submodules, to be read or written."""
     return module._modules
+
+
+def has_gradient_hooks(parameter: nn.Parameter) -> bool:
+    """Whether somebody is called with the parameter's gradient."""
+    return bool(
+        parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    )
+
+
+def forward_pre_hooks_of(module: nn.Module) -> Mapping[int, Callable[..., Any]]:
+    """The hooks that run before a module's forward."""
+    return module._forward_pre_hooks
+
+
+def is_managed_by_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP1 or FSDP2 has taken the module over: both write this on all that they hold."""
+    return "_is_fsdp_managed_module" in module.__dict__
+
+
+# State dicts -----------------------------------------------------------------------------------
+
+
+def metadata_of(state_dict: object) -> Any:
+    """The versions, and what else layers note, by path: an attribute of torch's dictionary."""
+    return getattr(state_dict, "_metadata", None)
+
+
+def set_metadata(state_dict: Any, metadata: Any) -> None:
+    """Give a dictionary the metadata of another one."""
+    state_dict._metadata = metadata
+
+
+# Methods of a module that torch calls by private names -------------------------------------------
+
+
+def load_into(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> None:
+    """What ``load_state_dict`` calls for each module."""
+    stock._load_from_state_dict(module, *arguments)
+
+
+def save_from(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> None:
+    """What ``state_dict`` calls for each module."""
+    stock._save_to_state_dict(module, *arguments)
+
+
+def apply_to(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> nn.Module:
+    """What ``to``, ``half``, ``cuda`` and the like call for each module."""
+    return cast(nn.Module, stock._apply(module, *arguments))
+
+
+def replicate_for_data_parallel(stock: type[nn.Module], module: nn.Module) -> nn.Module:
+    """What `nn.DataParallel` calls for each module."""
+    return cast(nn.Module, stock._replicate_for_data_parallel(module))
+
+
+# What is happening now -------------------------------------------------------------------------
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` or an exporter records operations, and warns of comparisons."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_traced_or_transformed() -> bool:
+    """Whether somebody compiles, traces, transforms or intercepts what is computed now.
+
+    By torch.compile, ``torch.jit.trace``, ``torch.func`` or a dispatch mode.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def caller(above: int = 1) -> FrameType:
+    """The frame of whoever called the function that asks, or of one further up.
+
+    Args:
+        above: how many callers further up than the function that asks.
+    """
+    return sys._getframe(above + 1)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written in place, as far as autograd counts."""
+    return tensor._version
 
 
 # Parametrizations ------------------------------------------------------------------------------
@@ -66,6 +158,23 @@ def effective(layer: nn.Module, tensor_name: str) -> Tensor:
     return cast(Tensor, values())
 
 
+def tensor_of(layer: nn.Module, tensor_name: str) -> Tensor | None:
+    """`effective`, or None if the layer has no tensor of that name."""
+    try:
+        present = effective(layer, tensor_name)
+    except AttributeError:
+        if parametrize.is_parametrized(layer, tensor_name):
+            raise  # an error in what computes it (S26)
+        return None
+    return present if isinstance(present, Tensor) else None
+
+
+def is_parametrized(layer: nn.Module, tensor_name: str) -> bool:
+    """Whether a tensor is parametrized, by the tables: this is asked at every read."""
+    lists = layer._modules.get("parametrizations")
+    return lists is not None and tensor_name in lists._modules
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether calling this module does more than its class's ``forward``."""
     kept = module.__dict__  # by the table: this runs at every call
@@ -80,8 +189,6 @@ def is_watched(module: nn.Module) -> bool:
 
 def _called_with(values: nn.Module, *originals: Tensor) -> Tensor:
     """What calling a list of parametrizations gives, with these tensors as its originals."""
-    if not is_watched(values):
-        return through(values, *originals)
     named = dict(zip(values._parameters, originals, strict=True))
     return cast(Tensor, torch.func.functional_call(values, named, ()))
 

@@ -1,0 +1,104 @@
+"""The free values that a tie starts with, once rule and weight have shown that they fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tiedparam.laws.rule import Rule, relative_distance
+from tiedparam.layer.concerns import why_distant
+from tiedparam.util.errors import Reason, TieError
+from tiedparam.util.torch_private import has_values
+
+
+@dataclass(frozen=True)
+class InitialValues:
+    """What a tie starts with.
+
+    Attributes:
+        free: the free values.
+        residual: how far the weight was from the law; None where it had no values.
+    """
+
+    free: list[Tensor]
+    residual: float | None
+
+
+def initial_values(
+    rule: Rule, weight: nn.Parameter, init: str, max_residual: float | None
+) -> InitialValues | Reason:
+    """Free values for ``weight`` by ``init``, or the reason why there are none.
+
+    Raises:
+        TieError: if a source of the rule is not what it was.
+    """
+    with torch.no_grad():
+        if has_values(weight) and not has_values(torch.empty(0, device=weight.device)):
+            return Reason("FakeTensorMode computes no values.", "Tie the layer outside of it.")
+        dense = weight.detach()
+        try:
+            sources = rule.read()
+            # the shape first: what follows from a wrong forward would be hard to read
+            zeros = [dense.new_zeros(shape) for shape in rule.free_shapes()]
+            reason = _why_misshapen(rule(*sources, *zeros), dense)
+            if reason is not None:
+                return reason
+            free = list(rule.right_inverse(dense))
+            lawful = rule(*sources, *free)
+        except (TieError, RecursionError):
+            raise
+        except Exception as error:
+            return Reason(f"the rule raised {type(error).__name__}: {error}")
+        reason = _why_wrong(free, dense) or _why_misshapen(lawful, dense)
+        if reason is not None:
+            return reason
+        residual = relative_distance(dense, lawful) if has_values(dense) else None
+        reason = why_distant(residual, max_residual)
+        if reason is None and init == "exact":
+            reason = _why_inexact(rule, dense, lawful, residual)
+        if reason is not None:
+            return reason
+        if init == "rescale":
+            if rule.reads_layers:
+                return Reason("a copy has no values of its own to rescale.", "Use init='project'.")
+            counts = rule.multiplicities()
+            free = [
+                value * count.sqrt().to(value.device, value.dtype)
+                for value, count in zip(free, counts, strict=True)
+            ]
+        return InitialValues(free, residual)
+
+
+def _why_wrong(free: list[Tensor], dense: Tensor) -> Reason | None:
+    if any(value.dtype != dense.dtype for value in free):
+        return Reason(f"its free values are not {dense.dtype}.", "Correct the rule.")
+    if any(value.numel() == 0 for value in free):
+        return Reason("one of its free values is empty.", "Leave it out of free_shapes.")
+    return None
+
+
+def _why_inexact(
+    rule: Rule, dense: Tensor, lawful: Tensor, residual: float | None
+) -> Reason | None:
+    if residual is None:
+        return Reason("its weight has no values yet to compare.", "Use init='project', or load it.")
+    if torch.equal(lawful, dense):
+        return None
+    return Reason(
+        f"the weight breaks the law {rule.law} (residual {residual:.2e}).",
+        "Use init='project' to take the nearest lawful weight.",
+    )
+
+
+def _why_misshapen(value: object, dense: Tensor) -> Reason | None:
+    if not isinstance(value, Tensor) or value.shape != dense.shape:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        return Reason(
+            f"its forward returns {shape}, and the tensor is {tuple(dense.shape)}.",
+            "Correct the rule.",
+        )
+    if value.dtype != dense.dtype:
+        return Reason(f"its forward returns {value.dtype}, not {dense.dtype}.", "Correct the rule.")
+    return None

@@ -1,0 +1,58 @@
+"""How far a tensor is from a law, before anybody ties it."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from tiedparam.laws.registry import make_rule
+from tiedparam.laws.rule import Rule
+from tiedparam.layer.checks import check_arguments, why_no_values
+from tiedparam.tie.binding import bind
+from tiedparam.tie.write_guard import unguard
+from tiedparam.util.errors import TieError, describe
+from tiedparam.util.torch_private import has_values
+
+
+def residual(
+    layer: nn.Module,
+    rule: str | type[Rule] | Rule,
+    tensor_name: str = "weight",
+    *,
+    root: nn.Module | None = None,
+    **options: Any,
+) -> float:
+    """How far a tensor is from a law: ``‖W − project(W)‖ / ‖W‖``. Look before you tie.
+
+    Args:
+        layer: the layer, tied or not; it is not changed.
+        rule: as in `register_tie`.
+        tensor_name: which tensor.
+        root: the model, to find a ``source=`` given as a path.
+        **options: the rule's own options.
+
+    Returns:
+        0 for a lawful (or zero) weight. For a rule with free values at most 1, and about
+        ``sqrt(1 − free/entries)`` for i.i.d. entries; for a copy unbounded, and about √2 for
+        unrelated weights of equal scale.
+
+    Raises:
+        TieError: if the tensor cannot carry the rule.
+    """
+    check_arguments(layer, tensor_name, "project", root)
+    made = make_rule(rule, options)
+    place = f"cannot compare {describe(layer, tensor_name, root)} with '{made}'"
+    weight = getattr(layer, tensor_name, None)
+    if (
+        not isinstance(weight, Tensor)
+        or isinstance(weight, nn.UninitializedParameter)
+        or not has_values(weight)
+    ):
+        raise TieError(place, *why_no_values(layer, tensor_name))
+    looked_through = copy(made)  # an instance that was given can still tie
+    reason = bind(looked_through, layer, tensor_name, root)
+    if reason is not None:
+        raise TieError(place, *reason)
+    return looked_through.residual(unguard(weight).detach())

@@ -1,0 +1,123 @@
+"""Whether single entries of a state dict fit a tie: reasons, and what they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiedparam.tie.record import Tie
+from tiedparam.tie.write_guard import unguard
+from tiedparam.util.errors import Reason, quoted, shown_shape, some_of, warn
+from tiedparam.util.sharded import whole
+from tiedparam.util.torch_private import has_values
+
+RESIDUAL_TO_WARN = 1e-3
+"""A loaded weight that is further from the law than this is projected with a `TieWarning`."""
+
+SIGNATURE = "tiedparam"
+"""Under this name the rules stand in a state dict's metadata."""
+
+
+def why_unfit(tie: Tie, key: str, value: Any) -> Reason | None:
+    """Why a dense entry cannot become the tie's free values, or None."""
+    if tie.is_stacked:
+        return Reason(
+            f"'{key}' is dense, and another parametrization is stacked on '{tie.rule}' here.",
+            "Remove that one first.",
+        )
+    if not isinstance(value, Tensor):
+        return Reason(f"'{key}' is a {type(value).__name__}, not a tensor.")
+    if value.is_complex() and any(not parameter.is_complex() for parameter in tie.free):
+        return Reason(f"'{key}' is complex in the checkpoint, and real here.")
+    shape = tie.rule.bound_layout.shape
+    if tuple(value.shape) != shape:
+        return _another_size(key, value, shape)
+    return None
+
+
+def why_unfit_free(
+    tie: Tie, prefix: str, state_dict: Mapping[str, Any], signatures: Mapping[str, str]
+) -> Reason | None:
+    """Why the free values in a state dict are not those of the tie, or None.
+
+    Args:
+        tie: the tie.
+        prefix: what the keys of its layer begin with.
+        state_dict: the entries.
+        signatures: the rules that were noted with them, by tensor name.
+    """
+    key, keys, rule = prefix + tie.tensor_name, tie.keys(prefix), tie.rule
+    missing = [k for k in keys if k not in state_dict]
+    if missing:
+        return Reason(
+            f"free values of '{key}' are missing: {', '.join(missing)}.", "Load all or none."
+        )
+    more = tie.keys(prefix, len(keys) + 1)[-1]
+    if more in state_dict:
+        return Reason(
+            f"'{more}' is one free value more than '{rule}' has.", "Load another checkpoint."
+        )
+    written = signatures.get(tie.tensor_name)
+    if written is not None and written != str(rule):
+        return Reason(
+            f"'{key}' was saved under the rule {quoted(written)} and is tied by '{rule}' here."
+        )
+    for k, shape in zip(keys, rule.free_shapes(), strict=True):
+        entry = state_dict[k]
+        if not isinstance(entry, Tensor):
+            return Reason(f"'{k}' is a {type(entry).__name__}, not a tensor.")
+        if tuple(entry.shape) != tuple(shape):
+            return _another_size(k, entry, tuple(shape))
+    return None
+
+
+def _another_size(key: str, entry: Tensor, shape: tuple[int, ...]) -> Reason:
+    there = shown_shape(entry.shape)
+    return Reason(f"size mismatch for '{key}': {there} in the checkpoint, {shape} here.")
+
+
+def agree(entry: Tensor, computed: Tensor) -> bool:
+    """Whether two tensors are equal up to the rounding of the coarser of their dtypes."""
+    if not (has_values(entry) and has_values(computed)):
+        return True
+    entry, computed = as_float(entry).detach(), as_float(computed).detach()
+    if entry.shape != computed.shape:
+        return False
+    tolerance = 4 * max(torch.finfo(entry.dtype).eps, torch.finfo(computed.dtype).eps)
+    wide = torch.promote_types(torch.promote_types(entry.dtype, computed.dtype), torch.float32)
+    return torch.allclose(
+        entry.to(computed.device, wide), computed.to(wide), rtol=tolerance, atol=0, equal_nan=True
+    )
+
+
+def disagreement(key: str, tie: Tie) -> Reason:
+    """The reason against a dense entry that is not what the tie's sources give."""
+    return Reason(
+        f"'{key}' is tied by '{tie.rule}' and disagrees with its source.",
+        "Load a checkpoint that keeps the law, or remove the entry to take the source's values. "
+        "Parts of a checkpoint are put together first: tiedparam.tie_state_dict(model, dense).",
+    )
+
+
+def both_forms(key: str, remedy: str) -> Reason:
+    """The reason against a tensor that a state dict has twice."""
+    return Reason(f"'{key}' stands in it both dense and tied.", remedy)
+
+
+def as_float(value: Tensor) -> Tensor:
+    """An entry as numbers that a law can average, whole where it is sharded."""
+    value = whole(unguard(value))
+    return value if value.is_floating_point() or value.is_complex() else value.float()
+
+
+def warn_projected(projected: list[tuple[str, float]]) -> None:
+    """Say which loaded weights were not lawful, by key and residual."""
+    if projected:
+        names = some_of([f"'{key}' (residual {residual:.2e})" for key, residual in projected])
+        warn(
+            f"these weights were not lawful and were projected while loading: {names}. "
+            "Fine-tune, or look at tiedparam.residual before you tie."
+        )

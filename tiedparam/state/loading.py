@@ -1,0 +1,186 @@
+"""What a tied layer does when torch loads and saves it.
+
+A tied layer stores ``<layer>.parametrizations.<tensor>.original<i>``. A dense entry
+``<layer>.<tensor>`` is accepted as well and projected (S9), whatever ``strict``, ``assign`` or the
+device. A layer sees only its own entries, so a dense entry that depends on a source is judged
+again when that has been loaded, whichever comes first.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiedparam.laws.rule import relative_distance
+from tiedparam.state.entries import (
+    RESIDUAL_TO_WARN,
+    SIGNATURE,
+    agree,
+    as_float,
+    both_forms,
+    disagreement,
+    warn_projected,
+    why_unfit,
+    why_unfit_free,
+)
+from tiedparam.tie.lookup import find_tie, origins, ties_in
+from tiedparam.tie.reading import chain
+from tiedparam.tie.record import Tie
+from tiedparam.tie.torch_callers import refuse_loading_by_key
+from tiedparam.tie.write_guard import unguard
+from tiedparam.util.bits import same_bits
+from tiedparam.util.errors import Reason
+from tiedparam.util.sharded import is_sharded, write
+from tiedparam.util.torch_private import caller, has_values, metadata_of
+
+
+def accept(
+    layer: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    error_msgs: list[str],
+) -> None:
+    """Turn the dense entries of one layer into tied ones, before torch loads the layer.
+
+    What does not fit is reported through ``error_msgs``, and the tied tensor keeps all of its
+    old values: torch is given those to load, so that it does not complain of missing keys.
+    """
+    signatures = signatures_of(local_metadata)
+    for tie in ties_in(layer):
+        key, keys = prefix + tie.tensor_name, tie.keys(prefix)
+        reason: Reason | None = None
+        if key in state_dict:
+            value = state_dict.pop(key)
+            reason = _why_not_loaded(tie, key, value, keys, state_dict)
+            if reason is None and tie.rule.reads_layers:
+                _judge_now_and_later(tie, keys, key, value, state_dict, error_msgs)
+            elif reason is None:
+                _project(tie, keys, key, as_float(value), state_dict)
+        elif any(k in state_dict for k in keys):
+            reason = why_unfit_free(tie, prefix, state_dict, signatures)
+        if reason is not None:
+            error_msgs.append(str(reason))
+            state_dict.update(zip(keys, tie.free, strict=True))
+
+
+def _why_not_loaded(
+    tie: Tie, key: str, value: Any, keys: list[str], state_dict: Mapping[str, Any]
+) -> Reason | None:
+    if any(is_sharded(parameter) for parameter in origins(tie.layer, tie.tensor_name)):
+        return Reason(
+            f"'{key}' is dense and the layer is sharded.",
+            "Convert the dictionary first, with tiedparam.tie_state_dict(model, dense), and load "
+            "the result with torch.distributed.checkpoint.state_dict.set_model_state_dict.",
+        )
+    reason = why_unfit(tie, key, value)
+    if reason is None and not _are_its_own(tie, keys, state_dict):
+        return both_forms(
+            key,
+            "Load the dense entries alone, or the result of "
+            "tiedparam.tie_state_dict(model, dense).",
+        )
+    return reason
+
+
+def _are_its_own(tie: Tie, keys: list[str], state_dict: Mapping[str, Any]) -> bool:
+    """Whether those free values that a dictionary has are what the layer holds anyway.
+
+    torch's ``full_state_dict=True`` and accelerate complete a dense dictionary from the model
+    (S46): what the model has itself says nothing, and the dense entry counts.
+    """
+    return all(
+        k not in state_dict
+        or (isinstance(state_dict[k], Tensor) and same_bits(unguard(state_dict[k]), own))
+        for k, own in zip(keys, map(unguard, tie.free), strict=True)
+    )
+
+
+def _project(
+    tie: Tie, keys: list[str], key: str, value: Tensor, state_dict: dict[str, Any]
+) -> None:
+    residual = tie.rule.residual(value) if has_values(value) else 0.0
+    if not residual <= RESIDUAL_TO_WARN:
+        warn_projected([(key, residual)])
+    with torch.no_grad():
+        state_dict.update(zip(keys, tie.rule.right_inverse(value), strict=True))
+
+
+def sign(layer: nn.Module, destination: Any, prefix: str) -> None:
+    """Note rule and options in the state dict's metadata; no key is added (S28)."""
+    ties = ties_in(layer)
+    refuse_loading_by_key(layer, [prefix + tie.tensor_name for tie in ties], caller())
+    metadata = metadata_of(destination)
+    if metadata is not None:
+        signatures = {tie.tensor_name: str(tie.rule) for tie in ties}
+        metadata.setdefault(prefix[:-1], {})[SIGNATURE] = signatures
+
+
+def signatures_of(local_metadata: Mapping[str, Any]) -> Mapping[str, str]:
+    """The rules that `sign` has noted for one layer, by tensor name."""
+    signatures = local_metadata.get(SIGNATURE)
+    return signatures if isinstance(signatures, Mapping) else {}
+
+
+# Ties that read other layers --------------------------------------------------------------------
+
+
+class _PendingEntry:
+    """A dense entry whose verdict, or whose fit, depends on sources that may be loaded later."""
+
+    def __init__(self, tie: Tie, value: Tensor, key: str, error_msgs: list[str]) -> None:
+        # weakly: the checkpoint's tensors live as long as the load, not as long as the model
+        self._layer, self._value = weakref.ref(tie.layer), weakref.ref(value)
+        self._tensor_name, self._key, self._error_msgs = tie.tensor_name, key, error_msgs
+
+    def fitted(self) -> tuple[Tensor, ...]:
+        """The free values that are nearest now, after adding or withdrawing the complaint."""
+        layer, value = self._layer(), self._value()
+        tie = find_tie(layer, self._tensor_name) if layer is not None else None
+        if tie is None or value is None:
+            return ()
+        with torch.no_grad():
+            sources = tie.rule.read()
+            free = tie.rule.right_inverse(as_float(value)) if tie.free else ()
+            computed = tie.rule(*sources, *free) if free else tie.tied()
+        if free:  # it is the nearest: what is left cannot be helped
+            residual = relative_distance(as_float(value), computed) if has_values(value) else 0.0
+            if not residual <= RESIDUAL_TO_WARN:
+                warn_projected([(self._key, residual)])
+            return free
+        complaint = str(disagreement(self._key, tie))
+        agrees = agree(value, computed)
+        if not agrees and complaint not in self._error_msgs:
+            self._error_msgs.append(complaint)
+        elif agrees and complaint in self._error_msgs:
+            self._error_msgs.remove(complaint)
+        return ()
+
+    def __call__(self) -> None:
+        """Judge, and fit, by what the source holds now that it is loaded."""
+        free = self.fitted()
+        layer = self._layer()
+        tie = find_tie(layer, self._tensor_name) if layer is not None else None
+        if tie is not None and free:
+            with torch.no_grad():
+                for parameter, content in zip(tie.free, free, strict=True):
+                    write(parameter, content)
+
+
+def _judge_now_and_later(
+    tie: Tie,
+    keys: list[str],
+    key: str,
+    value: Tensor,
+    state_dict: dict[str, Any],
+    error_msgs: list[str],
+) -> None:
+    entry = _PendingEntry(tie, value, key, error_msgs)
+    state_dict.update(zip(keys, entry.fitted(), strict=True))
+    for each in chain(tie.values):  # to the layers that have the numbers
+        for watch in each.reading.watches if each.reading is not None else ():
+            watch.waiting.append(entry)

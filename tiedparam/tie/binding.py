@@ -1,0 +1,221 @@
+"""Fitting a rule to a tensor of a layer, and finding the layers that it is to read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tiedparam.laws.layout import Layout
+from tiedparam.laws.linked import Source
+from tiedparam.laws.rule import Rule
+from tiedparam.tie.computed_source import why_computed
+from tiedparam.tie.write_guard import place_of
+from tiedparam.util.errors import Reason, describe, describe_layer
+from tiedparam.util.torch_private import parameters_of, parametrization_list, version_of
+
+
+def bind(rule: Rule, layer: nn.Module, tensor_name: str, root: nn.Module | None) -> Reason | None:
+    """Fit a rule to one tensor, or return why it does not fit.
+
+    Args:
+        rule: a rule that is not bound yet.
+        layer: the layer, which is not changed.
+        tensor_name: which of its tensors.
+        root: the model, where it is known: it finds sources that are given by path.
+
+    Raises:
+        TypeError: if a source is a tensor of which nobody knows the layer.
+    """
+    weight = getattr(layer, tensor_name)
+    if rule.reads_layers:
+        reason = find_sources(rule, tensor_name, root) or _why_unreadable(rule, layer, tensor_name)
+        if reason is not None:
+            return reason
+    reason = rule.bind(Layout.of(layer, tensor_name, tuple(weight.shape)), weight.dtype)
+    if reason is None and rule.reads_layers:
+        reason = _why_misfit(rule, weight)
+    return reason
+
+
+def find_sources(rule: Any, tensor_name: str | None, root: nn.Module | None) -> Reason | None:
+    """Look up what a rule's ``source=`` means, or return why it means nothing.
+
+    Args:
+        rule: a rule that reads layers.
+        tensor_name: the tensor that it ties, whose name its sources' tensors have by default.
+        root: the model, where it is known.
+
+    Raises:
+        TypeError: if a source is a tensor of which nobody knows the layer.
+    """
+    found = []
+    for source, name in rule.given:
+        each = _find(source, name, root)
+        if isinstance(each, Reason):
+            return each
+        found.append((each[0], each[1] or tensor_name))
+    rule.read_from(found)
+    return None
+
+
+def value_of(rule: Rule, tensor_name: str, root: nn.Module | None) -> Tensor | None:
+    """What an unbound rule would give, by which a tie of unknown size can be renewed."""
+    if find_sources(rule, tensor_name, root) is not None or rule.free_shapes():
+        return None
+    try:
+        with torch.no_grad():
+            value = rule.forward(*(tensor.detach().clone() for tensor in rule.read()))
+    except Exception:
+        return None  # `bind` says why
+    return value if isinstance(value, Tensor) else None
+
+
+# What source= may be --------------------------------------------------------------------------
+
+
+def _find(
+    source: Source, name: str | None, root: nn.Module | None
+) -> tuple[nn.Module, str | None] | Reason:
+    """The layer that is meant and, where it is said, which of its tensors; or why there is none."""
+    if isinstance(source, nn.Module):
+        return source, name
+    found = _by_path(source, root) if isinstance(source, str) else _holder(source, root)
+    if isinstance(found, Reason):
+        return found
+    layer, tensor_name = found
+    if tensor_name is not None and name not in (None, tensor_name):
+        return Reason(
+            f"source= means the tensor '{tensor_name}', and source_name= says '{name}'.",
+            "Leave one of them out.",
+        )
+    return layer, tensor_name or name
+
+
+def _by_path(path: str, root: nn.Module | None) -> tuple[nn.Module, str | None] | Reason:
+    if root is None:
+        return Reason(
+            f"the source '{path}' is a path, and the model is unknown.", "Pass root=model."
+        )
+    try:
+        return root.get_submodule(path), None
+    except AttributeError:
+        layer_path, _, tensor_name = path.rpartition(".")
+    try:
+        layer = root.get_submodule(layer_path)
+    except AttributeError:
+        layer = None
+    if layer is None or not isinstance(getattr(layer, tensor_name, None), Tensor):
+        return Reason(f"the model has no layer '{path}'.", "Correct source=.")
+    return layer, tensor_name
+
+
+def _holder(tensor: Tensor, root: nn.Module | None) -> tuple[nn.Module, str] | Reason:
+    """The layer that a tensor was taken from. A Parameter does not know; a tied weight does."""
+    place = place_of(tensor)
+    if place is not None:
+        return place
+    call = "source=layer, source_name='weight'"
+    if not isinstance(tensor, nn.Parameter):
+        raise TypeError(
+            "source= was given a tensor that no layer holds. Pass the layer and the tensor's name "
+            f"({call}), and what is made of it as fn=, such as fn=torch.t."
+        )
+    if root is None:
+        raise TypeError(
+            "source= was given a Parameter, which does not know its layer. Pass the layer "
+            f"({call}), or root=model to have it found."
+        )
+    for layer in root.modules():
+        if not isinstance(layer, nn.utils.parametrize.ParametrizationList):
+            for name, parameter in parameters_of(layer).items():
+                if parameter is tensor:
+                    return layer, name
+    return Reason(
+        "source= was given a Parameter that no layer of the model holds.",
+        f"Pass a layer ({call}).",
+    )
+
+
+# Whether a source can be read, and what comes of it -------------------------------------------
+
+
+def _why_unreadable(rule: Rule, layer: nn.Module, tensor_name: str) -> Reason | None:
+    for source, name in rule.sources():
+        computed = why_computed(source, name)
+        if computed is not None:
+            return computed
+        present = getattr(source, name, None)
+        if not isinstance(present, Tensor):
+            return Reason(
+                f"the source {describe_layer(source)} has no tensor '{name}'.",
+                "Name one with source_name=.",
+            )
+        if isinstance(present, nn.UninitializedParameter):
+            return Reason("the source is lazy and has no shape yet.", "Run one forward pass first.")
+        if _reaches(source, name, layer, tensor_name):
+            return Reason(
+                f"the source {describe(source, name)} depends on this tensor: the ties would form "
+                "a cycle.",
+                "Tie both layers to a third, or only one to the other.",
+            )
+    return None
+
+
+def _reaches(layer: nn.Module, name: str, goal: nn.Module, goal_name: str) -> bool:
+    """Whether the tensor ``name`` of ``layer`` is, or is computed from, the goal tensor."""
+    if layer is goal and name == goal_name:
+        return True
+    if not parametrize.is_parametrized(layer, name):
+        return False
+    return any(
+        _reaches(source, source_name, goal, goal_name)
+        for rule in parametrization_list(layer, name)
+        if isinstance(rule, Rule)
+        for source, source_name in rule.sources()
+    )
+
+
+def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
+    """Why the law's function, of what the sources hold now, is no weight for the layer."""
+    function = rule.functions[0] if rule.functions else "its forward"
+    correct = f"Correct {function}=." if rule.functions else "Correct the rule."
+    with torch.no_grad():
+        present = rule.read()
+        probes = [tensor.detach().clone() for tensor in present]
+    shapes = " and ".join(str(tuple(tensor.shape)) for tensor in present)
+    try:
+        with torch.no_grad():
+            result = rule.forward(*probes, *rule.fit(weight.detach(), *probes))
+    except RecursionError:
+        raise
+    except Exception as error:
+        return Reason(
+            f"{function} raised {type(error).__name__} on the source's shape {shapes}: {error}.",
+            correct,
+        )
+    if any(version_of(probe) for probe in probes):
+        return Reason(
+            f"{function} changes the source's tensor in place.", "Let it return a new tensor."
+        )
+    if not isinstance(result, Tensor):
+        return Reason(f"{function} must return a tensor, not {type(result).__name__}.", correct)
+    if result.shape != weight.shape:
+        return Reason(
+            f"the source {shapes} gives {tuple(result.shape)}, and the tensor is "
+            f"{tuple(weight.shape)}.",
+            "Pass fn= to 'copy' to make the shapes fit, such as torch.t.",
+        )
+    if result.dtype != weight.dtype:
+        return Reason(
+            f"the source gives {result.dtype}, and the tensor is {weight.dtype}.",
+            "Convert one of the layers first.",
+        )
+    if weight.device.type != "meta" and result.device != weight.device:
+        return Reason(
+            f"the source is on {result.device}, and the tensor on {weight.device}.",
+            "Move both to one device first.",
+        )
+    return None

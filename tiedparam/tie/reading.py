@@ -1,0 +1,329 @@
+"""How a tie reads the layers that its law names, whatever becomes of them.
+
+A law that reads other layers computes from tensors. Where these come from is found here, at every
+read: the layer may be exchanged (S30), resized (S44), computed by an old-style hook (S45),
+offloaded (S38), sharded (S31, S53), or another one in a shallow clone of the model (S43).
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tiedparam.laws.layout import Layout, declare_shape
+from tiedparam.tie.computed_source import recompute, why_computed
+from tiedparam.tie.offloaded import can_be_loaded, loaded
+from tiedparam.tie.whereabouts import Whereabouts
+from tiedparam.tie.wrapped import refuse_other_unit
+from tiedparam.tie.write_guard import is_read_from
+from tiedparam.util.errors import TieError, describe_layer
+from tiedparam.util.sharded import gathered
+from tiedparam.util.torch_private import (
+    effective,
+    is_managed_by_fsdp,
+    is_traced,
+    parameters_of,
+    parametrization_list,
+    submodules_of,
+    tensor_of,
+)
+
+if TYPE_CHECKING:
+    from tiedparam.laws.linked import Linked
+    from tiedparam.tie.parameter_paths import Places
+    from tiedparam.tie.record import TiedList
+
+
+class ResizedSourceError(TieError):
+    """A source has another size now than when it was tied."""
+
+
+class SourceWatch:
+    """A load hook on one source: what waits for its values is called once they are in.
+
+    It lives as long as the tie: however that ends, the hook is gone with it.
+    """
+
+    def __init__(self, source: nn.Module) -> None:
+        self.waiting: list[Callable[[], None]] = []
+        self._handle = source.register_load_state_dict_post_hook(self)
+
+    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
+        """Call what has waited for the source, which is loaded now."""
+        for call in self.waiting:
+            call()
+        self.waiting.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"waiting": [], "_handle": self._handle}  # that load is over by then
+
+    def leave(self) -> None:
+        """Take the hook away from the source."""
+        self._handle.remove()
+
+
+class Reading:
+    """How one tie reads its sources, and where they lie. Kept by its `TiedList`.
+
+    Attributes:
+        places: where each source lies.
+        shapes: the shapes that their tensors had when the tie was made.
+        watches: the hooks on them, for who waits until they are loaded.
+        is_leaving: whether what has become of the sources is overlooked, to leave the tie.
+    """
+
+    def __init__(
+        self,
+        values: TiedList,
+        places: Iterable[Whereabouts],
+        shapes: Iterable[tuple[int, ...]],
+        watches: Iterable[SourceWatch] = (),
+    ) -> None:
+        self._values = weakref.ref(values)
+        self.places, self.shapes, self.watches = tuple(places), tuple(shapes), list(watches)
+        self.is_leaving = False
+        for watch in self.watches:
+            weakref.finalize(values, watch.leave).atexit = False
+
+    @classmethod
+    def start(
+        cls, values: TiedList, layer: nn.Module, tensor_name: str, places: Places | None
+    ) -> Reading:
+        """That of a tie that is being made; notes where its sources lie in a model."""
+        sources = list(_rule(values).sources())
+        return cls(
+            values,
+            [Whereabouts.of(layer, tensor_name, source, places) for source, _ in sources],
+            [tuple(effective(*source).shape) for source in sources],
+            [SourceWatch(source) for source, _ in sources],
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_values": None}  # `serving` follows
+
+    def serving(self, values: TiedList) -> Reading:
+        """The same for another list, which was unpickled or copied."""
+        return Reading(values, self.places, self.shapes, self.watches)
+
+    def copied(self, values: TiedList, watches: list[SourceWatch], memo: dict[int, Any]) -> Reading:
+        """That of a deep copy of the list; what else was copied so far stands in ``memo``."""
+        places = [place.moved(memo.get(id(place.common_root))) for place in self.places]
+        return Reading(values, places, self.shapes, watches)
+
+    # Computing --------------------------------------------------------------------------
+
+    def compute(self, values: TiedList, free: Iterable[Tensor]) -> Tensor:
+        """The tied tensor, from the sources and these free values.
+
+        Raises:
+            TieError: if a source is not what it was.
+        """
+        here = self.of_clone(values) if self._values() is not values else self
+        rule = _rule(values)
+        places = here.places
+        read = [here._read(*source, places[i], rule) for i, source in enumerate(rule.sources())]
+        try:
+            weight: Tensor = rule(*read, *free)
+        except Exception as error:
+            if tuple(tuple(tensor.shape) for tensor in read) == here.shapes:
+                raise
+            fact = f"{_sizes_now(rule, read)}, on which {_function_of(rule)} raised"
+            fact += f" {type(error).__name__}: {error}."
+            raise TieError(f"a '{rule}' tie", fact, _renewal(rule)) from error
+        if (
+            rule.layout is not None
+            and not is_traced()  # would warn of the comparison
+            and weight.shape != rule.layout.shape
+            and not here.is_leaving
+        ):
+            fact = f"{_sizes_now(rule, read)}, and '{rule}' ties a tensor {rule.layout.shape}."
+            raise ResizedSourceError(f"a '{rule}' tie", fact, _renewal(rule))
+        return weight
+
+    def _read(self, source: nn.Module, name: str, place: Whereabouts, rule: Linked) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if place.is_known and not (compiling or self.is_leaving):
+            place.refuse_exchanged(source, rule)
+        computed = why_computed(source, name)
+        if computed is not None:
+            if not self.is_leaving:
+                raise TieError(f"'{rule}' cannot be computed", *computed)
+            recompute(source, name)
+        if not compiling:
+            if is_managed_by_fsdp(source) and not place.in_unit:
+                refuse_other_unit(rule, self._values(), source, place)
+                place.in_unit = True
+            if "diffusers" in sys.modules:
+                place.refuse_on_disk(source, rule)
+        present = tensor_of(source, name)
+        # only then: a chain of copies on meta would be computed 2ⁿ times
+        if can_be_loaded(source) and present is not None and present.is_meta:
+            with loaded(source):
+                present = tensor_of(source, name)
+        if present is None:
+            fact = f"the source {describe_layer(source)} of a '{rule}' tie has lost its '{name}'."
+            raise TieError(f"a '{rule}' tie", fact, _renewal(rule))
+        return cast(Tensor, gathered(present))
+
+    def of_clone(self, values: TiedList) -> Reading:
+        """That of ``values``, which a shallow clone has put in the place of our own list (S43)."""
+        rule = _rule(values)
+        if torch.compiler.is_compiling():
+            place = f"a '{rule}' tie"
+            raise TieError(
+                place, f"{place} lies in a shallow clone.", "Call it once, then compile."
+            )
+        found = [place.in_clone(values, rule) for place in self.places]
+        names = [name for _, name in rule.sources()]
+        rule.read_from(list(zip((source for _, source in found), names, strict=True)))
+        # the hooks on the sources are the original's, which the clone shares
+        values.reading = Reading(values, [place for place, _ in found], self.shapes)
+        return values.reading
+
+    # What may become of the sources -----------------------------------------------------
+
+    @contextmanager
+    def overlooking(self, values: TiedList) -> Iterator[None]:
+        """Compute with what there is, for this one tie."""
+        here = self.of_clone(values) if self._values() is not values else self
+        rule = _rule(values)
+        for (source, _), place in zip(rule.sources(), here.places, strict=True):
+            place.refuse_on_disk(source, rule)
+        before, here.is_leaving = here.is_leaving, True
+        try:
+            yield
+        finally:
+            here.is_leaving = before
+
+    def refuse_exchanged(self, values: TiedList) -> None:
+        """Raise if another module has taken the place of a source."""
+        here = self.of_clone(values) if self._values() is not values else self
+        rule = _rule(values)
+        for (source, _), place in zip(rule.sources(), here.places, strict=True):
+            place.refuse_exchanged(source, rule)
+
+    def refuse_partial_copy(
+        self, values: TiedList, layer: nn.Module, memo: dict[int, Any], where: str
+    ) -> None:
+        """Raise if a deepcopy in progress would leave a source behind (S13).
+
+        Args:
+            values: the list of the tied tensor.
+            layer: the layer that is being copied; it may be its own source.
+            memo: deepcopy's dictionary of what it has entered; empty for the layer alone.
+            where: how to name the tied tensor.
+        """
+        here = self.of_clone(values) if self._values() is not values else self
+        for (source, _), place in zip(_rule(values).sources(), here.places, strict=True):
+            root = place.common_root
+            copied_whole = (id(root) in memo) if root is not None else bool(memo)
+            if not copied_whole and id(source) not in memo and source is not layer:
+                raise TieError(
+                    f"cannot copy {where} without its source",
+                    "the copy would read a private layer that is in nobody's parameters().",
+                    "Copy a module that holds both, or call remove_tie first.",
+                )
+
+    def renew(self, values: TiedList, layer: nn.Module, tensor_name: str, weight: Tensor) -> None:
+        """Tie the size that the sources have now."""
+        rule, shape = _rule(values), tuple(weight.shape)
+        rule.bind(Layout.of(layer, tensor_name, shape), weight.dtype)
+        self.shapes = tuple(tuple(tensor.shape) for tensor in rule.read())
+        declare_shape(layer, tensor_name, shape)
+
+    def shown(self, values: TiedList) -> str:
+        """What is read, in a few words, for ``print(model)``."""
+        here, rule = self, _rule(values)
+        if self._values() is not values:
+            return "reads a source that is looked for in this clone"
+        shown = []
+        for (source, name), place in zip(rule.sources(), here.places, strict=True):
+            try:
+                place.refuse_exchanged(source, rule)
+            except TieError:
+                shown.append("a source that was exchanged")
+                continue
+            root = place.common_root
+            if root is None:
+                text = f"{name} of {describe_layer(source)}"
+            else:
+                within = type(root).__name__.removeprefix("FSDP").removeprefix("Tied")
+                text = f"{place.path}.{name}".removeprefix(".") + f" in this {within}"
+            shown.append(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
+        return f"reads {', '.join(shown)}"
+
+
+_LONGEST = 100
+
+
+@contextmanager
+def overlooking_sources(values: nn.Module) -> Iterator[None]:
+    """Compute with what there is, whatever has become of the sources, to leave the tie."""
+    with ExitStack() as stack:
+        for each in chain(values):
+            stack.enter_context(each.reading.overlooking(each))  # type: ignore[union-attr]
+        yield
+
+
+def chain(values: nn.Module) -> Iterator[TiedList]:
+    """A tie that reads layers, and those of its sources that do, one behind the other."""
+    if getattr(values, "reading", None) is None:
+        return
+    yield values  # type: ignore[misc]
+    for source, name in _rule(values).sources():
+        if parametrize.is_parametrized(source, name):
+            yield from chain(parametrization_list(source, name))
+
+
+def refuse_exchanged(values: nn.Module) -> None:
+    """Raise if this tie, or one that it reads, has lost its source to another module."""
+    for each in chain(values):
+        each.reading.refuse_exchanged(each)  # type: ignore[union-attr]
+
+
+def is_what_it_copies(values: nn.Module, value: Tensor) -> bool:
+    """Whether ``value`` is the source's own tensor, and the law is to be equal to that."""
+    rule = _rule(values)
+    if not rule.is_plain_copy:
+        return False
+    ((source, name),) = rule.sources()
+    if value is parameters_of(source).get(name) or is_read_from(value, source, name):
+        return True
+    if not parametrize.is_parametrized(source, name):
+        return False
+    behind = parametrization_list(source, name)
+    return (
+        len(behind) == 1
+        and getattr(behind, "reading", None) is not None
+        and is_what_it_copies(behind, value)
+    )
+
+
+def _rule(values: nn.Module) -> Linked:
+    return submodules_of(values)["0"]  # type: ignore[return-value]
+
+
+def _sizes_now(rule: Linked, read: list[Tensor]) -> str:
+    sizes = [
+        f"the source '{name}' of {describe_layer(source)} is {tuple(tensor.shape)} now"
+        for (source, name), tensor in zip(rule.sources(), read, strict=True)
+    ]
+    return ", ".join(sizes)
+
+
+def _function_of(rule: Linked) -> str:
+    return rule.functions[0] if rule.functions else "its forward"
+
+
+def _renewal(rule: Linked) -> str:
+    return (
+        f"Tie again: register_tie(layer, '{rule.name or type(rule).__name__}', source=...) "
+        "replaces this tie, whatever the size."
+    )
