@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
 import tiedparam as tp
-from tests.laws import test_contract as contract
-from tests.laws.test_contract import Case, assert_refused
+from tests.support import contract
+from tests.support.contract import Case, assert_refused
 from tiedparam.laws import registry as _registry
 from tiedparam.rules.copy import Copy
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tiedparam as tp
-from tests.laws import test_contract as contract
-from tests.laws.test_contract import DTYPES, assert_refused, canonical_entries
+from tests.support import contract
+from tests.support.contract import DTYPES, assert_refused, canonical_entries
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
