@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tiedparam as tp
-from tests.support.contract import assert_satisfies
+from tests.support.cases import assert_satisfies
 
 F64 = {"dtype": torch.float64}
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}

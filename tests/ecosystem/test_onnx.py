@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tests.support.contract import CASES, sample_input
+from tests.support.cases import CASES, sample_input
 from tiedparam.tie.lookup import tie_of
 
 onnxruntime = pytest.importorskip("onnxruntime")

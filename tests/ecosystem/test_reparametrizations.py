@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import tiedparam as tp
-from tests.support.contract import assert_satisfies
+from tests.support.cases import assert_satisfies
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # old weight_norm is deprecated
 

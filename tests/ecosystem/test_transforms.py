@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import tiedparam as tp
-from tests.support.contract import FIRST_CASES, Caller, assert_lawful, sample_input, stock_twin
+from tests.support.cases import FIRST_CASES, Caller, assert_lawful, sample_input, stock_twin
 
 every_rule = pytest.mark.parametrize("case", FIRST_CASES, ids=str)
 

@@ -20,7 +20,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 import tiedparam as tp
 from tests.support import contract
-from tests.support.contract import Case, assert_refused
+from tests.support.cases import Case, assert_lawful, assert_refused, cases_of
 from tiedparam.laws import registry as _registry
 from tiedparam.rules.copy import Copy
 
@@ -83,7 +83,7 @@ class OddKernel(tp.Rule):
 
 
 RULES = {"circulant": Circulant, "odd_kernel": OddKernel}
-CASES = contract.cases_of(RULES)
+CASES = cases_of(RULES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,7 +115,7 @@ def test_rule_may_be_given_in_three_ways(case, given):
     host, expected = case.dense(), case.tied()
     tp.register_tie(host.layer, rule)
     assert torch.equal(host.weight, expected.weight)
-    contract.assert_lawful(host)
+    assert_lawful(host)
     if given == "instance":
         assert host.rule is rule
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tests.support.contract import assert_refused
+from tests.support.cases import assert_refused
 
 
 def tied_and_dense(layer: nn.Module, rule: str, tensor_name: str = "weight", **options):

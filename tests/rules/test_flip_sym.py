@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tiedparam as tp
 from tests.support import contract
-from tests.support.contract import DTYPES, assert_refused, canonical_entries
+from tests.support.cases import DTYPES, Case, assert_refused, canonical_entries, layer_id
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -86,7 +86,7 @@ MANY_CHANNELS = [
 ]
 
 
-@pytest.mark.parametrize("build", MANY_CHANNELS, ids=contract.layer_id)
+@pytest.mark.parametrize("build", MANY_CHANNELS, ids=layer_id)
 def test_law_by_loops_for_many_channels(build):
     """An expansion may cut large kernels into blocks, which small examples would not reach."""
     layer = build()
@@ -111,7 +111,7 @@ def test_law_by_loops_for_many_channels(build):
         assert torch.equal(parameter, value)
 
 
-@pytest.mark.parametrize("build", MANY_CHANNELS, ids=contract.layer_id)
+@pytest.mark.parametrize("build", MANY_CHANNELS, ids=layer_id)
 def test_gradients_for_many_channels(build):
     rule = tp.get_tie(tp.register_tie(build(), "flip_sym"))
     free = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in rule.free_shapes()]
@@ -148,7 +148,7 @@ def test_gradients_for_many_channels(build):
 )
 def test_contract_for_many_channels(statement):
     rule = tp.available_rules()["flip_sym"]
-    statement(contract.Case("flip_sym", rule, tp.Example(lambda: nn.Linear(34, 34))))
+    statement(Case("flip_sym", rule, tp.Example(lambda: nn.Linear(34, 34))))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_counts_of_the_stories_to_the_byte(channels, kernel, count, dense):
         (lambda: nn.Linear(3, 3), 6),
         (lambda: nn.Linear(1, 1), 1),
     ],
-    ids=contract.layer_id,
+    ids=layer_id,
 )
 @pytest.mark.filterwarnings("ignore:the tie of .* frees nothing")  # one value is one
 def test_counts_by_hand(build, count):
@@ -443,7 +443,7 @@ def test_s26b_attention_projection():
         (lambda: nn.Linear(5, 4), 5, 4),
         (lambda: nn.Embedding(7, 4), 4, 7),
     ],
-    ids=contract.layer_id,
+    ids=layer_id,
 )
 def test_refuses_layers_that_are_not_square(build, inputs, outputs):
     layer = build()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tiedparam as tp
-from tests.support.contract import DTYPES, assert_refused
+from tests.support.cases import DTYPES, assert_refused
 
 
 def values(layer: nn.Module, tensor_name: str = "weight") -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tiedparam as tp
-from tests.support.contract import COMPUTE, DTYPES, assert_refused, canonical_entries
+from tests.support.cases import COMPUTE, DTYPES, assert_refused, canonical_entries
 from tiedparam.tie.lookup import tie_of
 
 KINDS = (

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tiedparam as tp
-from tests.support.contract import COMPUTE, DTYPES, assert_refused, canonical_entries, layer_id
+from tests.support.cases import COMPUTE, DTYPES, assert_refused, canonical_entries, layer_id
 
 KINDS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
