@@ -13,35 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
-
-
-def snapshot(layer: nn.Module):
-    """Everything that a failed registration might have touched, to the object."""
-    return (
-        type(layer),
-        {k: id(v) for k, v in layer.__dict__.items()},
-        {k: id(v) for k, v in layer._parameters.items()},
-        list(layer._parameters),
-        {k: id(v) for k, v in layer._modules.items()},
-        {k: id(v) for k, v in layer._buffers.items()},
-        list(layer._load_state_dict_post_hooks),
-        {k: (v.clone(), v.shape, v.requires_grad) for k, v in layer.state_dict().items()},
-        [id(p.grad) for p in layer.parameters()],
-    )
-
-
-def unchanged(before, after) -> bool:
-    *facts, states, grads = before
-    *facts_after, states_after, grads_after = after
-    return (
-        facts == facts_after
-        and states.keys() == states_after.keys()
-        and all(
-            torch.equal(a[0], b[0]) and a[1:] == b[1:]
-            for a, b in zip(states.values(), states_after.values(), strict=True)
-        )
-        and grads == grads_after
-    )
+from tests.support.unchanged import snapshot, unchanged
 
 
 class WrongShape(tp.Rule):
@@ -404,9 +376,16 @@ def test_init_modes_on_a_lawful_weight(init):
 
 def test_exact_copies():
     source, layer = nn.Linear(3, 3), nn.Linear(3, 3)
+    before = snapshot(layer)
+    with pytest.raises(tp.TieError, match=r"breaks the law W = source\.W²"):
+        tp.register_tie(layer, "squared_copy", source=source, init="exact")
+    assert unchanged(before, snapshot(layer))
     with torch.no_grad():
         layer.weight.copy_(source.weight.square())
+    lawful = layer.weight.detach().clone()
     tp.register_tie(layer, "squared_copy", source=source, init="exact")
+    assert tp.is_tied(layer)
+    assert torch.equal(layer.weight, lawful)
 
 
 def test_remove_tie_gives_back_class_values_and_requires_grad():

@@ -324,6 +324,7 @@ def test_the_base_of_a_weight_that_was_read_ends():
     while view._is_view():
         view, depth = view._base, depth + 1
         assert depth < 5
+    assert depth > 0
 
 
 @pytest.mark.feature(
