@@ -84,14 +84,6 @@ def test_a_terminal_shows_a_bar_for_every_training(with_tqdm, tmp_path, monkeypa
     assert list(dict.fromkeys(bars)) == ["training", *ROWS]
 
 
-def test_without_a_console_there_is_no_bar(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stderr", None)
-    for shown in (None, True):
-        with _progress.progress(2, "working", shown) as advance:
-            advance(2)
-    assert capsys.readouterr().out == ""
-
-
 def test_the_numbers_of_the_table(run, tied_models):
     done, _ = run
     dense_parameters, dense_file, dense_optimizer, before, tuned = table_row(done.stdout, "(dense)")

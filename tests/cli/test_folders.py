@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tests.cli.test_shell import call, good, refused
+from tests.support.shell import call, good, refused
 
 transformers = pytest.importorskip("transformers")
 

@@ -23,6 +23,7 @@ from torch import nn
 
 import tiedparam as tp
 from tests.support import ROOT
+from tests.support.shell import call, good, refused, run, usage
 from tiedparam.cli import main as _shell
 from tiedparam.cli import model_from_file as _offline
 from tiedparam.cli.main import main
@@ -104,43 +105,6 @@ def assert_same(one, other):
     assert set(one) == set(other)
     for key in one:
         assert bits(one[key]) == bits(other[key]), key
-
-
-def call(capsys, *arguments):
-    """Exit code, stdout and stderr of one command in this process."""
-    capsys.readouterr()
-    code = main([str(argument) for argument in arguments])
-    return code, *capsys.readouterr()
-
-
-def good(capsys, *arguments):
-    code, out, err = call(capsys, *arguments)
-    assert (code, err) == (0, "")
-    return out
-
-
-def refused(capsys, *arguments, out=""):
-    """The line, or the list of reasons, with which a command fails, which changes no file."""
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    code, printed, err = call(capsys, *arguments)
-    assert code == 1
-    assert printed == "" if out == "" else out in printed
-    assert err.endswith("\n")
-    assert len(err.splitlines()) == 1 or err.splitlines()[0].endswith(":")
-    assert "Traceback" not in err
-    assert err.startswith(("python -m tiedparam ", "tiedparam "))
-    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
-    return err
-
-
-def usage(capsys, *arguments):
-    """What argparse says of a wrong use."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    return err
 
 
 # The way through: scan, tie, report, untie -------------------------------------------------
@@ -674,14 +638,6 @@ def test_the_benchmarks_are_no_command(capsys):
 
 
 # The process -------------------------------------------------------------------------------
-
-
-def run(*arguments, **options):
-    command = [sys.executable, "-m", "tiedparam", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env=environment, **options
-    )
 
 
 def test_json_is_alone_on_stdout(files):

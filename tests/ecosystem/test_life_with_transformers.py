@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
+from tests.support.models import train_on_tokens
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -104,23 +105,14 @@ BERT = FAMILIES[2]
 families = pytest.mark.parametrize("family", FAMILIES, ids=["GPT-2", "T5", "BERT"])
 
 
+def train(model: nn.Module) -> list[float]:
+    return train_on_tokens(model, TOKENS, 3)
+
+
 def outputs(model: nn.Module) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
         return model(input_ids=TOKENS, labels=TOKENS).logits
-
-
-def train(model: nn.Module, steps: int = 3) -> list[float]:
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=TOKENS, labels=TOKENS).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def is_one(model: nn.Module) -> bool:

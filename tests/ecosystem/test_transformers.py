@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tiedparam as tp
+from tests.support.models import train_on_tokens
 
 transformers = pytest.importorskip("transformers")
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
@@ -88,18 +89,9 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=TOKENS).logits
 
 
-def train(model: nn.Module, steps: int = 4) -> list[float]:
+def train(model: nn.Module) -> list[float]:
     torch.manual_seed(7)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=TOKENS, labels=TOKENS).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return train_on_tokens(model, TOKENS, 4)
 
 
 def dense_twin(family: Family, model: nn.Module) -> nn.Module:

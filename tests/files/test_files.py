@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
+from tests.support.tensors import bits
 from tiedparam.formats.atomic import whole_files
 from tiedparam.formats.safetensors import DTYPES, Entry, SafetensorsFile, write
 
@@ -80,10 +81,6 @@ def file(net, tmp_path):
     path = tmp_path / "net.safetensors"
     tp.save(net, path)
     return path
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.detach().clone().contiguous().reshape(-1).view(torch.uint8).tolist())
 
 
 def contents(model: nn.Module) -> dict:

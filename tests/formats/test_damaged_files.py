@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
+from tests.support.tensors import bits
 from tiedparam.cli.model_from_file import open_model
 from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.formats.safetensors import Entry, SafetensorsFile, write
@@ -28,10 +29,6 @@ from tiedparam.formats.torch_archive import is_mappable
 from tiedparam.util.errors import LONGEST_MESSAGE
 
 HOW_MANY = int(os.environ.get("TIEDPARAM_DAMAGED_FILES", "200"))
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.detach().clone().contiguous().reshape(-1).view(torch.uint8).tolist())
 
 
 def described(tensors) -> dict:

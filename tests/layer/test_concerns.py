@@ -10,10 +10,11 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tiedparam as tp
-from tests.layer.test_register import snapshot, unchanged
+from tests.support.tensors import with_weight
+from tests.support.unchanged import snapshot, unchanged
 from tiedparam.layer import register as _register
 
 
@@ -25,12 +26,6 @@ def said(layer: nn.Module, rule: str, *names: str, **arguments) -> str | None:
     assert all(issubclass(warning.category, tp.TieWarning) for warning in caught)
     assert len(caught) <= 1
     return str(caught[0].message) if caught else None
-
-
-def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-    return layer
 
 
 # A tie that frees nothing ---------------------------------------------------------------------

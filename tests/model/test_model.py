@@ -12,78 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
+from tests.support.models import Block, ResNet, images, train
+from tests.support.unchanged import everything
 from tiedparam.model import tie_model as _model
 from tiedparam.model.plan import plan_from_data, plan_to_data, to_toml
 from tiedparam.tie.lookup import tie_of
-from tiedparam.tie.rollback import rolled_back_on_error
-
-
-class Block(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.conv2(F.relu(self.norm1(self.conv1(x)))) + x)
-
-
-class ResNet(nn.Module):
-    """A small one: stem, two blocks, a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.layer1 = Block(4)
-        self.layer2 = Block(4)
-        self.head = nn.Linear(4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer2(self.layer1(F.relu(self.stem(x)))).mean((2, 3)))
-
-
-def images() -> Tensor:
-    return torch.randn(2, 3, 6, 6)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.randn(2, 3, 6, 6, generator=generator)).square().mean().backward()
-        optimizer.step()
-
-
-def everything(model: nn.Module, *optimizers: torch.optim.Optimizer):
-    """All that tying could touch: identities, orders, contents, values."""
-    facts = []
-    for path, module in model.named_modules():
-        facts.append((path, type(module), list(module.__dict__)))
-        for name, value in module.__dict__.items():
-            facts.append((path, name, id(value)))
-            if isinstance(value, (dict, list)):
-                items = value.items() if isinstance(value, dict) else enumerate(value)
-                facts.append([(key, id(item)) for key, item in items])
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                facts.append((path, name, sorted(parameter.__dict__), id(parameter.grad)))
-                facts.append((parameter.detach().clone().tolist(), parameter.requires_grad))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            facts.append((id(group["params"]), [id(p) for p in group["params"]]))
-            facts.append(list(group.get("param_names", ())))
-        for parameter, state in optimizer.state.items():
-            facts.append((id(parameter), [(k, id(v), str(v)) for k, v in state.items()]))
-    return facts
-
 
 # What is selected ----------------------------------------------------------------------------
 
@@ -298,36 +237,6 @@ def test_an_interruption_midway_rolls_everything_back(monkeypatch, failing):
     assert len(calls) == failing
     assert everything(model, optimizer) + everything(outside) == before
     train(model, optimizer)
-
-
-def test_whatever_a_layer_keeps_in_lists_tables_and_sets_is_rolled_back():
-    layer = nn.Linear(2, 2)
-    layer.listed, layer.tabled, layer.held = [1], {"a": 1}, {1}
-    layer.weight.note = "mine"
-    before = everything(layer)
-    kept = layer.held
-
-    @rolled_back_on_error([layer], [])
-    def interrupted():
-        layer.listed[:] = [2, 3]
-        layer.tabled["b"] = layer.tabled.pop("a")
-        layer.held.add(2)
-        layer.added = nn.Parameter(torch.ones(1))
-        layer.weight.note = "theirs"
-        layer.register_forward_hook(print)
-        layer.eval()
-        raise Interrupt
-
-    with pytest.raises(Interrupt):
-        interrupted()
-    assert everything(layer) == before
-    assert (layer.listed, layer.tabled, layer.held) == ([1], {"a": 1}, {1})
-    assert layer.held is kept
-    assert layer.weight.note == "mine"
-    assert not hasattr(layer, "added")
-    with rolled_back_on_error([layer], []):
-        layer.listed.append(2)
-    assert layer.listed == [1, 2]
 
 
 def test_a_recurrent_layers_list_of_weights_is_rolled_back():

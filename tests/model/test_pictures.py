@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tests.model.test_scan import encoder, plant
 from tests.support import ROOT
+from tests.support.models import encoder, plant
 from tiedparam.model import pictures as _pictures
 
 pytest.importorskip("matplotlib")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiedparam as tp
-from tests.model.test_model import ResNet, everything, images
+from tests.support.models import ResNet, encoder, images, noisy, plant
+from tests.support.unchanged import everything
 from tiedparam.laws.linked import Linked
 from tiedparam.model import cost as _cost
 from tiedparam.model import near_copies as _near_copies
@@ -186,39 +187,6 @@ def test_nothing_is_found_in_a_fresh_model():
 
 
 # What was put in is found ----------------------------------------------------------------------
-
-
-def noisy(value: Tensor, noise: float = 0.05) -> Tensor:
-    return value + noise * value.std() * torch.randn_like(value)
-
-
-@torch.no_grad()
-def plant(model: nn.Module) -> dict[tuple[str, str], str]:
-    """Put near-symmetries into an encoder of three layers."""
-    one, two, three = model.layers
-    w = one.self_attn.out_proj.weight
-    w.copy_(noisy((w + w.t()) / 2))
-    one.linear1.weight.copy_(noisy(one.linear1.weight[:1].expand_as(one.linear1.weight)))
-    three.linear1.weight.copy_(noisy(two.linear1.weight))
-    three.linear2.weight.copy_(noisy(two.linear1.weight.t()))
-    three.self_attn.in_proj_weight.copy_(noisy(two.self_attn.in_proj_weight.square()))
-    return {
-        ("layers.0.self_attn.out_proj", "flip_sym"): "",
-        ("layers.0.linear1", "row_repeat(groups=1)"): "",
-        ("layers.0.linear1", "channel_shared(over='out')"): "",
-        ("layers.2.linear1", "copy of layers.1.linear1.weight"): "",
-        ("layers.2.linear2", "copy(fn='t') of layers.1.linear1.weight"): "",
-        ("layers.2.self_attn", "squared_copy of layers.1.self_attn.in_proj_weight"): "",
-    }
-
-
-def encoder() -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
-    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter)
-    return model
 
 
 @pytest.mark.feature("Whole models", "`scan`: near-symmetries beside what a random weight gives")

@@ -15,17 +15,13 @@ from torch import Tensor, nn
 
 import tiedparam as tp
 from tests.support.cases import COMPUTE, DTYPES, assert_refused, canonical_entries, layer_id
+from tests.support.tensors import free_value, with_weight
 
 OVERS = ("in", "out", "all", "groups")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONVOLVE_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-
-
-def free_value(layer: nn.Module, tensor_name: str = "weight") -> nn.Parameter:
-    (free,) = layer.parametrizations[tensor_name].parameters()
-    return free
 
 
 def first_of_orbit(layer: nn.Module, over: str, index: tuple[int, ...]) -> tuple[int, ...]:
@@ -102,12 +98,6 @@ WEIGHT = [  # three outputs, two inputs, two positions
     [[0.0, 0.0], [2.0, 4.0]],
     [[5.0, 1.0], [1.0, 5.0]],
 ]
-
-
-def with_weight(layer: nn.Module, weight: list) -> nn.Module:
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor(weight))
-    return layer
 
 
 def test_literal_in():

@@ -16,13 +16,10 @@ from torch import Tensor, nn
 import tiedparam as tp
 from tests.support import contract
 from tests.support.cases import DTYPES, Case, assert_refused, canonical_entries, layer_id
+from tests.support.tensors import stored, with_weight
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-def stored(layer: nn.Module, tensor_name: str = "weight") -> int:
-    return sum(p.numel() for p in layer.parametrizations[tensor_name].parameters())
 
 
 def assert_flip_symmetric(layer: nn.Module) -> None:
@@ -190,12 +187,6 @@ def test_counts_by_hand(build, count):
     assert stored(layer) == count
     assert all(p.numel() for p in layer.parameters())  # FSDP2 raises on empty ones
     assert_flip_symmetric(layer)
-
-
-def with_weight(layer: nn.Module, weight: list) -> nn.Module:
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor(weight))
-    return layer
 
 
 def test_literal_2x2_matrix():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tiedparam as tp
 from tests.support.cases import COMPUTE, DTYPES, assert_refused, canonical_entries
+from tests.support.tensors import free_value
 from tiedparam.tie.lookup import tie_of
 
 KINDS = (
@@ -23,11 +24,6 @@ def as_torch_repeats(base: Tensor, times: int, order: str) -> Tensor:
     if order == "block":
         return base.repeat_interleave(times, 0)
     return base.tile((times, *(1,) * (base.dim() - 1)))
-
-
-def free_value(layer: nn.Module, tensor_name: str = "weight") -> nn.Parameter:
-    (free,) = layer.parametrizations[tensor_name].parameters()
-    return free
 
 
 @st.composite

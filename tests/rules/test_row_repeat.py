@@ -15,14 +15,11 @@ from torch import Tensor, nn
 
 import tiedparam as tp
 from tests.support.cases import COMPUTE, DTYPES, assert_refused, canonical_entries, layer_id
+from tests.support.tensors import stored, with_weight
 
 KINDS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-
-
-def stored(layer: nn.Module, tensor_name: str = "weight") -> int:
-    return sum(p.numel() for p in layer.parametrizations[tensor_name].parameters())
 
 
 def assert_rows_repeat(layer: nn.Module, groups: int, tensor_name: str = "weight") -> None:
@@ -79,12 +76,6 @@ def test_lawful_weights_are_accepted_to_the_bit(drawn):
 
 
 # Literal matrices ---------------------------------------------------------------------------
-
-
-def with_weight(layer: nn.Module, weight: list, tensor_name: str = "weight") -> nn.Module:
-    with torch.no_grad():
-        getattr(layer, tensor_name).copy_(torch.tensor(weight))
-    return layer
 
 
 def test_literal_2x2_matrix():
