@@ -85,17 +85,19 @@ def features(folder: Path = ROOT / "tests") -> list[Feature]:
     Raises:
         ValueError: for a mark that cannot be read, or of an unknown area.
     """
-    found = [feature for path in sorted(folder.glob("test_*.py")) for feature in _in_file(path)]
+    files = sorted(folder.rglob("test_*.py"), key=lambda path: (path.name, path))
+    found = [feature for path in files for feature in _in_file(path, folder)]
     return sorted(found, key=lambda feature: AREAS.index(feature.area))
 
 
-def _in_file(path: Path) -> Iterator[Feature]:
+def _in_file(path: Path, folder: Path) -> Iterator[Feature]:
+    name = path.relative_to(folder).as_posix()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.FunctionDef):
             continue
         for mark in node.decorator_list:
             if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.feature":
-                yield _feature(mark, f"{path.name}::{node.name}")
+                yield _feature(mark, f"{name}::{node.name}")
 
 
 def _feature(mark: ast.Call, test: str) -> Feature:

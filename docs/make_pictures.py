@@ -6,7 +6,7 @@ share one stored value and carry its number. A dark frame marks the first entry 
 orbit. A rule of copies has no stored values: its source is drawn beside it, filled with
 1, 2, 3, …, and the copy shows what ``fn`` makes of them.
 
-The files depend on the rules alone, so `tests/test_docs.py` can compare them to the byte.
+The files depend on the rules alone, so `tests/house/test_docs.py` can compare them to the byte.
 """
 
 from __future__ import annotations

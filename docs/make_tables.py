@@ -2,7 +2,7 @@
 
 Every row comes from a registry, so a new rule has its row without an edit here. A rule whose
 options change its law has one row for each law among its examples. The formulas of `FORMULAS`
-are the only thing written by hand; `tests/test_docs.py` checks them against the rules.
+are the only thing written by hand; `tests/house/test_docs.py` checks them against the rules.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from tiedparam.laws import registry as _registry
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("tests.support")  # its assertions explain themselves too
 
 settings.register_profile(
     "tiedparam",

@@ -1,0 +1,714 @@
+"""A rule of one's own: about ten lines, and the same contract as the rules of the library.
+
+The contract itself is tested here too: rules that break it in one point each are caught.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
+
+import tiedparam as tp
+from tests.support import contract
+from tests.support.cases import Case, assert_lawful, assert_refused, cases_of
+from tiedparam.laws import registry as _registry
+from tiedparam.rules.copy import Copy
+
+
+class Circulant(tp.Rule):
+    """Circulant matrices: W[i, j] = w[(j − i) mod n]."""
+
+    law = "W[i, j] = w[(j − i) mod n]"
+
+    def check(self, layout):
+        if len(layout.shape) != 2 or layout.shape[0] != layout.shape[1]:
+            return f"a circulant matrix is square, not {layout.shape}. Tie a square Linear layer."
+        return None
+
+    def free_shapes(self):
+        return ((self.bound_layout.shape[0],),)
+
+    def forward(self, free):
+        return torch.stack([free.roll(row) for row in range(len(free))])
+
+    def symmetries(self, weight):
+        yield weight.roll((1, 1), (0, 1))
+
+    @classmethod
+    def examples(cls):
+        return (
+            tp.Example(lambda: nn.Linear(7, 7)),
+            tp.Example(lambda: nn.Linear(4, 4, bias=False)),
+        )
+
+
+class OddKernel(tp.Rule):
+    """Odd kernels, a rule with signs: W[o, c, x] = −W[o, c, flip(x)]."""
+
+    law = "W[o, c, x] = −W[o, c, flip(x)]"
+
+    def check(self, layout):
+        if prod(layout.kernel) % 2:
+            return (
+                f"the kernel {layout.kernel} has a centre, which would be zero. Use an even size."
+            )
+        return None
+
+    def free_shapes(self):
+        return ((*self.bound_layout.shape[:2], prod(self.bound_layout.kernel) // 2),)
+
+    def forward(self, free):
+        return torch.cat([-free.flip(-1), free], -1).reshape(self.bound_layout.shape)
+
+    def symmetries(self, weight):
+        yield -weight.flip(tuple(range(2, weight.dim())))
+
+    @classmethod
+    def examples(cls):
+        return (
+            tp.Example(lambda: nn.Conv1d(2, 3, 4)),
+            tp.Example(lambda: nn.Conv2d(4, 2, (3, 2), groups=2)),
+            tp.Example(lambda: nn.ConvTranspose2d(2, 2, 2)),
+        )
+
+
+RULES = {"circulant": Circulant, "odd_kernel": OddKernel}
+CASES = cases_of(RULES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> Iterator[None]:
+    """Known in this module only: other modules speak of the library's rules."""
+    known = dict(_registry._RULES)
+    for name, rule in RULES.items():
+        assert tp.register_rule(name)(rule) is rule
+    yield
+    _registry._RULES.clear()
+    _registry._RULES.update(known)
+
+
+# The contract --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statement", [*contract.EVERY, *contract.FREE], ids=contract.statement_name
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case, statement):
+    statement(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("given", ["name", "class", "instance"])
+def test_rule_may_be_given_in_three_ways(case, given):
+    rule = {"name": case.name, "class": case.rule, "instance": case.rule()}[given]
+    host, expected = case.dense(), case.tied()
+    tp.register_tie(host.layer, rule)
+    assert torch.equal(host.weight, expected.weight)
+    assert_lawful(host)
+    if given == "instance":
+        assert host.rule is rule
+
+
+def test_literal_circulant():
+    layer = nn.Linear(3, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 3.0, 6.0], [2.0, 3.0, 0.0], [9.0, 7.0, 3.0]]))
+    tp.register_tie(layer, "circulant")
+    assert layer.weight.tolist() == [[2.0, 4.0, 5.0], [5.0, 2.0, 4.0], [4.0, 5.0, 2.0]]
+    assert tp.get_tie(layer).orbit_labels().tolist() == [[1, 2, 3], [3, 1, 2], [2, 3, 1]]
+
+
+def test_literal_signed_rule():
+    layer = nn.Conv1d(1, 1, 4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[[1.0, 5.0, 3.0, 7.0]]]))
+    tp.register_tie(layer, "odd_kernel")
+    assert layer.weight.tolist() == [[[-3.0, 1.0, -1.0, 3.0]]]
+    assert tp.get_tie(layer).orbit_labels().tolist() == [[[-2, -1, 1, 2]]]
+    assert tp.get_tie(layer).multiplicities()[0].tolist() == [[[2.0, 2.0]]]
+    layer(torch.tensor([[1.0, 10.0, 100.0, 1000.0]])).sum().backward()
+    (free,) = layer.parametrizations.weight.parameters()
+    assert free.tolist() == [[[-1.0, 3.0]]]
+    assert free.grad.tolist() == [[[90.0, 999.0]]]
+    tp.init_(layer, nn.init.ones_)
+    assert layer.weight.tolist() == [[[1.0, 1.0, -1.0, -1.0]]]
+
+
+def test_check_gives_the_reason():
+    assert_refused(
+        nn.Linear(3, 4),
+        "circulant",
+        "cannot tie 'weight' of Linear(in_features=3, out_features=4",
+        "by 'circulant': a circulant matrix is square, not (4, 3). Tie a square Linear layer.",
+    )
+    assert_refused(nn.Conv1d(1, 1, 3), "odd_kernel", "the kernel (3,) has a centre")
+
+
+def test_pickle_and_remove():
+    layer = tp.register_tie(nn.Linear(4, 4), "circulant")
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(again.weight, layer.weight)
+    assert type(tp.get_tie(again)) is Circulant
+    tp.remove_tie(again)
+    assert type(again) is nn.Linear
+    assert torch.equal(again.weight, layer.weight)
+
+
+# Names ---------------------------------------------------------------------------------------
+
+
+def test_registered_rules_are_found():
+    assert tp.available_rules()["circulant"] is Circulant
+    assert Circulant.name == "circulant"
+    assert list(tp.available_rules()) == sorted(tp.available_rules())
+    with pytest.raises(tp.TieError, match="'circulant'"):
+        tp.register_tie(nn.Linear(3, 3), "circulent")
+
+
+def test_available_rules_is_a_copy():
+    tp.available_rules().clear()
+    assert "circulant" in tp.available_rules()
+
+
+@pytest.mark.parametrize("name", ["circulant", "flip_sym"])
+def test_duplicate_names_are_refused(registry, name):
+    owner = tp.available_rules()[name]
+
+    class Another(tp.Rule):
+        pass
+
+    with pytest.raises(tp.TieError, match="Choose another name") as caught:
+        tp.register_rule(name)(Another)
+    assert owner.__name__ in str(caught.value)
+    assert tp.available_rules()[name] is owner
+    assert Another.name == ""
+
+
+def test_a_namesake_from_another_module_is_refused_as_well(registry):
+    """A class of the same name is another rule: it must not replace ours in silence."""
+    owner = tp.available_rules()["copy"]
+
+    class Namesake(tp.Rule):
+        pass
+
+    Namesake.__name__ = Namesake.__qualname__ = owner.__qualname__
+    assert Namesake.__module__ != owner.__module__
+    with pytest.raises(tp.TieError, match="Choose another name"):
+        tp.register_rule("copy")(Namesake)
+    assert tp.available_rules()["copy"] is owner
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [nn.Linear, int, 3, lambda: None, Circulant()],
+    ids=["layer", "type", "number", "function", "instance"],
+)
+def test_only_rules_can_be_registered(registry, thing):
+    before = tp.available_rules()
+    with pytest.raises(TypeError, match=r"tiedparam\.Rule"):
+        tp.register_rule("thing")(thing)
+    assert tp.available_rules() == before
+
+
+FILE = """
+import torch, tiedparam
+
+@tiedparam.register_rule("constant")
+class Constant(tiedparam.Rule):
+    law = "W[...] = w"
+    def free_shapes(self):
+        return ((1,),)
+    def forward(self, free):
+        return free.expand(self.bound_layout.shape)
+    def symmetries(self, weight):
+        yield weight.flatten()[:1].expand(weight.shape)
+"""
+
+
+def test_a_file_of_ten_lines_can_be_imported_and_reloaded(registry, tmp_path, monkeypatch):
+    (tmp_path / "my_rules.py").write_text(FILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rules", raising=False)
+    module = importlib.import_module("my_rules")
+    first = tp.available_rules()["constant"]
+    assert first is module.Constant
+    layer = nn.Linear(3, 4)
+    mean = layer.weight.detach().double().mean()
+    tp.register_tie(layer, "constant")
+    assert layer.weight.unique().numel() == 1
+    assert float(layer.weight.detach()[0, 0]) == pytest.approx(float(mean), rel=1e-5)
+
+    importlib.reload(module)
+    second = tp.available_rules()["constant"]
+    assert second is module.Constant
+    assert second is not first
+    assert isinstance(tp.get_tie(layer), first)  # what is tied stays tied
+    layer(torch.randn(2, 3)).sum().backward()
+    tp.register_tie(nn.Linear(3, 4), "constant")
+    monkeypatch.delitem(sys.modules, "my_rules")
+
+
+# Rules that cannot be used are refused before anything is touched ----------------------------
+
+
+class Faulty(Circulant):
+    """Circulant, until a test breaks it."""
+
+    def right_inverse(self, weight):
+        self.bind_shape(weight)
+        return (weight[0].clone(),)
+
+
+def returns(value):
+    return lambda self, free: value(free)
+
+
+def raises(error):
+    def forward(self, free):
+        raise error
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("forward", "parts"),
+    [
+        (returns(lambda w: w), ["forward returns (3,), and the tensor is (3, 3)", "Correct"]),
+        (returns(lambda w: w.expand(4, 3)), ["forward returns (4, 3), and the tensor is (3, 3)"]),
+        (returns(lambda w: w.expand(3, 3).double()), ["not torch.float32", "Correct the rule"]),
+        (returns(lambda w: w.expand(3, 3).half()), ["not torch.float32", "Correct the rule"]),
+        (returns(lambda w: w.tolist()), ["forward returns list", "Correct the rule"]),
+        (returns(lambda w: None), ["forward returns NoneType", "Correct the rule"]),
+        (raises(ValueError("no such thing")), ["the rule raised ValueError: no such thing"]),
+        (raises(AttributeError("no 'weight'")), ["the rule raised AttributeError: no 'weight'"]),
+        (returns(lambda w: w.missing), ["the rule raised AttributeError", "missing"]),
+    ],
+    ids=["shape", "rows", "double", "half", "list", "nothing", "value", "attribute", "typo"],
+)
+@pytest.mark.parametrize("given", ["class", "instance"])
+def test_s26_a_rule_with_a_faulty_forward_is_refused(given, forward, parts):
+    kind = type("Broken", (Faulty,), {"forward": forward})
+    layer = nn.Linear(3, 3)
+    rule = kind if given == "class" else kind()
+    assert_refused(layer, rule, "cannot tie 'weight' of Linear", *parts)
+    tp.register_tie(layer, "circulant")  # and nothing is left that would stop another tie
+
+
+def test_a_rule_without_a_law_is_refused():
+    class Empty(tp.Rule):
+        pass
+
+    assert_refused(nn.Linear(3, 3), Empty, "must say the shapes of its free values")
+
+    class NoForward(Empty):
+        def free_shapes(self):
+            return ((1,),)
+
+    assert_refused(nn.Linear(3, 3), NoForward, "must expand its free values")
+
+
+@pytest.mark.parametrize(
+    ("right_inverse", "part"),
+    [
+        (lambda self, weight: (weight[0].clone(), weight[1].clone()), "TypeError"),
+        (lambda self, weight: (), "TypeError"),
+        (lambda self, weight: weight[0].clone(), "Error"),  # no sequence: S17
+        (lambda self, weight: (weight[0].double(),), "torch.float32"),
+    ],
+    ids=["too many", "too few", "no sequence", "dtype"],
+)
+def test_a_rule_with_a_faulty_right_inverse_is_refused(right_inverse, part):
+    kind = type("Broken", (Circulant,), {"right_inverse": right_inverse})
+    assert_refused(nn.Linear(3, 3), kind, "cannot tie 'weight' of Linear", part)
+
+
+def test_a_rule_that_stores_another_dtype_is_refused():
+    class Wide(Circulant):
+        def forward(self, free):
+            return super().forward(free.float())
+
+        def right_inverse(self, weight):
+            return (weight[0].double(),)
+
+    assert_refused(nn.Linear(3, 3), Wide, "its free values are not torch.float32")
+
+
+def test_a_rule_with_an_empty_free_value_is_refused():
+    class Padded(Circulant):
+        def free_shapes(self):
+            return (*super().free_shapes(), (0, 3))
+
+        def forward(self, free, nothing):
+            return super().forward(free)
+
+        def right_inverse(self, weight):
+            return weight[0].clone(), weight.new_zeros(0, 3)
+
+    # FSDP2 raises on empty parameters
+    assert_refused(nn.Linear(3, 3), Padded, "one of its free values is empty", "free_shapes")
+
+
+def test_a_rule_that_was_refused_may_fit_elsewhere():
+    rule = Circulant()
+    assert_refused(nn.Linear(3, 3), rule, "breaks the law", init="exact")
+    assert_refused(nn.Linear(3, 4), rule, "is square")
+    layer = tp.register_tie(nn.Linear(5, 5), rule)
+    assert tp.get_tie(layer) is rule
+    assert rule.bound_layout.shape == (5, 5)
+
+
+def test_half_precision_is_a_rules_own_business():
+    class Widening(Faulty):
+        def forward(self, free):
+            return super().forward(free.float())
+
+    layer = nn.Linear(3, 3, dtype=torch.bfloat16)
+    assert_refused(layer, Widening, "not torch.bfloat16")
+    tp.register_tie(nn.Linear(3, 3), Widening)
+
+
+# The contract catches what it should ---------------------------------------------------------
+
+
+class FirstMember(Circulant):
+    """Not the nearest lawful weight."""
+
+    def right_inverse(self, weight):
+        self.bind_shape(weight)
+        return self.representatives(weight)
+
+
+class PlainMean(Circulant):
+    """Nearest, but seven equal floats do not have that float as their mean."""
+
+    def right_inverse(self, weight):
+        self.bind_shape(weight)
+        totals, counts = self.adjoint(weight), self.multiplicities()
+        return tuple((t / n).to(weight.dtype) for t, n in zip(totals, counts, strict=True))
+
+
+class Slices(Circulant):
+    """Keeps the dense weight's storage alive (S15)."""
+
+    def representatives(self, weight):
+        return (weight.detach()[0],)
+
+
+class Redundant(Circulant):
+    """Stores twice as many values as are needed."""
+
+    def free_shapes(self):
+        return (*super().free_shapes(), *super().free_shapes())
+
+    def forward(self, free, more):
+        return super().forward(free + more)
+
+    def right_inverse(self, weight):
+        self.bind_shape(weight)
+        first = Circulant()
+        first.bind_shape(weight)
+        (free,) = first.right_inverse(weight)
+        return free, torch.zeros_like(free)
+
+
+class LooseLaw(Circulant):
+    """Says less than forward does."""
+
+    def symmetries(self, weight):
+        yield weight.roll((2, 2), (0, 1)) if len(weight) == 4 else weight.clone()
+
+
+class NoLaw(Circulant):
+    """Says nothing."""
+
+    def symmetries(self, weight):
+        return iter(())
+
+
+class WrongLaw(Circulant):
+    """Says something else."""
+
+    def symmetries(self, weight):
+        yield weight.t()
+
+
+class WrongCount(Circulant):
+    """Counts one copy too few."""
+
+    def multiplicities(self):
+        return tuple(count - 1 for count in super().multiplicities())
+
+
+class MeanForInit(Circulant):
+    """Initialises with means, which have another distribution (S37)."""
+
+    def representatives(self, weight):
+        return tuple(total / len(weight) for total in self.adjoint(weight.detach()))
+
+
+class DoubleGradient(Circulant):
+    """The right values with the wrong derivative."""
+
+    def forward(self, free):
+        return super().forward(2 * free - free.detach())
+
+    def right_inverse(self, weight):
+        return Circulant().right_inverse(weight)
+
+    def multiplicities(self):
+        return tuple(count / 2 for count in super().multiplicities())
+
+
+class NoGradient(Circulant):
+    """Cut off from the optimizer."""
+
+    def forward(self, free):
+        return super().forward(free.detach()) + 0 * free.sum()
+
+    def right_inverse(self, weight):
+        self.bind_shape(weight)
+        return Circulant().right_inverse(weight)
+
+
+class Shrinking(Circulant):
+    """Not a projection."""
+
+    def right_inverse(self, weight):
+        return tuple(free * 0.5 for free in super().right_inverse(weight))
+
+
+class IndexBuffer(Circulant):
+    """Stores an index in every checkpoint, unseen by the check at registration."""
+
+    def train(self, mode=True):  # torch calls it when it takes the rule
+        self.register_buffer("index", torch.zeros(3))
+        return super().train(mode)
+
+
+class Restless(Circulant):
+    """Keeps the law with another weight every time."""
+
+    def forward(self, free):
+        self.reads = getattr(self, "reads", 0) + 1
+        return super().forward(free) * self.reads
+
+    def right_inverse(self, weight):
+        self.bind_shape(weight)
+        return Circulant().right_inverse(weight)
+
+
+class OtherWhenCompiled(Circulant):
+    """Not the same rule under torch.compile."""
+
+    def forward(self, free):
+        return super().forward(2 * free if torch.compiler.is_compiling() else free)
+
+
+class Nameless(Circulant):
+    """Does not say what it is."""
+
+    def extra_repr(self):
+        return ""
+
+
+class Narrow(Circulant):
+    """Sums in half precision."""
+
+    def right_inverse(self, weight):
+        self.bind_shape(weight)
+        members = [row.roll(-number) for number, row in enumerate(weight)]
+        total = members[0]
+        for member in members[1:]:
+            total = total + member
+        return (total / len(members),)
+
+
+class Widened(Circulant):
+    """float32 whatever it was given."""
+
+    def project(self, weight):
+        return super().project(weight.float())
+
+
+class UnsignedInit(OddKernel):
+    """Takes the mean of both halves where one is minus the other."""
+
+    def right_inverse(self, weight):
+        self.bind_shape(weight)
+        half = weight.flatten(2).chunk(2, -1)
+        return ((half[1] + half[0].flip(-1)) / 2,)
+
+
+class Snapshot(Copy):
+    """Right at registration, and never again."""
+
+    def forward(self, *free: Tensor) -> Tensor:
+        if not hasattr(self, "taken"):
+            self.taken = super().forward(*free).detach().clone()
+        return self.taken
+
+
+class Detached(Copy):
+    """The source never hears of this use."""
+
+    def forward(self, *free: Tensor) -> Tensor:
+        return super().forward(*free).detach() + 0 * super().forward(*free)
+
+
+class OwnSource(Copy):
+    """Registers the source below the linked layer, with keys of its own (S27)."""
+
+    def train(self, mode=True):  # unseen by the check at registration
+        self.registered = copy.deepcopy(self.source)
+        return super().train(mode)
+
+
+CAUGHT = [
+    (FirstMember, contract.registration_is_the_least_squares_projection),
+    (FirstMember, contract.no_lawful_weight_is_nearer_than_the_projection),
+    (PlainMean, contract.lawful_weights_come_back_to_the_bit),
+    (PlainMean, contract.right_inverse_undoes_forward),
+    (PlainMean, contract.projection_is_idempotent),
+    (Slices, contract.free_values_own_their_bytes),
+    (Redundant, contract.no_value_is_stored_that_is_not_needed),
+    (LooseLaw, contract.no_value_is_stored_that_is_not_needed),
+    (NoLaw, contract.law_says_something),
+    (NoLaw, contract.law_holds_after_registration),
+    (WrongLaw, contract.law_holds_after_registration),
+    (WrongCount, contract.multiplicities_count_the_copies),
+    (WrongCount, contract.rescale_multiplies_by_the_root_of_the_multiplicity),
+    (MeanForInit, contract.representatives_are_members_of_their_orbits),
+    (MeanForInit, contract.init_keeps_one_draw_per_orbit),
+    (MeanForInit, contract.reset_parameters_keeps_one_draw_per_orbit),
+    (DoubleGradient, contract.gradient_is_the_sum_over_each_orbit),
+    (DoubleGradient, contract.gradcheck_and_gradgradcheck_pass),
+    (NoGradient, contract.gradient_is_the_sum_over_each_orbit),
+    (NoGradient, contract.gradcheck_and_gradgradcheck_pass),
+    (NoGradient, contract.law_holds_after_100_optimizer_steps),
+    (Shrinking, contract.projection_is_idempotent),
+    (Shrinking, contract.lawful_weights_come_back_to_the_bit),
+    (Shrinking, contract.residual_is_zero_for_lawful_and_zero_weights),
+    (Shrinking, contract.residual_of_independent_entries_is_what_the_counts_say),
+    (Restless, contract.layer_computes_what_its_dense_twin_computes),
+    (Restless, contract.untying_leaves_a_plain_layer),
+    (Restless, contract.memory_format_of_the_weight_does_not_matter),
+    (OtherWhenCompiled, contract.compiled_layer_equals_the_eager_one),
+    (Nameless, contract.layer_stays_of_its_class_and_shows_the_tie),
+    (Narrow, contract.projection_is_the_rounded_one_in_every_dtype),
+    (IndexBuffer, contract.state_dict_has_the_free_values_for_the_weight),
+    (IndexBuffer, contract.saved_files_hold_the_free_values_to_the_byte),
+    (Widened, contract.projection_is_idempotent),
+    (UnsignedInit, contract.registration_is_the_least_squares_projection),
+    (UnsignedInit, contract.right_inverse_undoes_forward),
+    (Snapshot, contract.law_holds_after_100_optimizer_steps),
+    (Snapshot, contract.law_holds_after_loading),
+    (Snapshot, contract.deepcopy_is_independent),
+    (Detached, contract.gradients_of_a_copy_arrive_in_the_source),
+    (OwnSource, contract.a_copy_stores_nothing),
+    (OwnSource, contract.state_dict_has_the_free_values_for_the_weight),
+    (OwnSource, contract.saved_files_hold_the_free_values_to_the_byte),
+]
+
+
+@pytest.mark.filterwarnings("ignore::tiedparam.TieWarning")  # broken rules may well warn
+@pytest.mark.parametrize(
+    ("rule", "statement"), CAUGHT, ids=[f"{rule.__name__}-{s.__name__}" for rule, s in CAUGHT]
+)
+def test_contract_catches(registry, rule, statement):
+    name = f"broken_{rule.__name__}"
+    tp.register_rule(name)(rule)
+    case = Case(name, rule, rule.examples()[0])
+    sound = next(base for base in rule.__mro__[1:] if base.name in tp.available_rules())
+    statement(Case(sound.name, sound, sound.examples()[0]))  # it is the rule that is at fault
+    with pytest.raises((AssertionError, GradcheckError)):
+        statement(case)
+
+
+class Rounding(Circulant):
+    """Lawful up to rounding only."""
+
+    def forward(self, free):
+        weight = super().forward(free)
+        return torch.cat([weight[:1], weight[1:] * (1 + torch.finfo(weight.dtype).eps)])
+
+
+class OneSign(OddKernel):
+    """Forgets the sign of the mirrored half in its labels."""
+
+    def orbit_labels(self):
+        return super().orbit_labels().abs()
+
+
+class Mixing(Circulant):
+    """Every entry is the mean of two free values: no orbits, and no orbit means."""
+
+    def forward(self, free):
+        return (super().forward(free) + super().forward(free.roll(1))) / 2
+
+
+class Doubling(Circulant):
+    """Twice the stored value."""
+
+    def forward(self, free):
+        return 2 * super().forward(free)
+
+
+class Squaring(Circulant):
+    """Not linear."""
+
+    def forward(self, free):
+        return super().forward(free).square()
+
+
+@pytest.mark.parametrize("rule", [Rounding, OneSign, Mixing, Doubling, Squaring])
+def test_what_is_derived_from_forward_is_refused_where_it_would_be_wrong(rule):
+    layer = nn.Linear(4, 4)
+    if rule is OneSign:
+        layer = OddKernel.examples()[0].build()
+    with pytest.raises(tp.TieError, match="scales or mixes its free values; override right_inver"):
+        tp.register_tie(layer, rule)
+    assert not tp.is_tied(layer)
+
+
+@pytest.mark.parametrize("member", ["examples", "variants"])
+def test_what_must_be_a_classmethod_is_checked(registry, member):
+    kind = type("Mine", (Circulant,), {member: lambda self, *args: ()})
+    with pytest.raises(TypeError, match=f"Mine.{member} must be a classmethod"):
+        tp.register_rule("mine")(kind)
+    assert "mine" not in tp.available_rules()
+
+
+def test_register_rule_needs_a_name():
+    with pytest.raises(TypeError, match="takes the rule's name"):
+        tp.register_rule(Circulant)
+
+
+def test_a_rule_in_a_file_of_the_library_may_import_tiedparam():
+    """``import tiedparam as tp`` at its top, as users write it, while tiedparam is imported."""
+    code = (
+        "import sys, types, tiedparam.rules as rules\n"
+        "import importlib, tiedparam\n"
+        "for name in [n for n in sys.modules if n.startswith('tiedparam')]: del sys.modules[name]\n"
+        "import importlib.abc, importlib.machinery\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'tiedparam.rules.copy':\n"
+        "            import tiedparam as tp\n"
+        "            assert tp.register_rule and tp.Rule and tp.Example\n"
+        "            print('seen')\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import tiedparam\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "seen\n"
