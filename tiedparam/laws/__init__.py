@@ -1,5 +1,25 @@
 """What a law is, and the kinds of law to derive from.
 
-Knows tensors and layouts; no layers, ties, files or optimizers.
-Public: `Rule`, `Broadcast`, `Linked`, `Layout`, `Example` and `register_rule`.
+Knows tensors, layouts and what a layer holds; no ties, files or optimizers.
+Public: `Rule` is the contract, `Broadcast` and `Linked` are kinds of law to derive from.
 """
+
+from tiedparam.laws.broadcast import Blocks, Broadcast
+from tiedparam.laws.layout import Layout
+from tiedparam.laws.linked import Linked
+from tiedparam.laws.registry import available_rules, register_rule
+from tiedparam.laws.rule import Example, Reduction, Rule
+from tiedparam.util.errors import Reason
+
+__all__ = [
+    "Blocks",
+    "Broadcast",
+    "Example",
+    "Layout",
+    "Linked",
+    "Reason",
+    "Reduction",
+    "Rule",
+    "available_rules",
+    "register_rule",
+]

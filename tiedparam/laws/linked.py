@@ -59,7 +59,7 @@ class Linked(Rule):
     ) -> None:
         super().__init__()
         self._several = isinstance(source, (list, tuple))
-        given: tuple[Source, ...] = tuple(source) if self._several else (source,)  # type: ignore[assignment, arg-type]
+        given: Any = source if self._several else (source,)
         if not given:
             raise TypeError("source= is an empty list. Give at least one layer to read")
         for each in given:
@@ -68,18 +68,17 @@ class Linked(Rule):
                     "source= takes the layer to read (or, with root=, its path), not "
                     f"{type(each).__name__}"
                 )
-        names = tuple(source_name) if isinstance(source_name, (list, tuple)) else (source_name,)
+        listed = self._several and isinstance(source_name, (list, tuple))
+        names: Any = source_name if listed else (source_name,) * len(given)
         for name in names:
             if name is not None and not isinstance(name, str):
                 raise TypeError(f"source_name= takes the name of a tensor, not {name!r}")
-        if len(names) == 1:
-            names *= len(given)
         if len(names) != len(given):
             raise TypeError(
                 f"source_name= has {len(names)} names for {len(given)} sources. Give one for each"
             )
         # tuples: a module in an attribute would become a submodule of this one
-        self._given = tuple(zip(given, names, strict=True))
+        self._given: tuple[tuple[Source, str | None], ...] = tuple(zip(given, names, strict=True))
 
     # What it reads ----------------------------------------------------------------------
 
