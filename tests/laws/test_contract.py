@@ -61,6 +61,9 @@ def test_every_rule_is_enrolled():
     rules = tp.available_rules()
     assert rules.keys() >= {"channel_shared", "copy", "flip_sym", "row_repeat", "squared_copy"}
     assert {case.name for case in CASES} == rules.keys()
+    # what `pytest -k "contract and [flip_sym-"` goes by
+    assert all(str(case).startswith(f"{case.name}-") for case in CASES)
+    assert len(set(map(str, CASES))) == len(CASES)
     for name, rule in rules.items():
         assert rule.name == name
         assert "=" in rule.law
