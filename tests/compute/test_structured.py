@@ -99,6 +99,7 @@ def convolutions(draw):
     return layer, tie, x, draw(st.booleans())
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Layers", "`nn.Conv1d/2d/3d`, `nn.ConvTranspose1d/2d/3d`: every option, against the dense layer"
 )
@@ -265,6 +266,7 @@ def test_wrong_inputs_raise_as_the_dense_layer_does(build, rule, options):
             torch.testing.assert_close(layer(bad), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Compile and export", "`torch.compile(fullgraph=True)` of structured layers")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(("build", "rule", "options"), RULES, ids=IDS)
@@ -294,6 +296,7 @@ def weight_sizes(program) -> set[int]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export", "`torch.export` of structured layers: the graph has the cheap form"
 )

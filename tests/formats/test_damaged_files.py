@@ -468,6 +468,7 @@ def copies(count):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "message"), [(150, "too long a chain"), (20_000, "malformed")])
 def test_a_chain_of_copies_is_judged_in_linear_time(count, message, tmp_path):
     content = {"layout": 2, "ties": copies(count), "aliases": {}, "versions": {}}
@@ -479,6 +480,7 @@ def test_a_chain_of_copies_is_judged_in_linear_time(count, message, tmp_path):
     assert [type(layer) for layer in model] == classes
 
 
+@pytest.mark.slow
 def test_an_index_of_many_files_is_judged_in_linear_time(tmp_path):
     count = 3000
     for number in range(count):
@@ -598,6 +600,7 @@ def lying(content, dice: random.Random):
     return content
 
 
+@pytest.mark.slow
 def test_a_header_that_lies_is_refused_or_gives_what_the_file_holds(tmp_path):
     """With a right checksum: only TieError is raised, and then nothing was changed."""
 
