@@ -313,9 +313,9 @@ def test_bytes_in_front_of_an_archive(tmp_path):
     raw = (tmp_path / "a.pt").read_bytes()
     for front in (b"#!/bin/sh\n", raw[:64], raw):
         (tmp_path / "b.pt").write_bytes(front + raw)
-        ours = unless_refused(lambda: StoredCheckpoint(tmp_path / "b.pt"))
-        if ours is not None:
-            assert described(ours) == described(by_torch(tmp_path / "b.pt"))
+        said = message_of(lambda: StoredCheckpoint(tmp_path / "b.pt"))
+        assert str(tmp_path / "b.pt") in said
+        assert "is no checkpoint" in said or "damaged or not a torch file" in said
 
 
 def test_what_torch_writes_without_checksums_or_before_archives(tmp_path):
