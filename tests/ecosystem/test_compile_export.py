@@ -68,6 +68,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export", "`torch.compile(fullgraph=True)`: one graph forward, one backward"
 )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tests.support.cases import CASES, first_ones_fast, sample_input
+from tests.support.cases import CASES, sample_input
 from tiedparam.tie.lookup import tie_of
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -49,12 +49,13 @@ def assert_runs_equal(layer: nn.Module, make_inputs) -> object:
     return program
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export",
     "ONNX (`torch.onnx.export(dynamo=True)`) of every rule, dynamic batch",
     needs="onnxscript, and onnxruntime to run it",
 )
-@pytest.mark.parametrize("case", first_ones_fast(CASES), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_example_of_every_rule(case):
     host = case.tied()
     assert_runs_equal(host.layer, lambda batch: sample_input(host.layer, batch))

@@ -89,6 +89,7 @@ def test_rule_is_an_ordinary_parametrization(case):
     assert all(parameter.grad is not None for parameter in host.free)
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Optimizers", "SGD, Adam, AdamW, single-tensor, foreach and fused: the law after 100 steps"
 )
@@ -99,6 +100,7 @@ def test_law_holds_under_every_optimizer(case, kind, variant):
     law_holds_after_100_steps_of(kind, variant, case)
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export", "`torch.compile` with inductor: a training step of every rule"
 )
