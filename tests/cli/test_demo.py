@@ -71,6 +71,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_tqdm", [True, False])
 def test_a_terminal_shows_a_bar_for_every_training(with_tqdm, tmp_path, monkeypatch):
     monkeypatch.setattr(_progress, "PATIENCE", 0.0)
@@ -156,6 +157,7 @@ def test_equal_labels_are_equal_values_in_the_picture(tied_models):
         assert len(_demo._busiest([panel])) == 3
 
 
+@pytest.mark.slow
 def test_deterministic_and_nothing_global_is_left_changed(run, tmp_path, monkeypatch, capsys):
     done, _ = run
     monkeypatch.chdir(tmp_path)
@@ -193,6 +195,7 @@ def test_a_missing_extra_is_one_line(package, tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_from_the_shell_an_error_is_one_line_and_code_1(tmp_path):
     done = shell("demo", "--out", "nowhere/picture.png", folder=tmp_path)
     assert done.returncode == 1

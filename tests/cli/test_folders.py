@@ -53,6 +53,7 @@ def as_pickles(folder: Path) -> None:
     torch.save(state, folder / "pytorch_model.bin")
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Copies and files", "a folder that `save_pretrained` wrote")
 @pytest.mark.parametrize("kind", ["one file", "shards", "a pickle"])
 def test_a_folder_by_save_pretrained_is_taken_wherever_a_file_is(kind, model, capsys):

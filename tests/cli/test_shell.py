@@ -640,6 +640,7 @@ def test_the_benchmarks_are_no_command(capsys):
 # The process -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_json_is_alone_on_stdout(files):
     done = run("scan", "model.pt", "--json", "--rule", "flip_sym")
     assert (done.returncode, done.stderr) == (0, "")
@@ -652,6 +653,7 @@ def test_json_is_alone_on_stdout(files):
     assert run("tie", "model.pt").returncode == 2
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough(files):
     quoted = shlex.join([sys.executable, "-m", "tiedparam", "scan", "model.pt"])
     done = subprocess.run(
@@ -677,6 +679,7 @@ def test_layers_are_named_by_numbers_too(files, capsys):
     assert torch.equal(model[1].weight, model[0].weight)
 
 
+@pytest.mark.slow
 def test_a_terminal_of_another_encoding_and_a_closed_one(files):
     ascii_only = dict(os.environ, PYTHONIOENCODING="ascii")
     command = [sys.executable, "-m", "tiedparam", "scan", "model.pt"]
@@ -763,6 +766,7 @@ class EvenRows(tp.Rule):
 """
 
 
+@pytest.mark.slow
 def test_rules_of_ones_own_are_imported(files):
     Path("my_rules.py").write_text(OWN_RULE)
     tie = ["tie", "model.pt", "--tie", "encoder=test_even_rows", "-o", "own.safetensors"]

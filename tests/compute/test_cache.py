@@ -1082,6 +1082,7 @@ def in_threads(count, work):
         raise errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Inference caches", "eight threads on one model")
 @pytest.mark.parametrize("how", ["cold cache", "warm cache", "frozen"])
 def test_s06_eight_threads_never_see_a_wrong_output(how):

@@ -68,6 +68,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export", "`torch.compile(fullgraph=True)`: one graph forward, one backward"
 )
@@ -88,6 +89,7 @@ def test_one_graph_forward_and_backward():
     assert counter.graphs == 2  # one with gradients, one without
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export", "`torch.compile`: training steps without a recompilation"
 )
@@ -115,6 +117,7 @@ def test_no_recompiles_over_training_steps(optimizer):
     assert torch.equal(weight, weight.transpose(0, 1).flip(2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Compile and export", "`torch.compile` with a dynamic batch")
 def test_a_dynamic_batch_is_one_graph():
     model = tie_all(Net())
@@ -126,6 +129,7 @@ def test_a_dynamic_batch_is_one_graph():
     assert counter.graphs == 1
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export",
     "tying and untying after `torch.compile`",
@@ -179,6 +183,7 @@ def test_loading_and_assigning_after_compile_are_seen():
         torch.testing.assert_close(compiled(x), other(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export", "`torch.export`, strict and not, dynamic shapes, saved and loaded"
 )
@@ -229,6 +234,7 @@ def test_s33_an_export_computes_the_weight_and_bakes_in_no_constant():
     assert not torch.allclose(module(x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export", "AOTInductor: compiled, packaged, loaded", needs="a C++ compiler"
 )

@@ -33,6 +33,8 @@ from tests.support import ROOT
 from tests.support import distributed_worker as worker
 
 pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.distributed,
     pytest.mark.timeout(150),
     pytest.mark.skipif(
         not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"

@@ -137,6 +137,7 @@ def assert_alike(tied: nn.Module, stock: nn.Module) -> None:
 # Resizing, tying, initialising -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Libraries",
     "transformers: `resize_token_embeddings` with a head tied by `copy` (GPT-2, T5, BERT)",
@@ -223,6 +224,7 @@ def test_s44_bert_without_the_key_taken_out():
 # Files -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Libraries",
     "transformers: `save_pretrained` and `from_pretrained` with a head tied by `copy`, resized "
@@ -319,6 +321,7 @@ def trained(model: nn.Module, folder, steps: int, resume: bool = False) -> tuple
     return history, best
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Libraries",
     "transformers: `Trainer` with `resume_from_checkpoint` and `load_best_model_at_end`",

@@ -69,6 +69,7 @@ DOORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Copies and files",
     "a dense checkpoint by `set_model_state_dict`, `full_state_dict=True` or not, and by "

@@ -20,7 +20,7 @@ accelerate = pytest.importorskip("accelerate")
 
 CPU = torch.device("cpu")
 EXAMPLES = [
-    pytest.param(name, index, id=f"{name}-{index}")
+    pytest.param(name, index, id=f"{name}-{index}", marks=[pytest.mark.slow] if index else [])
     for name, kind in tp.available_rules().items()
     for index in range(len(kind.examples()))
 ]
@@ -107,6 +107,7 @@ def test_infer_auto_device_map_counts_the_free_values(name, index):
         torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", ["cpu", "disk"])
 @pytest.mark.parametrize(("name", "index"), EXAMPLES)
 def test_load_checkpoint_and_dispatch_of_a_tied_checkpoint(name, index, on, tmp_path):

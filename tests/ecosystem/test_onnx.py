@@ -49,6 +49,7 @@ def assert_runs_equal(layer: nn.Module, make_inputs) -> object:
     return program
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export",
     "ONNX (`torch.onnx.export(dynamo=True)`) of every rule, dynamic batch",
@@ -78,6 +79,7 @@ STRUCTURED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export", "ONNX of structured layers: the graph has the cheap form"
 )

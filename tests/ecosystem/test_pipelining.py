@@ -27,6 +27,7 @@ def stages(model):
     return cut.get_stage_module(0), cut.get_stage_module(1)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Distributed", "torch's pipelining, with ties inside of a stage")
 @pytest.mark.parametrize("rule", ["flip_sym", "row_repeat", "channel_shared"])
 def test_s52_a_tie_inside_of_a_stage(rule):

@@ -137,6 +137,7 @@ def test_fx_fusion_leaves_tied_layers():
     assert len(norms) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Quantization and fusion",
     "torchao's PT2E on an exported model",

@@ -171,6 +171,7 @@ def test_the_trial_of_what_is_stacked_is_no_training_step():
     assert layer.parametrizations.weight[1] is seen
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Other parametrizations", "`parametrizations.spectral_norm` on a tie, and off again"
 )

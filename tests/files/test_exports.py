@@ -147,6 +147,7 @@ def test_shards_without_marks_load(tmp_path):
         value_in(index)
 
 
+@pytest.mark.slow
 def test_transformers_reads_shards_with_marks(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
@@ -266,6 +267,7 @@ def campaign(how: str, count: int, folder: Path) -> dict[str, int]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_s48_an_export_that_is_killed_at_random_moments_is_old_new_or_refused(tmp_path):
     seen = campaign("random", KILLED, tmp_path)
@@ -273,6 +275,7 @@ def test_s48_an_export_that_is_killed_at_random_moments_is_old_new_or_refused(tm
     assert seen["old"] > KILLED // 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_s48_an_export_that_is_killed_before_any_step_is_old_new_or_refused(tmp_path):
     """Every step on the file system, for each form over each."""

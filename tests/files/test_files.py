@@ -229,6 +229,7 @@ def test_a_tied_layer_under_two_names_may_be_two_layers_here(net, file):
     assert torch.equal(model.twin.weight, net.up.weight)
 
 
+@pytest.mark.slow
 def test_a_model_on_the_meta_device_gets_memory(net, file):
     with torch.device("meta"):
         model = Net()
@@ -1022,6 +1023,7 @@ print(streamed, peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_an_export_holds_one_dense_tensor_at_a_time(tmp_path):
     """32 layers of 4 MiB: all of them take 128 MiB, the stream no more than two took before."""
     path = tmp_path / "dense"

@@ -313,9 +313,9 @@ def test_bytes_in_front_of_an_archive(tmp_path):
     raw = (tmp_path / "a.pt").read_bytes()
     for front in (b"#!/bin/sh\n", raw[:64], raw):
         (tmp_path / "b.pt").write_bytes(front + raw)
-        ours = unless_refused(lambda: StoredCheckpoint(tmp_path / "b.pt"))
-        if ours is not None:
-            assert described(ours) == described(by_torch(tmp_path / "b.pt"))
+        said = message_of(lambda: StoredCheckpoint(tmp_path / "b.pt"))
+        assert str(tmp_path / "b.pt") in said
+        assert "is no checkpoint" in said or "damaged or not a torch file" in said
 
 
 def test_what_torch_writes_without_checksums_or_before_archives(tmp_path):
@@ -468,6 +468,7 @@ def copies(count):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "message"), [(150, "too long a chain"), (20_000, "malformed")])
 def test_a_chain_of_copies_is_judged_in_linear_time(count, message, tmp_path):
     content = {"layout": 2, "ties": copies(count), "aliases": {}, "versions": {}}
@@ -479,6 +480,7 @@ def test_a_chain_of_copies_is_judged_in_linear_time(count, message, tmp_path):
     assert [type(layer) for layer in model] == classes
 
 
+@pytest.mark.slow
 def test_an_index_of_many_files_is_judged_in_linear_time(tmp_path):
     count = 3000
     for number in range(count):
@@ -598,6 +600,7 @@ def lying(content, dice: random.Random):
     return content
 
 
+@pytest.mark.slow
 def test_a_header_that_lies_is_refused_or_gives_what_the_file_holds(tmp_path):
     """With a right checksum: only TieError is raised, and then nothing was changed."""
 

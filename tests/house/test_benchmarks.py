@@ -68,6 +68,7 @@ def run_command(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_result_with_everything_it_depends_on(tmp_path):
     run_command("--quick", "--case", "flip_sym_expansion", "--out", str(tmp_path))
     result = json.loads((tmp_path / "cpu-flip_sym_expansion.json").read_text(encoding="utf-8"))
@@ -92,6 +93,7 @@ def test_the_command_writes_a_result_with_everything_it_depends_on(tmp_path):
     assert small["met"] is (small["value"] <= 150)
 
 
+@pytest.mark.slow
 def test_every_available_rule_is_enrolled(swift):
     comparisons = command.measure("every_rule", quick=True, device="cpu")
     assert {c["rule"] for c in comparisons} == set(tp.available_rules())

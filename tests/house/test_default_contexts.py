@@ -188,6 +188,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Whole models", "default devices and dtypes of the user's while the library works"
 )

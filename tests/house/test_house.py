@@ -21,23 +21,16 @@ LONG_FILES = {
     "cli/main.py",
     "compute/forward.py",
     "compute/frozen.py",
-    "laws/linked.py",
-    "layer/host.py",
     "layer/register.py",
     "model/plan.py",
-    "state/dictionaries.py",
+    "state/optimizer_moves.py",
 }
 """Longer than they may be, for now: a file that is no longer too long leaves this set."""
 
-LONG_FUNCTIONS = {
-    "layer/host.py::_members",
-    "layer/register.py::remove_tie",
-    "layer/register.py::tie_one",
-    "layer/values.py::assign_",
-}
+LONG_FUNCTIONS: set[str] = set()
 """As above."""
 
-ROOMS_WITH_ERRORS_OF_THREE_PARTS: tuple[str, ...] = ()
+ROOMS_WITH_ERRORS_OF_THREE_PARTS: tuple[str, ...] = ("laws", "rules", "util")
 """Rooms whose every error says where, fact and remedy; in the end all of them."""
 
 

@@ -385,6 +385,7 @@ SHARES = 8
 SEQUENCES = int(os.environ.get("TIEDPARAM_SEQUENCES", "2000"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", range(SHARES))
 def test_any_sequence_of_operations_keeps_the_promises(share):
     class Share(TiedModel):

@@ -132,6 +132,7 @@ def test_s12_pickled_model_keeps_its_copy_tie():
         twin(torch.ones(1, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export", "many tied blocks compiled one by one: one graph for all"
 )
@@ -450,6 +451,7 @@ def test_contents_of_free_values_can_be_swapped():
     assert layer.weight.dtype is torch.float64
 
 
+@pytest.mark.slow
 def test_s12_a_spawned_process_takes_a_tied_model():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     tp.register_tie(model[0], "flip_sym", root=model)

@@ -236,6 +236,7 @@ def test_s14_copy_between_recurrent_layers():
     assert model[1].weight_hh_l0.grad is not None
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Compile and export",
     "`torch.compile` of recurrent layers",

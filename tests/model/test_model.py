@@ -496,6 +496,7 @@ tables = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(keys, st.lists(tables, min_size=1, max_size=3), max_size=2))
 def test_tomllib_reads_what_is_written(data):
     assert tomllib.loads(to_toml(data)) == data
@@ -685,6 +686,7 @@ def test_a_number_that_no_file_holds_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_reasons_of_a_large_model_are_as_many_as_a_message_has_room_for():
     model = nn.Sequential(*[nn.Linear(4, 6) for _ in range(200)])
     with pytest.raises(tp.TieError) as told:

@@ -99,6 +99,16 @@ def cases_of(rules: dict[str, type[tp.Rule]]) -> list[Case]:
     ]
 
 
+def first_ones_fast(cases: Iterable[Case]) -> list[Any]:
+    """The cases as parameters of a test, all but the first one of each rule marked as slow."""
+    seen: set[str] = set()
+    found = []
+    for case in cases:
+        found.append(pytest.param(case, marks=[pytest.mark.slow] if case.name in seen else []))
+        seen.add(case.name)
+    return found
+
+
 def is_copy(case: Case) -> bool:
     return issubclass(case.rule, Linked)
 
