@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -173,3 +174,19 @@ def describe(layer: nn.Module, tensor_name: str, root: nn.Module | None = None) 
             if module is layer:
                 return f"'{path}.{tensor_name}'" if path else f"'{tensor_name}'"
     return f"'{tensor_name}' of {describe_layer(layer)}"
+
+
+def key_of(path: str, tensor_name: str) -> str:
+    """A layer's tensor as state dicts, files and messages call it: ``encoder.conv2.weight``.
+
+    Args:
+        path: of the layer in its model; empty for the model itself.
+        tensor_name: in the layer.
+    """
+    return f"{path}.{tensor_name}".removeprefix(".")
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """``Did you mean 'a' or 'b'?``, if some of the known names look like ``name``; else nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(map(quoted, near))}?" if near else ""
