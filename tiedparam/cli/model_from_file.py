@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tiedparam.files import header as _header
 from tiedparam.files.header import Header, StoredTie
-from tiedparam.files.save_load import aliases_of, load
+from tiedparam.files.load import aliases_of, load
 from tiedparam.formats.atomic import PathLike
 from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.laws.functions import Functions

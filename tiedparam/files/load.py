@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.files import header as _header
-from tiedparam.files.compatibility import entries_for, placeholder, ties_to_make
+from tiedparam.files.compatible_entries import entries_for, placeholder, ties_to_make
 from tiedparam.files.header import Header
 from tiedparam.formats.atomic import PathLike, refuse_foreign_suffix, whole_files
 from tiedparam.formats.checkpoint import StoredCheckpoint
