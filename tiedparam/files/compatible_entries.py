@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 
 from tiedparam.files import header as _header
 from tiedparam.files.header import Header, StoredTie
-from tiedparam.formats.checkpoint import StoredCheckpoint, index_beside
+from tiedparam.formats.checkpoint import StoredCheckpoint
+from tiedparam.formats.checkpoint_files import index_beside
 from tiedparam.laws.functions import Functions, function_name
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from tiedparam.files import header as _header
 from tiedparam.files.compatible_entries import entries_for, placeholder, ties_to_make
 from tiedparam.files.header import Header
-from tiedparam.formats.atomic import PathLike, refuse_foreign_suffix, whole_files
+from tiedparam.formats.atomic import PathLike, whole_files
 from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.formats.exports import MARK, index_content, index_of, left_by_older, shards_of
-from tiedparam.formats.safetensors import Entry, check_entries, write
+from tiedparam.formats.safetensors import Entry, check_entries, refuse_foreign_suffix, write
 from tiedparam.laws.functions import Functions, as_functions
 from tiedparam.laws.linked import Linked
 from tiedparam.layer.register import tie_one

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tiedparam.util.torch_private import parameters_of, submodules_of
+
 
 class Reason(NamedTuple):
     """Why something cannot be done: what a check returns instead of None.
@@ -74,6 +76,17 @@ class TieError(RuntimeError):
         return shortened(said, LONGEST_MESSAGE)
 
 
+def within(where: str, error: TieError) -> TieError:
+    """The same error, told of the larger thing ``where``: a file, where a tensor of it is wrong.
+
+    The error's own place is kept in the fact, unless ``where`` or the fact names it already.
+    """
+    fact = error.fact
+    if error.where not in fact and error.where not in where:
+        fact = f"{error.where}: {fact}"
+    return TieError(where, fact, error.remedy)
+
+
 class TieWarning(UserWarning):
     """Something was done as asked that is perhaps not meant.
 
@@ -109,10 +122,10 @@ def extra_repr(layer: nn.Module) -> str:
     A Linear asks whether it has a bias. A bias that cannot be computed now is often what the
     message is about.
     """
-    lists = layer._modules.get("parametrizations")
+    lists = submodules_of(layer).get("parametrizations")
     if lists is None:
         return layer.extra_repr()
-    names = list(lists._modules)
+    names = list(submodules_of(lists))
     stock = next(
         kind
         for kind in type(layer).__mro__
@@ -120,8 +133,10 @@ def extra_repr(layer: nn.Module) -> str:
         and not any(isinstance(getattr(kind, name, None), property) for name in names)
     )
     stand_in: Any = object.__new__(stock)
-    stand_in.__dict__.update(layer.__dict__, _parameters={**layer._parameters}, _modules={})
-    stand_in._parameters.update(dict.fromkeys(names, torch.empty(0, device="cpu")))
+    nothing = dict.fromkeys(names, torch.empty(0, device="cpu"))
+    stand_in.__dict__.update(
+        layer.__dict__, _parameters={**parameters_of(layer), **nothing}, _modules={}
+    )
     text: str = stand_in.extra_repr()
     return text
 
