@@ -87,6 +87,19 @@ def within(where: str, error: TieError) -> TieError:
     return TieError(where, fact, error.remedy)
 
 
+def refuse(where: str, reasons: Sequence[Reason], heading: str) -> None:
+    """Raise for the reason that there is, or for several as a list below ``heading``.
+
+    Raises:
+        TieError: unless there is no reason.
+    """
+    if len(reasons) == 1:
+        raise TieError(where, *reasons[0])
+    if reasons:
+        listed = some_of([str(reason) for reason in reasons], "\n  ")
+        raise TieError(where, f"{heading}:\n  {listed}")
+
+
 class TieWarning(UserWarning):
     """Something was done as asked that is perhaps not meant.
 
