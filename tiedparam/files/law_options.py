@@ -9,7 +9,10 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from typing import Any
+from math import prod
+from typing import Any, cast
+
+import torch
 
 from tiedparam.laws.functions import Function, Functions, find_function, function_name
 from tiedparam.laws.linked import Linked
@@ -144,6 +147,26 @@ def _comparable(rule: Rule) -> Any:
     # as a file gives them back: lists for tuples
     options = json.loads(json.dumps(rule.options(), default=repr))
     return {**options, **{name: id(getattr(rule, name)) for name in _functions(type(rule))}}
+
+
+def same_weights(rule: Rule, again: Rule) -> bool:
+    """Whether ``again``, not bound yet, expands numbers to the same weight as ``rule``.
+
+    Of laws that read layers: whether it reads a tensor of the same name.
+    """
+    if _reads_layers(type(rule)):
+        one, other = cast(Any, rule), cast(Any, again)
+        return bool(one.source_name == other.source_name)
+    # private: no law has a public name for this yet
+    reason = again._bind_layout(rule.bound_layout, torch.float32)
+    if reason is not None or again.free_shapes() != rule.free_shapes():
+        return False
+    numbers = [
+        torch.arange(1.0, prod(shape) + 1, device="cpu").reshape(shape)
+        for shape in rule.free_shapes()
+    ]
+    with torch.no_grad():
+        return torch.equal(again(*numbers), rule(*numbers))
 
 
 def functions_in(rule: Rule) -> dict[str, Function]:

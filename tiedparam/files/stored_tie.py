@@ -7,14 +7,12 @@ from dataclasses import dataclass, fields
 from math import inf, isfinite, prod
 from typing import Any
 
-import torch
 from torch import nn
 
-from tiedparam.files.law_options import functions_in, made, same_law, written
+from tiedparam.files.law_options import functions_in, made, same_law, same_weights, written
 from tiedparam.formats.safetensors import are_sizes
 from tiedparam.laws.functions import Functions
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.linked import Linked
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.lookup import tie_of
 from tiedparam.util.errors import TieError, key_of
@@ -127,25 +125,9 @@ class StoredTie:
 def _refuse_changed(rule: Rule, stored: StoredTie) -> None:
     """Raise unless what is stored makes a rule that gives the same weight, to the bit."""
     again = stored.make(functions_in(rule))
-    if not (_same_weights(rule, again) and same_law(rule, again)):
+    if not (same_weights(rule, again) and same_law(rule, again)):
         raise TieError(
             "options()",
             "its options() does not say everything that it was made with.",
             "Add it there.",
         )
-
-
-def _same_weights(rule: Rule, again: Rule) -> bool:
-    """Whether two rules expand numbers to the same weight, or read a source in the same way."""
-    if isinstance(rule, Linked) and isinstance(again, Linked):
-        return again.fn is rule.fn and again.source_name == rule.source_name
-    # private: no law has a public name for this yet
-    reason = again._bind_layout(rule.bound_layout, torch.float32)
-    if reason is not None or again.free_shapes() != rule.free_shapes():
-        return False
-    numbers = [
-        torch.arange(1.0, prod(shape) + 1, device="cpu").reshape(shape)
-        for shape in rule.free_shapes()
-    ]
-    with torch.no_grad():
-        return torch.equal(again(*numbers), rule(*numbers))
