@@ -76,30 +76,6 @@ class TieError(RuntimeError):
         return shortened(said, LONGEST_MESSAGE)
 
 
-def within(where: str, error: TieError) -> TieError:
-    """The same error, told of the larger thing ``where``: a file, where a tensor of it is wrong.
-
-    The error's own place is kept in the fact, unless ``where`` or the fact names it already.
-    """
-    fact = error.fact
-    if error.where not in fact and error.where not in where:
-        fact = f"{error.where}: {fact}"
-    return TieError(where, fact, error.remedy)
-
-
-def refuse(where: str, reasons: Sequence[Reason], heading: str) -> None:
-    """Raise for the reason that there is, or for several as a list below ``heading``.
-
-    Raises:
-        TieError: unless there is no reason.
-    """
-    if len(reasons) == 1:
-        raise TieError(where, *reasons[0])
-    if reasons:
-        listed = some_of([str(reason) for reason in reasons], "\n  ")
-        raise TieError(where, f"{heading}:\n  {listed}")
-
-
 class TieWarning(UserWarning):
     """Something was done as asked that is perhaps not meant.
 
@@ -193,6 +169,30 @@ def some_of(parts: Sequence[str], separator: str = ", ") -> str:
         shown.append(part)
     more = len(parts) - len(shown)
     return separator.join([*shown, f"and {more} more"] if more else shown)
+
+
+def within(where: str, error: TieError) -> TieError:
+    """The same error, told of the larger thing ``where``: a file, where a tensor of it is wrong.
+
+    The error's own place is kept in the fact, unless ``where`` or the fact names it already.
+    """
+    fact = error.fact
+    if error.where not in fact and error.where not in where:
+        fact = f"{error.where}: {fact}"
+    return TieError(where, fact, error.remedy)
+
+
+def refuse(where: str, reasons: Sequence[Reason], heading: str) -> None:
+    """Raise for the reason that there is, or for several as a list below ``heading``.
+
+    Raises:
+        TieError: unless there is no reason.
+    """
+    if len(reasons) == 1:
+        raise TieError(where, *reasons[0])
+    if reasons:
+        listed = some_of([str(reason) for reason in reasons], "\n  ")
+        raise TieError(where, f"{heading}:\n  {listed}")
 
 
 def describe(layer: nn.Module, tensor_name: str, root: nn.Module | None = None) -> str:
