@@ -12,6 +12,7 @@ from tiedparam.util.torch_private import (
     metadata_of,
     original_key,
     set_metadata,
+    set_state_version,
     state_version_of,
     unsaved_buffers_of,
 )
@@ -67,3 +68,10 @@ def test_an_ordinary_dictionary_has_no_metadata_and_odd_versions_count_as_the_fi
     layer = nn.Module()
     layer._version = "two"
     assert state_version_of(layer) == 1
+
+
+def test_a_module_may_note_another_version_than_its_class():
+    layer = nn.ReLU()
+    set_state_version(layer, 3)
+    assert metadata_of(nn.Sequential(layer).state_dict())["0"] == {"version": 3}
+    assert state_version_of(nn.ReLU()) == 1

@@ -92,6 +92,11 @@ def state_version_of(module: nn.Module) -> int:
     return version if type(version) is int else 1
 
 
+def set_state_version(module: nn.Module, version: int) -> None:
+    """Let a module note this version in state dicts, whatever its class does."""
+    module._version = version
+
+
 # Methods of a module that torch calls by private names -------------------------------------------
 
 
