@@ -21,7 +21,8 @@ from tiedparam.formats.checkpoint_files import index_beside
 from tiedparam.laws.functions import Functions
 from tiedparam.laws.rule import Rule
 from tiedparam.state.dictionaries import tie_state_dict
-from tiedparam.tie.lookup import named_ties
+from tiedparam.tie.binding import bind
+from tiedparam.tie.lookup import named_ties_in
 from tiedparam.util.bits import same_bits
 from tiedparam.util.errors import (
     Reason,
@@ -61,7 +62,7 @@ def entries_for(
     entries = _with_aliases(stored, header)
     slots = _slots(model, new, functions)
     refuse(where, _misfits(entries, slots), DOES_NOT_FIT)
-    for key in [prefix + name for prefix, _, name, _ in named_ties(model)]:
+    for key in [prefix + tie.tensor_name for prefix, tie in named_ties_in(model)]:
         if key in entries:  # widened before it is projected, not after
             entries[key] = entries[key].to(slots[key].dtype)
     if stored.module_metadata:
@@ -124,15 +125,15 @@ def _slots(
         for key, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor)
     }
-    for prefix, layer, name, rule in named_ties(model):
-        place = placeholder(layer, name, rule)
-        slots[prefix + name] = _Slot(place.shape, place.dtype, (id(layer), name), dense=True)
-    for tie, _ in new:
-        slot = slots.pop(tie.key)
-        probe = tie.make(functions)
-        probe.bind(model.get_submodule(tie.layer), tie.tensor, model)
+    for prefix, tie in named_ties_in(model):
+        name, place = tie.tensor_name, placeholder(tie)
+        slots[prefix + name] = _Slot(place.shape, place.dtype, (id(tie.layer), name), dense=True)
+    for stored, _ in new:
+        slot = slots.pop(stored.key)
+        probe = stored.make(functions)
+        bind(probe, model.get_submodule(stored.layer), stored.tensor, model)
         for number, shape in enumerate(probe.free_shapes()):
-            key = original_key(tie.layer, tie.tensor, number)
+            key = original_key(stored.layer, stored.tensor, number)
             slots[key] = _Slot(shape, slot.dtype, (slot.tensor, number))
     return slots
 

@@ -16,8 +16,10 @@ from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.laws.functions import Functions
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Rule
-from tiedparam.state.dictionaries import signatures_of
-from tiedparam.tie.lookup import get_tie, is_stacked, is_tied, named_ties
+from tiedparam.state.loading import signatures_of
+from tiedparam.tie.binding import bind
+from tiedparam.tie.lookup import find_tie, is_tied, named_ties_in
+from tiedparam.tie.record import Tie
 from tiedparam.util.errors import Reason, TieError, key_of, quoted, refuse, shown_shape, within
 from tiedparam.util.torch_private import parameters_of
 
@@ -44,12 +46,13 @@ def ties_to_make(
             problems.append(Reason(fact, reason.remedy))
         elif not is_tied(model.get_submodule(tie.layer), tie.tensor):
             new.append((tie, tie.make(functions)))
-    for prefix, _, name, present in named_ties(model):
+    for prefix, present in named_ties_in(model):
+        name, rule = present.tensor_name, str(present.rule)
         written = signatures_of(stored.module_metadata.get(prefix[:-1], {})).get(name)
-        if written is not None and written != str(present):
+        if written is not None and written != rule:
             fact = (
                 f"'{prefix}{name}' was saved under the rule {quoted(written)} and is tied by "
-                f"'{present}' here."
+                f"'{rule}' here."
             )
             problems.append(Reason(fact, "Tie it as it was."))
     refuse(f"'{stored.path}'", problems, DOES_NOT_FIT)
@@ -65,10 +68,11 @@ def _misfit(tie: StoredTie, model: nn.Module, functions: Functions) -> Reason | 
     if layer is None:
         return Reason("the model has no such layer.", _ANOTHER_MODEL)
     try:
-        if is_tied(layer, tie.tensor):
+        present = find_tie(layer, tie.tensor)
+        if present is not None:
             # the model's own code has brought the function
-            rule = tie.make({**functions_in(get_tie(layer, tie.tensor)), **functions})
-            return _why_another_tie(tie, rule, layer, model)
+            rule = tie.make({**functions_in(present.rule), **functions})
+            return _why_another_tie(tie, rule, present, model)
         return _why_not_made(tie, tie.make(functions), layer, model)
     except TieError as error:
         return within("", error).reason
@@ -85,31 +89,30 @@ def _why_not_made(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.Module
         return Reason("it has another parametrization here.", _ANOTHER_MODEL)
     if not isinstance(parameters_of(layer).get(tie.tensor), nn.Parameter):
         return Reason("the model has no such Parameter.", _ANOTHER_MODEL)
-    reason = rule.bind(layer, tie.tensor, model)
+    reason = bind(rule, layer, tie.tensor, model)
     if reason is not None:
-        return Reason(reason)
+        return reason
     if rule.bound_layout != tie.layout:
         return _another_layout(tie.layout, rule.bound_layout)
     return None
 
 
-def _why_another_tie(
-    tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.Module
-) -> Reason | None:
+def _why_another_tie(tie: StoredTie, rule: Rule, here: Tie, model: nn.Module) -> Reason | None:
     """How a tensor is tied otherwise than the file says."""
-    present = get_tie(layer, tie.tensor)
+    present = here.rule
     if not same_law(present, rule):
         fact = f"it was '{rule}' and is '{present}' here."
         return Reason(fact, "Tie it as it was, or not at all.")
     if present.bound_layout != tie.layout:
         return _another_layout(tie.layout, present.bound_layout)
-    if is_stacked(layer, tie.tensor) != tie.stacked:
+    if here.is_stacked != tie.stacked:
         return Reason("another parametrization is stacked on it in one of the two.", "Drop it.")
-    # the law alone knows whether these options of its name tensors
-    for (path, name), read in zip(sources_in(tie.options), present.sources(), strict=False):
-        if (_submodule(model, path), name) != read:
-            there = quoted(key_of(path, name))
-            return Reason(f"it reads {there} there and another tensor here.")
+    if present.reads_layers:
+        named = [(_submodule(model, path), name) for path, name in sources_in(tie.options)]
+        if named != list(present.sources()):
+            read = [key_of(path, name) for path, name in sources_in(tie.options)]
+            shown = " and ".join(map(quoted, read))
+            return Reason(f"it reads {shown} there and another tensor here.")
     return None
 
 

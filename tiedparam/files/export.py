@@ -15,9 +15,8 @@ from tiedparam.formats.atomic import PathLike, whole_files
 from tiedparam.formats.exports import MARK, index_content, index_of, left_by_older, shards_of
 from tiedparam.formats.safetensors import Entry, check_entries, refuse_foreign_suffix, write
 from tiedparam.state.dictionaries import untie_with
-from tiedparam.tie.lookup import named_ties
+from tiedparam.tie.lookup import named_ties_in
 from tiedparam.util.errors import TieError, shortened
-from tiedparam.util.torch_private import effective
 
 _SMALL_SHARD, _MANY_SHARDS = 10**6, 100
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -57,15 +56,15 @@ def export_dense(
     refuse_foreign_suffix(path)
     limit = None if max_shard_size is None else _bytes_of(max_shard_size)
     state = untie_with(model, plain_state(model), placeholder)
-    computed = {prefix + name: (layer, name) for prefix, layer, name, _ in named_ties(model)}
+    ties = {prefix + tie.tensor_name: tie for prefix, tie in named_ties_in(model)}
     entries = [entry_of(key, value) for key, value in state.items()]
     check_entries(entries)
 
     def value_of(entry: Entry) -> Tensor:
-        if entry.name not in computed:
+        if entry.name not in ties:
             return state[entry.name]
         with torch.no_grad():
-            return effective(*computed[entry.name])
+            return ties[entry.name].weight()
 
     path = Path(path)
     shards = _shards(entries, limit)

@@ -17,7 +17,7 @@ from tiedparam.files.law_options import sources_in
 from tiedparam.files.stored_tie import StoredTie
 from tiedparam.formats.safetensors import CHECKSUM
 from tiedparam.formats.strict_json import read_json
-from tiedparam.tie.lookup import ties_of
+from tiedparam.tie.lookup import ties_in
 from tiedparam.util.errors import TieError, key_of
 from tiedparam.util.torch_private import state_version_of
 
@@ -59,9 +59,9 @@ def of_model(model: nn.Module, aliases: dict[str, str]) -> Header:
     """
     paths = {id(module): path for path, module in model.named_modules()}
     ties = [
-        StoredTie.of(layer, tensor, path, paths)
+        StoredTie.of(tie, path, paths)
         for path, layer in model.named_modules(remove_duplicate=False)
-        for tensor in ties_of(layer)
+        for tie in ties_in(layer)
     ]
     versions = {
         path: version

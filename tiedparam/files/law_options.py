@@ -9,29 +9,17 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from math import prod
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tiedparam.laws.functions import Function, Functions, find_function, function_name
-from tiedparam.laws.linked import Linked
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
+from tiedparam.util.bits import same_bits
 from tiedparam.util.errors import TieError, within
-
-# What a law says of its own options ----------------------------------------------------------
-
-
-def _reads_layers(kind: type[Rule]) -> bool:
-    """Whether it has the options ``source`` and ``source_name``."""
-    return issubclass(kind, Linked)
-
-
-def _functions(kind: type[Rule]) -> tuple[str, ...]:
-    """Which of its options are functions."""
-    return ("fn",) if issubclass(kind, Linked) else ()
-
+from tiedparam.util.torch_private import effective
 
 # Writing -------------------------------------------------------------------------------------
 
@@ -56,7 +44,7 @@ def written(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
         if name in options or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         value = getattr(rule, name, parameter.default)
-        if name in _functions(kind):
+        if name in rule.functions:
             if value is not parameter.default:
                 options[name] = function_name(value)
             continue
@@ -68,20 +56,17 @@ def written(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
     return options
 
 
-def _written_sources(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
-    if not _reads_layers(type(rule)):
+def _written_sources(rule: Any, paths: Mapping[int, str]) -> dict[str, Any]:
+    if not rule.reads_layers:
         return {}
-    sources = list(rule.sources())
-    if not all(id(source) in paths for source, _ in sources):
+    if not all(id(source) in paths for source, _ in rule.sources()):
         raise TieError(
-            "source=",
-            "its source is not in this model.",
-            "Save the model that holds both.",
+            "source=", "its source is not in this model.", "Save the model that holds both."
         )
-    layers, names = [paths[id(source)] for source, _ in sources], [name for _, name in sources]
-    if len(sources) == 1:
-        return {"source": layers[0], "source_name": names[0]}
-    return {"source": layers, "source_name": names}
+    if isinstance(rule.source, tuple):  # of several
+        layers = [paths[id(source)] for source in rule.source]
+        return {"source": layers, "source_name": list(rule.source_name)}
+    return {"source": paths[id(rule.source)], "source_name": rule.source_name}
 
 
 def _as_json(name: str, value: Any) -> Any:
@@ -110,9 +95,9 @@ def made(name: str, options: Mapping[str, Any], functions: Functions) -> Rule:
         TieError: if the rule, one of its options or a function is not known.
     """
     kind, place, options = find_rule(name), f"rule '{name}'", dict(options)
-    if _reads_layers(kind) and not sources_in(options):
+    if kind.reads_layers and not sources_in(options):
         raise TieError(place, "its source is not named.", "Fetch or save it again.")
-    for option in _functions(kind):
+    for option in kind.functions:
         if option in options:
             options[option] = find_function(options[option], functions)
     try:
@@ -146,33 +131,33 @@ def same_law(one: Rule, other: Rule) -> bool:
 def _comparable(rule: Rule) -> Any:
     # as a file gives them back: lists for tuples
     options = json.loads(json.dumps(rule.options(), default=repr))
-    return {**options, **{name: id(getattr(rule, name)) for name in _functions(type(rule))}}
+    return {**options, **{name: id(getattr(rule, name)) for name in rule.functions}}
 
 
 def same_weights(rule: Rule, again: Rule) -> bool:
-    """Whether ``again``, not bound yet, expands numbers to the same weight as ``rule``.
-
-    Of laws that read layers: whether it reads a tensor of the same name.
-    """
-    if _reads_layers(type(rule)):
-        one, other = cast(Any, rule), cast(Any, again)
-        return bool(one.source_name == other.source_name)
-    # private: no law has a public name for this yet
-    reason = again._bind_layout(rule.bound_layout, torch.float32)
-    if reason is not None or again.free_shapes() != rule.free_shapes():
+    """Whether ``again``, not bound yet, computes from numbers what ``rule`` does, to the bit."""
+    if rule.functions and not rule.free_shapes():
+        return True  # a function may do anything, even at random; `same_law` compares those
+    if again.bind(rule.bound_layout, torch.float32) is not None:
         return False
-    numbers = [
-        torch.arange(1.0, prod(shape) + 1, device="cpu").reshape(shape)
-        for shape in rule.free_shapes()
-    ]
+    if again.free_shapes() != rule.free_shapes():
+        return False
     with torch.no_grad():
-        return torch.equal(again(*numbers), rule(*numbers))
+        sources = [_numbers_like(effective(layer, name)) for layer, name in rule.sources()]
+        some = sources[0] if sources else torch.empty(0, device="cpu", dtype=torch.float32)
+        free = [_numbers_like(some.new_empty(shape)) for shape in rule.free_shapes()]
+        return same_bits(again(*sources, *free), rule(*sources, *free))
+
+
+def _numbers_like(tensor: Tensor) -> Tensor:
+    numbers = torch.arange(1.0, tensor.numel() + 1, device=tensor.device)
+    return numbers.reshape(tensor.shape).to(tensor.dtype)
 
 
 def functions_in(rule: Rule) -> dict[str, Function]:
     """The functions of a rule by their names in files; those without a name are left out."""
     found = {}
-    for option in _functions(type(rule)):
+    for option in rule.functions:
         function = getattr(rule, option)
         try:
             found[function_name(function)] = function

@@ -22,7 +22,7 @@ from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.laws.functions import Functions, as_functions
 from tiedparam.layer.register import tie_one
 from tiedparam.state.optimizer_guard import watch_free_values
-from tiedparam.tie.lookup import free_values, is_tied, named_ties, tie_of
+from tiedparam.tie.lookup import is_tied, named_ties_in, tie_of
 from tiedparam.tie.offloaded import TO_BRING_BACK, is_offloaded
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.rollback import rolled_back_on_error
@@ -136,8 +136,8 @@ def _give_memory(model: nn.Module) -> None:
             if buffer is not None and buffer.is_meta and persistent:
                 own_buffers[name] = on_cpu(buffer)
     if parameters:
-        for prefix, layer, name, _ in named_ties(model):
-            watch_free_values(free_values(layer, name), f"'{prefix}{name}'")
+        for prefix, tie in named_ties_in(model):
+            watch_free_values(tie.free, f"'{prefix}{tie.tensor_name}'")
 
 
 def _load_state_dict(where: str, model: nn.Module, entries: Mapping[str, Tensor]) -> None:

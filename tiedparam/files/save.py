@@ -12,8 +12,7 @@ from tiedparam.files.plain_state import aliases_of, entry_of, plain_state, writi
 from tiedparam.formats.atomic import PathLike, whole_files
 from tiedparam.formats.exports import left_by_older
 from tiedparam.formats.safetensors import check_entries, refuse_foreign_suffix, write
-from tiedparam.tie.lookup import named_ties
-from tiedparam.util.torch_private import effective
+from tiedparam.tie.lookup import named_ties_in
 
 
 def save(model: nn.Module, path: PathLike) -> None:
@@ -41,9 +40,9 @@ def save(model: nn.Module, path: PathLike) -> None:
     refuse_foreign_suffix(path)
     state = plain_state(model)
     with torch.no_grad():
-        for _, layer, name, rule in named_ties(model):
-            if any(rule.sources()):
-                effective(layer, name)  # one that its source does not fit could not be loaded
+        for _, tie in named_ties_in(model):
+            if tie.rule.reads_layers:
+                tie.weight()  # one that its source does not fit could not be loaded
     aliases = aliases_of(state)
     said = header.of_model(model, aliases).to_json()
     entries = [entry_of(key, value) for key, value in state.items() if key not in aliases]

@@ -7,14 +7,12 @@ from dataclasses import dataclass, fields
 from math import inf, isfinite, prod
 from typing import Any
 
-from torch import nn
-
 from tiedparam.files.law_options import functions_in, made, same_law, same_weights, written
 from tiedparam.formats.safetensors import are_sizes
 from tiedparam.laws.functions import Functions
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Rule
-from tiedparam.tie.lookup import tie_of
+from tiedparam.tie.record import Tie
 from tiedparam.util.errors import TieError, key_of
 
 
@@ -59,25 +57,23 @@ class StoredTie:
         return made(self.rule, self.options, functions)
 
     @classmethod
-    def of(cls, layer: nn.Module, tensor: str, path: str, paths: Mapping[int, str]) -> StoredTie:
-        """What a file says of a tied tensor, once it is sure that this gives the rule back.
+    def of(cls, tie: Tie, path: str, paths: Mapping[int, str]) -> StoredTie:
+        """What a file says of a tie, once it is sure that this gives the rule back.
 
         Args:
-            layer: the tied layer.
-            tensor: the tensor's name.
-            path: the layer's path in the model.
+            tie: the tie.
+            path: its layer's path in the model.
             paths: the paths of all modules of the model, by ``id``.
 
         Raises:
             TieError: if names and options do not give the rule back.
         """
-        tie = tie_of(layer, tensor)
         rule, residual = tie.rule, tie.residual_at_tying
         try:
             options, layout = written(rule, paths), rule.bound_layout
             stored = cls(
                 path,
-                tensor,
+                tie.tensor_name,
                 rule.name,
                 options,
                 list(layout.shape),
@@ -88,7 +84,7 @@ class StoredTie:
             )
             _refuse_changed(rule, stored)
         except TieError as error:
-            where = f"cannot save the tie of '{key_of(path, tensor)}' by '{rule}'"
+            where = f"cannot save the tie of '{key_of(path, tie.tensor_name)}' by '{rule}'"
             remedy = (
                 f"{error.remedy} Or save the values alone: torch.save(model.state_dict(), path), "
                 "or tiedparam.export_dense(model, path)."
