@@ -76,6 +76,7 @@ def _as_json(name: str, value: Any) -> Any:
         raise TieError(
             f"{name}=",
             f"its option {name}={value!r} must be made of numbers, texts, lists and tables.",
+            "Say it so in options().",
         ) from error
     return json.loads(text)
 
@@ -105,7 +106,7 @@ def made(name: str, options: Mapping[str, Any], functions: Functions) -> Rule:
     except TieError as error:
         raise within(place, error) from error
     except Exception as error:  # a rule may be anybody's
-        raise TieError(place, f"{str(error).removesuffix('.')}.") from error
+        raise TieError(place, f"{str(error).removesuffix('.')}.", "") from error
 
 
 def sources_in(options: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from types import FrameType
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tiedparam.util.torch_private import parameters_of, submodules_of
+from tiedparam.util.torch_private import caller, parameters_of, submodules_of
 
 
 class Reason(NamedTuple):
@@ -87,7 +86,7 @@ class TieWarning(UserWarning):
 def warn(message: str) -> None:
     """Give a `TieWarning` that points at the user's line, however deep in here it is found."""
     level = 1
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = caller(0)
     while frame is not None and _is_machinery(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(shortened(message, LONGEST_MESSAGE), TieWarning, stacklevel=level)
@@ -192,7 +191,7 @@ def refuse(where: str, reasons: Sequence[Reason], heading: str) -> None:
         raise TieError(where, *reasons[0])
     if reasons:
         listed = some_of([str(reason) for reason in reasons], "\n  ")
-        raise TieError(where, f"{heading}:\n  {listed}")
+        raise TieError(where, f"{heading}:\n  {listed}", "")
 
 
 def describe(layer: nn.Module, tensor_name: str, root: nn.Module | None = None) -> str:
