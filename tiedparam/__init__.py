@@ -6,7 +6,9 @@ for bit through training, loading, copying and compiling. See `register_tie`.
 
 from tiedparam._version import __version__
 from tiedparam.compute.frozen import frozen
-from tiedparam.files.save_load import export_dense, load, save
+from tiedparam.files.export import export_dense
+from tiedparam.files.load import load
+from tiedparam.files.save import save
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import available_rules, register_rule
 from tiedparam.laws.rule import Example, Rule

@@ -448,7 +448,7 @@ def test_a_bad_plan_gets_one_line(bad, files, capsys):
 def test_other_things_that_cannot_be_done(files, net, capsys):
     assert "names no format" in refused(capsys, "tie", "model.pt", "--plan", "model.pt", "-o", "x")
     assert "holds no ties" in refused(capsys, "untie", "model.pt", "-o", "x")
-    assert "is no size" in refused(
+    assert "is not a size" in refused(
         capsys, *("untie", _tied(net), "-o", "x", "--max-shard-size", "big")
     )
     message = refused(capsys, "tie", "model.pt", "--tie", "body.0=flip_sym", "-o", "no/where")
@@ -714,7 +714,7 @@ def test_the_next_steps_are_those_of_the_shell(net, files, capsys):
 
 
 def test_what_a_file_is_not_is_said(net, files, capsys):
-    assert "'plan.toml' is no checkpoint. What is read: a safetensors file, what torch.save" in (
+    assert "'plan.toml' is not a checkpoint. Name a safetensors file, what torch.save" in (
         refused(capsys, "scan", "plan.toml")
     )
     torch.save(net.state_dict(), "wrong.safetensors")

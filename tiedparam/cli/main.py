@@ -39,9 +39,9 @@ from tiedparam import (
     write_plan,
 )
 from tiedparam.cli.model_from_file import LayerHint, open_model, read_hints
-from tiedparam.formats.atomic import refuse_foreign_suffix
-from tiedparam.formats.checkpoint import files_of
+from tiedparam.formats.checkpoint_files import files_of
 from tiedparam.formats.exports import left_by_older
+from tiedparam.formats.safetensors import refuse_foreign_suffix
 from tiedparam.formats.strict_json import read_json
 from tiedparam.laws.functions import Functions, find_function, functions_of
 from tiedparam.laws.registry import find_rule

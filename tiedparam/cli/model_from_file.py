@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.files import header as _header
-from tiedparam.files.header import Header, StoredTie
-from tiedparam.files.save_load import aliases_of, load
+from tiedparam.files.header import Header
+from tiedparam.files.load import load
+from tiedparam.files.plain_state import aliases_of
+from tiedparam.files.stored_tie import StoredTie
 from tiedparam.formats.atomic import PathLike
 from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.laws.functions import Functions

@@ -49,7 +49,7 @@ def whole_files(obsolete: Callable[[], Iterable[Path]] = lambda: ()) -> Iterator
         finish()
         target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
         if not target.parent.is_dir():
-            # without a number: "[Errno 2]" says nothing to who reads it
+            # without a number: "[Errno 2]" tells a reader nothing
             raise FileNotFoundError(f"the folder '{target.parent}' does not exist. Make it first.")
         mode = _mode_of(target)
         # 50 characters are 200 bytes at most, and a name has room for 255
@@ -95,24 +95,6 @@ def _put_in_place(written: list[tuple[Path, Path]], obsolete: Iterable[Path]) ->
             _sync_folder(path.parent)
 
 
-_FOREIGN = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".index.json")
-
-
-def refuse_foreign_suffix(path: PathLike) -> None:
-    """Raise if a safetensors file is to be written under the name of another kind of file.
-
-    Raises:
-        TieError: naming the suffix. torch.load would say something that misleads.
-    """
-    name = os.fspath(path).lower()
-    suffix = next((suffix for suffix in _FOREIGN if name.endswith(suffix)), None)
-    if suffix is not None:
-        raise TieError(
-            f"'{os.fspath(path)}' would be a safetensors file, and '{suffix}' says otherwise. "
-            "Name it '.safetensors'."
-        )
-
-
 def _mode_of(target: Path) -> int | None:
     """The permissions of the file that will be replaced, or None if there is none."""
     try:
@@ -120,7 +102,8 @@ def _mode_of(target: Path) -> int | None:
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(status.st_mode):
-        raise TieError(f"'{target}' is not a plain file and is not replaced. Name another one.")
+        place = f"'{target}'"
+        raise TieError(place, f"{place} is not a plain file and is not replaced.", "Name another.")
     return stat.S_IMODE(status.st_mode)
 
 

@@ -79,8 +79,10 @@ def read_index(path: Path) -> tuple[dict[str, str], str | None]:
         OSError: if it cannot be read.
     """
     bad = TieError(
+        f"'{path}'",
         f"'{path}' is not an index of a sharded checkpoint: it must hold a table 'weight_map' "
-        "from tensors to the names of files beside it. Fetch it again."
+        "from tensors to the names of files beside it.",
+        "Fetch it again.",
     )
     if path.stat().st_size > _LARGEST_INDEX:
         raise bad
@@ -124,7 +126,8 @@ def refuse_mixture(index: Path, mark: str | None, marks: Mapping[str, str | None
     for name, other in marks.items():
         if other != mark:
             raise TieError(
+                f"'{index}'",
                 f"'{index}' and its file {quoted(name)} are not of one export: an export over an "
-                "older one was interrupted, or files of two were put together. Export the model "
-                "again, or fetch all files of one export."
+                "older one was interrupted, or files of two were put together.",
+                "Export the model again, or fetch all files of one export.",
             )

@@ -57,6 +57,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # of the format
 _MOST_AXES = 64  # of torch's element-wise operations
 _CHUNK = 1 << 24
+_FOREIGN_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".index.json")
 _CHECKSUM_START = f'{{"__metadata__":{{"{CHECKSUM}":"'.encode()
 
 
@@ -130,9 +131,9 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return len(self.entries)
 
     def _bad(self, reason: str) -> TieError:
-        return TieError(
-            f"'{self.path}' is not a sound safetensors file: {reason}. Fetch or save it again."
-        )
+        place = f"'{self.path}'"
+        fact = f"{place} is not a sound safetensors file: {reason}."
+        return TieError(place, fact, "Fetch or save it again.")
 
     def _parse(self, raw: bytes) -> dict[str, Any]:
         if raw[:1] != b"{":  # no space in front of it either
@@ -167,9 +168,11 @@ class SafetensorsFile(Mapping[str, Tensor]):
         if not (are_sizes(shape) and _are_offsets(offsets)):
             raise self._bad(f"its entry {quoted(name)} is malformed")
         if not isinstance(dtype, str) or dtype not in DTYPES:
+            place = f"{quoted(name)} in '{self.path}'"
             raise TieError(
-                f"{quoted(name)} in '{self.path}' has the dtype {str(dtype)[:40]!r}, which "
-                f"tiedparam does not read. Convert it to one of {', '.join(DTYPES)}."
+                place,
+                f"{place} has the dtype {str(dtype)[:40]!r}, which tiedparam does not read.",
+                f"Convert it to one of {', '.join(DTYPES)}.",
             )
         return Entry(name, DTYPES[dtype], tuple(shape)), offsets[0], offsets[1]
 
@@ -205,7 +208,7 @@ def write(
             for each, in the order in which they stand in the file.
         metadata: what else the header says.
         checksum: write the file's checksum into its metadata.
-        advance: is told of the bytes of each tensor that is written.
+        advance: called with the size of each tensor in bytes once it is written.
 
     Raises:
         TieError: if an entry has no place in the format, or a value is not what its entry says.
@@ -222,8 +225,10 @@ def write(
         value = value_of(entry)
         if tuple(value.shape) != entry.shape or value.dtype != entry.dtype:
             raise TieError(
+                f"'{entry.name}'",
                 f"'{entry.name}' changed while it was saved: {value.dtype} {tuple(value.shape)} "
-                f"instead of {entry.dtype} {entry.shape}. Save while nobody changes the model."
+                f"instead of {entry.dtype} {entry.shape}.",
+                "Save while nobody changes the model.",
             )
         for part in _raw_parts(value, staging):
             file.write(part)
@@ -236,6 +241,23 @@ def write(
         file.write(f"{running:08x}".encode())
 
 
+def refuse_foreign_suffix(path: PathLike) -> None:
+    """Raise if a safetensors file is to be written under the name of another kind of file.
+
+    Raises:
+        TieError: naming the suffix. torch.load would say something that misleads.
+    """
+    name = os.fspath(path).lower()
+    suffix = next((suffix for suffix in _FOREIGN_SUFFIXES if name.endswith(suffix)), None)
+    if suffix is not None:
+        place = f"'{os.fspath(path)}'"
+        raise TieError(
+            place,
+            f"{place} would be a safetensors file, and '{suffix}' says otherwise.",
+            "Name it '.safetensors'.",
+        )
+
+
 def check_entries(entries: Sequence[Entry]) -> None:
     """Refuse what has no place in the format.
 
@@ -245,11 +267,16 @@ def check_entries(entries: Sequence[Entry]) -> None:
     for entry in entries:
         if entry.dtype not in _NAMES:
             raise TieError(
-                f"'{entry.name}' is {entry.dtype}, which a safetensors file cannot hold. "
-                "Convert it first, or use torch.save(model.state_dict(), path)."
+                f"'{entry.name}'",
+                f"'{entry.name}' is {entry.dtype}, which a safetensors file cannot hold.",
+                "Convert it first, or use torch.save(model.state_dict(), path).",
             )
         if entry.name == "__metadata__":
-            raise TieError("a safetensors file cannot hold a tensor '__metadata__'. Rename it.")
+            raise TieError(
+                "'__metadata__'",
+                "a safetensors file cannot hold a tensor '__metadata__'.",
+                "Rename it.",
+            )
 
 
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
@@ -266,8 +293,9 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     text += b" " * (-len(text) % 8)
     if len(text) > _LONGEST_HEADER:
         raise TieError(
-            f"the header would have {len(text)} bytes, and safetensors allows "
-            f"{_LONGEST_HEADER}. Save the model in parts."
+            "the header",
+            f"the header would have {len(text)} bytes, and safetensors allows {_LONGEST_HEADER}.",
+            "Save the model in parts.",
         )
     return len(text).to_bytes(8, "little") + text
 
@@ -290,7 +318,11 @@ def _raw_parts(value: Tensor, staging: bytearray) -> Iterator[memoryview]:
 
 def _refuse_big_endian() -> None:
     if sys.byteorder != "little":
-        raise TieError("safetensors files are little-endian, and this machine is not. Use torch.")
+        raise TieError(
+            "safetensors files",
+            "safetensors files are little-endian, and this machine is not.",
+            "Use torch.save and torch.load.",
+        )
 
 
 def _is_text_to_text(value: object) -> bool:

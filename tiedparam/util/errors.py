@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import difflib
 import warnings
 from collections.abc import Iterable, Sequence
 from types import FrameType
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from tiedparam.util.torch_private import caller, parameters_of, submodules_of
 
 
 class Reason(NamedTuple):
@@ -84,7 +86,7 @@ class TieWarning(UserWarning):
 def warn(message: str) -> None:
     """Give a `TieWarning` that points at the user's line, however deep in here it is found."""
     level = 1
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = caller(0)
     while frame is not None and _is_machinery(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(shortened(message, LONGEST_MESSAGE), TieWarning, stacklevel=level)
@@ -108,10 +110,10 @@ def extra_repr(layer: nn.Module) -> str:
     A Linear asks whether it has a bias. A bias that cannot be computed now is often what the
     message is about.
     """
-    lists = layer._modules.get("parametrizations")
+    lists = submodules_of(layer).get("parametrizations")
     if lists is None:
         return layer.extra_repr()
-    names = list(lists._modules)
+    names = list(submodules_of(lists))
     stock = next(
         kind
         for kind in type(layer).__mro__
@@ -119,8 +121,10 @@ def extra_repr(layer: nn.Module) -> str:
         and not any(isinstance(getattr(kind, name, None), property) for name in names)
     )
     stand_in: Any = object.__new__(stock)
-    stand_in.__dict__.update(layer.__dict__, _parameters={**layer._parameters}, _modules={})
-    stand_in._parameters.update(dict.fromkeys(names, torch.empty(0, device="cpu")))
+    nothing = dict.fromkeys(names, torch.empty(0, device="cpu"))
+    stand_in.__dict__.update(
+        layer.__dict__, _parameters={**parameters_of(layer), **nothing}, _modules={}
+    )
     text: str = stand_in.extra_repr()
     return text
 
@@ -166,6 +170,30 @@ def some_of(parts: Sequence[str], separator: str = ", ") -> str:
     return separator.join([*shown, f"and {more} more"] if more else shown)
 
 
+def within(where: str, error: TieError) -> TieError:
+    """The same error, told of the larger thing ``where``: a file, where a tensor of it is wrong.
+
+    The error's own place is kept in the fact, unless ``where`` or the fact names it already.
+    """
+    fact = error.fact
+    if error.where not in fact and error.where not in where:
+        fact = f"{error.where}: {fact}"
+    return TieError(where, fact, error.remedy)
+
+
+def refuse(where: str, reasons: Sequence[Reason], heading: str) -> None:
+    """Raise for the reason that there is, or for several as a list below ``heading``.
+
+    Raises:
+        TieError: unless there is no reason.
+    """
+    if len(reasons) == 1:
+        raise TieError(where, *reasons[0])
+    if reasons:
+        listed = some_of([str(reason) for reason in reasons], "\n  ")
+        raise TieError(where, f"{heading}:\n  {listed}", "")
+
+
 def describe(layer: nn.Module, tensor_name: str, root: nn.Module | None = None) -> str:
     """Name a tensor: ``'encoder.conv2.weight'`` where the root is known, else by its layer."""
     if root is not None:
@@ -173,3 +201,19 @@ def describe(layer: nn.Module, tensor_name: str, root: nn.Module | None = None) 
             if module is layer:
                 return f"'{path}.{tensor_name}'" if path else f"'{tensor_name}'"
     return f"'{tensor_name}' of {describe_layer(layer)}"
+
+
+def key_of(path: str, tensor_name: str) -> str:
+    """A layer's tensor as state dicts, files and messages call it: ``encoder.conv2.weight``.
+
+    Args:
+        path: of the layer in its model; empty for the model itself.
+        tensor_name: in the layer.
+    """
+    return f"{path}.{tensor_name}".removeprefix(".")
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """``Did you mean 'a' or 'b'?``, if some of the known names look like ``name``; else nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(map(quoted, near))}?" if near else ""

@@ -59,6 +59,11 @@ def is_managed_by_fsdp(module: nn.Module) -> bool:
     return "_is_fsdp_managed_module" in module.__dict__
 
 
+def unsaved_buffers_of(module: nn.Module) -> set[str]:
+    """The names of a module's own buffers that are in no state dict (``persistent=False``)."""
+    return module._non_persistent_buffers_set
+
+
 # State dicts -----------------------------------------------------------------------------------
 
 
@@ -70,6 +75,26 @@ def metadata_of(state_dict: object) -> Any:
 def set_metadata(state_dict: Any, metadata: Any) -> None:
     """Give a dictionary the metadata of another one."""
     state_dict._metadata = metadata
+
+
+def original_key(path: str, tensor_name: str, number: int) -> str:
+    """The state-dict key of one of the tensors that a parametrized tensor is computed from.
+
+    torch stores them in the layer's ``parametrizations.<tensor>`` as ``original0``, ``original1``
+    and so on, where ``right_inverse`` gives a sequence.
+    """
+    return f"{path}.parametrizations.{tensor_name}.original{number}".removeprefix(".")
+
+
+def state_version_of(module: nn.Module) -> int:
+    """The version that a module's class notes in state dicts, by which it reads older ones."""
+    version = getattr(module, "_version", 1)
+    return version if type(version) is int else 1
+
+
+def set_state_version(module: nn.Module, version: int) -> None:
+    """Let a module note this version in state dicts, whatever its class does."""
+    module._version = version
 
 
 # Methods of a module that torch calls by private names -------------------------------------------

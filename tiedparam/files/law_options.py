@@ -1,0 +1,167 @@
+"""How a law's options stand in a file: as JSON, a layer by its path, a function by its name.
+
+`written` and `made` are each other's inverse, up to the sources: a law that was made from a file
+has their paths, and finds the layers when it is bound. Nothing that a file names is imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiedparam.laws.functions import Function, Functions, find_function, function_name
+from tiedparam.laws.registry import find_rule
+from tiedparam.laws.rule import Rule
+from tiedparam.util.bits import same_bits
+from tiedparam.util.errors import TieError, within
+from tiedparam.util.torch_private import effective
+
+# Writing -------------------------------------------------------------------------------------
+
+
+def written(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
+    """Arguments, as JSON, that make a rule like this one.
+
+    Args:
+        rule: a bound rule.
+        paths: the paths of all modules of the model, by ``id``.
+
+    Raises:
+        TieError: naming the option that has no name in a file, or is not said.
+    """
+    kind = type(rule)
+    if not rule.name or find_rule(rule.name) is not kind:
+        place = f"the class {kind.__name__}"
+        raise TieError(place, "its class has no registered name.", "Use tiedparam.register_rule.")
+    said, options = rule.options(), _written_sources(rule, paths)
+    for parameter in list(inspect.signature(kind.__init__).parameters.values())[1:]:
+        name = parameter.name
+        if name in options or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        value = getattr(rule, name, parameter.default)
+        if name in rule.functions:
+            if value is not parameter.default:
+                options[name] = function_name(value)
+            continue
+        value = said.get(name, value)
+        if value is inspect.Parameter.empty:
+            raise TieError(f"{name}=", f"its options() does not say its {name}=.", "Add it there.")
+        if value is not parameter.default:
+            options[name] = _as_json(name, value)
+    return options
+
+
+def _written_sources(rule: Any, paths: Mapping[int, str]) -> dict[str, Any]:
+    if not rule.reads_layers:
+        return {}
+    if not all(id(source) in paths for source, _ in rule.sources()):
+        raise TieError(
+            "source=", "its source is not in this model.", "Save the model that holds both."
+        )
+    if isinstance(rule.source, tuple):  # of several
+        layers = [paths[id(source)] for source in rule.source]
+        return {"source": layers, "source_name": list(rule.source_name)}
+    return {"source": paths[id(rule.source)], "source_name": rule.source_name}
+
+
+def _as_json(name: str, value: Any) -> Any:
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TieError(
+            f"{name}=",
+            f"its option {name}={value!r} must be made of numbers, texts, lists and tables.",
+            "Say it so in options().",
+        ) from error
+    return json.loads(text)
+
+
+# Reading -------------------------------------------------------------------------------------
+
+
+def made(name: str, options: Mapping[str, Any], functions: Functions) -> Rule:
+    """A fresh rule, not bound yet; its sources are paths.
+
+    Args:
+        name: the rule's registered name.
+        options: as `written` gives them.
+        functions: what a copy's function may be, beside those that all files may name.
+
+    Raises:
+        TieError: if the rule, one of its options or a function is not known.
+    """
+    kind, place, options = find_rule(name), f"rule '{name}'", dict(options)
+    if kind.reads_layers and not sources_in(options):
+        raise TieError(place, "its source is not named.", "Fetch or save it again.")
+    for option in kind.functions:
+        if option in options:
+            options[option] = find_function(options[option], functions)
+    try:
+        return kind(**options)
+    except TieError as error:
+        raise within(place, error) from error
+    except Exception as error:  # a rule may be anybody's
+        raise TieError(place, f"{str(error).removesuffix('.')}.", "") from error
+
+
+def sources_in(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The tensors of other layers that options name, as path and tensor name; none if malformed."""
+    layers, names = options.get("source"), options.get("source_name")
+    if not isinstance(layers, list):
+        layers, names = [layers], [names]
+    if not isinstance(names, list) or len(layers) != len(names):
+        return []
+    if not all(isinstance(text, str) for text in (*layers, *names)):
+        return []
+    return list(zip(layers, names, strict=True))
+
+
+# Comparing -----------------------------------------------------------------------------------
+
+
+def same_law(one: Rule, other: Rule) -> bool:
+    """Whether two rules are of one kind and have equal options, apart from their sources."""
+    return type(one) is type(other) and _comparable(one) == _comparable(other)
+
+
+def _comparable(rule: Rule) -> Any:
+    # as a file gives them back: lists for tuples
+    options = json.loads(json.dumps(rule.options(), default=repr))
+    return {**options, **{name: id(getattr(rule, name)) for name in rule.functions}}
+
+
+def same_weights(rule: Rule, again: Rule) -> bool:
+    """Whether ``again``, not bound yet, computes from numbers what ``rule`` does, to the bit."""
+    if rule.functions and not rule.free_shapes():
+        return True  # a function may do anything, even at random; `same_law` compares those
+    if again.bind(rule.bound_layout, torch.float32) is not None:
+        return False
+    if again.free_shapes() != rule.free_shapes():
+        return False
+    with torch.no_grad():
+        sources = [_numbers_like(effective(layer, name)) for layer, name in rule.sources()]
+        some = sources[0] if sources else torch.empty(0, device="cpu", dtype=torch.float32)
+        free = [_numbers_like(some.new_empty(shape)) for shape in rule.free_shapes()]
+        return same_bits(again(*sources, *free), rule(*sources, *free))
+
+
+def _numbers_like(tensor: Tensor) -> Tensor:
+    numbers = torch.arange(1.0, tensor.numel() + 1, device=tensor.device)
+    return numbers.reshape(tensor.shape).to(tensor.dtype)
+
+
+def functions_in(rule: Rule) -> dict[str, Function]:
+    """The functions of a rule by their names in files; those without a name are left out."""
+    found = {}
+    for option in rule.functions:
+        function = getattr(rule, option)
+        try:
+            found[function_name(function)] = function
+        except TieError:
+            continue
+    return found
