@@ -10,7 +10,7 @@ import tiedparam as tp
 from tiedparam.files import header
 from tiedparam.files.stored_tie import StoredTie
 from tiedparam.formats.safetensors import SafetensorsFile
-from tiedparam.laws.linked import Linked
+from tiedparam.laws import Linked
 
 
 class Sum(Linked):

@@ -128,7 +128,6 @@ SEEN_FROM_OTHER_ROOMS = {
     # what a scan suggests is what the shell reads
     "model.next_steps": {"cli"},
     # to go: it will be public in tiedparam.laws
-    "laws.linked": {"model"},
 }
 """Private modules that tests of other rooms import, for now, and which rooms these are."""
 

@@ -15,7 +15,7 @@ from torch import nn
 import tiedparam as tp
 from tests.support.tensors import with_weight
 from tests.support.unchanged import snapshot, unchanged
-from tiedparam.layer import register as _register
+from tiedparam.layer import initial_values as _initial
 
 
 def said(layer: nn.Module, rule: str, *names: str, **arguments) -> str | None:
@@ -249,8 +249,8 @@ def test_as_an_error_the_warning_leaves_everything_as_it_was():
 
 def test_the_residual_is_computed_once(monkeypatch):
     calls = []
-    original = _register.relative_distance
-    monkeypatch.setattr(_register, "relative_distance", lambda *a: calls.append(a) or original(*a))
+    original = _initial.relative_distance
+    monkeypatch.setattr(_initial, "relative_distance", lambda *a: calls.append(a) or original(*a))
     rule = tp.available_rules()["row_repeat"]
     projected = []
     inverse = rule.right_inverse

@@ -306,12 +306,11 @@ def test_messages_name_the_path_where_the_root_is_known():
         tp.register_tie(model["encoder"][0], "flip_sym")
 
 
-@pytest.mark.parametrize("where", ["register_parametrization", "move_gradient", "start"])
+@pytest.mark.parametrize("where", ["register_parametrization", "move_gradient", "share_gradient"])
 @pytest.mark.parametrize("tied_before", [True, False])
 def test_a_failure_midway_is_rolled_back(monkeypatch, where, tied_before):
     from tiedparam.layer import host as _host
     from tiedparam.state import optimizer_moves as _optimizer
-    from tiedparam.tie.reading import Reading
 
     source, layer = nn.Linear(4, 4), nn.Linear(4, 4)
     layer(torch.ones(1, 4)).sum().backward()
@@ -333,7 +332,7 @@ def test_a_failure_midway_is_rolled_back(monkeypatch, where, tied_before):
     module = {
         "register_parametrization": parametrize,
         "move_gradient": _optimizer,
-        "start": Reading,
+        "share_gradient": _optimizer,
     }[where]
     monkeypatch.setattr(module, where, fail)
     with pytest.raises(MemoryError, match="midway"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tiedparam as tp
 from tiedparam.cli.model_from_file import open_model
-from tiedparam.laws.linked import Linked
+from tiedparam.laws import Linked
 from tiedparam.model.random_tensor import Moments, RandomResidual
 
 MEANS = [0.0, 1.0, 50.0]

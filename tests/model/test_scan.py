@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tiedparam as tp
 from tests.support.models import ResNet, encoder, images, noisy, plant
 from tests.support.unchanged import everything
-from tiedparam.laws.linked import Linked
+from tiedparam.laws import Linked
 from tiedparam.model import cost as _cost
 from tiedparam.model import near_copies as _near_copies
 from tiedparam.model import scan_report as _scan_report

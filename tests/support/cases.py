@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
-from tiedparam.laws.linked import Linked
+from tiedparam.laws import Linked
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

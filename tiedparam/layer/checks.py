@@ -112,7 +112,7 @@ def why_no_values(layer: nn.Module, tensor_name: str) -> Reason:
     """Why a layer has no tensor, or none with values, that a law could be compared with."""
     if getattr(layer, tensor_name, None) is None:
         return _why_no_parameter(layer, tensor_name)
-    return Reason("it has no values yet.", "Load or initialise the layer first.")
+    return Reason("it has no values to compare.", "Load or initialise the layer first.")
 
 
 def _why_no_parameter(layer: nn.Module, tensor_name: str) -> Reason:
