@@ -276,7 +276,9 @@ class TiedModel(RuleBasedStateMachine):
             if tp.is_tied(layer, recurse=False):
                 tie = tp.get_tie(layer)
                 with torch.no_grad():
-                    weight = tie(*layer.parametrizations.weight.parameters(recurse=False))
+                    weight = tie(
+                        *tie.read(), *layer.parametrizations.weight.parameters(recurse=False)
+                    )
                     for symmetric in tie.symmetries(weight):
                         assert weight.isnan().any() or torch.equal(symmetric, weight)
         self.model.train(mode)
