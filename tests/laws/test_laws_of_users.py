@@ -1,0 +1,290 @@
+"""Laws of users that read two layers: what holds for the library's own holds for them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import tiedparam as tp
+from tiedparam.laws import Linked
+
+
+class SumOfTwo(Linked):
+    """``W = A + B``: all numbers are the sources'."""
+
+    law = "W = A.W + B.W"
+
+    def forward(self, *sources):
+        first, second = sources
+        return first + second
+
+
+class Mixed(Linked):
+    """``W = s·A + t·B`` with two numbers of its own."""
+
+    law = "W = s·A.W + t·B.W"
+
+    def free_shapes(self):
+        return ((2,),)
+
+    def forward(self, *values):
+        first, second, weights = values
+        return weights[0] * first + weights[1] * second
+
+    def fit(self, weight, *sources):
+        columns = torch.stack([source.flatten() for source in sources], 1)
+        return (torch.linalg.lstsq(columns, weight.flatten()).solution,)
+
+
+@pytest.fixture(autouse=True)
+def _registered(registry) -> None:
+    tp.register_rule("sum_of_two")(SumOfTwo)
+    tp.register_rule("mixed")(Mixed)
+
+
+def three() -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
+
+
+def tied(rule: str, **options) -> nn.ModuleDict:
+    model = three()
+    tp.register_tie(model["c"], rule, source=["a", "b"], root=model, **options)
+    return model
+
+
+def expected(model: nn.ModuleDict) -> torch.Tensor:
+    """By hand, from what the layers hold."""
+    a, b = model["a"].weight, model["b"].weight
+    if tp.get_tie(model["c"]).name == "sum_of_two":
+        return a + b
+    s, t = model["c"].parametrizations.weight.original0
+    return s * a + t * b
+
+
+LAWS = pytest.mark.parametrize("rule", ["sum_of_two", "mixed"])
+
+
+@LAWS
+def test_the_law_holds_and_gradients_arrive_in_all_that_it_reads(rule):
+    model = tied(rule)
+    weight = model["c"].weight
+    assert torch.equal(weight, expected(model))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(
+        model["c"](x), torch.nn.functional.linear(x, expected(model), model["c"].bias)
+    )
+    cotangent = torch.randn(4, 4)
+    parameters = [model["a"].weight, model["b"].weight, *own_values(model)]
+    by_hand = torch.autograd.grad(expected(model), parameters, cotangent)
+    for got, wanted in zip(
+        torch.autograd.grad(weight, parameters, cotangent), by_hand, strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def own_values(model: nn.ModuleDict) -> list[nn.Parameter]:
+    return list(model["c"].parametrizations.weight.parameters())
+
+
+def test_own_values_start_nearest_to_the_weight():
+    model = three()
+    target = 0.5 * model["a"].weight - 2 * model["b"].weight
+    with torch.no_grad():
+        model["c"].weight.copy_(target)
+    tp.register_tie(model["c"], "mixed", source=[model["a"], model["b"]], max_residual=1e-5)
+    torch.testing.assert_close(own_values(model)[0].detach(), torch.tensor([0.5, -2.0]))
+
+
+@LAWS
+@pytest.mark.parametrize(
+    "replica", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_copies_read_their_own_layers(rule, replica):
+    model = tied(rule)
+    twin = replica(model)
+    assert torch.equal(twin["c"].weight, model["c"].weight)
+    with torch.no_grad():
+        twin["a"].weight.zero_()
+    assert torch.equal(twin["c"].weight, expected(twin))
+    assert not torch.equal(twin["c"].weight, model["c"].weight)
+    assert tp.get_tie(twin["c"]).source == (twin["a"], twin["b"])
+
+
+@LAWS
+def test_a_part_without_a_source_is_not_copied(rule):
+    model = nn.ModuleDict({"inner": three(), "out": nn.Linear(4, 4)})
+    tp.register_tie(model["out"], rule, source=["inner.a", "inner.b"], root=model)
+    with pytest.raises(tp.TieError, match="without its source"):
+        copy.deepcopy(model["out"])
+
+
+@LAWS
+def test_files_bring_the_law_back(rule, tmp_path):
+    model = tied(rule)
+    tp.save(model, tmp_path / "tied.safetensors")
+    fresh = tp.load(tmp_path / "tied.safetensors", three())
+    assert type(tp.get_tie(fresh["c"])) is type(tp.get_tie(model["c"]))
+    assert tp.get_tie(fresh["c"]).source == (fresh["a"], fresh["b"])
+    for key, value in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[key], value)
+    tp.export_dense(model, tmp_path / "dense.safetensors")
+    dense = tp.load(tmp_path / "dense.safetensors", three())
+    assert torch.equal(dense["c"].weight, model["c"].weight)
+    again = tp.load(tmp_path / "dense.safetensors", tied(rule))
+    torch.testing.assert_close(again["c"].weight, model["c"].weight)
+
+
+@LAWS
+@pytest.mark.parametrize("order", ["abc", "cba"])
+def test_dense_state_dicts_are_taken_whichever_layer_comes_first(rule, order):
+    def shuffled(model):
+        return nn.ModuleDict({name: model[name] for name in order})
+
+    lawful = tied(rule)
+    dense = tp.dense_state_dict(lawful)
+    target = shuffled(tied(rule))
+    target.load_state_dict(dense)
+    torch.testing.assert_close(target["c"].weight, lawful["c"].weight)
+    pure = tp.tie_state_dict(lawful, dense)
+    assert pure.keys() == lawful.state_dict().keys()
+    assert torch.equal(
+        tp.untie_state_dict(lawful, lawful.state_dict())["c.weight"], dense["c.weight"]
+    )
+
+
+def test_a_dense_entry_that_no_own_value_could_give_is_refused():
+    model = tied("sum_of_two")
+    dense = tp.dense_state_dict(model)
+    dense["c.weight"] = dense["c.weight"] + 1
+    with pytest.raises(RuntimeError, match="disagrees with its source"):
+        model.load_state_dict(dense)
+    with pytest.raises(tp.TieError, match="disagrees with its source"):
+        tp.tie_state_dict(model, dense)
+
+
+@LAWS
+def test_compiled_whole(rule):
+    torch._dynamo.reset()
+    model = tied(rule)
+    x = torch.randn(2, 4)
+    compiled = torch.compile(model["c"], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model["c"](x))
+
+
+@LAWS
+def test_whole_models_plan_tie_untie(rule, tmp_path):
+    model = three()
+    plan = tp.Plan([tp.PlanEntry("c", rule, options={"source": ["a", "b"]})])
+    report = tp.tie_model(model, plan)
+    assert [row.layer for row in report.rows] == ["c"]
+    weight = model["c"].weight.detach().clone()
+    tp.write_plan(plan, tmp_path / "plan.toml")
+    assert tp.read_plan(tmp_path / "plan.toml").entries == plan.entries
+    tp.untie_model(model)
+    assert not tp.is_tied(model)
+    assert torch.equal(model["c"].weight, weight)
+    assert not any(layer._load_state_dict_post_hooks for layer in model.values())
+
+
+def test_an_exchanged_source_is_noticed_whichever_it_is():
+    model = tied("sum_of_two")
+    model["b"] = nn.Linear(4, 4)
+    with pytest.raises(tp.TieError, match="the source 'b' .* was exchanged"):
+        model["c"].weight  # noqa: B018
+    tp.register_tie(model["c"], "sum_of_two", source=["a", "b"], root=model)
+    assert torch.equal(model["c"].weight, expected(model))
+
+
+def test_assigning_to_own_values_fits_them():
+    model = tied("mixed")
+    value = (3 * model["a"].weight + model["b"].weight).detach()
+    tp.assign_(model["c"], value, project=True)
+    torch.testing.assert_close(model["c"].weight.detach(), value)
+    with pytest.raises(tp.TieError, match="breaks the law"):
+        tp.assign_(model["c"], torch.eye(4))
+    with pytest.raises(tp.TieError, match="computed from another layer's tensor"):
+        tp.assign_(tied("sum_of_two")["c"], value)
+
+
+def test_optimizers_hold_the_own_values_and_refuse_what_they_cannot_move():
+    model = three()
+    fresh = torch.optim.Adam(model.parameters())
+    tp.register_tie(model["c"], "mixed", source=["a", "b"], root=model, optimizer=fresh)
+    assert any(p is own_values(model)[0] for p in fresh.param_groups[0]["params"])
+    model["c"](torch.ones(1, 4)).sum().backward()
+    fresh.step()
+    assert torch.equal(model["c"].weight, expected(model))
+    other = three()
+    stepped = torch.optim.Adam(other.parameters())
+    other["c"](torch.ones(1, 4)).sum().backward()
+    stepped.step()
+    other.zero_grad()
+    with pytest.raises(tp.TieError, match="how optimizer state follows is not known"):
+        tp.register_tie(other["c"], "mixed", source=["a", "b"], root=other, optimizer=stepped)
+    assert not tp.is_tied(other)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (["a"], "raised ValueError"),
+        (["a", "c"], "would form a cycle"),
+        (["a", "x"], "no layer 'x'"),
+    ],
+)
+def test_sources_that_do_not_fit_are_told(source, message):
+    model = three()
+    with pytest.raises(tp.TieError, match=message) as refused:
+        tp.register_tie(model["c"], "sum_of_two", source=source, root=model)
+    assert refused.value.remedy
+    assert not tp.is_tied(model)
+
+
+def test_torch_alone_cannot_tie_by_such_a_law():
+    model = three()
+    with pytest.raises(tp.TieError, match=r"reads other layers.*register_tie"):
+        torch.nn.utils.parametrize.register_parametrization(
+            model["c"], "weight", SumOfTwo([model["a"], model["b"]])
+        )
+    assert type(model["c"]) is nn.Linear
+
+
+@LAWS
+def test_shown_and_reported(rule):
+    model = tied(rule)
+    assert "reads a.weight in this ModuleDict, b.weight in this ModuleDict" in repr(model)
+    assert "c" in str(tp.report(model))
+
+
+def test_inference_keeps_it_and_frozen_holds_it():
+    model = tied("mixed").eval()
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        before = model["c"](x)
+        with tp.frozen(model):
+            assert torch.equal(model["c"](x), before)
+
+
+def test_a_shallow_clone_reads_its_own_layers():
+    def clone(module):
+        made = module.__new__(type(module))
+        made.__dict__ = dict(module.__dict__)
+        for table in ("_parameters", "_buffers"):
+            made.__dict__[table] = {
+                k: v.clone() if v is not None else None for k, v in module.__dict__[table].items()
+            }
+        made.__dict__["_modules"] = {
+            k: clone(v) if v is not None else None for k, v in module._modules.items()
+        }
+        return made
+
+    model = tied("sum_of_two")
+    twin = clone(model)
+    with torch.no_grad():
+        twin["b"].weight.zero_()
+    assert torch.equal(twin["c"].weight, twin["a"].weight)
+    assert torch.equal(model["c"].weight, expected(model))
