@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from tiedparam.util.torch_private import is_traced_or_transformed
+from tiedparam.util.torch_private import is_traced_or_transformed, may_carry_tangents
 
 _FEW = 1024  # entries: below, the shuffle's fixed cost is the larger one
 
@@ -23,7 +22,7 @@ def is_eager(tensor: Tensor) -> bool:
         (type(tensor) is Tensor or type(tensor) is nn.Parameter)
         and tensor.device.type == "cpu"
         and not is_traced_or_transformed()
-        and forward_ad._current_level < 0
+        and not may_carry_tangents()
     )
 
 
@@ -32,17 +31,17 @@ def is_unrecorded(tensor: Tensor) -> bool:
     return is_eager(tensor) and not (torch.is_grad_enabled() and tensor.requires_grad)
 
 
-def transposed(matrices: Tensor, swift: bool) -> Tensor:
+def transposed(matrices: Tensor, unrecorded: bool) -> Tensor:
     """Contiguous ``(n, k, g)`` from ``(n, g, k)``; a view of contiguous vectors.
 
     Args:
         matrices: ``(n, g, k)``.
-        swift: whether `is_unrecorded` holds; the caller asks once for all.
+        unrecorded: whether `is_unrecorded` holds; the caller asks once for all.
     """
     count, rows, columns = matrices.shape
     if rows == 1 or columns == 1:
         return matrices.reshape(count, columns, rows)
-    if rows * columns < _FEW or not swift:
+    if rows * columns < _FEW or not unrecorded:
         return matrices.transpose(1, 2).contiguous()
     # the channels of pixel n are matrix n: [row][column] is shuffled to [column][row]
     pixels = matrices.reshape(1, count, 1, rows * columns).permute(0, 3, 1, 2)

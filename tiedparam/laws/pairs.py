@@ -58,10 +58,14 @@ class Expansion:
 
 
 def look_up(
-    expand: Callable[[Tensor, Any], Tensor], free: Tensor, sizes: Any, entries: int, swift: bool
+    expand: Callable[[Tensor, Any], Tensor],
+    free: Tensor,
+    sizes: Any,
+    entries: int,
+    unrecorded: bool,
 ) -> Tensor:
     """``expand(row, sizes)`` for every row of ``(n, free values)``, as ``(n, entries)``."""
-    if swift:
+    if unrecorded:
         return free.index_select(1, _places(expand, sizes, free.shape[1]))
     return expand(free, sizes).reshape(len(free), entries)
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedparam.util.torch_private import flat_weight_names
+
 _running = threading.local()  # .weights: of the layer whose forward this thread is running
 
 
@@ -57,7 +59,7 @@ def clear_flat_weights(layer: Any) -> None:
     Does nothing to layers that are not recurrent.
     """
     if isinstance(layer, nn.RNNBase):
-        count = len(layer._flat_weights_names)
+        count = len(flat_weight_names(layer))
         layer.__dict__["_flat_weights"] = [None] * count
         layer.__dict__["_flat_weight_refs"] = [_gone] * count
 
@@ -72,7 +74,7 @@ def _flat_weights(layer: Any) -> list[Tensor | None]:
 
 
 def _weights(layer: Any) -> list[Tensor | None]:
-    return [getattr(layer, name, None) for name in layer._flat_weights_names]
+    return [getattr(layer, name, None) for name in flat_weight_names(layer)]
 
 
 def _set_state(layer: Any, state: dict[str, Any]) -> None:

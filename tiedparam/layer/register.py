@@ -306,7 +306,7 @@ def remove_tie(
     tie = find_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
     if tie is None:
-        raise TieError(where, f"{where} is not tied, so there is no tie to remove.")
+        raise TieError(where, f"{where} is not tied, so there is no tie to remove.", "")
     place = f"cannot untie {where}"
     refuse_if_frozen(layer, "remove_tie")
     optimizers = optimizer_moves.as_optimizers(optimizer)

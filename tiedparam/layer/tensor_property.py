@@ -61,7 +61,7 @@ def tensor_property(name: str, stock: type[nn.Module]) -> property:
             # Module.__getattr__ would turn it into "no attribute 'weight'" (S26)
             where = describe(self, name)
             fact = f"computing the tied {where} raised AttributeError: {error}"
-            raise TieError(where, fact) from error
+            raise TieError(where, fact, "") from error
         if call is not None and weight.is_meta:
             refuse_absent(self, name, call)
         if type(weight) is not Tensor and not traced and is_sharded(weight):

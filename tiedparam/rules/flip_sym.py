@@ -153,17 +153,17 @@ def _expand(free: Tensor, sizes: Sizes) -> Tensor:
     groups, c, positions = sizes
     rows, half = groups * c, positions // 2
     free = free.reshape(-1)
-    swift = is_unrecorded(free)
+    unrecorded = is_unrecorded(free)
     parts: list[Tensor] = []
     images: list[Tensor] = []
     if half:
         slices = free[: half * rows * c].reshape(half * groups, c, c)
         parts.extend(slices.reshape(half, rows, 1, c).unbind())
-        images.extend(transposed(slices, swift).reshape(half, rows, 1, c).unbind())
+        images.extend(transposed(slices, unrecorded).reshape(half, rows, 1, c).unbind())
     if positions % 2:
         packed = free[half * rows * c :].reshape(groups, -1)
-        parts.append(_symmetric(packed, c, swift).reshape(rows, 1, c))
-    return transposed(torch.cat([*parts, *reversed(images)], 1), swift)
+        parts.append(_symmetric(packed, c, unrecorded).reshape(rows, 1, c))
+    return transposed(torch.cat([*parts, *reversed(images)], 1), unrecorded)
 
 
 def _fold(weight: Tensor, sizes: Sizes) -> Tensor:
@@ -208,24 +208,24 @@ def _pieces(packed: Tensor, c: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _symmetric(packed: Tensor, c: int, swift: bool) -> Tensor:
+def _symmetric(packed: Tensor, c: int, unrecorded: bool) -> Tensor:
     """Symmetric ``(n, c, c)`` from ``(n, c(c+1)/2)``, by rows of tiles."""
     n = packed.shape[0]
     pieces = _pieces(packed, c)
     # written in place where nobody records: joining the rows would copy the whole again
-    matrices = packed.new_empty(n, c, c) if swift and len(pieces) > 1 else None
+    matrices = packed.new_empty(n, c, c) if unrecorded and len(pieces) > 1 else None
     rows = []
     for number, (start, stop) in enumerate(_tiles(c)):
         triangle, panel = pieces[number]
         size = stop - start
-        tile = look_up(_unpacked, triangle, size, size * size, swift).reshape(n, size, size)
+        tile = look_up(_unpacked, triangle, size, size * size, unrecorded).reshape(n, size, size)
         row = [
             earlier[:, start - before : stop - before]
             for (_, before), (_, earlier) in zip(_tiles(c)[:number], pieces, strict=False)
         ]
         row.append(tile)
         if stop < c:
-            row.append(transposed(panel, swift))
+            row.append(transposed(panel, unrecorded))
         out = None if matrices is None else matrices[:, start:stop]
         rows.append(torch.cat(row, 2, out=out))
     return torch.cat(rows, 1) if matrices is None else matrices

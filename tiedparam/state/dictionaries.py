@@ -236,11 +236,11 @@ class _Expander:
 
     def _entry(self, key: str) -> Tensor:
         if key not in self._entries:
-            raise TieError(f"'{key}'", f"the state dict has no '{key}', which a copy reads.")
+            raise TieError(f"'{key}'", f"the state dict has no '{key}', which a copy reads.", "")
         entry = self._entries[key]
         if not isinstance(entry, Tensor):
             kind = type(entry).__name__
-            raise TieError(f"'{key}'", f"'{key}', which a copy reads, is a {kind}.")
+            raise TieError(f"'{key}'", f"'{key}', which a copy reads, is a {kind}.", "")
         return cast(Tensor, gathered(entry))
 
     def _own(self, layer: nn.Module, name: str) -> dict[str, Tensor]:

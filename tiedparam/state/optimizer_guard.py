@@ -27,6 +27,7 @@ from tiedparam.state.optimizer_groups import times
 from tiedparam.state.optimizer_laws import parameter_shaped_state, why_no_steps
 from tiedparam.tie.marks import FREE, RETIRED
 from tiedparam.util.errors import Reason, TieError, warn
+from tiedparam.util.torch_private import load_pre_hooks_of
 
 _checked_state: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
 _forbidden: dict[Any, tuple[list[Tensor], Reason]] = {}  # who forbids → parameters, and why
@@ -67,7 +68,7 @@ def allow_steps(owner: object) -> None:
 
 def watch_rates(optimizer: Optimizer) -> None:
     """From now on, loading groups with other multiplied rates than those that are here raises."""
-    hooks = optimizer._optimizer_load_state_dict_pre_hooks
+    hooks = load_pre_hooks_of(optimizer)
     if _refuse_other_rates not in hooks.values():
         optimizer.register_load_state_dict_pre_hook(_refuse_other_rates)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.lookup import free_values, get_tie, is_tied, ties_of
+from tiedparam.util.torch_private import parameters_of
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _where(parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
     layer = seen() if seen is not None else None
     if layer is None:
         return None
-    held = free_values(layer, name) if is_tied(layer, name) else [layer._parameters.get(name)]
+    held = free_values(layer, name) if is_tied(layer, name) else [parameters_of(layer).get(name)]
     return (layer, name) if any(value is parameter for value in held) else None
 
 
@@ -119,5 +120,5 @@ def _look_at_all() -> None:
             for value in free_values(layer, name):
                 _last_seen.setdefault(id(value), (weakref.ref(layer), name))
     for layer in list(_tied_layers):  # behind all free values, should somebody share one
-        for name, parameter in layer._parameters.items():
+        for name, parameter in parameters_of(layer).items():
             _last_seen.setdefault(id(parameter), (weakref.ref(layer), name))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from tiedparam.util.errors import describe
+from tiedparam.util.torch_private import parameters_of
 
 
 class Places:
@@ -26,7 +27,7 @@ class Places:
         self._holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
         for path, module in root.named_modules():
             self._paths[module] = path
-            for name, parameter in module._parameters.items():
+            for name, parameter in parameters_of(module).items():
                 if parameter is not None:
                     self._holders.setdefault(parameter, []).append((module, name))
 

@@ -128,7 +128,9 @@ class Reading:
         here = self.of_clone(values) if self._values() is not values else self
         rule = _rule(values)
         places = here.places
-        read = [here._read(*source, places[i], rule) for i, source in enumerate(rule.sources())]
+        read = [
+            here.read_source(*source, places[i], rule) for i, source in enumerate(rule.sources())
+        ]
         try:
             weight: Tensor = rule(*read, *free)
         except Exception as error:
@@ -147,7 +149,12 @@ class Reading:
             raise ResizedSourceError(f"a '{rule}' tie", fact, _renewal(rule))
         return weight
 
-    def _read(self, source: nn.Module, name: str, place: Whereabouts, rule: Linked) -> Tensor:
+    def read_source(self, source: nn.Module, name: str, place: Whereabouts, rule: Linked) -> Tensor:
+        """The tensor of one source, if it is there and what it was.
+
+        Raises:
+            TieError: if it is not.
+        """
         compiling = torch.compiler.is_compiling()
         if place.is_known and not (compiling or self.is_leaving):
             place.refuse_exchanged(source, rule)

@@ -51,6 +51,7 @@ class TiedList(parametrize.ParametrizationList):
                 one. Nothing was changed then.
         """
         name = type(module).__name__.removeprefix("_")
+        place = f"cannot stack {name} on the tie '{self[0]}'"
         remedy = "Call remove_tie first, or stack one that computes from the finished tensor."
         training = module.training
         with torch.no_grad():
@@ -58,10 +59,9 @@ class TiedList(parametrize.ParametrizationList):
             try:
                 result = module.eval()(tied)
             except Exception as error:
-                raise TieError(
-                    f"cannot stack {name} on the tie '{self[0]}': computing from the tied tensor "
-                    f"it raised {type(error).__name__}: {error}. {remedy}"
-                ) from error
+                raised = f"{type(error).__name__}: {error}"
+                fact = f"computing from the tied tensor it raised {raised}."
+                raise TieError(place, fact, remedy) from error
             finally:
                 module.train(training)
         if (
@@ -69,10 +69,8 @@ class TiedList(parametrize.ParametrizationList):
             or result.shape != tied.shape
             or result.dtype != tied.dtype
         ):
-            raise TieError(
-                f"cannot stack {name} on the tie '{self[0]}': it returns another shape or dtype "
-                f"than the tied tensor's. {remedy}"
-            )
+            fact = "it returns another shape or dtype than the tied tensor's."
+            raise TieError(place, fact, remedy)
         super().append(module)
         return self
 

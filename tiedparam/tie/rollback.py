@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from torch import nn
 from torch.optim import Optimizer
 
+from tiedparam.util.torch_private import parameters_of
+
 
 @contextmanager
 def rolled_back_on_error(
@@ -28,7 +30,7 @@ def rolled_back_on_error(
         optimizers: all optimizers that may be touched.
     """
     modules = list(modules)
-    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+    parameters = [p for m in modules for p in parameters_of(m).values() if p is not None]
     undo = [
         *(_note_module(module) for module in modules),
         *(_note_optimizer(optimizer) for optimizer in optimizers),

@@ -41,19 +41,22 @@ def refuse_old_reparametrization(layer: nn.Module, tensor_name: str, reader: Fra
     hooks = ("compute_weight", "apply_mask")
     if _module(reader) in tools and reader.f_code.co_name not in hooks:
         raise TieError(
-            f"cannot use {_module(reader)} on the tied {describe(layer, tensor_name)}: it replaces "
-            "the Parameter, and the tensor is computed. Call remove_tie first, or stack a "
-            "parametrization on the tie (torch.nn.utils.parametrizations.spectral_norm works)."
+            f"cannot use {_module(reader)} on the tied {describe(layer, tensor_name)}",
+            "it replaces the Parameter, and the tensor is computed.",
+            "Call remove_tie first, or stack a parametrization on the tie "
+            "(torch.nn.utils.parametrizations.spectral_norm works).",
         )
 
 
 def refuse_functional_call(layer: nn.Module, tensor_name: str, writer: FrameType) -> None:
     """Raise if ``torch.func.functional_call`` was given a tied tensor under its dense key."""
     if _module(writer) == "torch.nn.utils._named_member_accessor":
+        where = describe(layer, tensor_name)
         raise TieError(
-            f"functional_call was given a value for the tied {describe(layer, tensor_name)}, which "
-            "is computed: the value would be written into the stored ones and get no gradient. "
-            "Give it the free values by their keys, as dict(model.named_parameters()) has them."
+            where,
+            f"functional_call was given a value for the tied {where}, which is computed: the value "
+            "would be written into the stored ones and get no gradient.",
+            "Give it the free values by their keys, as dict(model.named_parameters()) has them.",
         )
 
 
@@ -63,9 +66,11 @@ def refuse_quantization(layer: nn.Module, writer: FrameType) -> None:
     It would convert by the stock class's recipe, which takes that very class only.
     """
     if _module(writer).startswith("torch.ao.quantization"):
+        where = describe_layer(layer)
         raise TieError(
-            f"torch.ao.quantization cannot convert the tied {describe_layer(layer)}. Call "
-            "remove_tie first; quantized numbers are then as many as dense ones."
+            where,
+            f"torch.ao.quantization cannot convert the tied {where}.",
+            "Call remove_tie first; quantized numbers are then as many as dense ones.",
         )
 
 
@@ -89,11 +94,14 @@ def refuse_loading_by_key(layer: nn.Module, keys: list[str], reader: FrameType) 
     for file in given.get("checkpoint_files") or ():
         passed_over = [key for key in keys if key in _keys_of(file)]
         if passed_over:
+            where = f"'{passed_over[0]}' of '{file}'"
             raise TieError(
-                f"accelerate would pass over '{passed_over[0]}' of '{file}', which is dense, "
-                f"because {describe_layer(layer)} is tied: with device_map= it sets each tensor "
-                "under its own key. Save tiedparam.tie_state_dict(model, dense) and load that, or "
-                "call tiedparam.load(path, model) before dispatch_model."
+                where,
+                f"accelerate would pass over {where}, which is dense, because "
+                f"{describe_layer(layer)} is tied: with device_map= it sets each tensor under its "
+                "own key.",
+                "Save tiedparam.tie_state_dict(model, dense) and load that, or call "
+                "tiedparam.load(path, model) before dispatch_model.",
             )
 
 

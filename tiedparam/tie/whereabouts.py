@@ -11,7 +11,6 @@ A tie holds its source itself. What may happen to the modules around it is notic
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from types import FrameType
@@ -23,7 +22,7 @@ from tiedparam.tie import adapters
 from tiedparam.tie.offloaded import is_on_disk
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.util.errors import TieError, warn
-from tiedparam.util.torch_private import submodules_of
+from tiedparam.util.torch_private import caller, submodules_of
 
 
 class Whereabouts:
@@ -180,7 +179,7 @@ def _modules_in_use() -> Iterator[nn.Module]:
     A module does not know what holds it, but a clone that is computed with has been called,
     and a layer that is read was reached through something.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = caller()
     seen: set[int] = set()
     while frame is not None:
         for value in list(frame.f_locals.values()):

@@ -8,7 +8,6 @@ but one: it, its views and its ``.data`` refuse to be written in place.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -19,6 +18,15 @@ from torch import Tensor, nn
 
 from tiedparam.tie.interposed import refuse_absent
 from tiedparam.util.errors import TieError, describe
+from tiedparam.util.torch_private import (
+    GET_BASE,
+    caller,
+    declared_writes,
+    have_one_storage,
+    is_marked_parameter,
+    operator_name,
+    without_torch_function,
+)
 
 _WRITING_OPERATORS = frozenset(
     f"__i{name}__"
@@ -44,15 +52,15 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
     """An effective weight that refuses in-place writes; reads see an ordinary tensor.
 
     ``nn.Parameter(layer.weight)`` is a read: it gives a Parameter of its own memory, which
-    may be written (torch makes it of this class, so `_place` tells the two apart).
+    may be written (torch makes it of this class, so `tied_place` tells the two apart).
 
     Not covered: memory that is shared with other libraries (``.numpy()``, dlpack,
     ``untyped_storage()``), where a write goes into the temporary unseen.
     """
 
-    _place: tuple[weakref.ref[nn.Module], str] | None = None
+    tied_place: tuple[weakref.ref[nn.Module], str] | None = None
     """Layer and tensor name; None once the values are somebody's own."""
-    _detached: bool = False
+    is_derived: bool = False
     """Whether this is a view or ``detach()`` of what was read, not what was read itself."""
 
     @classmethod
@@ -66,15 +74,15 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
         kwargs = kwargs or {}
         written = _written(func, args, kwargs)
         if written is not None:
-            if func is Tensor.requires_grad_ and written._detached:
+            if func is Tensor.requires_grad_ and written.is_derived:
                 return _own(written, *args[1:], **kwargs)
             _refuse(written, func)
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             result = func(*args, **kwargs)
-        if func == _GET_BASE:
+        if func == GET_BASE:
             return result  # a guarded one would be a view again, and its base too, without end
         for argument in (*args, *kwargs.values()):
-            if type(argument) is GuardedWeight and argument._place is not None:
+            if type(argument) is GuardedWeight and argument.tied_place is not None:
                 _refuse_absent(result, argument, func, (*args, *kwargs.values()))
                 result = _guard_views(result, argument)
         return result
@@ -83,13 +91,13 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
 
     def set_(self, *args: Any, **kwargs: Any) -> Tensor:
         """Refused, as every write in place is."""
-        if self._place is not None:
+        if self.tied_place is not None:
             _refuse(self, Tensor.set_)
         return super().set_(*args, **kwargs)
 
     def _use_count(self) -> int:
         # torch.utils.swap_tensors asks this of both tensors before it swaps anything
-        if self._place is not None and sys._getframe(1).f_code.co_name == "check_use_count":
+        if self.tied_place is not None and caller().f_code.co_name == "check_use_count":
             _refuse(self, torch.utils.swap_tensors)
         count: int = super()._use_count()  # type: ignore[misc]
         return count
@@ -117,25 +125,25 @@ def guard(weight: Tensor, layer: nn.Module, tensor_name: str) -> Tensor:
     """
     if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return weight
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         guarded = weight.as_subclass(GuardedWeight)
-    guarded._place = (weakref.ref(layer), tensor_name)
+    guarded.tied_place = (weakref.ref(layer), tensor_name)
     return guarded
 
 
 def unguard(weight: Tensor) -> Tensor:
     """The plain tensor behind a `GuardedWeight`; any other tensor as it is."""
     if type(weight) is GuardedWeight:
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             return weight.as_subclass(Tensor)
     return weight
 
 
 def place_of(tensor: Tensor) -> tuple[nn.Module, str] | None:
     """Layer and tensor name of a tied weight as it was read; None for any other tensor."""
-    if type(tensor) is not GuardedWeight or tensor._place is None or tensor._detached:
+    if type(tensor) is not GuardedWeight or tensor.tied_place is None or tensor.is_derived:
         return None
-    layer, tensor_name = tensor._place
+    layer, tensor_name = tensor.tied_place
     holder = layer()
     return (holder, tensor_name) if holder is not None else None
 
@@ -148,14 +156,14 @@ def is_read_from(weight: Tensor, layer: nn.Module, tensor_name: str) -> bool:
 
 def _own(weight: GuardedWeight, requires_grad: bool = True) -> Tensor:
     """What ``nn.Parameter(layer.weight)`` needs: the same class, but memory of its own."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         values = weight.clone(memory_format=torch.contiguous_format)
         return values.as_subclass(GuardedWeight).requires_grad_(requires_grad)
 
 
 def _ordinary(weight: GuardedWeight) -> Tensor:
     plain = unguard(weight)
-    if getattr(weight, "_is_param", False):
+    if is_marked_parameter(weight):
         return nn.Parameter(plain.detach(), weight.requires_grad)
     return plain
 
@@ -164,9 +172,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarde
     """The guarded tensor that ``func`` would write into, if any."""
     outputs = kwargs.get("out")
     targets: list[Any] = [outputs]
-    name = getattr(func, "__name__", "")
-    if isinstance(func, torch._ops.OpOverload):
-        name = func._schema.name.partition("::")[2]
+    name = operator_name(func) or getattr(func, "__name__", "")
     if func in _HOOKS:
         targets.append(args[0])
     in_place = name.endswith("_") and not name.endswith("__")
@@ -176,11 +182,10 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarde
         targets.append(args[0])
     elif func in _RENORMING and kwargs.get("max_norm") is not None:
         targets.append(args[1])
-    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        targets += _declared_writes(func, args, kwargs)
+    targets += declared_writes(func, args, kwargs)
     for target in targets:
         for tensor in target if isinstance(target, (tuple, list)) else (target,):
-            if type(tensor) is GuardedWeight and tensor._place is not None:
+            if type(tensor) is GuardedWeight and tensor.tied_place is not None:
                 return tensor
     return None
 
@@ -188,25 +193,13 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarde
 _RENORMING = frozenset({F.embedding, F.embedding_bag})
 
 
-def _declared_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """What an operator, of torch's or the user's own, says that it writes into."""
-    names = func.overloads() if isinstance(func, torch._ops.OpOverloadPacket) else ()
-    found = []
-    for overload in [getattr(func, name) for name in names] or [func]:
-        for index, argument in enumerate(overload._schema.arguments):
-            if argument.is_write:
-                found.append(args[index] if index < len(args) else kwargs.get(argument.name))
-    return found
-
-
 _HOOKS = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_hook})
-_GET_BASE = Tensor._base.__get__  # type: ignore[union-attr]
 _SET_GRAD = Tensor.grad.__set__  # type: ignore[union-attr]
 
 
 def _refuse(weight: GuardedWeight, func: Any) -> None:
-    assert weight._place is not None
-    layer, tensor_name = weight._place[0](), weight._place[1]
+    assert weight.tied_place is not None
+    layer, tensor_name = weight.tied_place[0](), weight.tied_place[1]
     where = f"'{tensor_name}'" if layer is None else describe(layer, tensor_name)
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
     action = f"setting .{owner}" if func.__name__ == "__set__" else f"'{func.__name__}'"
@@ -232,7 +225,7 @@ def _refuse(weight: GuardedWeight, func: Any) -> None:
 
 def _refuse_absent(result: Any, weight: GuardedWeight, func: Any, used: tuple[Any, ...]) -> None:
     """Raise if real numbers were made of a weight that is on the meta device (S38)."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         made_up = (
             weight.is_meta
             and isinstance(result, Tensor)
@@ -240,8 +233,8 @@ def _refuse_absent(result: Any, weight: GuardedWeight, func: Any, used: tuple[An
             and not getattr(func, "__name__", "").endswith("_as")  # goes by the shape only
         )
     if made_up:
-        assert weight._place is not None
-        layer, tensor_name = weight._place[0](), weight._place[1]
+        assert weight.tied_place is not None
+        layer, tensor_name = weight.tied_place[0](), weight.tied_place[1]
         if layer is not None:
             refuse_absent(layer, tensor_name, used)
 
@@ -250,10 +243,10 @@ def _guard_views(result: Any, weight: GuardedWeight) -> Any:
     """Guard what shares memory with a guarded weight: views, ``detach()``, ``.data``."""
     if isinstance(result, Tensor):
         if type(result) is not GuardedWeight and _shares_memory(result, weight):
-            assert weight._place is not None
-            with torch._C.DisableTorchFunctionSubclass():
+            assert weight.tied_place is not None
+            with without_torch_function():
                 result = result.as_subclass(GuardedWeight)
-            result._place, result._detached = weight._place, True
+            result.tied_place, result.is_derived = weight.tied_place, True
         return result
     if type(result) in (tuple, list):
         return type(result)(_guard_views(item, weight) for item in result)
@@ -261,9 +254,9 @@ def _guard_views(result: Any, weight: GuardedWeight) -> Any:
 
 
 def _shares_memory(left: Tensor, right: Tensor) -> bool:
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         if left.layout is not torch.strided or left.device != right.device:
             return False
         if left.is_meta:  # has no memory, but its views hold the same storage object
-            return bool(left.untyped_storage()._cdata == right.untyped_storage()._cdata)
+            return have_one_storage(left, right)
         return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr() != 0

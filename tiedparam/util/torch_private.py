@@ -15,7 +15,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
 )
@@ -47,6 +49,16 @@ def has_gradient_hooks(parameter: nn.Parameter) -> bool:
     return bool(
         parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
     )
+
+
+def load_pre_hooks_of(optimizer: Optimizer) -> Mapping[int, Callable[..., Any]]:
+    """The hooks that an optimizer calls before it loads a state dict."""
+    return optimizer._optimizer_load_state_dict_pre_hooks
+
+
+def flat_weight_names(layer: nn.RNNBase) -> list[str]:
+    """The names of a recurrent layer's tensors, in the order in which its kernels take them."""
+    return list(layer._flat_weights_names)
 
 
 def forward_pre_hooks_of(module: nn.Module) -> Mapping[int, Callable[..., Any]]:
@@ -148,6 +160,11 @@ def caller(above: int = 1) -> FrameType:
         above: how many callers further up than the function that asks.
     """
     return sys._getframe(above + 1)
+
+
+def may_carry_tangents() -> bool:
+    """Whether forward-mode differentiation is on, so that tensors may have tangents."""
+    return forward_ad._current_level >= 0
 
 
 def version_of(tensor: Tensor) -> int:
@@ -252,3 +269,42 @@ def never_compiled(function: F) -> F:
 
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast(F, outside)
+
+
+# Tensors and operators -------------------------------------------------------------------------
+
+without_torch_function = torch._C.DisableTorchFunctionSubclass
+"""A context in which subclasses of Tensor are treated as plain ones."""
+
+GET_BASE = Tensor._base.__get__  # type: ignore[union-attr]
+"""What reading ``tensor._base`` is to ``__torch_function__``."""
+
+
+def is_marked_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor of another class is a Parameter: `nn.Parameter` marks what it makes."""
+    return bool(getattr(tensor, "_is_param", False))
+
+
+def have_one_storage(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors hold the same storage object, also on meta, where it has no address."""
+    return bool(left.untyped_storage()._cdata == right.untyped_storage()._cdata)
+
+
+def operator_name(function: object) -> str:
+    """The name of an operator such as ``torch.ops.aten.add_.Tensor``; "" for other functions."""
+    if isinstance(function, torch._ops.OpOverload):
+        return function._schema.name.partition("::")[2]
+    return ""
+
+
+def declared_writes(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What an operator, of torch's or the user's own, says that it writes into."""
+    if not isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return []
+    names = function.overloads() if isinstance(function, torch._ops.OpOverloadPacket) else ()
+    found = []
+    for overload in [getattr(function, name) for name in names] or [function]:
+        for index, argument in enumerate(overload._schema.arguments):
+            if argument.is_write:
+                found.append(args[index] if index < len(args) else kwargs.get(argument.name))
+    return found
