@@ -1,4 +1,4 @@
-"""What to type to tie by a plan: one line of Python, or commands of the shell."""
+"""What to type after a scan: the commands of the shell that tie what was found."""
 
 from __future__ import annotations
 
@@ -8,34 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from tiedparam.model.plan import Plan, plan_to_data
-from tiedparam.util.errors import TieError
-
-SPELLED_OUT = 3
-"""Of how many ties a line may consist; more of them are named by the plan that holds them."""
-
-
-def in_python(plan: Plan) -> str | None:
-    """The call of `tie_model` that spells the plan out; None if it is long or has no names."""
-    tables = _tables(plan)
-    if tables is None:
-        return None
-    values: dict[str, list[str]] = {}
-    for table in tables:
-        options = dict(table.get("options", {}))
-        if not str(options.get("fn", "torch.")).startswith("torch."):
-            return None  # a function of the user's, called otherwise there than in a file
-        given = [f"{key!r}: {value!r}" for key, value in options.items() if key != "fn"]
-        given += [f"'fn': {options['fn']}"] if "fn" in options else []
-        own = [f"{key!r}: {table[key]!r}" for key in ("tensor_name", "init") if key in table]
-        inside = ", ".join([*given, *own])
-        value = f"({table['rule']!r}, {{{inside}}})" if inside else repr(table["rule"])
-        values.setdefault(table["layers"], []).append(value)
-    entries = (
-        f"{pattern!r}: {of[0] if len(of) == 1 else '[' + ', '.join(of) + ']'}"
-        for pattern, of in values.items()
-    )
-    return f"tp.tie_model(model, {{{', '.join(entries)}}})"
+from tiedparam.model.next_steps import tables_of
+from tiedparam.model.plan import Plan
 
 
 def after_scan(planned: Plan, arguments: argparse.Namespace, program: str) -> list[str]:
@@ -55,7 +29,7 @@ def after_scan(planned: Plan, arguments: argparse.Namespace, program: str) -> li
         return [command("tie", "--tie 'LAYERS=RULE'", "--init rescale", output)]
     if arguments.plan is not None:
         return [command("tie", _given("--plan", str(arguments.plan)), output)]
-    spelled_out = in_shell(planned)
+    spelled_out = as_options(planned)
     if spelled_out is not None:
         return [command("tie", spelled_out, output)]
     laws = [_given("--rule", rule) for rule in arguments.rule or ()]
@@ -87,9 +61,9 @@ def _tied_name(file: Path) -> str:
     return f"{name if file.is_dir() else Path(name).stem}-tied.safetensors"
 
 
-def in_shell(plan: Plan) -> str | None:
+def as_options(plan: Plan) -> str | None:
     """The options ``--tie`` that spell the plan out; None if it is long or they cannot say it."""
-    options = [_option(table) for table in _tables(plan) or [{}]]
+    options = [_option(table) for table in tables_of(plan) or [{}]]
     if None in options:
         return None
     return " ".join(_given("--tie", str(option)) for option in options)
@@ -108,12 +82,3 @@ def _option(table: dict[str, Any]) -> str | None:
         return None
     options = ",".join(f"{key}={text}" for key, text in texts.items())
     return f"{table['layers']}={table['rule']}{':' + options if options else ''}"
-
-
-def _tables(plan: Plan) -> list[dict[str, Any]] | None:
-    if not 0 < len(plan.entries) <= SPELLED_OUT:
-        return None
-    try:
-        return [dict(table) for table in plan_to_data(plan)["tie"]]
-    except TieError:  # a rule or a function that has no name in text
-        return None

@@ -1,7 +1,6 @@
-"""Plans: which layers of a model are tied, by which rule. In Python, TOML and JSON.
+"""Plans in files, TOML or JSON: written, read, and what is wrong with them.
 
-A plan is a list of entries, and the first that fits a tensor wins. In a file an entry is a
-table of names and options; nothing in a file is executed, imported or evaluated::
+An entry is a table of names and options; nothing in a file is executed, imported or evaluated::
 
     [[tie]]
     layers = "layer*.conv2"        # a glob over module names, or: type = "Conv2d"
@@ -17,8 +16,6 @@ table of names and options; nothing in a file is executed, imported or evaluated
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import inspect
 import json
 import math
@@ -26,7 +23,6 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,139 +34,8 @@ from tiedparam.laws.functions import Functions, as_functions, find_function, fun
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import INITS
-from tiedparam.util.errors import LONGEST_MESSAGE, TieError, shortened
-
-Predicate = Callable[[str, nn.Module], bool]
-Pattern = str | type[nn.Module] | Predicate
-RuleName = str | type[Rule]
-Value = RuleName | tuple[RuleName, Mapping[str, Any]]
-
-_OWN_OPTIONS = ("tensor_name", "init")
-"""What may stand among a value's options and is `register_tie`'s argument, not the rule's."""
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """One line of a plan.
-
-    Attributes:
-        pattern: a glob over module names (``fnmatch``, so ``*`` also matches dots), a layer
-            type, or a function of (name, module).
-        rule: a registered name or a `Rule` subclass.
-        options: the rule's options; a source is given as its path in the model, or a module.
-        tensor_name: which tensor of the layers.
-        init: as in `register_tie`; None takes what `tie_model` is told.
-    """
-
-    pattern: Pattern
-    rule: RuleName
-    options: Mapping[str, Any] = field(default_factory=dict)
-    tensor_name: str = "weight"
-    init: str | None = None
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.pattern, (str, type)) or callable(self.pattern)):
-            raise TypeError(
-                "a pattern is a glob over module names, a layer type or a function of "
-                f"(name, module), not {self.pattern!r}"
-            )
-        if isinstance(self.pattern, type) and not issubclass(self.pattern, nn.Module):
-            raise TypeError(f"the pattern {self.pattern.__name__} is no layer type")
-        is_rule = isinstance(self.rule, type) and issubclass(self.rule, Rule)
-        if not (isinstance(self.rule, str) or is_rule):
-            raise TypeError(
-                f"a plan names a rule or a Rule subclass, not {self.rule!r}. Options stand "
-                "beside it, such as {'layer*': ('row_repeat', {'groups': 2})}"
-            )
-        if not isinstance(self.options, Mapping):
-            raise TypeError(f"options are a mapping of names to values, not {self.options!r}")
-
-    def matches(self, name: str, module: nn.Module) -> bool:
-        """Whether the pattern selects this module.
-
-        Raises:
-            TieError: if the pattern is a function and raises.
-        """
-        if isinstance(self.pattern, str):
-            return _glob(self.pattern).fullmatch(name) is not None
-        if isinstance(self.pattern, type):
-            return isinstance(module, self.pattern)
-        try:
-            return bool(self.pattern(name, module))
-        except Exception as error:  # the user's own function
-            raise TieError(
-                f"the pattern {self.pattern_text()} raised {type(error).__name__} for '{name}': "
-                f"{error}. Correct it."
-            ) from error
-
-    def rule_class(self) -> type[Rule]:
-        """The rule itself.
-
-        Raises:
-            TieError: if there is none of that name.
-        """
-        return find_rule(self.rule) if isinstance(self.rule, str) else self.rule
-
-    def pattern_text(self) -> str:
-        """The pattern as messages show it."""
-        if isinstance(self.pattern, str):
-            return f"'{self.pattern}'"
-        return getattr(self.pattern, "__name__", None) or repr(self.pattern)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Entries in order; for every tensor the first that fits wins."""
-
-    entries: tuple[PlanEntry, ...]
-
-    @classmethod
-    def of(cls, plan: Plan | Mapping[Pattern, Value | list[Value]]) -> Plan:
-        """A plan from ``{pattern: value}``.
-
-        A value is a rule's name or class, a pair of that and its options, or a list of such
-        values (to tie several tensors of one layer). Among the options, ``tensor_name`` and
-        ``init`` are `register_tie`'s.
-
-        Raises:
-            TypeError: for anything else.
-        """
-        if isinstance(plan, Plan):
-            return plan
-        if not isinstance(plan, Mapping):
-            hint = ""
-            if isinstance(plan, (str, os.PathLike)):
-                hint = ". Use read_plan(path)"
-            elif callable(getattr(plan, "plan", None)):  # what scan returned
-                hint = ". Use its plan()"
-            raise TypeError(
-                "a plan is a mapping of patterns to rules, such as {'layer*': 'flip_sym'}, or a "
-                "Plan, not "
-                f"{type(plan).__name__}{hint}"
-            )
-        return cls(
-            tuple(
-                _entry(pattern, value)
-                for pattern, values in plan.items()
-                for value in (values if isinstance(values, list) else [values])
-            )
-        )
-
-
-def _entry(pattern: Pattern, value: Value) -> PlanEntry:
-    rule, options = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
-    if not isinstance(options, Mapping):
-        raise TypeError(f"options are a mapping of names to values, not {options!r}")
-    own = {key: options[key] for key in _OWN_OPTIONS if key in options}
-    rest = {key: option for key, option in options.items() if key not in own}
-    return PlanEntry(pattern, rule, rest, **own)
-
-
-def _glob(pattern: str) -> re.Pattern[str]:
-    return re.compile(fnmatch.translate(pattern))
-
-
-# Files -------------------------------------------------------------------------------------
+from tiedparam.model.plan import OWN_OPTIONS, Pattern, Plan, PlanEntry, Value
+from tiedparam.util.errors import LONGEST_MESSAGE, TieError, nearest, shortened, within
 
 
 def write_plan(
@@ -236,13 +101,19 @@ def read_data(path: str | os.PathLike[str]) -> Any:
         return read_json(text)
     except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
         reason = shortened(error, LONGEST_MESSAGE // 2)
-        raise TieError(f"'{path}' is not {kind.upper()}: {reason}. Correct the file.") from error
+        raise TieError(
+            f"'{path}'", f"'{path}' is not {kind.upper()}: {reason}.", "Correct the file."
+        ) from error
 
 
 def _kind(path: Path) -> str:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("toml", "json"):
-        raise TieError(f"'{path}' names no format. Choose a name that ends in .toml or .json.")
+        raise TieError(
+            f"'{path}'",
+            f"'{path}' names no format.",
+            "Choose a name that ends in .toml or .json.",
+        )
     return kind
 
 
@@ -256,53 +127,62 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
 
 
 def _entry_to_data(entry: PlanEntry) -> dict[str, Any]:
+    def refuse(fact: str, remedy: str) -> TieError:
+        where = f"the entry {entry.pattern_text()} cannot be written to a file"
+        return TieError(where, fact, remedy)
+
     table: dict[str, Any] = {}
-
-    def refuse(reason: str) -> TieError:
-        return TieError(f"the entry {entry.pattern_text()} cannot be written to a file: {reason}")
-
     if isinstance(entry.pattern, str):
         table["layers"] = entry.pattern
     elif isinstance(entry.pattern, type):
         if getattr(nn, entry.pattern.__name__, None) is not entry.pattern:
-            raise refuse("it is no layer type of torch.nn. Use a glob over module names.")
+            raise refuse("it is not a layer type of torch.nn.", _USE_A_GLOB)
         table["type"] = entry.pattern.__name__
     else:
-        raise refuse("a function has no name there. Use a glob over module names.")
+        raise refuse("a function has no name there.", _USE_A_GLOB)
     if isinstance(entry.rule, str):
         table["rule"] = entry.rule
     elif entry.rule.name and find_rule(entry.rule.name) is entry.rule:
         table["rule"] = entry.rule.name
     else:
-        raise refuse(f"the rule {entry.rule.__name__} is not registered. Use register_rule.")
+        raise refuse(f"the rule {entry.rule.__name__} is not registered.", "Use register_rule.")
     if entry.tensor_name != "weight":
         table["tensor_name"] = entry.tensor_name
     if entry.init is not None:
         table["init"] = entry.init
-    options = {}
-    for key, value in entry.options.items():
-        if value is None and _is_default(entry.rule, key):
-            continue
-        if value is None:
-            raise refuse(f"{key}=None is not its default, and neither format holds a None.")
-        if isinstance(value, nn.Module):
-            raise refuse(f"{key}= is a module. Give its path in the model.")
-        if key == "fn" and not isinstance(value, str):
-            try:
-                value = function_name(value)
-            except TieError as error:
-                raise refuse(str(error)) from error
-        if not _is_plain(value):
-            # repr refuses whole numbers of thousands of digits
-            shown = repr(value) if isinstance(value, (float, str)) else type(value).__name__
-            raise refuse(
-                f"{key}={shown} is no string, finite number, truth value or list of them that "
-                "files can hold."
-            )
-        options[key] = list(value) if isinstance(value, tuple) else value
+    options = {
+        key: _option_to_data(key, value, refuse)
+        for key, value in entry.options.items()
+        if value is not None or not _is_default(entry.rule, key)
+    }
     if options:
         table["options"] = options
     return table
+
+
+_USE_A_GLOB = "Use a glob over module names."
+
+
+def _option_to_data(key: str, value: Any, refuse: Callable[[str, str], TieError]) -> Any:
+    if value is None:
+        raise refuse(
+            f"{key}=None is not its default, and neither format holds a None.", "Leave it out."
+        )
+    if isinstance(value, nn.Module):
+        raise refuse(f"{key}= is a module.", "Give its path in the model.")
+    if key == "fn" and not isinstance(value, str):
+        try:
+            value = function_name(value)
+        except TieError as error:
+            raise refuse(error.fact, error.remedy) from error
+    if not _is_plain(value):
+        # repr refuses whole numbers of thousands of digits
+        shown = repr(value) if isinstance(value, (float, str)) else type(value).__name__
+        raise refuse(
+            f"{key}={shown} cannot be written.",
+            "Files hold strings, finite numbers, truth values and lists of these.",
+        )
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_plain(value: Any) -> bool:
@@ -329,13 +209,14 @@ def plan_from_data(data: Any, where: str, functions: Functions | None = None) ->
     Raises:
         TieError: as `read_plan`.
     """
+    begin = "Begin an entry with [[tie]]."
     if not isinstance(data, dict):
-        raise TieError(f"{where} holds no table 'tie'. Begin an entry with [[tie]].")
+        raise TieError(where, f"{where} holds no table 'tie'.", begin)
     # [[layer]] says what a checkpoint file does not show of its layers: a model does
     _refuse_unknown(data, ("tie", "layer"), where)
     tables = data.get("tie")
     if not isinstance(tables, list) or not tables:
-        raise TieError(f"{where} holds no list 'tie'. Begin an entry with [[tie]].")
+        raise TieError(where, f"{where} holds no list 'tie'.", begin)
     functions = as_functions(functions)
     return Plan(
         tuple(
@@ -347,28 +228,30 @@ def plan_from_data(data: Any, where: str, functions: Functions | None = None) ->
 
 def _entry_from_data(table: Any, where: str, functions: Functions) -> PlanEntry:
     if not isinstance(table, dict):
-        raise TieError(f"{where} is no table. Begin it with [[tie]].")
+        raise TieError(where, f"{where} is not a table.", "Begin it with [[tie]].")
     _refuse_unknown(table, _KEYS, where)
     for key in ("layers", "type", "rule", "tensor_name", "init"):
         if key in table and not isinstance(table[key], str):
-            raise TieError(f"{where}: {key} must be a string, not {table[key]!r}.")
+            raise TieError(where, f"{key} must be a string, not {table[key]!r}.", "")
     if ("layers" in table) == ("type" in table):
-        raise TieError(f"{where} needs layers= (a glob) or type= (a layer type), one of the two.")
+        raise TieError(
+            where, f"{where} needs layers= (a glob) or type= (a layer type), one of the two.", ""
+        )
     if "rule" not in table:
-        raise TieError(f'{where} names no rule. Add rule = "...".')
+        raise TieError(where, f"{where} names no rule.", 'Add rule = "...".')
     options = table.get("options", {})
     if not isinstance(options, dict):
-        raise TieError(f"{where}: options must be a table, not {options!r}.")
+        raise TieError(where, f"options must be a table, not {options!r}.", "")
     try:
         rule = find_rule(table["rule"])
         if "fn" in options:
             options = {**options, "fn": find_function(options["fn"], functions)}
     except TieError as error:
-        raise TieError(f"{where}: {error}") from error
+        raise within(where, error) from error
     _refuse_options(rule, options, where)
     if table.get("init", "project") not in INITS:
         known = ", ".join(map(repr, INITS))
-        raise TieError(f"{where}: init={table['init']!r} is unknown. Choose one of {known}.")
+        raise TieError(where, f"init={table['init']!r} is unknown.", f"Choose one of {known}.")
     return PlanEntry(
         table["layers"] if "layers" in table else _layer_type(table["type"], where),
         rule.name,
@@ -379,23 +262,22 @@ def _entry_from_data(table: Any, where: str, functions: Functions) -> PlanEntry:
 
 
 def _refuse_options(rule: type[Rule], options: Mapping[str, Any], where: str) -> None:
-    for key in _OWN_OPTIONS:
+    for key in OWN_OPTIONS:
         if key in options:
-            raise TieError(f"{where}: {key} is no option of a rule. Write it beside rule =.")
+            raise TieError(where, f"{key} is not an option of a rule.", "Write it beside rule =.")
     for key, value in options.items():
         if key == "source_name" and not isinstance(value, str | None):
-            raise TieError(f"{where}: source_name must be a string, not {value!r}.")
+            raise TieError(where, f"source_name must be a string, not {value!r}.", "")
         if key != "fn" and value is not None and not _is_plain(value):
-            raise TieError(
-                f"{where}: {key} must be a string, a finite number, a truth value or a list of "
-                f"them, not a {type(value).__name__}."
-            )
+            kinds = "a string, a finite number, a truth value or a list of them"
+            raise TieError(where, f"{key} must be {kinds}, not a {type(value).__name__}.", "")
     signature = inspect.signature(rule)
-    _refuse_unknown(options, signature.parameters, f"{where}: options of '{rule.name}'")
+    where = f"{where}: options of '{rule.name}'"
+    _refuse_unknown(options, signature.parameters, where)
     try:
         signature.bind(**options)
     except TypeError as error:
-        raise TieError(f"{where}: options of '{rule.name}': {error}.") from error
+        raise TieError(where, f"{error}.", "") from error
 
 
 def _layer_type(name: str, where: str) -> type[nn.Module]:
@@ -405,7 +287,7 @@ def _layer_type(name: str, where: str) -> type[nn.Module]:
         if isinstance(value, type) and issubclass(value, nn.Module)
     }
     if name not in known:
-        raise TieError(f"{where}: torch.nn has no layer type '{name}'.{_near(name, known)}")
+        raise TieError(where, f"torch.nn has no layer type '{name}'.", nearest(name, known))
     return known[name]
 
 
@@ -414,13 +296,8 @@ def _refuse_unknown(table: Mapping[str, Any], known: Iterable[str], where: str) 
     for key in table:
         if key not in known:
             names = ", ".join(f"'{name}'" for name in known)
-            near = _near(key, known) or (f" Known are {names}." if known else " There are none.")
-            raise TieError(f"{where}: the key '{key}' is unknown.{near}")
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
-    return " Did you mean " + " or ".join(f"'{n}'" for n in near) + "?" if near else ""
+            listed = f"Known are {names}." if known else "There are none."
+            raise TieError(where, f"the key '{key}' is unknown.", nearest(key, known) or listed)
 
 
 # TOML --------------------------------------------------------------------------------------

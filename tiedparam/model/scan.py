@@ -22,14 +22,15 @@ from tiedparam.laws.linked import Linked
 from tiedparam.laws.registry import available_rules, make_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import why_refused
-from tiedparam.model import cost as _cost
+from tiedparam.model import cost
 from tiedparam.model.near_copies import Sources, sample
 from tiedparam.model.plan import PlanEntry
 from tiedparam.model.random_tensor import Moments, RandomResidual
-from tiedparam.model.scan_report import Candidate, NotLookedAt, Pairs, ScanReport
+from tiedparam.model.reasons import Skipped
+from tiedparam.model.scan_report import Candidate, Pairs, ScanReport
 from tiedparam.model.scanned import ScannedTensor, tensors_of
 from tiedparam.tie.binding import bind
-from tiedparam.util.errors import TieError
+from tiedparam.util.errors import Reason, TieError, key_of
 from tiedparam.util.progress import progress as progress_bar
 
 RuleChoice = str | type[Rule] | tuple[str | type[Rule], Mapping[str, Any]]
@@ -74,7 +75,7 @@ def scan(
         raise TypeError(f"pairs= takes a number of pairs per tensor, 0 or more, not {pairs!r}")
     chosen = _chosen_rules(rules)
     tensors, left_out = tensors_of(model)
-    positions = _cost.positions(model, example) if example is not None else {}
+    positions = cost.positions(model, example) if example is not None else {}
     passes = sum(pairs > 0 or not issubclass(choice.rule, Linked) for choice in chosen)
     total = sum(t.value.numel() for t in tensors) * passes
     with progress_bar(total, "scanning", progress) as advance, torch.no_grad():
@@ -107,12 +108,14 @@ def _chosen_rules(rules: Iterable[RuleChoice] | None) -> list[_Choice]:
         rule, options = item if isinstance(item, tuple) else (item, None)
         kind = PlanEntry("*", rule, options or {}).rule_class()
         if options is not None and not issubclass(kind, Linked):
-            make_rule(kind, dict(options))  # unknown options are said before any work
+            make_rule(kind, dict(options))  # raises for unknown options, before any work
         given = {"source", "source_name"} & set(options or ())
         if issubclass(kind, Linked) and given:
+            name, named = kind.name or kind.__name__, " and ".join(f"{n}=" for n in sorted(given))
             raise TieError(
-                f"scan looks for the sources of '{kind.name or kind.__name__}' itself. Leave out "
-                f"{' and '.join(f'{name}=' for name in sorted(given))}, or call residual for one."
+                f"'{name}'",
+                f"scan looks for the sources of '{name}' itself.",
+                f"Leave out {named}, or call residual for one.",
             )
         chosen.append(_Choice(kind, options))
     return chosen
@@ -126,31 +129,31 @@ class _Scan:
         rules: list[_Choice],
         positions: dict[nn.Module, int],
         advance: Callable[[int], None],
-        left_out: list[NotLookedAt],
+        left_out: list[Skipped],
     ) -> None:
         self.rules = rules
         self.positions = positions
         self.advance = advance
         self.left_out = left_out
         self._broken: set[type[Rule]] = set()
-        self._misfits: dict[int, NotLookedAt] = {}
+        self._misfits: dict[int, Skipped] = {}
         self._fitted: set[int] = set()
         self._shapes: dict[tuple[str, Layout], _OfShape] = {}
 
     def laws_on(self, tensor: ScannedTensor) -> Iterator[Candidate]:
         """The candidates of one tensor alone."""
-        refused: dict[str, NotLookedAt] = {}
+        refused: dict[Reason, Skipped] = {}
         for choice in self.rules:
             if issubclass(choice.rule, Linked) or choice.rule in self._broken:
                 continue
             try:
                 yield from self._law_on(tensor, choice, refused)
-            except Exception as error:  # a rule of the user's own ends the look at itself alone
+            except Exception as error:  # a user's rule that fails: the others go on
                 self._leave_out(choice, tensor, error)
             self.advance(tensor.value.numel())
         self.left_out += refused.values()
 
-    def idle(self) -> Iterator[NotLookedAt]:
+    def idle(self) -> Iterator[Skipped]:
         """Where options that were given and fit no tensor were tried first, and why they do not."""
         for number, misfit in self._misfits.items():
             if number not in self._fitted:
@@ -158,27 +161,25 @@ class _Scan:
 
     def _leave_out(self, choice: _Choice, tensor: ScannedTensor, error: Exception) -> None:
         self._broken.add(choice.rule)
-        reason = (
+        fact = (
             f"the rule '{choice.rule.name or choice.rule.__name__}' raised "
             f"{type(error).__name__} here and was left out from then on: {error}"
         )
-        self.left_out.append(NotLookedAt(tensor.path, tensor.name, reason))
+        self.left_out.append(Skipped(tensor.path, tensor.name, Reason(fact)))
 
     def _law_on(
-        self, tensor: ScannedTensor, choice: _Choice, refused: dict[str, NotLookedAt]
+        self, tensor: ScannedTensor, choice: _Choice, refused: dict[Reason, Skipped]
     ) -> Iterator[Candidate]:
         for options in choice.variants(tensor.layout):
             rule = make_rule(choice.rule, dict(options))
-            why = why_refused(tensor.layer, rule)
-            refusal = str(why) if why is not None else None
+            refusal = why_refused(tensor.layer, rule)
             if refusal is not None:
-                refused[refusal] = NotLookedAt(tensor.path, tensor.name, refusal)
+                refused[refusal] = Skipped(tensor.path, tensor.name, refusal)
                 continue
-            unfit = bind(rule, tensor.layer, tensor.name, None)
-            misfit = str(unfit) if unfit is not None else None
+            misfit = bind(rule, tensor.layer, tensor.name, None)
             if misfit is not None and choice.options is not None:
-                reason = f"'{rule}' fits this tensor as little as the others: {misfit}"
-                left_out = NotLookedAt(tensor.path, tensor.name, reason)
+                fact = f"'{rule}' fits no tensor of the model; here, for example: {misfit.fact}"
+                left_out = Skipped(tensor.path, tensor.name, Reason(fact, misfit.remedy))
                 self._misfits.setdefault(id(choice), left_out)
             if misfit is not None:
                 continue
@@ -271,11 +272,11 @@ class _Scan:
     ) -> Candidate:
         residual, constant = rule.residual(tensor.value), tensor.moments.constant
         shape = tuple(tensor.value.shape)
-        costs = _cost.multiply_adds(tensor.layer, tensor.name, shape, rule)
+        costs = cost.multiply_adds(tensor.layer, tensor.name, shape, rule)
         text = str(rule)
         if isinstance(rule, Linked):
-            place = options["source"] + "." + options.get("source_name", tensor.name)
-            text = f"{text} of {place.removeprefix('.')}"
+            place = key_of(options["source"], options.get("source_name", tensor.name))
+            text = f"{text} of {place}"
         return Candidate(
             layer=tensor.path,
             tensor_name=tensor.name,

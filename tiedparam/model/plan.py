@@ -1,0 +1,150 @@
+"""Plans: which layers of a model are tied, by which rule.
+
+A plan is a list of entries, and the first that fits a tensor wins. `plan_file` writes and reads it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tiedparam.laws.registry import find_rule
+from tiedparam.laws.rule import Rule
+from tiedparam.util.errors import TieError
+
+Predicate = Callable[[str, nn.Module], bool]
+Pattern = str | type[nn.Module] | Predicate
+RuleName = str | type[Rule]
+Value = RuleName | tuple[RuleName, Mapping[str, Any]]
+
+OWN_OPTIONS = ("tensor_name", "init")
+"""What may stand among a value's options and is `register_tie`'s argument, not the rule's."""
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One line of a plan.
+
+    Attributes:
+        pattern: a glob over module names (``fnmatch``, so ``*`` also matches dots), a layer
+            type, or a function of (name, module).
+        rule: a registered name or a `Rule` subclass.
+        options: the rule's options; a source is given as its path in the model, or a module.
+        tensor_name: which tensor of the layers.
+        init: as in `register_tie`; None takes what `tie_model` is told.
+    """
+
+    pattern: Pattern
+    rule: RuleName
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tensor_name: str = "weight"
+    init: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.pattern, (str, type)) or callable(self.pattern)):
+            raise TypeError(
+                "a pattern is a glob over module names, a layer type or a function of "
+                f"(name, module), not {self.pattern!r}"
+            )
+        if isinstance(self.pattern, type) and not issubclass(self.pattern, nn.Module):
+            raise TypeError(f"the pattern {self.pattern.__name__} is not a layer type")
+        is_rule = isinstance(self.rule, type) and issubclass(self.rule, Rule)
+        if not (isinstance(self.rule, str) or is_rule):
+            raise TypeError(
+                f"a plan names a rule or a Rule subclass, not {self.rule!r}. Options stand "
+                "beside it, such as {'layer*': ('row_repeat', {'groups': 2})}"
+            )
+        if not isinstance(self.options, Mapping):
+            raise TypeError(f"options are a mapping of names to values, not {self.options!r}")
+
+    def matches(self, name: str, module: nn.Module) -> bool:
+        """Whether the pattern selects this module.
+
+        Raises:
+            TieError: if the pattern is a function and raises.
+        """
+        if isinstance(self.pattern, str):
+            return _glob(self.pattern).fullmatch(name) is not None
+        if isinstance(self.pattern, type):
+            return isinstance(module, self.pattern)
+        try:
+            return bool(self.pattern(name, module))
+        except Exception as error:  # the user's own function
+            text = self.pattern_text()
+            raise TieError(
+                f"the pattern {text}",
+                f"the pattern {text} raised {type(error).__name__} for '{name}': {error}.",
+                "Correct it.",
+            ) from error
+
+    def rule_class(self) -> type[Rule]:
+        """The rule itself.
+
+        Raises:
+            TieError: if there is none of that name.
+        """
+        return find_rule(self.rule) if isinstance(self.rule, str) else self.rule
+
+    def pattern_text(self) -> str:
+        """The pattern as messages show it."""
+        if isinstance(self.pattern, str):
+            return f"'{self.pattern}'"
+        return getattr(self.pattern, "__name__", None) or repr(self.pattern)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Entries in order; for every tensor the first that fits wins."""
+
+    entries: tuple[PlanEntry, ...]
+
+    @classmethod
+    def of(cls, plan: Plan | Mapping[Pattern, Value | list[Value]]) -> Plan:
+        """A plan from ``{pattern: value}``.
+
+        A value is a rule's name or class, a pair of that and its options, or a list of such
+        values (to tie several tensors of one layer). Among the options, ``tensor_name`` and
+        ``init`` are `register_tie`'s.
+
+        Raises:
+            TypeError: for anything else.
+        """
+        if isinstance(plan, Plan):
+            return plan
+        if not isinstance(plan, Mapping):
+            hint = ""
+            if isinstance(plan, (str, os.PathLike)):
+                hint = ". Use read_plan(path)"
+            elif callable(getattr(plan, "plan", None)):  # what scan returned
+                hint = ". Use its plan()"
+            raise TypeError(
+                "a plan is a mapping of patterns to rules, such as {'layer*': 'flip_sym'}, or a "
+                "Plan, not "
+                f"{type(plan).__name__}{hint}"
+            )
+        return cls(
+            tuple(
+                _entry(pattern, value)
+                for pattern, values in plan.items()
+                for value in (values if isinstance(values, list) else [values])
+            )
+        )
+
+
+def _entry(pattern: Pattern, value: Value) -> PlanEntry:
+    rule, options = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
+    if not isinstance(options, Mapping):
+        raise TypeError(f"options are a mapping of names to values, not {options!r}")
+    own = {key: options[key] for key in OWN_OPTIONS if key in options}
+    rest = {key: option for key, option in options.items() if key not in own}
+    return PlanEntry(pattern, rule, rest, **own)
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    return re.compile(fnmatch.translate(pattern))
