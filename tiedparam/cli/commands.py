@@ -162,7 +162,9 @@ def _run_scan(arguments: argparse.Namespace) -> None:
     print_report(found, arguments.json, next_steps=after_scan(planned, arguments, program()))
     if plan is not None and not planned.entries:
         raise TieError(
-            f"'{plan}'", "nothing was found that chance does not explain, so there is no plan."
+            f"'{plan}'",
+            f"nothing was found that chance does not explain, so '{plan}' was not written.",
+            "",
         )
 
 

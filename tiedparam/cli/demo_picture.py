@@ -117,7 +117,7 @@ def corner_of(layer: nn.Module, rows: int) -> Panel:
         # a copy stores nothing
         stored = first_of_each(labels) if rule.free_count else torch.zeros_like(labels).bool()
     else:
-        labels = torch.arange(1, weight.numel() + 1).reshape(weight.shape)
+        labels = torch.arange(1, weight.numel() + 1, device="cpu").reshape(weight.shape)
         stored = torch.ones_like(labels).bool()
     kernel = weight.shape[-1] if weight.dim() == 4 else 1
     outputs, inputs = rows // kernel, CELLS // kernel

@@ -69,4 +69,4 @@ def wrong_types_are_told() -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        raise TieError("", str(error)) from error
+        raise TieError("", str(error), "") from error

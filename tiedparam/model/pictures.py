@@ -95,7 +95,9 @@ def draw_weights(
         titles = [titles]
     values = [_values_of(weight, tensor_name) for weight in weights]
     if not values:
-        raise TieError("weights", "there is no weight to draw.", "Pass layers or tensors.")
+        raise TieError(
+            "draw_weights", "draw_weights has no weight to draw.", "Pass layers or tensors."
+        )
     layouts = [
         Layout.of(weight, tensor_name, tuple(value.shape))
         if isinstance(weight, nn.Module)

@@ -50,9 +50,9 @@ class Skipped:
 
 
 class SeveralTiesError(TieError):
-    """One error for many tensors: ``SeveralTiesError(where, fact, remedy, [(place, reason), …])``.
+    """One error for many tensors: ``SeveralTiesError(where, heading, remedy, reasons)``.
 
-    The message is a line for each, below the fact that they have in common.
+    The message has a line for each, below what they have in common.
     """
 
     @property
@@ -61,10 +61,18 @@ class SeveralTiesError(TieError):
         found: Sequence[tuple[str, Reason]] = self.args[3]
         return found
 
+    @property
+    def fact(self) -> str:
+        """All of them, as many as a message has room for."""
+        return self._listed(str)
+
     def worded(self, word: Callable[[Reason], str]) -> str:
         """The message, with each reason in the words of ``word``."""
+        return shortened(word(Reason(self._listed(word), self.remedy)), LONGEST_MESSAGE)
+
+    def _listed(self, word: Callable[[Reason], str]) -> str:
+        heading = [self.args[1]] if self.args[1] else []
         lines = [
             f"{place}: {word(reason)}" if place else word(reason) for place, reason in self.reasons
         ]
-        parts = [self.fact, some_of(lines, "\n"), word(Reason("", self.remedy))]
-        return shortened("\n".join(part for part in parts if part), LONGEST_MESSAGE)
+        return "\n".join([*heading, some_of(lines, "\n")])

@@ -15,7 +15,7 @@ from tiedparam.model.reasons import Skipped
 from tiedparam.tie.lookup import get_tie, is_tied
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.util.errors import Reason, TieError, key_of
-from tiedparam.util.torch_private import has_values, parameters_of
+from tiedparam.util.torch_private import has_values, is_quantized, parameters_of
 
 
 @dataclass
@@ -57,7 +57,7 @@ def tensors_of(model: nn.Module) -> tuple[list[ScannedTensor], list[Skipped]]:
             assert parameter is not None
             value = parameter.detach()
             tensors.append(ScannedTensor(path, layer, name, value, Moments.of(value)))
-        if hasattr(layer, "_packed_params") and hasattr(layer, "weight"):
+        if is_quantized(layer):
             left_out.append(Skipped(path, "weight", Reason("the layer is quantized.")))
     return tensors, left_out
 

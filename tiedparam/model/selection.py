@@ -13,6 +13,7 @@ from tiedparam.laws.rule import Rule
 from tiedparam.laws.registry import make_rule
 from tiedparam.layer.checks import INITS
 from tiedparam.tie.binding import find_sources
+from tiedparam.layer.host import stock_class
 from tiedparam.model.plan import Plan, PlanEntry
 from tiedparam.model.reasons import SeveralTiesError, Skipped
 from tiedparam.util.errors import Reason, TieError, nearest, quoted
@@ -122,7 +123,7 @@ def _why_nothing(
         known = [path for path, _ in holders]
         return Reason(f"{what} no module has such a name.", _choice(entry.pattern, known))
     if isinstance(entry.pattern, type):
-        known = sorted({type(module).__name__.removeprefix("Tied") for _, module in holders})
+        known = sorted({stock_class(module).__name__ for _, module in holders})
         return Reason(
             f"{what} the model has no such layer.", _choice(entry.pattern.__name__, known)
         )
