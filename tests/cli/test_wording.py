@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 import tiedparam as tp
 from tiedparam.cli.wording import REMEDIES, in_one_line, in_shell, message_of
-from tiedparam.layer.register import REMOVE_THE_TIE
-from tiedparam.model.reasons import SeveralTiesError
-from tiedparam.model.tie_model import LEAVE_UNFIT
-from tiedparam.util.errors import Reason
+
+REMOVE_THE_TIE = "Call remove_tie first."
+
+
+def reason(fact: str, remedy: str = ""):
+    return tp.TieError("", fact, remedy).reason
 
 
 def test_a_remedy_of_python_becomes_one_of_the_shell():
     assert (
-        in_shell(Reason("it is tied.", REMOVE_THE_TIE)) == "it is tied. Run tiedparam untie first."
+        in_shell(reason("it is tied.", REMOVE_THE_TIE)) == "it is tied. Run tiedparam untie first."
     )
-    assert in_shell(Reason("it is lazy.", "Run it once.")) == "it is lazy. Run it once."
-    assert in_shell(Reason("it is tied.")) == "it is tied."
+    assert in_shell(reason("it is lazy.", "Run it once.")) == "it is lazy. Run it once."
+    assert in_shell(reason("it is tied.")) == "it is tied."
 
 
 @pytest.mark.parametrize("said", REMEDIES.values())
@@ -36,16 +39,20 @@ def test_names_and_facts_are_never_reworded():
 
 
 def test_each_of_several_reasons_is_reworded():
-    error = SeveralTiesError(
-        "the model", "2 cannot be made:", LEAVE_UNFIT,
-        [("'a'", Reason("it is tied.", REMOVE_THE_TIE)), ("'b'", Reason("it is lazy."))],
-    )  # fmt: skip
-    assert message_of(error).splitlines() == [
-        "2 cannot be made:",
-        "'a': it is tied. Run tiedparam untie first.",
-        "'b': it is lazy.",
-        "Correct the plan, or pass --skip-unfit to leave these as they are.",
-    ]
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 2)})
+    tp.register_tie(model["a"], "flip_sym")
+    with pytest.raises(tp.TieError) as caught:
+        tp.tie_model(model, {"*": "flip_sym"})
+    lines = message_of(caught.value).splitlines()
+    assert lines[1] == (
+        "'a.weight' by 'flip_sym': it is tied by 'flip_sym' already. Run tiedparam untie first."
+    )
+    assert lines[2].startswith("'b.weight' by 'flip_sym': ")
+    assert lines[3] == "Correct the plan, or pass --skip-unfit to leave these as they are."
+    report = tp.tie_model(model, {"*": "flip_sym"}, on_unfit="skip")
+    assert REMOVE_THE_TIE in str(report)
+    assert REMOVE_THE_TIE not in report.text([], in_shell)
+    assert "already. Run tiedparam untie first." in report.text([], in_shell)
 
 
 def test_control_characters_of_names_do_not_steer_the_terminal():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pickle
 
+import tiedparam as tp
 from tiedparam.model.reasons import SeveralTiesError, Skipped
-from tiedparam.util.errors import Reason
 
-WHY = Reason("out_channels (4) must equal in_channels (3).", "Tie a square layer.")
+WHY = tp.TieError("", "out_channels (4) must equal in_channels (3).", "Tie a square layer.").reason
 
 
 def test_what_was_skipped_as_data():
@@ -16,7 +16,7 @@ def test_what_was_skipped_as_data():
         "reason": "out_channels (4) must equal in_channels (3). Tie a square layer.",
     }  # fmt: skip
     assert Skipped("body.0", "weight", WHY, "flip_sym").place == "'body.0.weight' by 'flip_sym'"
-    alone = Skipped("", "weight", Reason("it is empty."))
+    alone = Skipped("", "weight", tp.TieError("", "it is empty.", "").reason)
     assert alone.to_data() == {"layer": "", "tensor_name": "weight", "reason": "it is empty."}
     assert alone.place == "'weight'"
 

@@ -41,13 +41,14 @@ def test_every_tensor_and_rule_that_fits_is_there():
             for rule, kind in tp.available_rules().items():
                 if rule in ("copy", "squared_copy"):
                     continue
-                for options in kind.variants(tp.Layout.of(module, name, tuple(parameter.shape))):
+                layout = tp.Layout.of(module, name, tuple(parameter.shape))
+                for options in kind.variants(layout):
                     try:
                         residual = tp.residual(module, rule, name, **options)
                     except tp.TieError:
                         continue
                     made = kind(**options)
-                    assert made.bind(module, name, None) is None
+                    assert made.bind(layout, parameter.dtype) is None
                     if made.free_count == parameter.numel():
                         continue
                     expected.add((f"{path}.{name}", str(made)))

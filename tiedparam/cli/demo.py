@@ -27,7 +27,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
 
 from tiedparam.cli.demo_picture import Drawn, draw
-from tiedparam.layer.register import register_tie, residual
+from tiedparam.layer.register import register_tie
+from tiedparam.layer.residual import residual
 from tiedparam.model.pictures import needed
 from tiedparam.model.report import state_bytes
 from tiedparam.tie.lookup import get_tie

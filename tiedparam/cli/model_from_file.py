@@ -224,8 +224,12 @@ def _dtype_of(
         if first in stored:
             key = first
             break
-        source, name = tie.options.get("source"), tie.options.get("source_name")
-        key = key_of(str(source), str(name))  # a copy: along its chain
+        # along the chain of copies; of several sources the first one says it
+        source, name = (
+            value[0] if isinstance(value, list) and value else value
+            for value in (tie.options.get("source"), tie.options.get("source_name"))
+        )
+        key = key_of(str(source), str(name))
     if key in known:
         known.update(dict.fromkeys(chain, known[key]))
         return known[key]

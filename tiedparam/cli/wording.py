@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tiedparam.laws.registry import IMPORT_ITS_MODULE
-from tiedparam.layer.concerns import CHOOSE_A_NEARER_LAW, LOOK_FIRST, TO_TIE_AGAIN
 from tiedparam.layer.checks import REMOVE_THE_TIE
+from tiedparam.layer.concerns import CHOOSE_A_NEARER_LAW, LOOK_FIRST, TO_TIE_AGAIN
 from tiedparam.model.tie_model import LEAVE_UNFIT
 from tiedparam.util.errors import Reason, TieError, TieWarning, visible
 from tiedparam.util.table import SEE_ALL_ROWS

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.linked import Linked
 from tiedparam.laws.rule import Rule
 from tiedparam.model.scan_report import Candidate, ScanReport
 from tiedparam.tie.lookup import get_tie
@@ -56,7 +55,7 @@ def draw_orbits(layer: nn.Module, tensor_name: str = "weight", *, corner: int = 
     shown = mosaic(numbers.abs(), corner).tolist()
     colours = [[orbit_colour(n) if n else _PAPER for n in row] for row in shown]
     axes[0].imshow(colours, interpolation="nearest")
-    if not isinstance(rule, Linked):
+    if not rule.reads_layers:
         frame(axes[0], mosaic(first_of_each(numbers), corner))
     for y, x in (mosaic(numbers, corner) < 0).nonzero().tolist():
         axes[0].plot([x - 0.3, x + 0.3], [y, y], color=INK)
@@ -199,11 +198,15 @@ def orbit_numbers(rule: Rule) -> Tensor:
 
     Returns:
         Numbers from 1 in the canonical layout, negative where the entry is minus the value. For a
-        copy the number of the source's entry, if each entry comes from one.
+        copy the number of the source's entry, if each entry comes from one; 0 where it is a
+        function of several values.
     """
-    if not isinstance(rule, Linked):
-        return rule.bound_layout.canonical(rule.orbit_labels())
-    ((source, name),) = rule.sources()
+    layout, sources = rule.bound_layout, list(rule.sources())
+    if not sources:
+        return layout.canonical(rule.orbit_labels())
+    if len(sources) > 1 or rule.free_count:
+        return layout.canonical(torch.zeros(layout.shape, dtype=torch.int64, device="cpu"))
+    ((source, name),) = sources
     shape = unguard(getattr(source, name)).shape
     numbers = torch.arange(1, shape.numel() + 1, dtype=torch.float64, device="cpu").reshape(shape)
     # each entry is some f(number): the chain rule, along the numbers and along ones
@@ -212,7 +215,7 @@ def orbit_numbers(rule: Rule) -> Tensor:
         for along in (numbers, torch.ones_like(numbers))
     )
     origins: Tensor = (scaled / slope).round().nan_to_num(0)
-    return rule.bound_layout.canonical(origins.to(torch.int64))
+    return layout.canonical(origins.to(torch.int64))
 
 
 def first_of_each(numbers: Tensor) -> Tensor:

@@ -91,6 +91,12 @@ class PlanEntry:
         """
         return find_rule(self.rule) if isinstance(self.rule, str) else self.rule
 
+    def source_layers(self) -> list[nn.Module]:
+        """The sources that are given as layers, and not as paths."""
+        given = self.options.get("source")
+        several = given if isinstance(given, (list, tuple)) else [given]
+        return [source for source in several if isinstance(source, nn.Module)]
+
     def pattern_text(self) -> str:
         """The pattern as messages show it."""
         if isinstance(self.pattern, str):

@@ -266,7 +266,8 @@ def _refuse_options(rule: type[Rule], options: Mapping[str, Any], where: str) ->
         if key in options:
             raise TieError(where, f"{key} is not an option of a rule.", "Write it beside rule =.")
     for key, value in options.items():
-        if key == "source_name" and not isinstance(value, str | None):
+        several = isinstance(value, list) and isinstance(options.get("source"), list)
+        if key == "source_name" and not (several or isinstance(value, str | None)):
             raise TieError(where, f"source_name must be a string, not {value!r}.", "")
         if key != "fn" and value is not None and not _is_plain(value):
             kinds = "a string, a finite number, a truth value or a list of them"

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tiedparam.laws.linked import Linked
 from tiedparam.laws.rule import Rule
 from tiedparam.model import cost
 from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
@@ -238,7 +237,7 @@ def _row(
     positions: dict[nn.Module, int],
 ) -> TieRow:
     shape = rule.bound_layout.shape
-    counts = rule.multiplicities()
+    counts = () if rule.reads_layers else rule.multiplicities()
     costs = cost.multiply_adds(layer, name, shape, rule)
     stored = list(origins(layer, name))
     return TieRow(
@@ -263,12 +262,12 @@ def _row(
 
 
 def _described(rule: Rule, paths: dict[int, str]) -> str:
-    if not isinstance(rule, Linked):
-        return str(rule)
-    ((source, source_name),) = rule.sources()
-    path = paths.get(id(source))
-    place = "a layer outside of the model" if path is None else key_of(path, source_name)
-    return f"{rule} of {place}"
+    """The rule, and the tensors that it reads."""
+    places = [
+        key_of(paths[id(source)], name) if id(source) in paths else "a layer outside of the model"
+        for source, name in rule.sources()
+    ]
+    return f"{rule} of {' and '.join(places)}" if places else str(rule)
 
 
 def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimizer]) -> Totals:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.linked import Linked
 from tiedparam.laws.registry import available_rules, make_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import why_refused
@@ -76,7 +75,7 @@ def scan(
     chosen = _chosen_rules(rules)
     tensors, left_out = tensors_of(model)
     positions = cost.positions(model, example) if example is not None else {}
-    passes = sum(pairs > 0 or not issubclass(choice.rule, Linked) for choice in chosen)
+    passes = sum(pairs > 0 or not choice.rule.reads_layers for choice in chosen)
     total = sum(t.value.numel() for t in tensors) * passes
     with progress_bar(total, "scanning", progress) as advance, torch.no_grad():
         looked = _Scan(chosen, positions, advance, left_out)
@@ -107,10 +106,10 @@ def _chosen_rules(rules: Iterable[RuleChoice] | None) -> list[_Choice]:
     for item in rules:
         rule, options = item if isinstance(item, tuple) else (item, None)
         kind = PlanEntry("*", rule, options or {}).rule_class()
-        if options is not None and not issubclass(kind, Linked):
+        if options is not None and not kind.reads_layers:
             make_rule(kind, dict(options))  # raises for unknown options, before any work
         given = {"source", "source_name"} & set(options or ())
-        if issubclass(kind, Linked) and given:
+        if kind.reads_layers and given:
             name, named = kind.name or kind.__name__, " and ".join(f"{n}=" for n in sorted(given))
             raise TieError(
                 f"'{name}'",
@@ -144,7 +143,7 @@ class _Scan:
         """The candidates of one tensor alone."""
         refused: dict[Reason, Skipped] = {}
         for choice in self.rules:
-            if issubclass(choice.rule, Linked) or choice.rule in self._broken:
+            if choice.rule.reads_layers or choice.rule in self._broken:
                 continue
             try:
                 yield from self._law_on(tensor, choice, refused)
@@ -199,7 +198,7 @@ class _Scan:
         """Compare tensors with functions of each other; add the candidates to ``found``."""
         if not pairs:
             return Pairs()
-        rules = [choice for choice in self.rules if issubclass(choice.rule, Linked)]
+        rules = [choice for choice in self.rules if choice.rule.reads_layers]
         work = sum(tensor.value.numel() for tensor in tensors)
         # a constant tensor is near to every other constant one
         tensors = [t for t in tensors if t.value.dim() >= 2 and not t.moments.constant]
@@ -234,7 +233,7 @@ class _Scan:
             try:
                 for options in choice.variants(tensor.layout):
                     _, sources = by_options.setdefault(repr(options), (options, Sources()))
-                    sources.add(index, tensor.value, _linked(choice.rule, options, tensor).forward)
+                    sources.add(index, tensor.value, _copy_of(tensor, choice.rule, options).forward)
             except Exception as error:
                 self._leave_out(choice, tensor, error)
                 return
@@ -247,13 +246,13 @@ class _Scan:
         tensor: ScannedTensor,
         source: ScannedTensor,
     ) -> Candidate | None:
-        rule = _linked(kind, options, source)
+        rule = _copy_of(source, kind, options)
         refused = why_refused(tensor.layer, rule)
         if refused is not None or bind(rule, tensor.layer, tensor.name, None) is not None:
             return None
         random = RandomResidual.from_copy(
             tensor.moments,
-            Moments.of(rule.forward()),
+            Moments.of(rule.forward(*rule.read())),
             tensor.value.numel(),
             is_complex=tensor.value.is_complex(),
         )
@@ -274,7 +273,7 @@ class _Scan:
         shape = tuple(tensor.value.shape)
         costs = cost.multiply_adds(tensor.layer, tensor.name, shape, rule)
         text = str(rule)
-        if isinstance(rule, Linked):
+        if rule.reads_layers:
             place = key_of(options["source"], options.get("source_name", tensor.name))
             text = f"{text} of {place}"
         return Candidate(
@@ -333,7 +332,6 @@ class _OfShape:
     unlawful: float
 
 
-def _linked(kind: type[Rule], options: Mapping[str, Any], source: ScannedTensor) -> Linked:
-    rule = make_rule(kind, {**options, "source": source.layer, "source_name": source.name})
-    assert isinstance(rule, Linked)
-    return rule
+def _copy_of(source: ScannedTensor, kind: type[Rule], options: Mapping[str, Any]) -> Rule:
+    """A rule that reads this tensor."""
+    return make_rule(kind, {**options, "source": source.layer, "source_name": source.name})

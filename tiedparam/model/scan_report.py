@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from tiedparam.laws.linked import Linked
 from tiedparam.laws.rule import Rule
 from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
 from tiedparam.model.near_copies import SAMPLED
@@ -152,7 +151,7 @@ class ScanReport(TableReport[Candidate]):
 
     def _least_likely(self) -> float:
         """The p-value below which a candidate is no luck, for as many as were compared."""
-        one_by_one = sum(not issubclass(c.rule_class, Linked) for c in self.candidates)
+        one_by_one = sum(not c.rule_class.reads_layers for c in self.candidates)
         return _LUCK / max(1, one_by_one + self.pairs.fitting)
 
     def found(self, below: float = 0.9) -> list[Candidate]:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tiedparam.laws.linked import Linked
-from tiedparam.laws.rule import Rule
 from tiedparam.laws.registry import make_rule
+from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import INITS
-from tiedparam.tie.binding import find_sources
 from tiedparam.layer.host import stock_class
 from tiedparam.model.plan import Plan, PlanEntry
 from tiedparam.model.reasons import SeveralTiesError, Skipped
+from tiedparam.tie.binding import find_sources
 from tiedparam.util.errors import Reason, TieError, nearest, quoted
 from tiedparam.util.torch_private import parameters_of
 
@@ -65,7 +64,7 @@ def select(
                 taken.add(entry.tensor_name)
                 kind, init = rules[number]
                 rule = make_rule(kind, dict(entry.options))
-                if isinstance(rule, Linked) and init == "rescale":
+                if rule.reads_layers and init == "rescale":
                     init = "project"
                 ties.append(Selected(paths[0], module, entry, rule, init))
     absent, problems = list[Skipped](), []

@@ -8,14 +8,12 @@ anything, all of it is put back, to the object, before the one error is raised.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
 
-from tiedparam.laws.linked import Linked
-from tiedparam.laws.rule import Rule
 from tiedparam.layer.concerns import Concerns, check_max_residual
 from tiedparam.layer.register import remove_tie, tie_one
 from tiedparam.model.plan import Pattern, Plan, Value
@@ -92,8 +90,7 @@ def tie_model(
     plan = Plan.of(plan)
     optimizers = as_optimizers(optimizer)
     skipped, concerns = list[Skipped](), Concerns()
-    given = [entry.options.get("source") for entry in plan.entries]
-    outside = [source for source in given if isinstance(source, nn.Module)]
+    outside = [source for entry in plan.entries for source in entry.source_layers()]
     try:
         with rolled_back_on_error([*model.modules(), *outside], optimizers):
             # in here, since a pattern may be a function of the user's, which may do anything
@@ -182,11 +179,12 @@ def untie_model(model: Model, *, optimizer: Optimizer | Iterable[Optimizer] | No
         for path, layer in model.named_modules()
         for name, rule in ties_of(layer).items()
     ]
-    outside = [source for *_, rule in ties for source in _sources(rule)]
+    # even if others have taken their places in the model
+    outside = [source for *_, rule in ties for source, _ in rule.sources()]
     problems = []
     with rolled_back_on_error([*model.modules(), *outside], optimizers):
         # copies first: an untied copy joins the group of its source's free values
-        for path, layer, name, _ in sorted(ties, key=lambda tie: not isinstance(tie[3], Linked)):
+        for path, layer, name, _ in sorted(ties, key=lambda tie: not tie[3].reads_layers):
             try:
                 remove_tie(layer, name, optimizer=optimizers)
             except TieError as error:
@@ -195,10 +193,3 @@ def untie_model(model: Model, *, optimizer: Optimizer | Iterable[Optimizer] | No
             fact = "cannot untie the model; nothing was changed:"
             raise SeveralTiesError("the model", fact, "", problems)
     return model
-
-
-def _sources(rule: Rule) -> Iterator[nn.Module]:
-    """The layers that a rule reads, even if others have taken their places in the model."""
-    if isinstance(rule, Linked):
-        for source, _ in rule.sources():
-            yield source
