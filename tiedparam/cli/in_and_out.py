@@ -14,8 +14,8 @@ from torch import nn
 from tiedparam.cli.arguments import functions, hints
 from tiedparam.cli.model_from_file import LayerHint, open_model
 from tiedparam.cli.wording import in_shell
-from tiedparam.formats.safetensors import refuse_foreign_suffix
 from tiedparam.formats.exports import left_by_older
+from tiedparam.formats.safetensors import refuse_foreign_suffix
 from tiedparam.util.errors import TieError
 from tiedparam.util.table import TableReport
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tiedparam.files import header as files_header
 from tiedparam.files.header import Header
+from tiedparam.files.law_options import sources_in
 from tiedparam.files.load import load
 from tiedparam.files.plain_state import aliases_of
 from tiedparam.files.stored_tie import StoredTie
@@ -225,11 +226,7 @@ def _dtype_of(
             key = first
             break
         # along the chain of copies; of several sources the first one says it
-        source, name = (
-            value[0] if isinstance(value, list) and value else value
-            for value in (tie.options.get("source"), tie.options.get("source_name"))
-        )
-        key = key_of(str(source), str(name))
+        key = next((key_of(*source) for source in sources_in(tie.options)), "")
     if key in known:
         known.update(dict.fromkeys(chain, known[key]))
         return known[key]
