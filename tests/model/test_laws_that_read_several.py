@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tiedparam.laws.linked import Linked
+from tiedparam.laws import Linked
 
 
 @pytest.fixture
