@@ -97,7 +97,7 @@ def picture(rule: tp.Rule) -> str:
     numbers = torch.arange(1.0, stored.numel() + 1).reshape(stored.shape)
     with torch.no_grad():
         getattr(source, name).copy_(numbers)
-        copied = rule.bound_layout.canonical(rule())
+        copied = rule.bound_layout.canonical(rule(*rule.read()))
     numbers = tp.Layout.of(source, name, tuple(stored.shape)).canonical(numbers)
     every = torch.ones(numbers.shape, dtype=torch.bool)
     none = torch.zeros(copied.shape, dtype=torch.bool)

@@ -16,7 +16,8 @@ from tiedparam.layer.register import register_tie, remove_tie
 from tiedparam.layer.residual import residual
 from tiedparam.layer.values import assign_, init_
 from tiedparam.model.pictures import draw_orbits, draw_residuals, draw_scan, draw_weights
-from tiedparam.model.plan import Plan, PlanEntry, read_plan, write_plan
+from tiedparam.model.plan import Plan, PlanEntry
+from tiedparam.model.plan_file import read_plan, write_plan
 from tiedparam.model.report import Report, TieReport, report
 from tiedparam.model.scan import scan
 from tiedparam.model.scan_report import ScanReport

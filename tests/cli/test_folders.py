@@ -72,7 +72,8 @@ def test_a_folder_by_save_pretrained_is_taken_wherever_a_file_is(kind, model, ca
 
     out = good(capsys, "scan", "bert")
     assert out.startswith("1 of ")
-    (hidden,) = re.findall(r"^(\d+) more rows are in the output of --json\.$", out, re.MULTILINE)
+    said = r"^(\d+) more rows are not shown\. See the output of --json\.$"
+    (hidden,) = re.findall(said, out, re.MULTILINE)
     assert len(json.loads(good(capsys, "scan", "bert", "--json"))["rows"]) == 40 + int(hidden)
     assert "looks tied: pooler.dense.weight (flip_sym)." in out.splitlines()[0]
     assert "tie bert --tie pooler.dense=flip_sym -o bert-tied.safetensors" in out.splitlines()[-1]

@@ -24,10 +24,11 @@ from torch import nn
 import tiedparam as tp
 from tests.support import ROOT
 from tests.support.shell import call, good, refused, run, usage
-from tiedparam.cli import main as _shell
+from tiedparam.cli import arguments as _arguments
+from tiedparam.cli import commands as _commands
 from tiedparam.cli import model_from_file as _offline
-from tiedparam.cli.main import main
-from tiedparam.model import next_steps as _next_steps
+from tiedparam.cli import next_steps as _next_steps
+from tiedparam.cli.main import main, parser
 from tiedparam.tie.lookup import tie_of
 
 PLAN = """
@@ -504,7 +505,7 @@ def test_a_limit_for_residuals(files, capsys):
 
     error = refused(capsys, *tie("--max-residual", "0.1"))
     assert "'body.2.weight' by 'flip_sym': its residual 0." in error
-    assert "is above --max-residual 0.1. Leave it dense" in error
+    assert "is above the limit of 0.1. Leave it dense" in error
     assert "(tiedparam scan lists them)" in error
     assert not Path("t.safetensors").exists()
     assert "Skipped: 'body.2.weight'" in good(
@@ -587,7 +588,7 @@ def test_help_has_examples_that_parse(command, capsys):
     examples = re.findall(rf"tiedparam ({command}\b[^\n]*)", shown.partition("example")[2])
     assert examples
     for example in examples:
-        arguments, rest = _shell._parser().parse_known_args(shlex.split(example))
+        arguments, rest = parser().parse_known_args(shlex.split(example))
         assert arguments.command == command
         assert not rest
 
@@ -615,7 +616,7 @@ def test_warnings_are_one_line(files, capsys, monkeypatch):
     def warn(arguments):
         warnings.warn("first\nsecond", tp.TieWarning, stacklevel=1)
 
-    monkeypatch.setattr(_shell, "_run_report", warn)
+    monkeypatch.setattr(_commands, "_run_report", warn)
     code, out, err = call(capsys, "report", "model.pt")
     assert (code, out, err) == (0, "", "warning: first; second\n")
 
@@ -624,7 +625,7 @@ def test_an_interrupt_is_one_line(files, capsys, monkeypatch):
     def interrupt(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_shell, "_run_report", interrupt)
+    monkeypatch.setattr(_commands, "_run_report", interrupt)
     code, out, err = call(capsys, "report", "model.pt")
     assert (code, out) == (130, "")
     assert err.endswith("report: interrupted\n")
@@ -898,8 +899,8 @@ def test_a_scan_without_finds_says_what_that_means(tmp_path, monkeypatch, capsys
     ],
 )
 def test_an_entry_as_an_option_is_read_as_the_same_entry(entry):
-    _, option = shlex.split(_next_steps.in_shell(tp.Plan((entry,))))
-    assert _shell._entry(option, {}) == entry
+    _, option = shlex.split(_next_steps.as_options(tp.Plan((entry,))))
+    assert _arguments.plan_entry(option, {}) == entry
 
 
 def test_what_an_option_cannot_say_is_left_to_a_plan():
@@ -908,5 +909,5 @@ def test_what_an_option_cannot_say_is_left_to_a_plan():
         tp.PlanEntry("a", "copy", {"source": "b,c"}),
         tp.PlanEntry("a", "copy", {"source": "b", "fn": lambda weight: weight}),
     ):
-        assert _next_steps.in_shell(tp.Plan((entry,))) is None
-    assert _next_steps.in_shell(tp.Plan(4 * (tp.PlanEntry("a", "flip_sym"),))) is None
+        assert _next_steps.as_options(tp.Plan((entry,))) is None
+    assert _next_steps.as_options(tp.Plan(4 * (tp.PlanEntry("a", "flip_sym"),))) is None

@@ -17,12 +17,9 @@ LONGEST_FUNCTION = 60
 """Lines, without the docstring."""
 
 LONG_FILES = {
-    "cli/demo.py",
-    "cli/main.py",
     "compute/forward.py",
     "compute/frozen.py",
     "layer/register.py",
-    "model/plan.py",
     "state/optimizer_moves.py",
 }
 """Longer than they may be, for now: a file that is no longer too long leaves this set."""
@@ -30,7 +27,7 @@ LONG_FILES = {
 LONG_FUNCTIONS: set[str] = set()
 """As above."""
 
-ROOMS_WITH_ERRORS_OF_THREE_PARTS: tuple[str, ...] = ("laws", "rules", "util")
+ROOMS_WITH_ERRORS_OF_THREE_PARTS = ("cli", "laws", "model", "rules", "util")
 """Rooms whose every error says where, fact and remedy; in the end all of them."""
 
 
@@ -125,8 +122,6 @@ SEEN_FROM_OTHER_ROOMS = {
     "state.optimizer_moves": {"layer"},
     "util.progress": {"cli"},
     "state.optimizer_laws": {"house"},
-    # what a scan suggests is what the shell reads
-    "model.next_steps": {"cli"},
     # to go: it will be public in tiedparam.laws
 }
 """Private modules that tests of other rooms import, for now, and which rooms these are."""

@@ -21,7 +21,7 @@ import tiedparam as tp
 from tests.support.models import Block, ResNet, images, train
 from tests.support.unchanged import everything
 from tiedparam.model import tie_model as _model
-from tiedparam.model.plan import plan_from_data, plan_to_data, to_toml
+from tiedparam.model.plan_file import plan_from_data, plan_to_data, to_toml
 from tiedparam.tie.lookup import tie_of
 
 # What is selected ----------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_a_plan_that_selects_nothing_is_an_error(plan, message):
         ((nn.Linear(2, 2), {"": {"rule": "flip_sym"}}), "Options stand beside it, such as"),
         ((nn.Linear(2, 2), {"": 3}), "names a rule or a Rule subclass"),
         ((nn.Linear(2, 2), {3: "flip_sym"}), "a pattern is a glob"),
-        ((nn.Linear(2, 2), {int: "flip_sym"}), "no layer type"),
+        ((nn.Linear(2, 2), {int: "flip_sym"}), "not a layer type"),
         ((nn.Linear(2, 2), {"": ("flip_sym", 3)}), "options are a mapping"),
         ((nn.Linear(2, 2), {"": ("flip_sym", {"over": 3})}), "rule 'flip_sym'"),
     ],
@@ -526,14 +526,23 @@ def test_every_plan_round_trips(entries):
     ("entry", "message"),
     [
         ({lambda n, m: True: "flip_sym"}, "a function has no name there"),
-        ({Block: "flip_sym"}, "Block cannot be written to a file: it is no layer type of torch.nn"),
+        (
+            {Block: "flip_sym"},
+            "Block cannot be written to a file: it is not a layer type of torch.nn",
+        ),
         ({"a": ("copy", {"source": nn.Linear(2, 2)})}, "source= is a module. Give its path"),
         (
             {"a": ("copy", {"source": "b", "fn": lambda w: w})},
             "the entry 'a' cannot be written to a file: a file cannot name its function '<lambda>'",
         ),
-        ({"a": ("row_repeat", {"groups": float("inf")})}, "groups=inf is no string, finite number"),
-        ({"a": ("row_repeat", {"groups": "\ud800"})}, "is no string, finite number"),
+        (
+            {"a": ("row_repeat", {"groups": float("inf")})},
+            "groups=inf cannot be written. Files hold strings, finite numbers",
+        ),
+        (
+            {"a": ("row_repeat", {"groups": "\ud800"})},
+            "cannot be written. Files hold strings, finite numbers",
+        ),
         ({"a": type("Own", (tp.Rule,), {})}, "the rule Own is not registered"),
     ],
 )
@@ -552,7 +561,7 @@ def test_what_has_no_name_is_not_written(tmp_path, entry, message):
         ("", r"plan\.toml' holds no list 'tie'"),
         ("ties = 3", r"the key 'ties' is unknown\. Did you mean 'tie'"),
         ("tie = 3", "holds no list 'tie'"),
-        ("tie = [3]", r"entry 1 of '.*' is no table"),
+        ("tie = [3]", r"entry 1 of '.*' is not a table"),
         ('[[tie]]\nlayers = "a"', r"entry 1 .* names no rule"),
         ('[[tie]]\nrule = "flip_sym"', r"entry 1 .* needs layers= .* or type="),
         ('[[tie]]\nrule = "flip_sym"\nlayers = "a"\ntype = "Linear"', "one of the two"),
@@ -681,7 +690,9 @@ def test_a_pattern_that_raises_is_named():
 
 
 def test_a_number_that_no_file_holds_is_not_written(tmp_path):
-    with pytest.raises(tp.TieError, match="groups=int is no string, finite number"):
+    with pytest.raises(
+        tp.TieError, match="groups=int cannot be written. Files hold strings, finite numbers"
+    ):
         tp.write_plan({"a": ("row_repeat", {"groups": 10**5000})}, tmp_path / "plan.toml")
     assert not list(tmp_path.iterdir())
 

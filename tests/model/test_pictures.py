@@ -126,7 +126,7 @@ def test_dense_against_tied_weights():
             torch.as_tensor(panel.images[0].get_array().filled(0)),
             shown[1] if alone is tied else shown[0],
         )
-    with pytest.raises(tp.TieError, match="no tensor that could be drawn"):
+    with pytest.raises(tp.TieError, match="not a tensor that could be drawn"):
         tp.draw_weights([nn.ReLU()])
     with pytest.raises(tp.TieError, match="no weight to draw"):
         tp.draw_weights([])

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from tiedparam.util.errors import Reason
 from tiedparam.util.table import Column, Table, TableReport, plain, show
 
 
@@ -49,8 +50,8 @@ def awkward() -> TableReport:
             ]
             return Table(columns, [("a|b<i>&amp;", 1), ("é", 22), ("c", None)])
 
-        def notes(self):
-            return ["x < y"]
+        def remarks(self):
+            return [Reason("x < y")]
 
     return Awkward()
 

@@ -1,6 +1,6 @@
 """The demo: one small CNN on real digits, tied by every law, measured and drawn.
 
-Reads top to bottom: the ties, the model, the data, what is measured, the table, the picture.
+Reads top to bottom: the ties, the model, the data, what is measured, what is printed and drawn.
 Pixels of scikit-learn's digits count from 0 to 16. They enter as 16 channels, ``pixel ≥ t``
 for each level ``t``, so a kernel that all input channels share is a kernel on the grey image.
 """
@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from math import ceil
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,17 +26,22 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
 
-from tiedparam import TieError, get_tie, is_tied, register_tie, residual
-from tiedparam.model.pictures import first_of_each
+from tiedparam.cli.demo_picture import Drawn, draw
+from tiedparam.layer.register import register_tie
+from tiedparam.layer.residual import residual
+from tiedparam.model.pictures import needed
 from tiedparam.model.report import state_bytes
+from tiedparam.tie.lookup import get_tie
+from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.progress import progress
+from tiedparam.util.table import Column, Table
 
 BATCH = 64
 LEVELS = 16
 
 
 @dataclass(frozen=True)
-class Tie:
+class TieLine:
     """One line of code as data: what is run is what is printed."""
 
     layer: str
@@ -56,11 +61,11 @@ class Tie:
         return f'tp.register_tie(model.{self.layer}, "{self.rule}", root=model{options})'
 
 
-FLIP_SYM = Tie("conv1", "flip_sym")
-CHANNEL_SHARED = Tie("stem", "channel_shared", {"over": "in"})
-ROW_REPEAT = Tie("hidden", "row_repeat", {"groups": 16})
-COPY = Tie("conv2", "copy", {"source": "conv1"})
-SQUARED_COPY = Tie("conv2", "squared_copy", {"source": "conv1"})
+FLIP_SYM = TieLine("conv1", "flip_sym")
+CHANNEL_SHARED = TieLine("stem", "channel_shared", {"over": "in"})
+ROW_REPEAT = TieLine("hidden", "row_repeat", {"groups": 16})
+COPY = TieLine("conv2", "copy", {"source": "conv1"})
+SQUARED_COPY = TieLine("conv2", "squared_copy", {"source": "conv1"})
 
 TIES = (FLIP_SYM, CHANNEL_SHARED, ROW_REPEAT, COPY, SQUARED_COPY)
 TOGETHER = (FLIP_SYM, CHANNEL_SHARED, ROW_REPEAT, COPY)
@@ -82,10 +87,10 @@ def demo(out: Path, *, seed: int = 0, epochs: int = 30) -> None:
             ``out`` cannot be written; after it, if a law were broken.
     """
     for package in ("sklearn", "matplotlib"):
-        needed(package)
+        _needed(package)
     reason = _why_not_writable(out)
     if reason is not None:
-        raise TieError(f"cannot write '{out}': {reason}")
+        raise TieError(f"cannot write '{out}'", *reason)
     with _reproducible(seed):
         data = load_digits(seed)
         dense = build_model()
@@ -94,33 +99,22 @@ def demo(out: Path, *, seed: int = 0, epochs: int = 30) -> None:
         baseline, _ = measure((), title="(dense)")
         tied = [(tie, *measure((tie,), title=tie.rule)) for tie in TIES]
         together, _ = measure(TOGETHER, title="four at once")
-    draw(dense, tied, out)
+    draw([drawn(tie, row, dense, model) for tie, row, model in tied], out)
     rows = [baseline, *(row for _, row, _ in tied), together]
     print(summary(rows, data, epochs, seed, out))
 
 
-def _why_not_writable(out: Path) -> str | None:
+def _why_not_writable(out: Path) -> Reason | None:
     if out.suffix.lower() != ".png":
-        return "the picture is a PNG. Choose a name that ends in .png."
+        return Reason("the picture is a PNG.", "Choose a name that ends in .png.")
     if out.is_dir():
-        return "it is a folder. Name a file in it."
+        return Reason("it is a folder.", "Name a file in it.")
     if not os.access(out.absolute().parent, os.W_OK):
-        return "its folder does not exist or is not writable. Choose another."
+        return Reason("its folder does not exist or is not writable.", "Choose another.")
     return None
 
 
-def needed(module: str) -> Any:
-    """Import a module of the ``demo`` extra.
-
-    Raises:
-        TieError: if it is not installed.
-    """
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise TieError(
-            f"the demo needs '{error.name}', which is not installed: pip install 'tiedparam[demo]'"
-        ) from error
+_needed = partial(needed, who="the demo needs", extra="demo")
 
 
 # Model and data -----------------------------------------------------------------------------
@@ -158,8 +152,8 @@ class Data:
 
 def load_digits(seed: int) -> Data:
     """All 1,797 digits, a quarter of each class held out."""
-    digits = needed("sklearn.datasets").load_digits()
-    split = needed("sklearn.model_selection").train_test_split
+    digits = _needed("sklearn.datasets").load_digits()
+    split = _needed("sklearn.model_selection").train_test_split
     parts = split(
         digits.images, digits.target, test_size=0.25, stratify=digits.target, random_state=seed
     )
@@ -205,7 +199,7 @@ class Row:
 
 
 def tie_and_tune(
-    dense: nn.Module, ties: tuple[Tie, ...], data: Data, epochs: int, seed: int, title: str
+    dense: nn.Module, ties: tuple[TieLine, ...], data: Data, epochs: int, seed: int, title: str
 ) -> tuple[Row, nn.Module]:
     """Tie a copy of a trained model, fine-tune it, and measure.
 
@@ -276,7 +270,7 @@ def weight_of(layer: nn.Module) -> Tensor:
     return cast(Tensor, layer.weight)
 
 
-def check_law(model: nn.Module, tie: Tie) -> int:
+def check_law(model: nn.Module, tie: TieLine) -> int:
     """Compare a tied weight with its rule's symmetries; how many comparisons that took.
 
     Raises:
@@ -288,34 +282,41 @@ def check_law(model: nn.Module, tie: Tie) -> int:
         weight = weight_of(layer)
         equal = [torch.equal(weight, image) for image in rule.symmetries(weight)]
     if not equal or not all(equal):
-        raise TieError(f"'{tie.layer}.weight' breaks its law {rule.law}. Please report this.")
+        key = f"'{tie.layer}.weight'"
+        raise TieError(key, f"{key} breaks its law {rule.law}.", "Please report this.")
     return len(equal)
 
 
-# The table ----------------------------------------------------------------------------------
-
-HEADER = f"""\
-{"":33}{"param-":>9}{"checkpoint":>12}{"optimizer":>11}   accuracy in %, held out
-{"law":15}{"layer":8}{"residual":>10}{"eters":>9}{"bytes":>12}{"bytes":>11}\
-{"before":>9}{"tied":>7}{"fine-tuned":>12}"""
+# What is printed and drawn -------------------------------------------------------------------
 
 
-def format_row(row: Row) -> str:
-    """One line of the table."""
-    distance = "" if row.residual is None else f"{row.residual:.3f}"
-    tied = "" if row.after_tying is None else f"{row.after_tying:.1f}"
-    return (
-        f"{row.title:15}{row.layer:8}{distance:>10}{row.parameters:>9,}{row.checkpoint_bytes:>12,}"
-        f"{row.optimizer_bytes:>11,}{row.before:>9.1f}{tied:>7}{row.after_tuning:>12.1f}"
-    )
+def _rounded(name: str, head: str, digits: int) -> Column[Row]:
+    """A column of numbers, some of which there are not."""
+    value = attrgetter(name)
+
+    def shown(row: Row) -> str:
+        return "" if value(row) is None else f"{value(row):.{digits}f}"
+
+    return Column(name, head, value, shown)
+
+
+COLUMNS: list[Column[Row]] = [
+    Column("title", "law", lambda row: row.title),
+    Column("layer", "layer", lambda row: row.layer),
+    _rounded("residual", "residual", 3),
+    Column("parameters", "parameters", lambda row: row.parameters),
+    Column("checkpoint_bytes", "checkpoint B", lambda row: row.checkpoint_bytes),
+    Column("optimizer_bytes", "optimizer B", lambda row: row.optimizer_bytes),
+    _rounded("before", "before", 1),
+    _rounded("after_tying", "tied", 1),
+    _rounded("after_tuning", "fine-tuned", 1),
+]
 
 
 def summary(rows: list[Row], data: Data, epochs: int, seed: int, out: Path) -> str:
     """All that goes to stdout."""
     trained, held_out = len(data.train_labels), len(data.test_labels)
     steps = epochs * ceil(trained / BATCH)
-    rule_off = "-" * len(HEADER.splitlines()[-1])
-    table = "\n".join([HEADER, rule_off, *map(format_row, rows)])
     lines = "\n".join(map(str, TIES))
     comparisons = sum(row.comparisons for row in rows)
     together = ", ".join(f"{tie.rule} on {tie.layer}" for tie in TOGETHER)
@@ -324,9 +325,10 @@ scikit-learn's digits: {trained:,} pictures to train, {held_out} held out; seed 
 A CNN of stock layers, trained for {epochs} epochs. Each row is a deep copy of it: tied, then
 fine-tuned for {steps:,} steps.
 
-{table}
+{Table(COLUMNS, rows).text()}
 
 residual      how far the trained weight was from the law: |W - nearest lawful W| / |W|
+accuracy      before, tied and fine-tuned: held-out pictures that are classified rightly, in %
 (dense)       not tied, fine-tuned for as many steps: the row to compare with
 four at once  {together}
 One held-out picture is {100 / held_out:.2f} %, and this is one seed: small differences say nothing.
@@ -339,118 +341,16 @@ The five lines that did it, one per law, after "import tiedparam as tp":
 {lines}"""
 
 
-# The picture --------------------------------------------------------------------------------
-
-CELLS = 12
-"""A panel shows a corner of 12 × 12 entries: the kernels of 4 × 4 channels, or a matrix."""
-INK = "#222222"
-CAPTION = (
-    "A corner of each weight: red is positive, blue negative, each block on its own scale. "
-    "Framed: a stored value. Not framed: computed by the law.\n"
-    "Outputs go down, inputs across. The marks show where three of the stored values are used. "
-    "Above the model as trained, below its copies, tied and fine-tuned."
-)
-
-
-def draw(dense: nn.Module, tied: list[tuple[Tie, Row, nn.Module]], out: Path) -> None:
-    """One column per law: the trained weight above, the tied and fine-tuned one below."""
-    figure = needed("matplotlib.figure").Figure(figsize=(14, 7.3), facecolor="white")
-    for column, (tie, row, model) in zip(figure.subfigures(1, len(tied)), tied, strict=True):
-        _draw_law(column, dense, model, tie, row)
-    figure.text(0.5, 0.02, CAPTION, ha="center", size=11, color=INK, linespacing=1.5)
-    figure.savefig(out, format="png", dpi=120)
-
-
-def _draw_law(column: Any, dense: nn.Module, tied: nn.Module, tie: Tie, row: Row) -> None:
+def drawn(tie: TieLine, row: Row, dense: nn.Module, tied: nn.Module) -> Drawn:
+    """What the picture shows of one law."""
     rule = get_tie(tied.get_submodule(tie.layer))
     entries = weight_of(dense.get_submodule(tie.layer)).numel()
-    write = partial(column.text, 0.5, ha="center", color=INK)
-    write(y=0.945, s=tie.rule, size=15, weight="bold")
-    write(y=0.905, s=rule.law, size=10.5)
-    write(y=0.86, s=f"dense: {entries:,} stored, {row.before:.1f} % right", size=10.5)
-    write(y=0.46, s=f"tied: {rule.free_count:,} stored, {row.after_tuning:.1f} % right", size=10.5)
-    # a copy is drawn below its source
     paths = [tie.options["source"], tie.layer] if "source" in tie.options else [tie.layer]
-    for model, bottom in ((dense, 0.48), (tied, 0.08)):
-        panels = [_corner_of(model.get_submodule(path), CELLS // len(paths)) for path in paths]
-        marks = _busiest(panels) if model is tied else []
-        height = 0.37 / len(paths)
-        for number, (path, panel) in enumerate(zip(paths, panels, strict=True), 1):
-            axes = column.add_axes((0.1, bottom + 0.37 - number * height, 0.8, height))
-            axes.set_ylabel(path, size=10, color=INK, labelpad=1)
-            _draw_panel(axes, panel, marks)
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A corner of a weight as matrices of ``(rows, CELLS)``.
-
-    Attributes:
-        values: the entries.
-        labels: the number of the stored value that each entry shows.
-        stored: whether the entry stands for its stored value: the first that shows it.
-        kernel: the side of the square kernels, 1 for a plain matrix.
-    """
-
-    values: Tensor
-    labels: Tensor
-    stored: Tensor
-    kernel: int
-
-
-def _corner_of(layer: nn.Module, rows: int) -> Panel:
-    weight = weight_of(layer).detach()
-    labels = torch.arange(1, weight.numel() + 1).reshape(weight.shape)
-    stored = torch.ones(weight.shape, dtype=torch.bool)
-    if is_tied(layer):
-        rule = get_tie(layer)
-        if rule.free_count:
-            labels = rule.orbit_labels().abs()
-            stored = first_of_each(labels)
-        else:  # a copy, entry by entry
-            stored[:] = False
-    kernel = weight.shape[-1] if weight.dim() == 4 else 1
-
-    def corner(tensor: Tensor) -> Tensor:
-        if kernel == 1:
-            return tensor[:rows, :CELLS]
-        channels = tensor[: rows // kernel, : CELLS // kernel]  # (outputs, inputs, kernel, kernel)
-        return channels.transpose(1, 2).reshape(rows, CELLS)
-
-    return Panel(corner(weight), corner(labels), corner(stored), kernel)
-
-
-def _busiest(panels: list[Panel]) -> list[int]:
-    """The labels of the three largest stored values that show more than once."""
-    seen = torch.cat([panel.labels.flatten() for panel in panels]).tolist()
-    first = panels[0]
-    order = first.values.abs().flatten().argsort(descending=True)
-    labels = [int(first.labels.flatten()[i]) for i in order if first.stored.flatten()[i]]
-    return [label for label in labels if seen.count(label) > 1][:3]
-
-
-def _draw_panel(axes: Any, panel: Panel, marks: list[int]) -> None:
-    """Entries as coloured squares, the stored ones framed, some marked."""
-    patches, collections = needed("matplotlib.patches"), needed("matplotlib.collections")
-    kernel, rows = panel.kernel, len(panel.values)
-    gap = 0.5 if kernel > 1 else 0.0
-    scale = float(panel.values.abs().max())
-    for framed in (False, True):
-        where = (panel.stored == framed).nonzero().tolist()
-        corners = [(c + gap * (c // kernel), r + gap * (r // kernel)) for r, c in where]
-        squares = [patches.Rectangle(corner, 0.88, 0.88) for corner in corners]
-        edge = INK if framed else "none"
-        cells = collections.PatchCollection(squares, cmap="RdBu_r", edgecolor=edge, linewidth=1)
-        cells.set_array([float(panel.values[r, c]) for r, c in where])
-        cells.set_clim(-scale, scale)
-        cells.set_snap(False)  # snapped to pixels, equal gaps look unequal
-        axes.add_collection(cells)
-        for (x, y), (r, c) in zip(corners, where, strict=True):
-            if int(panel.labels[r, c]) in marks:
-                shape = "o^s"[marks.index(int(panel.labels[r, c]))]
-                style = {"markerfacecolor": "white", "markeredgecolor": INK, "markersize": 6}
-                axes.plot(x + 0.44, y + 0.44, shape, **style)
-    width, height = (size + gap * (size // kernel - 1) for size in (CELLS, rows))
-    axes.set(xlim=(-0.2, width + 0.1), ylim=(height + 0.1, -0.2), aspect="equal")
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
+    return Drawn(
+        tie.rule,
+        rule.law,
+        f"dense: {entries:,} stored, {row.before:.1f} % right",
+        f"tied: {rule.free_count:,} stored, {row.after_tuning:.1f} % right",
+        {path: dense.get_submodule(path) for path in paths},
+        {path: tied.get_submodule(path) for path in paths},
+    )

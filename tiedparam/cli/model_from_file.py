@@ -19,16 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedparam.files import header as _header
+from tiedparam.files import header as files_header
 from tiedparam.files.header import Header
+from tiedparam.files.law_options import sources_in
 from tiedparam.files.load import load
 from tiedparam.files.plain_state import aliases_of
 from tiedparam.files.stored_tie import StoredTie
 from tiedparam.formats.atomic import PathLike
 from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.laws.functions import Functions
-from tiedparam.model.plan import read_data
-from tiedparam.util.errors import TieError, quoted, shortened, some_of
+from tiedparam.model.plan_file import read_data
+from tiedparam.util.errors import TieError, key_of, quoted, shortened, some_of, within
+from tiedparam.util.torch_private import (
+    buffers_of,
+    original_key,
+    parameters_of,
+    set_state_version,
+)
 
 _FREE = re.compile(r"(?:(?P<layer>.*)\.)?parametrizations\.(?P<tensor>[^.]+)\.original\d*")
 _DEEPEST = 100
@@ -73,9 +80,11 @@ def read_hints(path: PathLike) -> list[LayerHint]:
     hints = []
     for number, table in enumerate(tables if isinstance(tables, list) else [tables], start=1):
         if not _is_hint(table):
+            where = f"entry {number} of the tables 'layer' in '{path}'"
             raise TieError(
-                f"entry {number} of the tables 'layer' in '{path}' is malformed. Write "
-                'layers = "a glob", and groups = a number or transposed = true.'
+                where,
+                f"{where} is malformed.",
+                'Write layers = "a glob", and groups = a number or transposed = true.',
             )
         hints.append(
             LayerHint(table["layers"], table.get("groups", 1), table.get("transposed", False))
@@ -118,7 +127,7 @@ def open_model(
     """
     stored, hints = StoredCheckpoint(path, key), list(hints)
     try:
-        header = _header.read(stored.metadata)
+        header = files_header.read(stored.metadata)
         if header is None:
             tensors = dict(stored)
             aliases = aliases_of(stored)
@@ -130,21 +139,23 @@ def open_model(
             model = _build(tensors, aliases, twins, [*known, *hints])
         _refuse_idle(hints, tensors)
     except TieError as error:
-        raise TieError(f"cannot make a model of '{path}': {error}") from error
+        raise within(f"cannot make a model of '{path}'", error) from error
     versions = header.versions if header is not None else _versions(stored.module_metadata)
     for name, module in model.named_modules():
         if name in versions:
-            module._version = versions[name]
+            set_state_version(module, versions[name])
     return model if header is None else load(path, model, functions=functions)
 
 
 def _refuse_unknown_ties(names: Iterable[str]) -> None:
     for name in names:
         if (match := _FREE.fullmatch(name)) is not None:
-            place = f"{match['layer'] or ''}.{match['tensor']}".removeprefix(".")
+            key = quoted(key_of(match["layer"] or "", match["tensor"]))
             raise TieError(
-                f"{quoted(place)} is parametrized in it, and it does not say how. Load it into its "
-                "model in Python, and write it with tiedparam.save or tiedparam.export_dense."
+                key,
+                f"{key} is parametrized in it, and it does not say how.",
+                "Load it into its model in Python, and write it with tiedparam.save or "
+                "tiedparam.export_dense.",
             )
 
 
@@ -187,8 +198,9 @@ def _dense_form(
     for tie in header.ties:
         if tie.stacked:
             raise TieError(
-                f"another parametrization was stacked on the tie of {quoted(tie.key)}. Load it "
-                "into its model in Python."
+                quoted(tie.key),
+                f"another parametrization was stacked on the tie of {quoted(tie.key)}.",
+                "Load it into its model in Python.",
             )
         dtype = _dtype_of(tie, ties, stored, header.aliases, known)
         result[tie.key] = torch.empty(tie.shape, dtype=dtype, device="meta")
@@ -208,19 +220,21 @@ def _dtype_of(
     while key in ties and key not in chain and key not in known:
         chain[key] = None
         tie = ties[key]
-        first = f"{tie.layer}.parametrizations.{tie.tensor}.original0".removeprefix(".")
+        first = original_key(tie.layer, tie.tensor, 0)
         first = aliases.get(first, first)
         if first in stored:
             key = first
             break
-        source, name = tie.options.get("source"), tie.options.get("source_name")
-        key = f"{source}.{name}".removeprefix(".")  # a copy: along its chain
+        # along the chain of copies; of several sources the first one says it
+        key = next((key_of(*source) for source in sources_in(tie.options)), "")
     if key in known:
         known.update(dict.fromkeys(chain, known[key]))
         return known[key]
     key = aliases.get(key, key)
     if key not in stored:
-        raise TieError(f"it has no values for {quoted(tie.key)}. Fetch or save it again.")
+        raise TieError(
+            quoted(tie.key), f"it has no values for {quoted(tie.key)}.", "Fetch or save it again."
+        )
     known.update(dict.fromkeys(chain, stored[key].dtype))
     return stored[key].dtype
 
@@ -240,14 +254,18 @@ def _build(
         ancestors = path.split(".") if path else []
         if len(ancestors) > _DEEPEST:
             raise TieError(
-                f"the name {quoted(key)} is nested {len(ancestors):,} modules deep. Rename it."
+                quoted(key),
+                f"the name {quoted(key)} is nested {len(ancestors):,} modules deep.",
+                "Rename it.",
             )
         for depth in range(1, len(ancestors) + 1):
             layers.setdefault(".".join(ancestors[:depth]), {})
         layers[path][name] = value
     for path in twins:
         if path not in layers or twins[path] not in layers:
-            raise TieError(f"its alias {quoted(path)} is wrong. Fetch or save it again.")
+            raise TieError(
+                quoted(path), f"its alias {quoted(path)} is wrong.", "Fetch or save it again."
+            )
     modules = {
         path: _layer(path, content, _hint_for(path, hints))
         for path, content in layers.items()
@@ -263,10 +281,10 @@ def _build(
         path, _, name = alias.rpartition(".")
         kept_path, _, kept_name = kept.rpartition(".")
         if path not in twins:
-            for table in ("_parameters", "_buffers"):
-                if name in getattr(modules[path], table):
-                    same = getattr(modules[kept_path], table).get(kept_name)
-                    getattr(modules[path], table)[name] = same
+            for table_of in (parameters_of, buffers_of):
+                table: dict[str, Any] = table_of(modules[path])
+                if name in table:
+                    table[name] = table_of(modules[kept_path]).get(kept_name)
     return modules[""]
 
 
@@ -286,9 +304,9 @@ def _layer(path: str, tensors: Mapping[str, Tensor], hint: LayerHint | None) -> 
     for name, value in tensors.items():
         if _is_trained(name, value):
             parameter = nn.Parameter(value)
-            _named(f"{path}.{name}", layer.register_parameter, name, parameter)
+            _named(key_of(path, name), layer.register_parameter, name, parameter)
         else:
-            _named(f"{path}.{name}", layer.register_buffer, name, value)
+            _named(key_of(path, name), layer.register_buffer, name, value)
     return layer
 
 
@@ -296,12 +314,13 @@ def _convolution(path: str, shape: tuple[int, ...], bias: bool, hint: LayerHint)
     first, second, *kernel = shape
     if hint.groups < 1 or first % hint.groups:
         raise TieError(
-            f"{quoted(path)} cannot have {hint.groups} groups, because its weight is {shape}. "
-            f"Give a divisor of {first}."
+            quoted(path),
+            f"{quoted(path)} cannot have {hint.groups} groups, because its weight is {shape}.",
+            f"Give a divisor of {first}.",
         )
-    inputs, outputs = (first, second * hint.groups) if hint.transposed else (
-        second * hint.groups, first,
-    )  # fmt: skip
+    inputs, outputs = second * hint.groups, first
+    if hint.transposed:
+        inputs, outputs = first, second * hint.groups
     kind = _CONVOLUTIONS[len(shape)][hint.transposed]
     made: nn.Module = kind(
         inputs, outputs, tuple(kernel), groups=hint.groups, bias=bias, device="meta"
@@ -332,7 +351,9 @@ def _refuse_idle(hints: Iterable[LayerHint], tensors: Mapping[str, Tensor]) -> N
         if not any(fnmatchcase(path, hint.pattern) for path in fitting):
             known = some_of([quoted(path) for path in fitting]) or "none"
             kind = "convolution or matrix" if either else "convolution"
-            raise TieError(f"no {kind} is called '{hint.pattern}'. It has {known}.")
+            raise TieError(
+                f"'{hint.pattern}'", f"no {kind} is called '{hint.pattern}'.", f"It has {known}."
+            )
 
 
 def _named(key: str, enter: Any, *arguments: Any) -> None:
@@ -340,6 +361,7 @@ def _named(key: str, enter: Any, *arguments: Any) -> None:
         enter(*arguments)
     except KeyError as error:
         raise TieError(
-            f"the name {quoted(key.removeprefix('.'))} cannot stand in a model "
-            f"({shortened(error)}). Rename it."
+            quoted(key),
+            f"the name {quoted(key)} cannot stand in a model ({shortened(error)}).",
+            "Rename it.",
         ) from error

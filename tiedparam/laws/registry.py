@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tiedparam.laws.rule import Rule
-from tiedparam.util.errors import TieError
+from tiedparam.util.errors import TieError, nearest
 
 _RULES: dict[str, type[Rule]] = {}
 
 R = TypeVar("R", bound=type[Rule])
+
+IMPORT_ITS_MODULE = "If it is a rule of your own, import its module first."
+"""What to do about a rule that is not known."""
 
 
 def register_rule(name: str) -> Callable[[R], R]:
@@ -73,13 +75,8 @@ def find_rule(name: str) -> type[Rule]:
     """
     if name in _RULES:
         return _RULES[name]
-    near = difflib.get_close_matches(name, _RULES, n=3, cutoff=0.4)
-    if near:
-        hint = "Did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
-    else:
-        hint = "Known rules: " + ", ".join(available_rules()) + "."
-    hint += " If it is a rule of your own, import its module first."
-    raise TieError(f"'{name}'", f"there is no rule '{name}'.", hint)
+    hint = nearest(name, _RULES) or f"Known rules: {', '.join(available_rules())}."
+    raise TieError(f"'{name}'", f"there is no rule '{name}'. {hint}", IMPORT_ITS_MODULE)
 
 
 def make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:

@@ -21,6 +21,8 @@ from tiedparam.util.torch_private import (
 
 INITS = ("project", "rescale", "exact")
 """What ``init=`` may be."""
+REMOVE_THE_TIE = "Call remove_tie first."
+"""What to do about a tensor that is tied already."""
 
 
 def check_arguments(layer: object, tensor_name: object, init: object, root: object) -> None:
@@ -65,7 +67,7 @@ def why_untieable(
     """
     tie = find_tie(layer, tensor_name)
     if tie is not None:
-        return Reason(f"it is tied by '{tie.rule}' already.", "Call remove_tie first.")
+        return Reason(f"it is tied by '{tie.rule}' already.", REMOVE_THE_TIE)
     if parametrize.is_parametrized(layer, tensor_name):
         return Reason(
             "it has another parametrization.", "Remove that one, tie, and register it again."

@@ -27,6 +27,16 @@ ENTRIES = 128
 """With fewer than so many entries a weight may cancel by luck, and chance says little."""
 SHOWN = 3
 """So many ties of one model are described; the others are counted."""
+LOOK_FIRST = (
+    "For fresh layers pass init='rescale'; for trained ones look first, with tiedparam.residual or "
+    "tiedparam.scan, or set a limit with max_residual=."
+)
+"""What to do about ties that are hardly meant."""
+CHOOSE_A_NEARER_LAW = (
+    "Leave it dense, choose a law that it is near to (tiedparam.scan lists them), or raise the "
+    "limit."
+)
+"""What to do about a weight that is too far from its law."""
 TO_TIE_AGAIN = (
     "To tie again call untie_model first, and load trained weights anew: projections replaced them."
 )
@@ -156,12 +166,7 @@ class Concerns:
         are = "is" if self.count == 1 else "are"
         lines = [f"{self.count:,} of {ties:,} ties {are} hardly meant:", *self._facts]
         lines += [f"… and {more:,} more."] if more else []
-        advice = (
-            "For fresh layers pass init='rescale'; for trained ones look first, with "
-            "tiedparam.residual or tiedparam.scan, or set a limit with max_residual=."
-        )
-        lines.append(advice if dry_run else f"{advice} {TO_TIE_AGAIN}")
-        warn("\n".join(lines))
+        warn("\n".join(lines), LOOK_FIRST if dry_run else f"{LOOK_FIRST} {TO_TIE_AGAIN}")
 
 
 # The limit that a user may set ----------------------------------------------------------------
@@ -197,9 +202,7 @@ def why_distant(residual: float | None, limit: float | None) -> Reason | None:
         )
     if not residual <= limit:  # not a number is no small number
         return Reason(
-            f"its residual {residual:.3g} is above max_residual={limit:g}.",
-            "Leave it dense, choose a law that it is near to (tiedparam.scan lists them), or raise "
-            "the limit.",
+            f"its residual {residual:.3g} is above the limit of {limit:g}.", CHOOSE_A_NEARER_LAW
         )
     return None
 

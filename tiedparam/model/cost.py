@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from tiedparam.compute.forward import computing_of
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.host import stock_class
+from tiedparam.util.torch_private import AnyConvolution, is_read_by_attention
 
-_ONCE_PER_POSITION = (nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase)
+_ONCE_PER_POSITION = (nn.Linear, nn.Bilinear, AnyConvolution, nn.RNNBase, nn.RNNCellBase)
 
 
 def multiply_adds(
@@ -56,7 +55,7 @@ def _reduced_count(layer: nn.Module, tensor_name: str, rule: Rule | None) -> int
     if computing is None or computing.otherwise != "reduced":
         return None
     stock = stock_class(layer)
-    if issubclass(stock, NonDynamicallyQuantizableLinear):
+    if is_read_by_attention(stock):
         return None  # attention reads the weight and does the product itself
     return computing.reduction.entries
 
@@ -79,15 +78,15 @@ def positions(model: nn.Module, example: Any) -> dict[nn.Module, int]:
     counts: dict[nn.Module, int] = {}
 
     def count(layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(layer, _ConvNd) and layer.transposed:
+        if isinstance(layer, AnyConvolution) and layer.transposed:
             worked = inputs[0].numel() // layer.in_channels
-        elif isinstance(layer, _ConvNd):
+        elif isinstance(layer, AnyConvolution):
             worked = output.numel() // layer.out_channels
         else:
             worked = output.numel() // layer.out_features
         counts[layer] = counts.get(layer, 0) + worked
 
-    counted = (nn.Linear, nn.Bilinear, _ConvNd)
+    counted = (nn.Linear, nn.Bilinear, AnyConvolution)
     hooks = [
         layer.register_forward_hook(count)
         for layer in model.modules()

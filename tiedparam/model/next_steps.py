@@ -1,14 +1,11 @@
-"""What to type to tie by a plan: one line of Python, or commands of the shell."""
+"""What to type to tie by a plan: one line of Python. `cli.next_steps` has the shell's."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
-from pathlib import Path
 from typing import Any
 
-from tiedparam.model.plan import Plan, plan_to_data
+from tiedparam.model.plan import Plan
+from tiedparam.model.plan_file import plan_to_data
 from tiedparam.util.errors import TieError
 
 SPELLED_OUT = 3
@@ -17,7 +14,7 @@ SPELLED_OUT = 3
 
 def in_python(plan: Plan) -> str | None:
     """The call of `tie_model` that spells the plan out; None if it is long or has no names."""
-    tables = _tables(plan)
+    tables = tables_of(plan)
     if tables is None:
         return None
     values: dict[str, list[str]] = {}
@@ -38,79 +35,8 @@ def in_python(plan: Plan) -> str | None:
     return f"tp.tie_model(model, {{{', '.join(entries)}}})"
 
 
-def after_scan(planned: Plan, arguments: argparse.Namespace, program: str) -> list[str]:
-    """The commands of the shell that tie what a scan found, with the names of the user's files.
-
-    Args:
-        planned: what was found.
-        arguments: of the command ``scan``.
-        program: how the shell was called.
-    """
-
-    def command(name: str, *options: str) -> str:
-        return " ".join([program, name, *_given_again(arguments), *options])
-
-    output = _given("-o", _tied_name(arguments.file))
-    if not planned.entries:
-        return [command("tie", "--tie 'LAYERS=RULE'", "--init rescale", output)]
-    if arguments.plan is not None:
-        return [command("tie", _given("--plan", str(arguments.plan)), output)]
-    spelled_out = in_shell(planned)
-    if spelled_out is not None:
-        return [command("tie", spelled_out, output)]
-    laws = [_given("--rule", rule) for rule in arguments.rule or ()]
-    return [
-        command("scan", *laws, f"--pairs {arguments.pairs}", "--plan plan.toml"),
-        command("tie", "--plan plan.toml", output),
-    ]
-
-
-def _given_again(arguments: argparse.Namespace) -> list[str]:
-    """The file of a command and how it is to be read, for another command."""
-    options = [("--key", arguments.key)] if arguments.key is not None else []
-    options += [("--import", module) for module in arguments.imports]
-    options += [("--groups", f"{name}={n}") for name, n in arguments.groups]
-    options += [("--transposed", name) for name in arguments.transposed]
-    file = str(arguments.file)
-    file = f"./{file}" if file.startswith("-") else file
-    return [shlex.quote(file), *(_given(name, value) for name, value in options)]
-
-
-def _given(option: str, value: str) -> str:
-    """An option and its value; what begins with a dash would be read as another option."""
-    return f"{option}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}"
-
-
-def _tied_name(file: Path) -> str:
-    """What to call the tied checkpoint of a file or folder: ``model-tied.safetensors``."""
-    name = file.resolve().name.removesuffix(".index.json")
-    return f"{name if file.is_dir() else Path(name).stem}-tied.safetensors"
-
-
-def in_shell(plan: Plan) -> str | None:
-    """The options ``--tie`` that spell the plan out; None if it is long or they cannot say it."""
-    options = [_option(table) for table in _tables(plan) or [{}]]
-    if None in options:
-        return None
-    return " ".join(_given("--tie", str(option)) for option in options)
-
-
-def _option(table: dict[str, Any]) -> str | None:
-    """``layers=rule:key=value,…``; None if a value has one of these signs."""
-    if not table or "=" in table["layers"]:
-        return None
-    given = {
-        **table.get("options", {}),
-        **{key: table[key] for key in ("tensor_name", "init") if key in table},
-    }
-    texts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in given.items()}
-    if any("," in text for text in texts.values()):
-        return None
-    options = ",".join(f"{key}={text}" for key, text in texts.items())
-    return f"{table['layers']}={table['rule']}{':' + options if options else ''}"
-
-
-def _tables(plan: Plan) -> list[dict[str, Any]] | None:
+def tables_of(plan: Plan) -> list[dict[str, Any]] | None:
+    """A short plan as the tables of a file; None if it is long or has no names."""
     if not 0 < len(plan.entries) <= SPELLED_OUT:
         return None
     try:

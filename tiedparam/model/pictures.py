@@ -17,19 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.linked import Linked
 from tiedparam.laws.rule import Rule
 from tiedparam.model.scan_report import Candidate, ScanReport
 from tiedparam.tie.lookup import get_tie
 from tiedparam.tie.write_guard import unguard
-from tiedparam.util.errors import TieError, describe
+from tiedparam.util.errors import TieError, describe, key_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CORNER = 8
 """How many outputs and inputs of a weight are drawn, unless something else is asked for."""
-_INK, _PAPER = "#222222", (1.0, 1.0, 1.0)
+INK = "#222222"
+_PAPER = (1.0, 1.0, 1.0)
 _MOST_ROWS = 40
 
 
@@ -55,13 +55,10 @@ def draw_orbits(layer: nn.Module, tensor_name: str = "weight", *, corner: int = 
     shown = mosaic(numbers.abs(), corner).tolist()
     colours = [[orbit_colour(n) if n else _PAPER for n in row] for row in shown]
     axes[0].imshow(colours, interpolation="nearest")
-    patches = _needed("matplotlib.patches")
-    if not isinstance(rule, Linked):
-        for y, x in mosaic(first_of_each(numbers), corner).nonzero().tolist():
-            frame = patches.Rectangle((x - 0.42, y - 0.42), 0.84, 0.84, fill=False, color=_INK)
-            axes[0].add_patch(frame)
+    if not rule.reads_layers:
+        frame(axes[0], mosaic(first_of_each(numbers), corner))
     for y, x in (mosaic(numbers, corner) < 0).nonzero().tolist():
-        axes[0].plot([x - 0.3, x + 0.3], [y, y], color=_INK)
+        axes[0].plot([x - 0.3, x + 0.3], [y, y], color=INK)
     shape = rule.bound_layout.canonical_shape
     _name_axes(axes[0], layer, shape, corner, rule.bound_layout.groups)
     stored = f"{rule.free_count:,} of {numbers.numel():,} values stored"
@@ -97,7 +94,9 @@ def draw_weights(
         titles = [titles]
     values = [_values_of(weight, tensor_name) for weight in weights]
     if not values:
-        raise TieError("there is no weight to draw. Pass layers or tensors.")
+        raise TieError(
+            "draw_weights", "draw_weights has no weight to draw.", "Pass layers or tensors."
+        )
     layouts = [
         Layout.of(weight, tensor_name, tuple(value.shape))
         if isinstance(weight, nn.Module)
@@ -105,7 +104,7 @@ def draw_weights(
         for weight, value in zip(weights, values, strict=True)
     ]
     shown = [
-        _with_gaps(layout.canonical(value), corner)
+        mosaic_with_gaps(layout.canonical(value), corner)
         for layout, value in zip(layouts, values, strict=True)
     ]
     scale = max(float(value.abs().nan_to_num(0).max()) for value in shown) or 1.0
@@ -149,7 +148,7 @@ def draw_residuals(report: ScanReport) -> Figure:
         y = [rows.index(_name(c)) + height for c in drawn]
         residuals, expected = [c.residual for c in drawn], [c.expected for c in drawn]
         axes.hlines(y, residuals, expected, color=f"C{number % 10}", linewidth=0.8)
-        axes.plot(expected, y, "|", color=_INK, markersize=5)
+        axes.plot(expected, y, "|", color=INK, markersize=5)
         axes.plot(residuals, y, "o", color=f"C{number % 10}", markersize=4, label=kind)
     axes.set_yticks(range(len(rows)), rows, size=8)
     axes.set(xlabel="residual, and where a random tensor lies", ylabel="tensor")
@@ -199,11 +198,15 @@ def orbit_numbers(rule: Rule) -> Tensor:
 
     Returns:
         Numbers from 1 in the canonical layout, negative where the entry is minus the value. For a
-        copy the number of the source's entry, if each entry comes from one.
+        copy the number of the source's entry, if each entry comes from one; 0 where it is a
+        function of several values.
     """
-    if not isinstance(rule, Linked):
-        return rule.bound_layout.canonical(rule.orbit_labels())
-    ((source, name),) = rule.sources()
+    layout, sources = rule.bound_layout, list(rule.sources())
+    if not sources:
+        return layout.canonical(rule.orbit_labels())
+    if len(sources) > 1 or rule.free_count:
+        return layout.canonical(torch.zeros(layout.shape, dtype=torch.int64, device="cpu"))
+    ((source, name),) = sources
     shape = unguard(getattr(source, name)).shape
     numbers = torch.arange(1, shape.numel() + 1, dtype=torch.float64, device="cpu").reshape(shape)
     # each entry is some f(number): the chain rule, along the numbers and along ones
@@ -212,7 +215,7 @@ def orbit_numbers(rule: Rule) -> Tensor:
         for along in (numbers, torch.ones_like(numbers))
     )
     origins: Tensor = (scaled / slope).round().nan_to_num(0)
-    return rule.bound_layout.canonical(origins.to(torch.int64))
+    return layout.canonical(origins.to(torch.int64))
 
 
 def first_of_each(numbers: Tensor) -> Tensor:
@@ -248,16 +251,27 @@ def mosaic(tensor: Tensor, corner: int) -> Tensor:
     return matrix[: len(matrix) - gap, : matrix.shape[1] - gap]
 
 
-def _with_gaps(value: Tensor, corner: int) -> Tensor:
+def mosaic_with_gaps(value: Tensor, corner: int) -> Tensor:
+    """`mosaic` of numbers, with NaN between the kernels, which is not drawn."""
     between = mosaic(value.new_ones(value.shape, dtype=torch.bool), corner)
     return mosaic(value, corner).masked_fill(~between, float("nan"))
+
+
+def frame(axes: Any, where: Tensor) -> None:
+    """Put a dark frame around the fields of a picture where ``where`` is true."""
+    patches = needed("matplotlib.patches")
+    for y, x in where.nonzero().tolist():
+        field = patches.Rectangle((x - 0.42, y - 0.42), 0.84, 0.84, fill=False, color=INK)
+        axes.add_patch(field)
 
 
 def _values_of(weight: nn.Module | Tensor, tensor_name: str) -> Tensor:
     found = getattr(weight, tensor_name, None) if isinstance(weight, nn.Module) else weight
     if not isinstance(found, Tensor):
         where = describe(weight, tensor_name) if isinstance(weight, nn.Module) else repr(weight)
-        raise TieError(f"{where} is no tensor that could be drawn. Name another with tensor_name=.")
+        raise TieError(
+            where, f"{where} is not a tensor that could be drawn.", "Name one with tensor_name=."
+        )
     return unguard(found).detach().to("cpu", torch.float32)
 
 
@@ -265,7 +279,11 @@ def _clearest(report: ScanReport) -> tuple[list[Candidate], list[str], str]:
     """What to draw of a scan: candidates, the names of their tensors, ``"40 of 50"``."""
     ranked = [c for c in report.ranked() if c.relative is not None and math.isfinite(c.relative)]
     if not ranked:
-        raise TieError("the scan found no tensor that could be drawn. Scan a model with weights.")
+        raise TieError(
+            "the scan",
+            "the scan found no tensor that could be drawn.",
+            "Scan a model with weights.",
+        )
     names = list(dict.fromkeys(map(_name, ranked)))
     kept, drawn = set(names[:_MOST_ROWS]), {id(c) for c in ranked}
     candidates = [c for c in report.candidates if id(c) in drawn and _name(c) in kept]
@@ -274,7 +292,7 @@ def _clearest(report: ScanReport) -> tuple[list[Candidate], list[str], str]:
 
 
 def _name(candidate: Candidate) -> str:
-    return f"{candidate.layer}.{candidate.tensor_name}".removeprefix(".")
+    return key_of(candidate.layer, candidate.tensor_name)
 
 
 def _kind(candidate: Candidate) -> str:
@@ -304,7 +322,7 @@ def _name_axes(
 def _figure(
     panels: int, *, framed: bool = False, size: tuple[float, float] | None = None
 ) -> tuple[Figure, list[Any]]:
-    figure = _needed("matplotlib.figure").Figure(
+    figure = needed("matplotlib.figure").Figure(
         figsize=size or (5.5 * panels, 5.5), facecolor="white", layout="constrained"
     )
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
@@ -315,11 +333,22 @@ def _figure(
     return figure, axes
 
 
-def _needed(module: str) -> Any:
+def needed(module: str, who: str = "pictures need", extra: str = "pictures") -> Any:
+    """Import a module that only an extra installs.
+
+    Args:
+        module: its dotted name.
+        who: what needs it, as the message says.
+        extra: the extra of the package that brings it along.
+
+    Raises:
+        TieError: if it is not installed.
+    """
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise TieError(
-            f"pictures need '{error.name}', which is not installed: "
-            "pip install 'tiedparam[pictures]'"
+            f"'{error.name}'",
+            f"{who} '{error.name}', which is not installed.",
+            f"Run pip install 'tiedparam[{extra}]'.",
         ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tiedparam.laws.linked import Linked
 from tiedparam.laws.rule import Rule
-from tiedparam.model import cost as _cost
-from tiedparam.model.scan_report import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
+from tiedparam.model import cost
+from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
+from tiedparam.model.reasons import Skipped
 from tiedparam.state.optimizer_moves import as_optimizers
 from tiedparam.tie.lookup import origins, tie_of, ties_of
+from tiedparam.util.errors import Reason, key_of
 from tiedparam.util.table import Column, Table, TableReport, plain, show
+from tiedparam.util.torch_private import buffers_of, unsaved_buffers_of
 
 
 @dataclass(frozen=True)
@@ -119,19 +121,19 @@ class Report(TableReport[TieRow]):
         """A flat dictionary for every tied tensor."""
         return Table([*_COLUMNS, *_ONLY_DATA], self.ties).data()
 
-    def notes(self) -> list[str]:
+    def remarks(self) -> list[Reason]:
         """The totals, with how they are counted."""
         t = self.totals
-        notes = [] if self.ties else ["Nothing is tied."]
-        notes += [
+        remarks = [] if self.ties else [Reason("Nothing is tied.")]
+        remarks += [
             _saved("Values of the model", t.values_dense, t.values_stored),
             _saved("Checkpoint, without its header", t.checkpoint_dense, t.checkpoint_stored, " B"),
             _saved("Adam's two states", t.optimizer_dense, t.optimizer_stored, " B"),
         ]
         if t.optimizer_held is not None:
-            notes.append(f"State held by the optimizer: {show(t.optimizer_held)} B.")
+            remarks.append(Reason(f"State held by the optimizer: {show(t.optimizer_held)} B."))
         if t.multiply_adds_dense is not None and t.multiply_adds_tied is not None:
-            notes.append(
+            remarks.append(
                 _saved(
                     "Multiply-adds of these, forward", t.multiply_adds_dense, t.multiply_adds_tied
                 )
@@ -140,8 +142,9 @@ class Report(TableReport[TieRow]):
                 row.positions is None or row.multiply_adds_tied is None for row in self.ties
             )
             if unknown:
-                notes.append(f"Multiply-adds are not known for {unknown} of {len(self.ties)} rows.")
-        return notes
+                of_all = f"{unknown} of {len(self.ties)} rows"
+                remarks.append(Reason(f"Multiply-adds are not known for {of_all}."))
+        return remarks
 
     def to_data(self) -> dict[str, Any]:
         """Rows, totals and notes."""
@@ -151,19 +154,6 @@ class Report(TableReport[TieRow]):
             "totals": asdict(self.totals),
             "notes": self.notes(),
         }
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A tensor that a plan selected and that was left as it is, and why.
-
-    Where a layer type or function of the plan selected nothing, ``layer`` is its name.
-    """
-
-    layer: str
-    tensor_name: str
-    rule: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -178,13 +168,14 @@ class TieReport(Report):
     skipped: tuple[Skipped, ...] = ()
     dry_run: bool = False
 
-    def notes(self) -> list[str]:
+    def remarks(self) -> list[Reason]:
         """The totals, after what was skipped."""
-        notes = ["A dry run: nothing was changed."] if self.dry_run else []
-        for left in self.skipped:
-            where = f"{left.layer}.{left.tensor_name}".removeprefix(".")
-            notes.append(f"Skipped: '{where}' by '{left.rule}': {left.reason}")
-        return [*notes, *super().notes()]
+        remarks = [Reason("A dry run: nothing was changed.")] if self.dry_run else []
+        remarks += [
+            Reason(f"Skipped: {left.place}: {left.why.fact}", left.why.remedy)
+            for left in self.skipped
+        ]
+        return [*remarks, *super().remarks()]
 
     def to_data(self) -> dict[str, Any]:
         """Rows, totals, notes and what was skipped."""
@@ -192,13 +183,13 @@ class TieReport(Report):
             **super().to_data(),
             "kind": "tie",
             "dry_run": self.dry_run,
-            "skipped": [asdict(left) for left in self.skipped],
+            "skipped": [left.to_data() for left in self.skipped],
         }
 
 
-def _saved(what: str, dense: int, stored: int, unit: str = "") -> str:
+def _saved(what: str, dense: int, stored: int, unit: str = "") -> Reason:
     share = f" ({stored / dense:.1%})" if dense else ""
-    return f"{what}: {show(stored)}{unit} of {show(dense)}{unit} dense{share}."
+    return Reason(f"{what}: {show(stored)}{unit} of {show(dense)}{unit} dense{share}.")
 
 
 def report(
@@ -228,7 +219,7 @@ def report(
 
 def tie_rows(model: nn.Module, example: Any = None) -> tuple[TieRow, ...]:
     """One row for every tied tensor of the model; a layer with two names has one row."""
-    positions = _cost.positions(model, example) if example is not None else {}
+    positions = cost.positions(model, example) if example is not None else {}
     paths = {id(module): path for path, module in model.named_modules()}
     return tuple(
         _row(path, layer, name, rule, paths, positions)
@@ -246,8 +237,8 @@ def _row(
     positions: dict[nn.Module, int],
 ) -> TieRow:
     shape = rule.bound_layout.shape
-    counts = rule.multiplicities()
-    costs = _cost.multiply_adds(layer, name, shape, rule)
+    counts = () if rule.reads_layers else rule.multiplicities()
+    costs = cost.multiply_adds(layer, name, shape, rule)
     stored = list(origins(layer, name))
     return TieRow(
         layer=path,
@@ -271,12 +262,12 @@ def _row(
 
 
 def _described(rule: Rule, paths: dict[int, str]) -> str:
-    if not isinstance(rule, Linked):
-        return str(rule)
-    ((source, source_name),) = rule.sources()
-    path = paths.get(id(source))
-    place = "a layer outside of the model" if path is None else f"{path}.{source_name}"
-    return f"{rule} of {place.removeprefix('.')}"
+    """The rule, and the tensors that it reads."""
+    places = [
+        key_of(paths[id(source)], name) if id(source) in paths else "a layer outside of the model"
+        for source, name in rule.sources()
+    ]
+    return f"{rule} of {' and '.join(places)}" if places else str(rule)
 
 
 def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimizer]) -> Totals:
@@ -285,7 +276,7 @@ def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimiz
     parameters = list(model.parameters())  # each once
     stored = sum(p.numel() for p in parameters)
     stored_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in _persistent_buffers(model))
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in _saved_buffers(model))
     trainable = sum(2 * p.numel() * p.element_size() for p in parameters if p.requires_grad)
     saved = sum(row.dense_values - row.free_values for row in rows)
     saved_bytes = sum((r.dense_values - r.free_values) * r.bytes_per_value for r in rows)
@@ -312,14 +303,14 @@ def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimiz
     )
 
 
-def _persistent_buffers(model: nn.Module) -> Iterator[Tensor]:
-    seen: set[int] = set()
+def _saved_buffers(model: nn.Module) -> Iterable[Tensor]:
+    """Those that its state dict holds, each once."""
+    found = {}
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is None or name in module._non_persistent_buffers_set or id(buffer) in seen:
-                continue
-            seen.add(id(buffer))
-            yield buffer
+        for name, buffer in buffers_of(module).items():
+            if buffer is not None and name not in unsaved_buffers_of(module):
+                found[id(buffer)] = buffer
+    return found.values()
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.linked import Linked
 from tiedparam.laws.registry import available_rules, make_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import why_refused
-from tiedparam.model import cost as _cost
+from tiedparam.model import cost
 from tiedparam.model.near_copies import Sources, sample
 from tiedparam.model.plan import PlanEntry
 from tiedparam.model.random_tensor import Moments, RandomResidual
-from tiedparam.model.scan_report import Candidate, NotLookedAt, Pairs, ScanReport
+from tiedparam.model.reasons import Skipped
+from tiedparam.model.scan_report import Candidate, Pairs, ScanReport
 from tiedparam.model.scanned import ScannedTensor, tensors_of
 from tiedparam.tie.binding import bind
-from tiedparam.util.errors import TieError
+from tiedparam.util.errors import Reason, TieError, key_of
 from tiedparam.util.progress import progress as progress_bar
 
 RuleChoice = str | type[Rule] | tuple[str | type[Rule], Mapping[str, Any]]
@@ -74,8 +74,8 @@ def scan(
         raise TypeError(f"pairs= takes a number of pairs per tensor, 0 or more, not {pairs!r}")
     chosen = _chosen_rules(rules)
     tensors, left_out = tensors_of(model)
-    positions = _cost.positions(model, example) if example is not None else {}
-    passes = sum(pairs > 0 or not issubclass(choice.rule, Linked) for choice in chosen)
+    positions = cost.positions(model, example) if example is not None else {}
+    passes = sum(pairs > 0 or not choice.rule.reads_layers for choice in chosen)
     total = sum(t.value.numel() for t in tensors) * passes
     with progress_bar(total, "scanning", progress) as advance, torch.no_grad():
         looked = _Scan(chosen, positions, advance, left_out)
@@ -106,13 +106,15 @@ def _chosen_rules(rules: Iterable[RuleChoice] | None) -> list[_Choice]:
     for item in rules:
         rule, options = item if isinstance(item, tuple) else (item, None)
         kind = PlanEntry("*", rule, options or {}).rule_class()
-        if options is not None and not issubclass(kind, Linked):
-            make_rule(kind, dict(options))  # unknown options are said before any work
+        if options is not None and not kind.reads_layers:
+            make_rule(kind, dict(options))  # raises for unknown options, before any work
         given = {"source", "source_name"} & set(options or ())
-        if issubclass(kind, Linked) and given:
+        if kind.reads_layers and given:
+            name, named = kind.name or kind.__name__, " and ".join(f"{n}=" for n in sorted(given))
             raise TieError(
-                f"scan looks for the sources of '{kind.name or kind.__name__}' itself. Leave out "
-                f"{' and '.join(f'{name}=' for name in sorted(given))}, or call residual for one."
+                f"'{name}'",
+                f"scan looks for the sources of '{name}' itself.",
+                f"Leave out {named}, or call residual for one.",
             )
         chosen.append(_Choice(kind, options))
     return chosen
@@ -126,31 +128,31 @@ class _Scan:
         rules: list[_Choice],
         positions: dict[nn.Module, int],
         advance: Callable[[int], None],
-        left_out: list[NotLookedAt],
+        left_out: list[Skipped],
     ) -> None:
         self.rules = rules
         self.positions = positions
         self.advance = advance
         self.left_out = left_out
         self._broken: set[type[Rule]] = set()
-        self._misfits: dict[int, NotLookedAt] = {}
+        self._misfits: dict[int, Skipped] = {}
         self._fitted: set[int] = set()
         self._shapes: dict[tuple[str, Layout], _OfShape] = {}
 
     def laws_on(self, tensor: ScannedTensor) -> Iterator[Candidate]:
         """The candidates of one tensor alone."""
-        refused: dict[str, NotLookedAt] = {}
+        refused: dict[Reason, Skipped] = {}
         for choice in self.rules:
-            if issubclass(choice.rule, Linked) or choice.rule in self._broken:
+            if choice.rule.reads_layers or choice.rule in self._broken:
                 continue
             try:
                 yield from self._law_on(tensor, choice, refused)
-            except Exception as error:  # a rule of the user's own ends the look at itself alone
+            except Exception as error:  # a user's rule that fails: the others go on
                 self._leave_out(choice, tensor, error)
             self.advance(tensor.value.numel())
         self.left_out += refused.values()
 
-    def idle(self) -> Iterator[NotLookedAt]:
+    def idle(self) -> Iterator[Skipped]:
         """Where options that were given and fit no tensor were tried first, and why they do not."""
         for number, misfit in self._misfits.items():
             if number not in self._fitted:
@@ -158,27 +160,25 @@ class _Scan:
 
     def _leave_out(self, choice: _Choice, tensor: ScannedTensor, error: Exception) -> None:
         self._broken.add(choice.rule)
-        reason = (
+        fact = (
             f"the rule '{choice.rule.name or choice.rule.__name__}' raised "
             f"{type(error).__name__} here and was left out from then on: {error}"
         )
-        self.left_out.append(NotLookedAt(tensor.path, tensor.name, reason))
+        self.left_out.append(Skipped(tensor.path, tensor.name, Reason(fact)))
 
     def _law_on(
-        self, tensor: ScannedTensor, choice: _Choice, refused: dict[str, NotLookedAt]
+        self, tensor: ScannedTensor, choice: _Choice, refused: dict[Reason, Skipped]
     ) -> Iterator[Candidate]:
         for options in choice.variants(tensor.layout):
             rule = make_rule(choice.rule, dict(options))
-            why = why_refused(tensor.layer, rule)
-            refusal = str(why) if why is not None else None
+            refusal = why_refused(tensor.layer, rule)
             if refusal is not None:
-                refused[refusal] = NotLookedAt(tensor.path, tensor.name, refusal)
+                refused[refusal] = Skipped(tensor.path, tensor.name, refusal)
                 continue
-            unfit = bind(rule, tensor.layer, tensor.name, None)
-            misfit = str(unfit) if unfit is not None else None
+            misfit = bind(rule, tensor.layer, tensor.name, None)
             if misfit is not None and choice.options is not None:
-                reason = f"'{rule}' fits this tensor as little as the others: {misfit}"
-                left_out = NotLookedAt(tensor.path, tensor.name, reason)
+                fact = f"'{rule}' fits no tensor of the model; here, for example: {misfit.fact}"
+                left_out = Skipped(tensor.path, tensor.name, Reason(fact, misfit.remedy))
                 self._misfits.setdefault(id(choice), left_out)
             if misfit is not None:
                 continue
@@ -198,7 +198,7 @@ class _Scan:
         """Compare tensors with functions of each other; add the candidates to ``found``."""
         if not pairs:
             return Pairs()
-        rules = [choice for choice in self.rules if issubclass(choice.rule, Linked)]
+        rules = [choice for choice in self.rules if choice.rule.reads_layers]
         work = sum(tensor.value.numel() for tensor in tensors)
         # a constant tensor is near to every other constant one
         tensors = [t for t in tensors if t.value.dim() >= 2 and not t.moments.constant]
@@ -233,7 +233,7 @@ class _Scan:
             try:
                 for options in choice.variants(tensor.layout):
                     _, sources = by_options.setdefault(repr(options), (options, Sources()))
-                    sources.add(index, tensor.value, _linked(choice.rule, options, tensor).forward)
+                    sources.add(index, tensor.value, _copy_of(tensor, choice.rule, options).forward)
             except Exception as error:
                 self._leave_out(choice, tensor, error)
                 return
@@ -246,13 +246,13 @@ class _Scan:
         tensor: ScannedTensor,
         source: ScannedTensor,
     ) -> Candidate | None:
-        rule = _linked(kind, options, source)
+        rule = _copy_of(source, kind, options)
         refused = why_refused(tensor.layer, rule)
         if refused is not None or bind(rule, tensor.layer, tensor.name, None) is not None:
             return None
         random = RandomResidual.from_copy(
             tensor.moments,
-            Moments.of(rule.forward()),
+            Moments.of(rule.forward(*rule.read())),
             tensor.value.numel(),
             is_complex=tensor.value.is_complex(),
         )
@@ -271,11 +271,11 @@ class _Scan:
     ) -> Candidate:
         residual, constant = rule.residual(tensor.value), tensor.moments.constant
         shape = tuple(tensor.value.shape)
-        costs = _cost.multiply_adds(tensor.layer, tensor.name, shape, rule)
+        costs = cost.multiply_adds(tensor.layer, tensor.name, shape, rule)
         text = str(rule)
-        if isinstance(rule, Linked):
-            place = options["source"] + "." + options.get("source_name", tensor.name)
-            text = f"{text} of {place.removeprefix('.')}"
+        if rule.reads_layers:
+            place = key_of(options["source"], options.get("source_name", tensor.name))
+            text = f"{text} of {place}"
         return Candidate(
             layer=tensor.path,
             tensor_name=tensor.name,
@@ -332,7 +332,6 @@ class _OfShape:
     unlawful: float
 
 
-def _linked(kind: type[Rule], options: Mapping[str, Any], source: ScannedTensor) -> Linked:
-    rule = make_rule(kind, {**options, "source": source.layer, "source_name": source.name})
-    assert isinstance(rule, Linked)
-    return rule
+def _copy_of(source: ScannedTensor, kind: type[Rule], options: Mapping[str, Any]) -> Rule:
+    """A rule that reads this tensor."""
+    return make_rule(kind, {**options, "source": source.layer, "source_name": source.name})

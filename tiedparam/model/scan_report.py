@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from tiedparam.laws.linked import Linked
 from tiedparam.laws.rule import Rule
+from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
 from tiedparam.model.near_copies import SAMPLED
 from tiedparam.model.next_steps import in_python
 from tiedparam.model.plan import Plan, PlanEntry
-from tiedparam.util.table import Column, Table, TableReport, plain, show
+from tiedparam.model.reasons import Skipped
+from tiedparam.util.errors import Reason, key_of
+from tiedparam.util.table import Column, Table, TableReport, plain
 
 _NAMED = 5
 """How many finds the headline names."""
@@ -90,15 +92,6 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class NotLookedAt:
-    """A tensor that was left out, and why."""
-
-    layer: str
-    tensor_name: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Pairs:
     """How much of the search for copies was done.
 
@@ -113,29 +106,6 @@ class Pairs:
     per_tensor: int = 0
 
 
-def _path(candidate: Candidate | NotLookedAt) -> str:
-    return f"{candidate.layer}.{candidate.tensor_name}".removeprefix(".")
-
-
-# what candidates and ties have in common
-WHAT_IT_TIES: list[Column[Any]] = [
-    Column("tensor", "tensor", _path),
-    Column("rule", "rule", lambda r: r.rule),
-    Column("shape", "shape", lambda r: r.shape),
-    Column("dense_values", "dense", lambda r: r.dense_values),
-    Column("free_values", "free", lambda r: r.free_values),
-    Column("compression", "ratio", lambda r: r.compression),
-    Column("multiplicity", "mult.", lambda r: r.multiplicity, lambda r: _span(r.multiplicity)),
-    Column("residual", "residual", lambda r: r.residual),
-]
-WHAT_IT_COSTS: list[Column[Any]] = [
-    Column("multiply_adds_dense", "mult-adds", lambda r: r.multiply_adds_dense),
-    Column("multiply_adds_tied", "tied", lambda r: r.multiply_adds_tied),
-]
-WHERE_IT_LIES: list[Column[Any]] = [
-    Column("layer", "", lambda r: r.layer),
-    Column("tensor_name", "", lambda r: r.tensor_name),
-]
 _COLUMNS: list[Column[Candidate]] = [
     *WHAT_IT_TIES,
     Column("expected", "random", lambda c: c.expected),
@@ -151,14 +121,6 @@ _ONLY_DATA: list[Column[Candidate]] = [
 ]
 
 
-def _span(multiplicity: tuple[int, int] | None) -> str:
-    """``4``, ``1–2``, or ``–`` for a copy."""
-    if multiplicity is None:
-        return "–"
-    least, most = multiplicity
-    return show(least) if least == most else f"{show(least)}–{show(most)}"
-
-
 @dataclass(frozen=True)
 class ScanReport(TableReport[Candidate]):
     """What `scan` saw. Print it, or go on with `found`, `plan` and `rows`.
@@ -170,7 +132,7 @@ class ScanReport(TableReport[Candidate]):
     """
 
     candidates: tuple[Candidate, ...]
-    not_looked_at: tuple[NotLookedAt, ...] = ()
+    not_looked_at: tuple[Skipped, ...] = ()
     pairs: Pairs = field(default_factory=Pairs)
 
     shown_rows: ClassVar[int | None] = 40
@@ -189,7 +151,7 @@ class ScanReport(TableReport[Candidate]):
 
     def _least_likely(self) -> float:
         """The p-value below which a candidate is no luck, for as many as were compared."""
-        one_by_one = sum(not issubclass(c.rule_class, Linked) for c in self.candidates)
+        one_by_one = sum(not c.rule_class.reads_layers for c in self.candidates)
         return _LUCK / max(1, one_by_one + self.pairs.fitting)
 
     def found(self, below: float = 0.9) -> list[Candidate]:
@@ -242,7 +204,7 @@ class ScanReport(TableReport[Candidate]):
                 "a random tensor of the same mean and spread. A law would be imposed, not found: "
                 "train on after tying."
             )
-        some = [f"{_path(c)} ({c.rule})" for c in clearest[:_NAMED]]
+        some = [f"{key_of(c.layer, c.tensor_name)} ({c.rule})" for c in clearest[:_NAMED]]
         more = f" and {len(clearest) - _NAMED:,} more" if len(clearest) > _NAMED else ""
         look = "looks" if len(clearest) == 1 else "look"
         return f"{len(clearest):,} of {looked_at:,} tensors {look} tied: {', '.join(some)}{more}."
@@ -257,25 +219,29 @@ class ScanReport(TableReport[Candidate]):
         spelled_out = in_python(plan)
         return [spelled_out or "tp.tie_model(model, seen.plan())  # seen is what scan returned"]
 
-    def notes(self) -> list[str]:
+    def remarks(self) -> list[Reason]:
         """What was not looked at, and how copies were searched."""
-        notes = []
+        remarks = []
         fitting, compared = self.pairs.fitting, self.pairs.compared
         if fitting and compared == fitting:
-            notes.append(f"Copies: every fitting pair of tensors was compared ({fitting:,}).")
+            fact = f"Copies: every fitting pair of tensors was compared ({fitting:,})."
+            remarks.append(Reason(fact))
         elif fitting:
-            notes.append(
+            fact = (
                 f"Copies: {compared:,} of {fitting:,} fitting pairs were compared in full, the "
                 f"{self.pairs.per_tensor} nearest of each tensor; the others by {SAMPLED:,} "
                 "sampled entries only, and have no row (pairs= sets the bound)."
             )
-        by_reason: dict[str, list[str]] = {}
+            remarks.append(Reason(fact))
+        by_reason: dict[Reason, list[str]] = {}
         for left_out in self.not_looked_at:
-            by_reason.setdefault(left_out.reason, []).append(_path(left_out))
-        for reason, names in by_reason.items():
+            name = key_of(left_out.layer, left_out.tensor_name)
+            by_reason.setdefault(left_out.why, []).append(name)
+        for why, names in by_reason.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            notes.append(f"Not looked at: {', '.join(names[:3])}{more}: {reason}")
-        return notes
+            which = f"{', '.join(names[:3])}{more}"
+            remarks.append(Reason(f"Not looked at: {which}: {why.fact}", why.remedy))
+        return remarks
 
     def to_data(self) -> dict[str, Any]:
         """Rows, notes, what was left out, the bound on copies, and what was found in words."""
@@ -284,7 +250,7 @@ class ScanReport(TableReport[Candidate]):
             "headline": self.headline(),
             "next_steps": self.next_steps(),
             "rows": plain(self.rows()),
-            "not_looked_at": [plain(vars(left_out)) for left_out in self.not_looked_at],
+            "not_looked_at": [left_out.to_data() for left_out in self.not_looked_at],
             "pairs": plain(vars(self.pairs)),
             "notes": self.notes(),
         }

@@ -11,11 +11,11 @@ from torch.nn.utils import parametrize
 from tiedparam.laws.layout import Layout
 from tiedparam.layer.checks import why_untieable
 from tiedparam.model.random_tensor import Moments
-from tiedparam.model.scan_report import NotLookedAt
+from tiedparam.model.reasons import Skipped
 from tiedparam.tie.lookup import get_tie, is_tied
 from tiedparam.tie.parameter_paths import Places
-from tiedparam.util.errors import TieError
-from tiedparam.util.torch_private import has_values
+from tiedparam.util.errors import Reason, TieError, key_of
+from tiedparam.util.torch_private import has_values, is_quantized, parameters_of
 
 
 @dataclass
@@ -34,7 +34,7 @@ class ScannedTensor:
         return Layout.of(self.layer, self.name, tuple(self.value.shape))
 
 
-def tensors_of(model: nn.Module) -> tuple[list[ScannedTensor], list[NotLookedAt]]:
+def tensors_of(model: nn.Module) -> tuple[list[ScannedTensor], list[Skipped]]:
     """Every Parameter once, in the model's order; and what no rule can be put on."""
     tensors, left_out = [], []
     places = Places(model)
@@ -42,29 +42,27 @@ def tensors_of(model: nn.Module) -> tuple[list[ScannedTensor], list[NotLookedAt]
         if isinstance(layer, parametrize.ParametrizationList):
             continue  # its layer speaks for it
         for name in _tensor_names(layer):
-            parameter = layer._parameters.get(name)
-            where = f"{path}.{name}".removeprefix(".")
+            parameter = parameters_of(layer).get(name)
             if is_tied(layer, name):
-                reason: str | None = f"it is tied by '{get_tie(layer, name)}' already."
+                why: Reason | None = Reason(f"it is tied by '{get_tie(layer, name)}' already.")
             elif parameter is not None and (
                 others := list(places.other_holders(layer, name, parameter))
             ):
-                reason = _why_shared(places, [(layer, name), *others])
+                why = _why_shared(places, [(layer, name), *others])
             else:
-                untieable = why_untieable(layer, name)
-                reason = str(untieable) if untieable else _why_no_values(parameter, where)
-            if reason is not None:
-                left_out.append(NotLookedAt(path, name, reason))
+                why = why_untieable(layer, name) or _why_no_values(parameter, key_of(path, name))
+            if why is not None:
+                left_out.append(Skipped(path, name, why))
                 continue
             assert parameter is not None
             value = parameter.detach()
             tensors.append(ScannedTensor(path, layer, name, value, Moments.of(value)))
-        if hasattr(layer, "_packed_params") and hasattr(layer, "weight"):
-            left_out.append(NotLookedAt(path, "weight", "the layer is quantized."))
+        if is_quantized(layer):
+            left_out.append(Skipped(path, "weight", Reason("the layer is quantized.")))
     return tensors, left_out
 
 
-def _why_shared(places: Places, holders: list[tuple[nn.Module, str]]) -> str:
+def _why_shared(places: Places, holders: list[tuple[nn.Module, str]]) -> Reason:
     """Why the first of the holders of one Parameter cannot be tied."""
     padded = [
         places.describe(layer, name)
@@ -73,30 +71,34 @@ def _why_shared(places: Places, holders: list[tuple[nn.Module, str]]) -> str:
     ]
     # said here: else who gives the embedding its own Parameter is refused by the next law
     circle = f" No other law can go on {padded[0]}, because of its padding_idx." if padded else ""
-    return (
-        f"it shares its Parameter with {places.describe(*holders[1])}, and a rule would take it "
-        f"away. Give one of them a Parameter of its own, and tie it to the other by 'copy'.{circle}"
+    other = places.describe(*holders[1])
+    return Reason(
+        f"it shares its Parameter with {other}, and a rule would take it away.",
+        f"Give one of them a Parameter of its own, and tie it to the other by 'copy'.{circle}",
     )
 
 
 def _tensor_names(layer: nn.Module) -> Iterator[str]:
-    yield from (name for name, parameter in layer._parameters.items() if parameter is not None)
+    yield from (name for name, parameter in parameters_of(layer).items() if parameter is not None)
     if parametrize.is_parametrized(layer):
         yield from layer.parametrizations  # type: ignore[misc]
 
 
-def _why_no_values(parameter: nn.Parameter | None, where: str) -> str | None:
+def _why_no_values(parameter: nn.Parameter | None, key: str) -> Reason | None:
     if parameter is None:
-        return "it is no Parameter."
+        return Reason("it is not a Parameter.")
     if not (parameter.is_floating_point() or parameter.is_complex()):
-        return f"no law has a meaning for {parameter.dtype}."
+        return Reason(f"no law has a meaning for {parameter.dtype}.")
     if parameter.dtype.itemsize < 2:  # float8: torch computes nothing in it
-        return f"nothing can be computed in {parameter.dtype}. Convert the layer first (.float())."
+        return Reason(
+            f"nothing can be computed in {parameter.dtype}.", "Convert the layer first (.float())."
+        )
     if parameter.numel() == 0:
-        return "it is empty."
+        return Reason("it is empty.")
     if not has_values(parameter):
         raise TieError(
-            f"the model has no values to look at: '{where}' is on the meta device. Load the "
-            "model first (model.to_empty, then load_state_dict)."
+            f"'{key}'",
+            f"the model has no values to look at: '{key}' is on the meta device.",
+            "Load the model first (model.to_empty, then load_state_dict).",
         )
     return None

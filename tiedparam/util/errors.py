@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ class Reason(NamedTuple):
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.fact} {self.remedy}".strip()
+        between = "\n" if "\n" in self.fact else " "  # after a list, what to do has its own line
+        return f"{self.fact}{between}{self.remedy}".strip()
 
 
 class TieError(RuntimeError):
@@ -68,28 +69,44 @@ class TieError(RuntimeError):
         """Fact and remedy, for another place to say."""
         return Reason(self.fact, self.remedy)
 
-    def __str__(self) -> str:
-        said = str(self.reason)
+    def worded(self, word: Callable[[Reason], str]) -> str:
+        """The message, with the reason in the words of ``word``: the shell has its own remedies."""
+        said = word(self.reason)
         if self.where and self.where not in self.fact:
             said = f"{self.where}: {said}"
         return shortened(said, LONGEST_MESSAGE)
 
+    def __str__(self) -> str:
+        return self.worded(str)
+
 
 class TieWarning(UserWarning):
-    """Something was done as asked that is perhaps not meant.
+    """Something was done as asked that is perhaps not meant: ``TieWarning(fact, remedy)``.
 
     A loaded weight was projected by more than rounding, say; a tie frees nothing, or keeps next to
     nothing of the weight; decay acts otherwise than before.
     """
 
+    @property
+    def reason(self) -> Reason:
+        """What was done, and what to do about it."""
+        return Reason(*map(str, self.args or ("",)))
 
-def warn(message: str) -> None:
+    def worded(self, word: Callable[[Reason], str]) -> str:
+        """The message, with the reason in the words of ``word``."""
+        return shortened(word(self.reason), LONGEST_MESSAGE)
+
+    def __str__(self) -> str:
+        return self.worded(str)
+
+
+def warn(fact: str, remedy: str = "") -> None:
     """Give a `TieWarning` that points at the user's line, however deep in here it is found."""
     level = 1
     frame: FrameType | None = caller(0)
     while frame is not None and _is_machinery(frame):
         level, frame = level + 1, frame.f_back
-    warnings.warn(shortened(message, LONGEST_MESSAGE), TieWarning, stacklevel=level)
+    warnings.warn(TieWarning(fact, remedy), stacklevel=level)
 
 
 def _is_machinery(frame: FrameType) -> bool:

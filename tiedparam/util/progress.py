@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 
 PATIENCE = 1.0
 """Seconds after which a bar appears of its own accord."""
@@ -23,7 +22,7 @@ def progress(total: int, title: str, shown: bool | None = None) -> Iterator[Call
         total: how much work there is, in any unit.
         title: what is being done.
         shown: True or False; None shows a bar if stderr is a terminal and the work is not
-            over after `PATIENCE` seconds. tqdm draws it where it is installed.
+            over after `PATIENCE` seconds.
 
     Yields:
         A function that says how much more is done.
@@ -36,21 +35,15 @@ def progress(total: int, title: str, shown: bool | None = None) -> Iterator[Call
     if not shown:
         yield lambda amount: None
         return
+    bar = _Bar(total, title, patience)
     try:
-        tqdm = import_module("tqdm").tqdm
-    except ImportError:
-        bar = _Bar(total, title, patience)
-        try:
-            yield bar.advance
-        finally:
-            bar.close()
-        return
-    with tqdm(total=total, desc=title, delay=patience, unit_scale=True, file=sys.stderr) as drawn:
-        yield drawn.update
+        yield bar.advance
+    finally:
+        bar.close()
 
 
 class _Bar:
-    """What is drawn where tqdm is not installed."""
+    """What is drawn: the title, a bar, and the share that is done."""
 
     def __init__(self, total: int, title: str, patience: float) -> None:
         self.total, self.title = total, title

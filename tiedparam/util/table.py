@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, ClassVar, Generic, TypeVar
 
-from tiedparam.util.errors import visible
+from tiedparam.util.errors import Reason, visible
 
 Record = TypeVar("Record")
+
+SEE_ALL_ROWS = "See rows() or to_markdown()."
+"""What to do about rows that are not shown."""
 
 
 def show(value: Any) -> str:
@@ -121,7 +124,7 @@ class Table(Generic[Record]):
 class TableReport(Generic[Record]):
     """A result that is read as a table with notes below it.
 
-    A subclass says what `table` shows and which `notes` follow, and may say what stands above it
+    A subclass says what `table` shows and which `remarks` follow, and may say what stands above it
     (`headline`) and what to type next (`next_steps`); all the forms come from that.
     """
 
@@ -132,9 +135,13 @@ class TableReport(Generic[Record]):
         """The rows."""
         raise NotImplementedError
 
+    def remarks(self) -> list[Reason]:
+        """What stands below the table: facts, some with what to do about them."""
+        raise NotImplementedError
+
     def notes(self) -> list[str]:
         """What stands below the table, one line each."""
-        raise NotImplementedError
+        return list(map(str, self.remarks()))
 
     def headline(self) -> str:
         """What stands above the table; nothing, unless a subclass says more."""
@@ -169,9 +176,14 @@ class TableReport(Generic[Record]):
     def __str__(self) -> str:
         return self.text(self.next_steps())
 
-    def text(self, next_steps: Sequence[str]) -> str:
-        """What ``str`` shows, with other steps to take: the shell has its own."""
-        shown, notes = self._shortened()
+    def text(self, next_steps: Sequence[str], word: Callable[[Reason], str] = str) -> str:
+        """What ``str`` shows, with other steps to take and other remedies: the shell has its own.
+
+        Args:
+            next_steps: what to type next, one line each.
+            word: how a remark is said.
+        """
+        shown, notes = self._shortened(word)
         return _joined(
             visible(self.headline()),
             shown.text() if shown.records else "",
@@ -182,7 +194,7 @@ class TableReport(Generic[Record]):
         )
 
     def _repr_html_(self) -> str:
-        shown, notes = self._shortened()
+        shown, notes = self._shortened(str)
         steps = "\n".join(self.next_steps())
         parts = [
             f"<p>{escape(self.headline())}</p>" if self.headline() else "",
@@ -192,13 +204,13 @@ class TableReport(Generic[Record]):
         ]
         return "".join(part + "\n" for part in parts if part)
 
-    def _shortened(self) -> tuple[Table[Record], list[str]]:
-        table, notes = self.table(), self.notes()
+    def _shortened(self, word: Callable[[Reason], str]) -> tuple[Table[Record], list[str]]:
+        table, remarks = self.table(), self.remarks()
         hidden = len(table.records) - self.shown_rows if self.shown_rows is not None else 0
         if hidden > 0:
             del table.records[self.shown_rows :]
-            notes.insert(0, f"{hidden:,} more rows are in rows() and to_markdown().")
-        return table, notes
+            remarks.insert(0, Reason(f"{hidden:,} more rows are not shown.", SEE_ALL_ROWS))
+        return table, list(map(word, remarks))
 
 
 def _joined(*parts: str) -> str:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import (
@@ -42,6 +44,11 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 def submodules_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """The table of a module's own submodules, to be read or written."""
     return module._modules
+
+
+def unsaved_buffers_of(module: nn.Module) -> set[str]:
+    """The names of a module's own buffers that are in no state dict (``persistent=False``)."""
+    return module._non_persistent_buffers_set
 
 
 def has_gradient_hooks(parameter: nn.Parameter) -> bool:
@@ -71,9 +78,20 @@ def is_managed_by_fsdp(module: nn.Module) -> bool:
     return "_is_fsdp_managed_module" in module.__dict__
 
 
-def unsaved_buffers_of(module: nn.Module) -> set[str]:
-    """The names of a module's own buffers that are in no state dict (``persistent=False``)."""
-    return module._non_persistent_buffers_set
+# Classes of layers -----------------------------------------------------------------------------
+
+AnyConvolution = _ConvNd
+"""What all convolutions derive from, transposed ones included; they have ``.transposed``."""
+
+
+def is_read_by_attention(kind: type[nn.Module]) -> bool:
+    """Whether ``nn.MultiheadAttention`` reads the weight of such a layer and never calls it."""
+    return issubclass(kind, NonDynamicallyQuantizableLinear)
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether torch's eager quantization packed a layer's weight, which is no Parameter then."""
+    return hasattr(layer, "_packed_params") and hasattr(layer, "weight")
 
 
 # State dicts -----------------------------------------------------------------------------------
