@@ -19,7 +19,7 @@ from benchmarks import contenders as made
 from benchmarks import memory, models
 from benchmarks.goals import Goal
 from benchmarks.measuring import Contender, Run, Setting, summarize
-from tiedparam.compute import forward as _structured
+from tiedparam.compute import forward
 from tiedparam.tie.lookup import tie_of
 
 
@@ -590,21 +590,21 @@ def _compare_forms(
 
 def _chosen(tied: Any, x: Tensor, mode: str) -> str:
     """The form in which a layer computes an input: seen, not derived."""
-    plan = tie_of(tied).computing
+    computing = tie_of(tied).computing
     calls = []
-    compute = _structured.convolve
+    compute = forward.convolve
 
     def convolve(*arguments: Any) -> Tensor:
         calls.append(arguments)
         return compute(*arguments)
 
-    _structured.convolve = convolve
+    forward.convolve = convolve
     try:
         with torch.set_grad_enabled(mode == "training"):
             tied(x.to(tied.bias.device).requires_grad_())
     finally:
-        _structured.convolve = compute
-    return "windows" if calls else str(plan.otherwise)
+        forward.convolve = compute
+    return "windows" if calls else str(computing.otherwise)
 
 
 @case(

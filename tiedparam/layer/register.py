@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from tiedparam.compute.forward import computing_of
-from tiedparam.compute.frozen import memory_for, refuse_if_frozen
+from tiedparam.compute.forms import computing_of
+from tiedparam.compute.frozen import refuse_if_frozen
+from tiedparam.compute.kept import memory_for
 from tiedparam.laws.layout import declare_shape
 from tiedparam.laws.registry import make_rule
 from tiedparam.laws.rule import Rule

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from tiedparam.compute.forward import computing_of
+from tiedparam.compute.forms import computing_of
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.host import stock_class
 

@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
@@ -168,6 +170,16 @@ def parametrization_list(layer: nn.Module, tensor_name: str) -> parametrize.Para
     return cast(parametrize.ParametrizationList, parametrization_lists(layer)[tensor_name])
 
 
+def list_in_tables(layer: nn.Module, tensor_name: str) -> nn.Module | None:
+    """The parametrizations of one tensor, None if it has none, for what runs at every call.
+
+    torch keeps them in the table of submodules, where an attribute of a module is found last.
+    Seen in torch 2.13.
+    """
+    lists = layer._modules.get("parametrizations")
+    return lists._modules.get(tensor_name) if lists is not None else None
+
+
 def effective(layer: nn.Module, tensor_name: str) -> Tensor:
     """The tensor that the layer computes with: computed if it is parametrized, else stored."""
     # by the tables: this runs at every call, and an attribute of a module is found last there
@@ -252,3 +264,100 @@ def never_compiled(function: F) -> F:
 
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast(F, outside)
+
+
+# What may run at every call, besides a module's forward ----------------------------------------
+
+
+def hooks_on_all_modules() -> tuple[Any, ...]:
+    """The hooks that torch calls with every module (``register_module_forward_hook``).
+
+    They lie in tables of ``torch.nn.modules.module``. Seen in torch 2.13.
+    """
+    if not torch_module._has_any_global_hook():
+        return ()
+    return (
+        *torch_module._global_forward_hooks.values(),
+        *torch_module._global_forward_pre_hooks.values(),
+        *torch_module._global_backward_hooks.values(),
+        *torch_module._global_backward_pre_hooks.values(),
+    )
+
+
+# What torch is doing now -----------------------------------------------------------------------
+
+
+def is_jit_tracing() -> bool:
+    """Whether ``torch.jit.trace`` records, as the old ONNX export does.
+
+    It warns of comparisons between sizes, and writes sizes down as constants. Seen in torch 2.13.
+    """
+    return torch._C._get_tracing_state() is not None
+
+
+def is_transforming() -> bool:
+    """Whether a transform of ``torch.func`` is at work: vmap, grad, jvp, functionalize.
+
+    torch keeps a stack of their interpreters, whose top is None where there is none. Seen in torch
+    2.13.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def may_carry_tangents() -> bool:
+    """Whether the block ``forward_ad.dual_level`` is entered, so tensors may have tangents.
+
+    torch counts the levels from 0, and keeps −1 outside. Seen in torch 2.13.
+    """
+    return forward_ad._current_level >= 0
+
+
+# How stock layers compute ----------------------------------------------------------------------
+
+
+def steps_of_forward(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The methods that torch's ``forward`` of a Linear or a convolution calls on the layer.
+
+    A convolution convolves in ``_conv_forward``, which pads as ``padding_mode`` says; a transposed
+    one counts in ``_output_padding`` what ``output_size`` asks for. Seen in torch 2.13.
+    """
+    if issubclass(kind, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return ("_output_padding",)
+    return () if issubclass(kind, nn.Linear) else ("_conv_forward",)
+
+
+def convolution_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """What a convolution does with its input, any weight and any bias. Seen in torch 2.13."""
+    return cast(Callable[[Tensor, Tensor, Tensor | None], Tensor], layer._conv_forward)
+
+
+def output_padding_of(
+    layer: Any, input: Tensor, output_size: list[int] | None, axes: int
+) -> list[int]:
+    """The ``output_padding`` of a transposed convolution of so many axes. Seen in torch 2.13.
+
+    It depends on the input where an ``output_size`` is asked for.
+    """
+    padding: list[int] = layer._output_padding(
+        input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
+    )
+    return padding
+
+
+def padding_of(layer: Any) -> list[int]:
+    """What a convolution pads where ``padding_mode`` or a named padding needs a call of its own.
+
+    Before and after each axis, the last axis first, as ``F.pad`` takes it. Seen in torch 2.13.
+    """
+    padding: list[int] = layer._reversed_padding_repeated_twice
+    return padding
+
+
+def reshaped_in_place(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A contiguous tensor, which nobody else holds, in another shape; no view to autograd.
+
+    ``reshape`` gives a view, and autograd forbids some of what may be done to a plain tensor to
+    a view. ``_unsafe_view`` is what torch's own ``matmul`` and ``linear`` use. Seen in torch 2.13.
+    """
+    reshaped: Tensor = torch.ops.aten._unsafe_view.default(tensor, shape)
+    return reshaped
