@@ -34,9 +34,9 @@ from tiedparam.tie.interposed import is_bare
 from tiedparam.util.torch_private import (
     convolution_of,
     effective,
-    is_jit_tracing,
-    is_transforming,
-    list_in_tables,
+    innermost_transform,
+    jit_tracing,
+    lists_in_tables,
     output_padding_of,
     padding_of,
     parameters_of,
@@ -58,7 +58,7 @@ def cheap_forward(stock: type[nn.Module]) -> Forward | None:
     own, (compute, names) = TORCHS_OWN[kind], _FORWARDS[kind]
 
     def cheap(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-        if not own.computes_layer(layer, stock):
+        if stock.forward is not own.forward or own.hands_on(layer):
             return None
         if len(args) > len(names) or (not args and "input" not in kwargs):
             return None  # the stock forward says what is wrong with them
@@ -190,7 +190,7 @@ _Values = tuple[Rule, Computing, Tensor, Tensor | None]
 
 def _values_for_cheap_form(layer: nn.Module, input: Any) -> _Values | None:
     """What the layer computes with in its cheap form, or None if it computes densely now."""
-    values = list_in_tables(layer, "weight")
+    values = lists_in_tables(layer).get("weight")
     if values is None or not isinstance(input, Tensor):
         return None  # not tied (any more)
     computing: Computing | None = values.__dict__.get("computing")
@@ -198,7 +198,7 @@ def _values_for_cheap_form(layer: nn.Module, input: Any) -> _Values | None:
         return None
     parametrizations: dict[str, Any] = submodules_of(values)
     if len(parametrizations) > 1:
-        return None
+        return None  # another one on top
     rule = parametrizations["0"]
     if type(rule).forward is not computing.expand or not is_bare(values, rule):
         return None  # the weight is not what the base alone says
@@ -236,13 +236,13 @@ _CAST_BY_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def _has_features(computing: Computing, input: Tensor) -> bool:
-    return is_jit_tracing() or (input.dim() > 0 and input.shape[-1] == computing.channels)
+    return jit_tracing() is not None or (input.dim() > 0 and input.shape[-1] == computing.channels)
 
 
 def _has_channels(layer: Any, computing: Computing, input: Tensor) -> bool:
     if layer.groups != computing.groups:
         return False
-    if is_jit_tracing():
+    if jit_tracing() is not None:
         return True
     axes = len(computing.kernel)
     return input.dim() in (axes + 1, axes + 2) and input.shape[-axes - 1] == computing.channels
@@ -270,7 +270,7 @@ def _spread(y: Tensor, run: int, bias: Tensor | None, axes: int) -> Tensor:
         spread = y.unsqueeze(channel).repeat_interleave(run, channel)
     else:
         spread = y.unsqueeze(channel) + bias.to(y.dtype).reshape(outputs, run, *(1,) * axes)
-    if is_jit_tracing():  # which would write the sizes down as constants
+    if jit_tracing() is not None:  # which would write the sizes down as constants
         return spread.flatten(channel - 1, channel)
     # no view for autograd, as stock layers return none: under fully_shard the hook on an output
     # that is a view would not survive an in-place ReLU
@@ -279,7 +279,7 @@ def _spread(y: Tensor, run: int, bias: Tensor | None, axes: int) -> Tensor:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    if is_transforming():
+    if innermost_transform() is not None:
         return False  # vmap cannot say; the format is then nobody's promise
     if x.dim() == 4:
         return _strided_as(x, torch.channels_last)

@@ -17,18 +17,16 @@ from tiedparam.compute.kept import (
     FrozenWeight,
     Memory,
     lists_behind,
-    memory_in,
     sources_behind,
 )
 from tiedparam.tie.interposed import is_bare
-from tiedparam.tie.lookup import named_ties
+from tiedparam.tie.lookup import named_ties, tie_of
 from tiedparam.tie.offloaded import can_be_loaded
 from tiedparam.util.errors import TieError
 from tiedparam.util.torch_private import (
     buffers_of,
-    parametrization_list,
+    lists_in_tables,
     parametrization_lists,
-    submodules_of,
 )
 
 _lock = threading.RLock()
@@ -127,9 +125,8 @@ def refuse_training_forward(layer: nn.Module) -> None:
     """Raise if a frozen layer runs in training mode or while its gradients are recorded."""
     if not _sessions:
         return
-    lists: Any = submodules_of(layer)["parametrizations"]
-    for values in submodules_of(lists).values():
-        memory = memory_in(values)
+    for values in lists_in_tables(layer).values():
+        memory: Memory | None = values.__dict__.get("kept")
         held = memory.frozen if memory is not None else None
         if held is None or not held.holds():
             continue
@@ -215,7 +212,7 @@ def _weights_to_hold(model: nn.Module) -> list[tuple[Memory, FrozenWeight]]:
     """
     held: dict[int, tuple[Memory, FrozenWeight]] = {}
     for prefix, layer, name, rule in named_ties(model):
-        memory = memory_in(parametrization_list(layer, name))
+        memory = tie_of(layer, name).kept
         if memory is None or id(memory) in held:  # given to torch directly: computed
             continue
         where = f"'{prefix}{name}'"

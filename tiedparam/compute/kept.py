@@ -30,7 +30,7 @@ from tiedparam.util.torch_private import (
     buffers_of,
     effective,
     has_values,
-    list_in_tables,
+    lists_in_tables,
     may_carry_tangents,
     parameters_of,
     parametrization_list,
@@ -67,13 +67,6 @@ def memory_for(rule: Rule, cache: bool) -> Memory:
     return Memory(cache and rule.gains_from_cache)
 
 
-def memory_in(values: Any) -> Memory | None:
-    """What is kept of the weight of one list; None for a rule that was given to torch directly."""
-    # by the table: this runs at every call
-    memory: Memory | None = values.__dict__.get("kept")
-    return memory
-
-
 def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor | None:
     """The kept weight if it may be used now; None if the weight must be computed.
 
@@ -86,8 +79,8 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
     Raises:
         TieError: if the weight is frozen and gradients for it are being recorded.
     """
-    values: Any = list_in_tables(layer, tensor_name)
-    memory = memory_in(values)
+    values = lists_in_tables(layer)[tensor_name]
+    memory: Memory | None = values.__dict__.get("kept")  # None: given to torch directly
     if memory is None:
         return None
     frozen = memory.frozen

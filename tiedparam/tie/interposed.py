@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tiedparam.laws.rule import Rule
 from tiedparam.util.errors import TieError, describe
 from tiedparam.util.torch_private import (
+    has_hooks_on_all_modules,
     hooks_on_all_modules,
     is_watched,
     parametrization_list,
@@ -35,8 +36,9 @@ def is_bare(values: nn.Module, rule: nn.Module) -> bool:
         return False
     if submodules_of(rule) and any(map(is_watched, rule.modules())):
         return False
-    hooks = hooks_on_all_modules()
-    return not hooks or all(getattr(hook, "__module__", "") in _OBSERVERS for hook in hooks)
+    return not has_hooks_on_all_modules() or all(
+        getattr(hook, "__module__", "") in _OBSERVERS for hook in hooks_on_all_modules()
+    )
 
 
 _OBSERVERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")

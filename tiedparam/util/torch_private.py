@@ -170,14 +170,14 @@ def parametrization_list(layer: nn.Module, tensor_name: str) -> parametrize.Para
     return cast(parametrize.ParametrizationList, parametrization_lists(layer)[tensor_name])
 
 
-def list_in_tables(layer: nn.Module, tensor_name: str) -> nn.Module | None:
-    """The parametrizations of one tensor, None if it has none, for what runs at every call.
+def lists_in_tables(layer: nn.Module) -> Mapping[str, Any]:
+    """The parametrization lists of a layer, by tensor name, for what runs at every call.
 
     torch keeps them in the table of submodules, where an attribute of a module is found last.
     Seen in torch 2.13.
     """
     lists = layer._modules.get("parametrizations")
-    return lists._modules.get(tensor_name) if lists is not None else None
+    return lists._modules if lists is not None else {}
 
 
 def effective(layer: nn.Module, tensor_name: str) -> Tensor:
@@ -269,13 +269,16 @@ def never_compiled(function: F) -> F:
 # What may run at every call, besides a module's forward ----------------------------------------
 
 
-def hooks_on_all_modules() -> tuple[Any, ...]:
-    """The hooks that torch calls with every module (``register_module_forward_hook``).
+has_hooks_on_all_modules = torch_module._has_any_global_hook
+"""Whether torch calls hooks with every module (``register_module_forward_hook``).
 
-    They lie in tables of ``torch.nn.modules.module``. Seen in torch 2.13.
-    """
-    if not torch_module._has_any_global_hook():
-        return ()
+torch's own function, as are the next: at every call a function around it would be felt. Seen in
+torch 2.13.
+"""
+
+
+def hooks_on_all_modules() -> tuple[Any, ...]:
+    """The hooks that torch calls with every module. Seen in torch 2.13."""
     return (
         *torch_module._global_forward_hooks.values(),
         *torch_module._global_forward_pre_hooks.values(),
@@ -287,21 +290,19 @@ def hooks_on_all_modules() -> tuple[Any, ...]:
 # What torch is doing now -----------------------------------------------------------------------
 
 
-def is_jit_tracing() -> bool:
-    """Whether ``torch.jit.trace`` records, as the old ONNX export does.
+jit_tracing: Callable[[], Any] = torch._C._get_tracing_state
+"""What ``torch.jit.trace`` records now, as the old ONNX export does too; None if nobody traces.
 
-    It warns of comparisons between sizes, and writes sizes down as constants. Seen in torch 2.13.
-    """
-    return torch._C._get_tracing_state() is not None
+It warns of comparisons between sizes, and writes sizes down as constants. torch.compile knows of
+this question that it is None; of the others that torch has, it does not. Seen in torch 2.13.
+"""
 
 
-def is_transforming() -> bool:
-    """Whether a transform of ``torch.func`` is at work: vmap, grad, jvp, functionalize.
+innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+"""The transform of ``torch.func`` that is at work (vmap, grad, jvp, functionalize), or None.
 
-    torch keeps a stack of their interpreters, whose top is None where there is none. Seen in torch
-    2.13.
-    """
-    return torch._C._functorch.peek_interpreter_stack() is not None
+torch keeps a stack of their interpreters. Seen in torch 2.13.
+"""
 
 
 def may_carry_tangents() -> bool:
@@ -328,7 +329,8 @@ def steps_of_forward(kind: type[nn.Module]) -> tuple[str, ...]:
 
 def convolution_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """What a convolution does with its input, any weight and any bias. Seen in torch 2.13."""
-    return cast(Callable[[Tensor, Tensor, Tensor | None], Tensor], layer._conv_forward)
+    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor] = layer._conv_forward
+    return convolve
 
 
 def output_padding_of(
