@@ -35,7 +35,7 @@ from tiedparam.util.torch_private import (
     convolution_of,
     effective,
     innermost_transform,
-    jit_tracing,
+    is_traced,
     lists_in_tables,
     output_padding_of,
     padding_of,
@@ -236,13 +236,13 @@ _CAST_BY_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def _has_features(computing: Computing, input: Tensor) -> bool:
-    return jit_tracing() is not None or (input.dim() > 0 and input.shape[-1] == computing.channels)
+    return is_traced() or (input.dim() > 0 and input.shape[-1] == computing.channels)
 
 
 def _has_channels(layer: Any, computing: Computing, input: Tensor) -> bool:
     if layer.groups != computing.groups:
         return False
-    if jit_tracing() is not None:
+    if is_traced():
         return True
     axes = len(computing.kernel)
     return input.dim() in (axes + 1, axes + 2) and input.shape[-axes - 1] == computing.channels
@@ -270,7 +270,7 @@ def _spread(y: Tensor, run: int, bias: Tensor | None, axes: int) -> Tensor:
         spread = y.unsqueeze(channel).repeat_interleave(run, channel)
     else:
         spread = y.unsqueeze(channel) + bias.to(y.dtype).reshape(outputs, run, *(1,) * axes)
-    if jit_tracing() is not None:  # which would write the sizes down as constants
+    if is_traced():  # which would write the sizes down as constants
         return spread.flatten(channel - 1, channel)
     # no view for autograd, as stock layers return none: under fully_shard the hook on an output
     # that is a view would not survive an in-place ReLU

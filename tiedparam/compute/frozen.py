@@ -20,7 +20,7 @@ from tiedparam.compute.kept import (
     sources_behind,
 )
 from tiedparam.tie.interposed import is_bare
-from tiedparam.tie.lookup import named_ties, tie_of
+from tiedparam.tie.lookup import named_ties_in
 from tiedparam.tie.offloaded import can_be_loaded
 from tiedparam.util.errors import TieError
 from tiedparam.util.torch_private import (
@@ -144,7 +144,7 @@ class _Session:
 
     def __init__(self, model: nn.Module) -> None:
         # a copy's source may lie outside of the model: it must not change either
-        sources = [module for _, _, _, rule in named_ties(model) for module in sources_behind(rule)]
+        sources = [source for _, tie in named_ties_in(model) for source in sources_behind(tie.rule)]
         self.members = dict.fromkeys((*model.modules(), *sources))
         self.held = _weights_to_hold(model)
         for memory, weight in self.held:
@@ -211,19 +211,20 @@ def _weights_to_hold(model: nn.Module) -> list[tuple[Memory, FrozenWeight]]:
         TieError: if one of them cannot be frozen.
     """
     held: dict[int, tuple[Memory, FrozenWeight]] = {}
-    for prefix, layer, name, rule in named_ties(model):
-        memory = tie_of(layer, name).kept
+    for prefix, tie in named_ties_in(model):
+        memory = tie.kept
         if memory is None or id(memory) in held:  # given to torch directly: computed
             continue
-        where = f"'{prefix}{name}'"
-        if layer.training:
+        where = f"'{prefix}{tie.tensor_name}'"
+        if tie.layer.training:
             fact = "its layer is in training mode."
             raise TieError(f"cannot freeze {where}", fact, "Call model.eval().")
-        if any(not is_bare(values, part) for values, part, _ in lists_behind(layer, name)) or any(
-            can_be_loaded(source) for source in sources_behind(rule)
+        lists = lists_behind(tie.layer, tie.tensor_name)
+        if not all(is_bare(values, part) for values, part, _ in lists) or any(
+            can_be_loaded(source) for source in sources_behind(tie.rule)
         ):
             continue  # hooks may change the weight at every call, as offloading does
-        held[id(memory)] = memory, memory.frozen or FrozenWeight(layer, name, where)
+        held[id(memory)] = memory, memory.frozen or FrozenWeight(tie, where)
     return list(held.values())
 
 

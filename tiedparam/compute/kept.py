@@ -22,13 +22,13 @@ from torch.nn.utils import parametrize
 from tiedparam.laws.rule import Rule
 from tiedparam.state.optimizer_guard import allow_steps, forbid_steps
 from tiedparam.tie.interposed import is_bare
-from tiedparam.tie.lookup import is_tied, tie_of, ties_of
+from tiedparam.tie.lookup import find_tie
+from tiedparam.tie.record import Tie
 from tiedparam.util.bits import same_bits
 from tiedparam.util.errors import TieError
 from tiedparam.util.sharded import is_sharded
 from tiedparam.util.torch_private import (
     buffers_of,
-    effective,
     has_values,
     lists_in_tables,
     may_carry_tangents,
@@ -63,8 +63,11 @@ class Memory:
 
 
 def memory_for(rule: Rule, cache: bool) -> Memory:
-    """What a fresh tie keeps of its weight; a rule that gains nothing ignores ``cache``."""
-    return Memory(cache and rule.gains_from_cache)
+    """What a fresh tie keeps of its weight; a rule that gains nothing ignores ``cache``.
+
+    So does one that reads other layers, whose numbers a check of the free values would not see.
+    """
+    return Memory(cache and not rule.reads_layers and rule.gains_from_cache)
 
 
 def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor | None:
@@ -85,7 +88,7 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
         return None
     frozen = memory.frozen
     if frozen is not None:
-        if frozen.layer is not layer or not frozen.holds():
+        if frozen.tie.layer is not layer or not frozen.holds():
             return None  # a shallow clone's, or functional_call has put other tensors in
         frozen.refuse_gradients()
         return frozen.weight if frozen.is_bare() else None  # a hook came later
@@ -146,14 +149,21 @@ def _all_the_same(kept: tuple[Tensor, ...], present: tuple[Tensor | None, ...]) 
 
 
 class FrozenWeight:
-    """One weight, computed once for all blocks that hold it."""
+    """One weight, computed once for all blocks that hold it.
 
-    def __init__(self, layer: nn.Module, tensor_name: str, where: str) -> None:
+    Attributes:
+        where: the tensor, as messages name it.
+        holders: how many blocks hold it.
+        tie: whose weight it is.
+        weight: the weight.
+    """
+
+    def __init__(self, tie: Tie, where: str) -> None:
         self.where = where
         self.holders = 0
-        self.layer, self.tensor_name = layer, tensor_name
-        self.origins = list(tensors_behind(layer, tensor_name))
-        self.lists = lists_behind(layer, tensor_name)
+        self.tie = tie
+        self.origins = list(tensors_behind(tie.layer, tie.tensor_name))
+        self.lists = lists_behind(tie.layer, tie.tensor_name)
         for _, _, tensor in self.origins:
             if is_sharded(tensor):
                 raise TieError(
@@ -166,8 +176,8 @@ class FrozenWeight:
 
     def _compute(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            weight = effective(self.layer, self.tensor_name).detach()
-        computing = tie_of(self.layer, self.tensor_name).computing
+            weight = self.tie.weight().detach()
+        computing = self.tie.computing
         if computing is not None and computing.form != "dense":
             return weight  # an expanded view: nobody reads it where the structured form runs
         return weight.contiguous()
@@ -215,7 +225,7 @@ class FrozenWeight:
 
     def changed(self) -> bool:
         """Whether the free values give another weight now."""
-        if not is_tied(self.layer, self.tensor_name) or not self.holds():
+        if find_tie(self.tie.layer, self.tie.tensor_name) is None or not self.holds():
             return True
         if not has_values(self.weight):
             return False
@@ -275,6 +285,6 @@ def sources_behind(rule: Rule) -> Iterator[nn.Module]:
     """The layers that a rule reads, and those that they read."""
     for source, source_name in rule.sources():
         yield source
-        found = ties_of(source).get(source_name)
-        if found is not None:
-            yield from sources_behind(found)
+        tie = find_tie(source, source_name)
+        if tie is not None:
+            yield from sources_behind(tie.rule)

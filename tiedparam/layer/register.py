@@ -79,10 +79,10 @@ def register_tie(
             error. A number that is given also says that what lies below is meant, without a
             warning.
         cache: keep the computed weight between calls in eval mode without gradients. The
-            free values are compared, bit for bit, before it is used again, which takes a
-            fraction of computing it (on a GPU it waits for the device). Laws that compute
-            their weight for next to nothing ignore it: see `Rule.gains_from_cache`, and
-            `frozen` for whole models.
+            free values are compared, bit for bit, before it is used again (on a GPU that waits
+            for the device). Where comparing takes as long as computing, this is ignored: by
+            laws that only repeat or copy, and by ``flip_sym`` below 65,536 entries; see
+            `Rule.gains_from_cache`, and `frozen` for whole models.
         optimizer: the optimizer or optimizers that hold the dense parameter; they are
             moved to the free values, state and coupled decay included. They must be of
             ``torch.optim``, or known by `register_optimizer`. A stepping optimizer that was

@@ -143,6 +143,22 @@ def is_traced_or_transformed() -> bool:
     )
 
 
+innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+"""The transform of ``torch.func`` that is at work (vmap, grad, jvp, functionalize), or None.
+
+torch's own function, since it is asked at every call, where a function around it would be felt.
+Seen in torch 2.13.
+"""
+
+
+def may_carry_tangents() -> bool:
+    """Whether the block ``forward_ad.dual_level`` is entered, so tensors may have tangents.
+
+    torch counts the levels from 0, and keeps −1 outside. Seen in torch 2.13.
+    """
+    return forward_ad._current_level >= 0
+
+
 def caller(above: int = 1) -> FrameType:
     """The frame of whoever called the function that asks, or of one further up.
 
@@ -272,8 +288,8 @@ def never_compiled(function: F) -> F:
 has_hooks_on_all_modules = torch_module._has_any_global_hook
 """Whether torch calls hooks with every module (``register_module_forward_hook``).
 
-torch's own function, as are the next: at every call a function around it would be felt. Seen in
-torch 2.13.
+torch's own function, since it is asked at every call, where a function around it would be felt.
+Seen in torch 2.13.
 """
 
 
@@ -285,32 +301,6 @@ def hooks_on_all_modules() -> tuple[Any, ...]:
         *torch_module._global_backward_hooks.values(),
         *torch_module._global_backward_pre_hooks.values(),
     )
-
-
-# What torch is doing now -----------------------------------------------------------------------
-
-
-jit_tracing: Callable[[], Any] = torch._C._get_tracing_state
-"""What ``torch.jit.trace`` records now, as the old ONNX export does too; None if nobody traces.
-
-It warns of comparisons between sizes, and writes sizes down as constants. torch.compile knows of
-this question that it is None; of the others that torch has, it does not. Seen in torch 2.13.
-"""
-
-
-innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-"""The transform of ``torch.func`` that is at work (vmap, grad, jvp, functionalize), or None.
-
-torch keeps a stack of their interpreters. Seen in torch 2.13.
-"""
-
-
-def may_carry_tangents() -> bool:
-    """Whether the block ``forward_ad.dual_level`` is entered, so tensors may have tangents.
-
-    torch counts the levels from 0, and keeps −1 outside. Seen in torch 2.13.
-    """
-    return forward_ad._current_level >= 0
 
 
 # How stock layers compute ----------------------------------------------------------------------
