@@ -649,8 +649,8 @@ def test_the_choice_of_form_at_its_edges():
     assert chosen(nn.Linear(8, 8), "row_repeat", groups=8) == "dense"
     assert chosen(nn.Linear(8, 8), "row_repeat", groups=4) == "reduced"
     assert chosen(nn.Linear(8, 8), shared, over="in") == "reduced"
-    assert chosen(nn.Conv1d(8, 32, 16, groups=8), shared, over="groups") == "windows"
-    assert chosen(nn.Conv1d(8, 32, 17, groups=8), shared, over="groups") == "dense"
+    assert chosen(nn.Conv1d(8, 32, 64, groups=8), shared, over="groups") == "windows"
+    assert chosen(nn.Conv1d(8, 32, 65, groups=8), shared, over="groups") == "dense"
     assert chosen(nn.Conv1d(16, 32, 3, groups=8), shared, over="groups") == "dense"
     assert chosen(nn.ConvTranspose1d(8, 32, 3, groups=8), shared, over="groups") == "dense"
 

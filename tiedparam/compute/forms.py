@@ -116,21 +116,22 @@ def choose_form(reduction: Reduction, layout: Layout, *, convolution: bool) -> s
     --case forms`` repeats: the cheap form stands where it lost in no measured shape. "windows"
     is a way to compute "reduced" or "dense" in eager mode; traced graphs hold those.
     """
-    positions = math.prod(layout.kernel)
     windows = _has_windows(reduction, layout, convolution)
+    if math.prod(layout.kernel) > _POSITIONS:
+        windows = False
     if reduction.shared_banks:
-        return "windows" if windows and positions <= _STREAM_POSITIONS else "dense"
+        return "windows" if windows else "dense"
     saved = (layout.canonical_shape[1] if reduction.summed else 1) * reduction.run
     if not convolution:
         return "reduced" if saved > 1 else "dense"
     if saved < (_SAVED if layout.groups == 1 else _SAVED_IN_GROUPS):
         return "dense"
-    return "windows" if windows and positions <= _WINDOW_POSITIONS else "reduced"
+    return "windows" if windows else "reduced"
 
 
 _SAVED = 4  # multiplications per one that is left
 _SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
-_STREAM_POSITIONS, _WINDOW_POSITIONS = 16, 64
+_POSITIONS = 64  # of a kernel; windows of more take much memory
 
 
 def _has_windows(reduction: Reduction, layout: Layout, convolution: bool) -> bool:
