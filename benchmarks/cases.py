@@ -19,7 +19,7 @@ from benchmarks import contenders as made
 from benchmarks import memory, models
 from benchmarks.goals import Goal
 from benchmarks.measuring import Contender, Run, Setting, summarize
-from tiedparam.compute import forward as _structured
+from tiedparam.compute import forward
 from tiedparam.tie.lookup import tie_of
 
 
@@ -300,6 +300,10 @@ def shapes_in_use(run: Run) -> None:
 # Inference --------------------------------------------------------------------------------
 
 FROZEN, CACHED = "tiedparam, frozen", "tiedparam, cache=True"
+_CACHED_IS_FASTER = Goal(
+    "flip_sym, cache=True: faster than computing the weight anew", "ratio", 1.0, "inference",
+    contender=CACHED, against=("tiedparam",),
+)  # fmt: skip
 
 
 @case(
@@ -308,6 +312,7 @@ FROZEN, CACHED = "tiedparam, frozen", "tiedparam, cache=True"
     (
         Goal("flip_sym, frozen, where dense takes ≥ 1 ms: ≤ 1.01 × dense", "ratio", 1.01,
              "inference", "flip_sym", contender=FROZEN, dense_ms=1.0),
+        _CACHED_IS_FASTER,
     ),
 )  # fmt: skip
 def inference(run: Run) -> None:
@@ -324,7 +329,7 @@ def inference(run: Run) -> None:
             pair = models.tie_pair(layer, rule, options)
             assert pair is not None
             found = _dense_and_tied(pair, "tied", "weight")
-            if tp.available_rules()[rule].gains_from_cache:
+            if tp.get_tie(pair["tied"]).gains_from_cache:
                 cached: Any = deepcopy(found[0].forward)
                 found.append(Contender(CACHED, tp.register_tie(cached, rule, cache=True)))
             frozen = deepcopy(pair)
@@ -333,6 +338,44 @@ def inference(run: Run) -> None:
                 for batch in (2,) if run.quick else (1, 32):
                     run.compare(f"{shapes}, {rule}", found, torch.randn(batch, *sizes),
                                 modes=("inference",))  # fmt: skip
+
+
+class _AlwaysKept(tp.available_rules()["flip_sym"]):  # type: ignore[misc]
+    """`flip_sym` that obeys ``cache=True`` whatever its size."""
+
+    gains_from_cache = True
+
+
+@case(
+    "cache",
+    "From which size on `flip_sym` obeys `cache=True`: computed, compared and frozen, batch 1",
+    (_CACHED_IS_FASTER,),
+    default_allocator=False,
+)
+def cache(run: Run) -> None:
+    brief = dataclasses.replace(run.setting, seconds=min(1.0, run.setting.seconds))
+    sizes = (16,) if run.quick else (16, 32, 64, 128, 256, 512, 1024)
+    layers: list[tuple[str, Any, Tensor]] = [
+        (f"Linear({n}, {n})", nn.Linear(n, n), torch.randn(1, n)) for n in sizes
+    ]
+    layers += [
+        (f"Conv2d({c}, {c}, 3) on 8²", nn.Conv2d(c, c, 3, padding=1), torch.randn(1, c, 8, 8))
+        for c in sizes[:-1]
+    ]
+    for shapes, layer, x in layers:
+        layer = made.lawful(_to(run, layer), "flip_sym").eval()
+        tied = tp.register_tie(deepcopy(layer), "flip_sym")
+        kept = tp.register_tie(deepcopy(layer), _AlwaysKept(), cache=True)
+        frozen = deepcopy(tied)
+        obeys = tp.get_tie(tied).gains_from_cache
+        found = [
+            Contender("dense", layer),
+            Contender("tiedparam", tied),
+            Contender(CACHED if obeys else "cache=True, if it were obeyed", kept),
+            Contender(FROZEN, frozen),
+        ]
+        with tp.frozen(frozen):
+            run.compare(shapes, found, x, modes=("inference",), setting=brief)
 
 
 # Fixed costs ------------------------------------------------------------------------------
@@ -590,21 +633,21 @@ def _compare_forms(
 
 def _chosen(tied: Any, x: Tensor, mode: str) -> str:
     """The form in which a layer computes an input: seen, not derived."""
-    plan = tie_of(tied).computing
+    computing = tie_of(tied).computing
     calls = []
-    compute = _structured.convolve
+    compute = forward.convolve
 
     def convolve(*arguments: Any) -> Tensor:
         calls.append(arguments)
         return compute(*arguments)
 
-    _structured.convolve = convolve
+    forward.convolve = convolve
     try:
         with torch.set_grad_enabled(mode == "training"):
             tied(x.to(tied.bias.device).requires_grad_())
     finally:
-        _structured.convolve = compute
-    return "windows" if calls else str(plan.otherwise)
+        forward.convolve = compute
+    return "windows" if calls else str(computing.otherwise)
 
 
 @case(

@@ -12,7 +12,8 @@ from tiedparam.files.save import save
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import available_rules, register_rule
 from tiedparam.laws.rule import Example, Rule
-from tiedparam.layer.register import register_tie, remove_tie
+from tiedparam.layer.register import register_tie
+from tiedparam.layer.remove import remove_tie
 from tiedparam.layer.residual import residual
 from tiedparam.layer.values import assign_, init_
 from tiedparam.model.pictures import draw_orbits, draw_residuals, draw_scan, draw_weights

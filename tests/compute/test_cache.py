@@ -21,6 +21,18 @@ import tiedparam as tp
 from tiedparam.tie.lookup import tie_of
 
 
+@pytest.fixture(autouse=True)
+def kept_whatever_its_size(request, monkeypatch):
+    """Small layers are enough to see that nothing goes stale; only one test is about sizes."""
+    if "sizes_as_they_are" not in request.fixturenames:
+        monkeypatch.setattr(tp.available_rules()["flip_sym"], "gains_from_cache", True)
+
+
+@pytest.fixture
+def sizes_as_they_are():
+    """Let `flip_sym` decide by its size whether it obeys ``cache=True``."""
+
+
 def cached_conv(**settings):
     torch.manual_seed(0)
     conv = tp.register_tie(nn.Conv2d(6, 6, 3, padding=1), "flip_sym", cache=True, **settings)
@@ -390,16 +402,47 @@ def test_complex_weights_are_compared(registry):
         assert not torch.equal(linear(x), before)
 
 
-def test_laws_that_gain_nothing_ignore_the_cache():
-    gaining = {name for name, rule in tp.available_rules().items() if rule.gains_from_cache}
-    assert "flip_sym" in gaining
-    assert not gaining & {"row_repeat", "channel_shared", "copy", "squared_copy"}
-    linear = tp.register_tie(nn.Linear(3, 4), "row_repeat", cache=True, compute="dense").eval()
-    calls = Calls(linear)
+def expansions_of_two_calls(layer, x):
+    calls = Calls(layer.eval())
     with torch.no_grad():
-        linear(torch.ones(1, 3))
-        linear(torch.ones(1, 3))
-    assert calls.count == 2
+        layer(x)
+        layer(x)
+    return calls.count
+
+
+def test_laws_that_gain_nothing_ignore_the_cache():
+    linear = tp.register_tie(nn.Linear(3, 4), "row_repeat", cache=True, compute="dense")
+    assert expansions_of_two_calls(linear, torch.ones(1, 3)) == 2
+    for name, rule in tp.available_rules().items():
+        example = rule.examples()[0]
+        model = example.build()
+        layer = model.get_submodule(example.path) if example.path else model
+        tp.register_tie(layer, name, example.tensor_name, root=model, **example.options)
+        gains = tp.get_tie(layer, example.tensor_name).gains_from_cache
+        assert gains is (name == "flip_sym"), name
+
+
+@pytest.mark.parametrize(("features", "expansions"), [(255, 2), (256, 1)])
+def test_a_small_weight_is_computed_since_comparing_takes_as_long(
+    sizes_as_they_are, features, expansions
+):
+    linear = tp.register_tie(nn.Linear(features, features), "flip_sym", cache=True, init="rescale")
+    assert expansions_of_two_calls(linear, torch.ones(1, features)) == expansions
+
+
+def test_a_law_that_reads_other_layers_is_not_kept():
+    """Comparing its free values would not show that a source has changed."""
+
+    class Scaled(tp.available_rules()["squared_copy"]):
+        gains_from_cache = True
+
+    pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    tp.register_tie(pair[1], Scaled(source="0", source_name="weight"), root=pair, cache=True)
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        before = pair[1](x)
+        pair[0].weight.data.mul_(2)
+        assert not torch.equal(pair[1](x), before)
 
 
 def test_the_cache_is_in_no_state_dict_and_in_no_pickle():

@@ -16,20 +16,6 @@ LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 """Lines, without the docstring."""
 
-LONG_FILES = {
-    "compute/forward.py",
-    "compute/frozen.py",
-    "layer/register.py",
-    "state/optimizer_moves.py",
-}
-"""Longer than they may be, for now: a file that is no longer too long leaves this set."""
-
-LONG_FUNCTIONS: set[str] = set()
-"""As above."""
-
-ROOMS_WITH_ERRORS_OF_THREE_PARTS = ("cli", "laws", "model", "rules", "util")
-"""Rooms whose every error says where, fact and remedy; in the end all of them."""
-
 
 def name_of(file: Path) -> str:
     return file.relative_to(LIBRARY).as_posix()
@@ -58,7 +44,7 @@ def errors_of(source: str) -> Iterator[tuple[int, int]]:
 def test_no_file_is_too_long():
     sizes = {name_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
     assert len(sizes) > 50
-    assert {name for name, lines in sizes.items() if lines > LONGEST_FILE} == LONG_FILES
+    assert not {name: lines for name, lines in sizes.items() if lines > LONGEST_FILE}
 
 
 def test_no_function_is_too_long():
@@ -68,7 +54,7 @@ def test_no_function_is_too_long():
         for name, lines in functions_of(file.read_text(encoding="utf-8"))
     }
     assert len(found) > 500
-    assert {name for name, lines in found.items() if lines > LONGEST_FUNCTION} == LONG_FUNCTIONS
+    assert not {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION}
 
 
 def test_lines_are_counted_without_the_docstring():
@@ -77,11 +63,9 @@ def test_lines_are_counted_without_the_docstring():
 
 
 def test_errors_say_where_fact_and_remedy():
-    assert set(ROOMS_WITH_ERRORS_OF_THREE_PARTS) <= {path.parent.name for path in FILES}
     short = [
         f"{name_of(file)}:{line}"
         for file in FILES
-        if file.parent.name in ROOMS_WITH_ERRORS_OF_THREE_PARTS
         for line, count in errors_of(file.read_text(encoding="utf-8"))
         if count != 3
     ]

@@ -397,7 +397,9 @@ def test_the_optimizer_follows_there_and_back():
     train(model, optimizer)
 
 
-def test_cache_goes_to_every_tie():
+def test_cache_goes_to_every_tie(monkeypatch):
+    flip_sym = tp.available_rules()["flip_sym"]
+    monkeypatch.setattr(flip_sym, "gains_from_cache", True)  # whatever its size
     model = ResNet()
     tp.tie_model(model, {"layer*.conv*": "flip_sym"}, cache=True)
     assert [tie_of(m).kept.checked for m in model.modules() if tp.is_tied(m, recurse=False)] == [

@@ -161,10 +161,11 @@ def test_s39_hooks_are_obeyed_on_sharded_layers(one_rank, rule):
 
 
 def test_s39_a_cached_weight_is_not_kept_past_a_hook():
-    layer = tp.register_tie(nn.Linear(4, 4), "flip_sym", cache=True, init="rescale").eval()
-    x = torch.eye(4)
+    layer = tp.register_tie(nn.Linear(256, 256), "flip_sym", cache=True, init="rescale").eval()
+    x = torch.eye(256)
     with torch.no_grad():
         layer(x)
+        assert tie_of(layer).kept.kept is not None  # smaller ones would be computed anyway
         scale = [2.0]
         watched(layer, "list").register_forward_hook(lambda module, args, w: w * scale[0])
         for scale[0] in (2.0, 5.0):

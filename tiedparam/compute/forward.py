@@ -1,38 +1,26 @@
-"""Structured compute: a layer whose weight is a broadcast runs on its base.
+"""The forwards of tied layers in their cheaper forms; `tiedparam.compute.forms` says which.
 
-A broadcast weight repeats rows, or columns, or the banks of its groups. Convolution and
-matrix product are linear, so where columns repeat the inputs can be summed first, and where
-rows repeat one output can be computed and spread. The host's forward asks here first; every
-other reader of the weight (attention, ``norm``, a stacked parametrization, a subclass with a
-forward of its own) sees the ordinary expanded tensor, and the dense form is the fallback.
+The host's forward asks here first; every other reader of the weight (attention, ``norm``, a
+stacked parametrization, a subclass with a forward of its own) sees the ordinary expanded tensor,
+and the dense form is the fallback. The forms are plain differentiable operations, so compile,
+export, ``vmap``, ``jvp`` and double backward need nothing special.
 
-The forms are plain differentiable operations, so compile, export, ``vmap``, ``jvp`` and
-double backward need nothing special. They equal the dense form up to rounding:
-
-``reduced``
-    Sum the inputs that share, run the stock operation with the base as weight, spread the
-    outputs that are equal.
-``windows``
-    Convolutions that are left with one input channel per group and share their filters, by the
-    products of `tiedparam.compute.windows`; where those do not serve, the other form.
-
-`choose_form` says which, from the layer's configuration and never from the batch. They run only
-where nothing stands between the layer and its weight, and for inputs that the dense layer takes:
-see `tiedparam.tie.interposed`. Everywhere else the layer computes densely, by torch's own path.
+They run only where nothing stands between the layer and its weight, and for inputs that the dense
+layer takes: see `tiedparam.tie.interposed`. Everywhere else the layer computes densely, by torch's
+own path.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from tiedparam.compute.forms import TORCHS_OWN, Computing, kind_with_forms
 from tiedparam.compute.windows import (
     Geometry,
     convolve,
@@ -41,145 +29,36 @@ from tiedparam.compute.windows import (
     pays,
     summed_channels,
 )
-from tiedparam.laws.layout import Layout
-from tiedparam.laws.rule import Reduction, Rule
-from tiedparam.tie.interposed import TorchsOwn, is_bare
-from tiedparam.util.errors import TieError
-from tiedparam.util.torch_private import effective
+from tiedparam.laws.rule import Rule
+from tiedparam.tie.interposed import is_bare
+from tiedparam.util.torch_private import (
+    convolution_of,
+    effective,
+    innermost_transform,
+    is_traced,
+    lists_in_tables,
+    output_padding_of,
+    padding_of,
+    parameters_of,
+    reshaped_in_place,
+    submodules_of,
+)
 
-Compute = Callable[..., Tensor | None]
-
-
-def choose_form(reduction: Reduction, layout: Layout, *, convolution: bool) -> str:
-    """Which form computes a layer fastest: "dense", "reduced" or "windows".
-
-    Args:
-        reduction: what the law lets the layer save.
-        layout: the weight's layout.
-        convolution: whether the layer is a convolution or a transposed one, not a Linear.
-
-    The thresholds come from measurements at batch 1 and 32, which ``python -m benchmarks
-    --case forms`` repeats: the cheap form stands where it lost in no measured shape. "windows"
-    is a way to compute "reduced" or "dense" in eager mode; traced graphs hold those.
-    """
-    positions = math.prod(layout.kernel)
-    windows = _has_windows(reduction, layout, convolution)
-    if reduction.shared_banks:
-        return "windows" if windows and positions <= _STREAM_POSITIONS else "dense"
-    saved = (layout.canonical_shape[1] if reduction.summed else 1) * reduction.run
-    if not convolution:
-        return "reduced" if saved > 1 else "dense"
-    if saved < (_SAVED if layout.groups == 1 else _SAVED_IN_GROUPS):
-        return "dense"
-    return "windows" if windows and positions <= _WINDOW_POSITIONS else "reduced"
+Forward = Callable[..., Tensor | None]
 
 
-_SAVED = 4  # multiplications per one that is left
-_SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
-_STREAM_POSITIONS, _WINDOW_POSITIONS = 16, 64
-
-
-def _has_windows(reduction: Reduction, layout: Layout, convolution: bool) -> bool:
-    """Whether a convolution is left with one channel per group, and shared filters."""
-    if not convolution or layout.transposed:
-        return False
-    if reduction.shared_banks:
-        return layout.canonical_shape[1] == 1
-    return reduction.summed and layout.groups == 1 and reduction.run == 1
-
-
-@dataclass(frozen=True)
-class Computing:
-    """How one tied layer is computed, decided when it is tied.
-
-    Attributes:
-        form: the form that is tried first.
-        otherwise: the form where "windows" does not serve; the same for the others.
-        reduction: what the law lets the layer save.
-        offered: all forms in which the layer could be computed.
-        channels: how many channels or features of input the weight takes. What a layer says of
-            itself, ``in_channels``, may have been changed since; torch goes by the weight.
-        groups: of the layer, by which it was tied.
-        kernel: the sizes of the kernel.
-        expand: the ``forward`` of the law, as it was then.
-    """
-
-    form: str
-    otherwise: str
-    reduction: Reduction
-    offered: list[str]
-    channels: int
-    groups: int
-    kernel: tuple[int, ...]
-    expand: Any
-
-
-def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | None:
-    """How a layer is to be computed whose tensor a bound rule ties; None: densely, as ever.
-
-    Raises:
-        TieError: if the rule asks for a form that the layer does not have.
-    """
-    if tensor_name != "weight":
-        return None
-    reduction = rule.reduction()
-    if reduction is None:
-        return None
-    layout = rule.bound_layout
-    stock = parametrize.type_before_parametrizations(layer)
-    if len(layout.shape) < 2 or computation(stock) is None:
-        if rule.compute not in ("auto", "dense"):
-            raise TieError(
-                f"compute={rule.compute!r} is no form of '{rule}' on a {stock.__name__}, which "
-                "computes densely. Leave it out."
-            )
-        return None
-    convolution = not isinstance(layer, nn.Linear)
-    forms = _applicable(reduction, layout, convolution)
-    if rule.compute not in ("auto", *forms):
-        raise TieError(
-            f"compute={rule.compute!r} is no form of '{rule}' on this layer. Choose 'auto' or one "
-            f"of {', '.join(map(repr, forms))}."
-        )
-    form = rule.compute
-    if form == "auto":
-        form = choose_form(reduction, layout, convolution=convolution)
-    fallback = "dense" if reduction.shared_banks else "reduced"
-    return Computing(
-        form,
-        fallback if form == "windows" else form,
-        reduction,
-        forms,
-        channels=layout.groups * layout.canonical_shape[1],
-        groups=layout.groups,
-        kernel=layout.kernel,
-        expand=type(rule).forward,
-    )
-
-
-def _applicable(reduction: Reduction, layout: Layout, convolution: bool) -> list[str]:
-    windows = ["windows"] if _has_windows(reduction, layout, convolution) else []
-    return ["dense", "reduced", *windows]
-
-
-def computation(stock: type[nn.Module]) -> Compute | None:
-    """The structured forward for layers of a class, or None if it has a forward of its own."""
-    kind = _kind(stock)
-    return kind.compute if kind is not None and kind.own.computes(stock) else None
-
-
-def forward(stock: type[nn.Module]) -> Compute | None:
+def cheap_forward(stock: type[nn.Module]) -> Forward | None:
     """What a tied layer of this class tries first: it gives None where dense compute serves.
 
     Whether a method was replaced is asked at every call, since it may be at any time.
     """
-    kind = _kind(stock)
+    kind = kind_with_forms(stock)
     if kind is None:
         return None
-    compute, own, names = kind.compute, kind.own, kind.arguments
+    own, (compute, names) = TORCHS_OWN[kind], _FORWARDS[kind]
 
     def cheap(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-        if not own.computes_layer(layer, stock):
+        if stock.forward is not own.forward or own.hands_on(layer):
             return None
         if len(args) > len(names) or (not args and "input" not in kwargs):
             return None  # the stock forward says what is wrong with them
@@ -190,39 +69,12 @@ def forward(stock: type[nn.Module]) -> Compute | None:
     return cheap
 
 
-def torchs_own(stock: type[nn.Module]) -> TorchsOwn | None:
-    """The methods that compute layers of a stock class, if those are torch's."""
-    if not getattr(stock.forward, "__module__", "").startswith("torch.nn."):
-        return None
-    kind = _kind(stock)
-    return kind.own if kind is not None else TorchsOwn(stock.forward)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How layers of one stock class are computed.
-
-    Attributes:
-        compute: the structured forward.
-        own: torch's methods, which it stands for.
-        arguments: the names of what the stock forward takes, in order.
-    """
-
-    compute: Compute
-    own: TorchsOwn
-    arguments: tuple[str, ...]
-
-
-def _kind(stock: type[nn.Module]) -> _Kind | None:
-    return next((found for kind, found in _KINDS.items() if issubclass(stock, kind)), None)
-
-
 def _linear(layer: nn.Linear, input: Tensor) -> Tensor | None:
-    found = _planned(layer, input)
-    if found is None or not _has_features(found[1], input):
+    values = _values_for_cheap_form(layer, input)
+    if values is None or not _has_features(values[1], input):
         return None
-    rule, plan, free, bias = found
-    summed, run = plan.reduction.summed, plan.reduction.run
+    rule, computing, free, bias = values
+    summed, run = computing.reduction.summed, computing.reduction.run
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if summed:
@@ -238,62 +90,61 @@ def _linear(layer: nn.Linear, input: Tensor) -> Tensor | None:
 
 
 def _conv(layer: Any, input: Tensor) -> Tensor | None:
-    found = _planned(layer, input)
-    if found is None or not _has_channels(layer, found[1], input):
+    values = _values_for_cheap_form(layer, input)
+    if values is None or not _has_channels(layer, values[1], input):
         return None
-    plan = found[1]
-    if plan.form == "windows":
-        y = _by_windows(layer, found, input)
-        if y is not None or plan.otherwise == "dense":
+    computing = values[1]
+    if computing.form == "windows":
+        y = _by_windows(layer, values, input)
+        if y is not None or computing.otherwise == "dense":
             return y
-    return _by_sums(layer, found, input, layer._conv_forward)
+    return _by_sums(values, input, convolution_of(layer))
 
 
 def _by_sums(
-    layer: Any,
-    found: _Found,
+    values: _Values,
     input: Tensor,
     operation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
 ) -> Tensor:
     """The reduced form of a convolution, whose stock operation takes input, weight and bias."""
-    rule, plan, free, bias = found
-    axes, summed, run = len(plan.kernel), plan.reduction.summed, plan.reduction.run
+    rule, computing, free, bias = values
+    axes, summed, run = len(computing.kernel), computing.reduction.summed, computing.reduction.run
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if summed:
-            x = _sum_inputs(x, plan.groups, axes)
+            x = _sum_inputs(x, computing.groups, axes)
         y = operation(x, weight, bias if run == 1 else None)
         return _formatted(y if run == 1 else _spread(y, run, bias, axes), input)
 
     return _without_overflow(compute, summed, input, rule.reduced(free), bias)
 
 
-def _by_windows(layer: Any, found: _Found, input: Tensor) -> Tensor | None:
-    rule, plan, free, bias = found
-    axes, summed = len(plan.kernel), plan.reduction.summed
+def _by_windows(layer: Any, values: _Values, input: Tensor) -> Tensor | None:
+    rule, computing, free, bias = values
+    axes, summed = len(computing.kernel), computing.reduction.summed
     if (
         not convolves(input, free)
         or input.dim() != axes + 2
-        or input.shape[1] != plan.channels
+        or input.shape[1] != computing.channels
         or _is_channels_last(input)
     ):
         return None
     sizes, padding, around = tuple(input.shape[2:]), layer.padding, None
     if layer.padding_mode != "zeros" or isinstance(padding, str):
-        around = layer._reversed_padding_repeated_twice  # padded here, by torch
+        around = padding_of(layer)  # padded here, by torch
         sizes = tuple(
             size + before + after
             for size, before, after in zip(sizes, around[-2::-2], around[::-2], strict=True)
         )
         padding = (0,) * axes
-    geometry = Geometry(plan.kernel, layer.stride, padding, layer.dilation)
+    geometry = Geometry(computing.kernel, layer.stride, padding, layer.dilation)
     outputs = outputs_of(geometry, sizes)
     if min(outputs) <= 0:
         return None  # smaller than the kernel: the stock layer says so
     filters = rule.reduced(free) if summed else free
-    m, positions = filters.shape[0], math.prod(plan.kernel)
+    m, positions = filters.shape[0], math.prod(computing.kernel)
     grad = torch.is_grad_enabled() and (input.requires_grad or free.requires_grad)
-    groups = 1 if summed else plan.groups
+    groups = 1 if summed else computing.groups
     if rule.compute == "auto" and not pays(len(input), groups, m, positions, outputs, grad=grad):
         return None
     if summed:
@@ -307,13 +158,11 @@ def _by_windows(layer: Any, found: _Found, input: Tensor) -> Tensor | None:
 def _conv_transpose(
     layer: Any, input: Tensor, output_size: list[int] | None = None
 ) -> Tensor | None:
-    found = _planned(layer, input)
-    if found is None or not _has_channels(layer, found[1], input):
+    values = _values_for_cheap_form(layer, input)
+    if values is None or not _has_channels(layer, values[1], input):
         return None
-    axes = len(found[1].kernel)
-    padding = layer._output_padding(
-        input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
-    )
+    axes = len(values[1].kernel)
+    padding = output_padding_of(layer, input, output_size, axes)
     operation = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
 
     def transpose(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -321,47 +170,43 @@ def _conv_transpose(
             x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation
         )
 
-    return _by_sums(layer, found, input, transpose)
+    return _by_sums(values, input, transpose)
 
 
-_KINDS: dict[type[nn.Module], _Kind] = {
-    nn.Linear: _Kind(_linear, TorchsOwn.of(nn.Linear), ("input",)),
-    **{
-        kind: _Kind(_conv, TorchsOwn.of(kind, "_conv_forward"), ("input",))
-        for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    },
-    **{
-        kind: _Kind(
-            _conv_transpose,
-            TorchsOwn.of(kind, "_output_padding"),
-            ("input", "output_size"),
-        )
-        for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    },
+_FORWARDS: dict[type[nn.Module], tuple[Forward, tuple[str, ...]]] = {
+    nn.Linear: (_linear, ("input",)),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), (_conv, ("input",))),
+    **dict.fromkeys(
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        (_conv_transpose, ("input", "output_size")),
+    ),
 }
+"""For each kind of layer with forms the cheap forward, and what the stock one's arguments are."""
 
 
-_Found = tuple[Rule, Computing, Tensor, Tensor | None]
-"""What a cheap form computes with: rule, plan, free values, bias."""
+_Values = tuple[Rule, Computing, Tensor, Tensor | None]
+"""What a cheap form computes with: rule, way of computing, free values, bias."""
 
 
-def _planned(layer: nn.Module, input: Any) -> _Found | None:
+def _values_for_cheap_form(layer: nn.Module, input: Any) -> _Values | None:
     """What the layer computes with in its cheap form, or None if it computes densely now."""
-    lists = layer._modules.get("parametrizations")
-    weight = lists._modules.get("weight") if lists is not None else None
-    if weight is None or len(weight._modules) > 1 or not isinstance(input, Tensor):
-        return None  # not tied (any more), or another parametrization on top
-    rule: Any = weight._modules["0"]
-    plan: Computing | None = weight.__dict__.get("computing")
-    if plan is None or plan.form == "dense":
+    values = lists_in_tables(layer).get("weight")
+    if values is None or not isinstance(input, Tensor):
+        return None  # not tied (any more)
+    computing: Computing | None = values.__dict__.get("computing")
+    if computing is None or computing.form == "dense":
         return None
-    if type(rule).forward is not plan.expand or not is_bare(weight, rule):
+    parametrizations: dict[str, Any] = submodules_of(values)
+    if len(parametrizations) > 1:
+        return None  # another one on top
+    rule = parametrizations["0"]
+    if type(rule).forward is not computing.expand or not is_bare(values, rule):
         return None  # the weight is not what the base alone says
-    free: Any = weight._parameters.get("original0")
+    free: Any = parameters_of(values).get("original0")
     if free is None:
-        free = weight.original0  # a replica of nn.DataParallel has no Parameters
+        free = values.original0  # a replica of nn.DataParallel has no Parameters
     bias = effective(layer, "bias")
-    return (rule, plan, free, bias) if _agree(input, free, bias) else None
+    return (rule, computing, free, bias) if _agree(input, free, bias) else None
 
 
 # Whether the stock layer would take this input; if not, it says so itself.
@@ -390,19 +235,17 @@ _CAST_BY_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
 # A tracer would warn of the comparisons, and a traced input was accepted already.
 
 
-def _has_features(plan: Computing, input: Tensor) -> bool:
-    return torch._C._get_tracing_state() is not None or (
-        input.dim() > 0 and input.shape[-1] == plan.channels
-    )
+def _has_features(computing: Computing, input: Tensor) -> bool:
+    return is_traced() or (input.dim() > 0 and input.shape[-1] == computing.channels)
 
 
-def _has_channels(layer: Any, plan: Computing, input: Tensor) -> bool:
-    if layer.groups != plan.groups:
+def _has_channels(layer: Any, computing: Computing, input: Tensor) -> bool:
+    if layer.groups != computing.groups:
         return False
-    if torch._C._get_tracing_state() is not None:
+    if is_traced():
         return True
-    axes = len(plan.kernel)
-    return input.dim() in (axes + 1, axes + 2) and input.shape[-axes - 1] == plan.channels
+    axes = len(computing.kernel)
+    return input.dim() in (axes + 1, axes + 2) and input.shape[-axes - 1] == computing.channels
 
 
 # The pieces ------------------------------------------------------------------------------
@@ -427,17 +270,16 @@ def _spread(y: Tensor, run: int, bias: Tensor | None, axes: int) -> Tensor:
         spread = y.unsqueeze(channel).repeat_interleave(run, channel)
     else:
         spread = y.unsqueeze(channel) + bias.to(y.dtype).reshape(outputs, run, *(1,) * axes)
-    if torch._C._get_tracing_state() is not None:  # which would write the sizes down as constants
+    if is_traced():  # which would write the sizes down as constants
         return spread.flatten(channel - 1, channel)
     # no view for autograd, as stock layers return none: under fully_shard the hook on an output
     # that is a view would not survive an in-place ReLU
     shape = (*y.shape[:channel], outputs * run, *y.shape[y.dim() - axes :])
-    merged: Tensor = torch.ops.aten._unsafe_view.default(spread.contiguous(), shape)
-    return merged
+    return reshaped_in_place(spread.contiguous(), shape)
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if innermost_transform() is not None:
         return False  # vmap cannot say; the format is then nobody's promise
     if x.dim() == 4:
         return _strided_as(x, torch.channels_last)

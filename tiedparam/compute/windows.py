@@ -181,7 +181,7 @@ class _Convolve(torch.autograd.Function):
             offsets = offsets.repeat(n, 1, 1) if groups > 1 else offsets.expand(n, m, 1)
         inputs, outputs = input.reshape(n * groups, *sizes), output.view(n * groups, m, -1)
         few = _adds_up(m, sizes)
-        for start, stop in _blocks(outputs, few):
+        for start, stop in _blocks(outputs, positions, few):
             windows, block = frame.windows(inputs[start:stop]), outputs[start:stop]
             added = None if offsets is None else offsets[start:stop]
             if few:
@@ -211,7 +211,7 @@ class _Convolve(torch.autograd.Function):
         d_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
         d_filters, sums = None, []
         columns = filters.t().contiguous()
-        for start, stop in _blocks(gradients, _adds_up(m, sizes)):
+        for start, stop in _blocks(gradients, positions, _adds_up(m, sizes)):
             block = gradients[start:stop]
             if of_input:
                 shares = torch.bmm(columns.expand(stop - start, positions, m), block)
@@ -245,9 +245,14 @@ def _adds_up(m: int, sizes: list[int]) -> bool:
     return m <= FEW_FILTERS and len(sizes) == 1
 
 
-def _blocks(output: Tensor, few: bool) -> Iterator[tuple[int, int]]:
-    """Rows of ``(rows, m, entries)`` that are computed together."""
+def _blocks(output: Tensor, positions: int, few: bool) -> Iterator[tuple[int, int]]:
+    """Rows of ``(rows, m, entries)`` that are computed together.
+
+    The windows of a block, of which there are as many as positions, take at most four times what
+    is meant for its output.
+    """
     rows, m, entries = output.shape
-    step = max(1, min(rows, BLOCK_BYTES[few] // (m * entries * output.element_size())))
+    bytes_of_row = max(m, positions // 4) * entries * output.element_size()
+    step = max(1, min(rows, BLOCK_BYTES[few] // bytes_of_row))
     for start in range(0, rows, step):
         yield start, min(rows, start + step)

@@ -52,7 +52,7 @@ class Broadcast(Rule):
     split, and which of those axes are shared. Then ``V = base`` expanded along them.
 
     Args:
-        compute: the form of `tiedparam.compute.forward` that computes the layer: ``"auto"`` picks
+        compute: the form of `tiedparam.compute.forms` that computes the layer: ``"auto"`` picks
             the fastest; ``"dense"``, ``"reduced"`` or ``"windows"`` force one, for measuring.
     """
 

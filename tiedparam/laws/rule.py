@@ -77,8 +77,6 @@ class Rule(nn.Module):
     """The equation in one line, as tables and ``repr`` show it."""
     complex_valued: ClassVar[bool] = False
     """Whether the law has a meaning for complex weights."""
-    gains_from_cache: ClassVar[bool] = True
-    """Whether keeping the weight saves time; if not, ``cache=True`` is ignored."""
 
     reads_layers: ClassVar[bool] = False
     """Whether `forward` takes tensors of other layers, its `sources`, before the free values. Such
@@ -141,6 +139,16 @@ class Rule(nn.Module):
     def reduced(self, base: Tensor) -> Tensor:
         """The weight of the smaller layer that `reduction` speaks of."""
         raise NotImplementedError(f"{type(self).__name__} has no smaller layer")
+
+    @property
+    def gains_from_cache(self) -> bool:
+        """Whether keeping the weight saves time; if not, ``cache=True`` is ignored.
+
+        A bound rule may go by `bound_layout`: comparing the free values takes some µs whatever
+        their number, and a small weight may be computed as fast. A law that is always computed as
+        fast as its free values are compared says ``gains_from_cache = False`` in its class.
+        """
+        return True
 
     def options(self) -> dict[str, Any]:
         """The options that differ from one use to the next, as ``repr`` shows them."""

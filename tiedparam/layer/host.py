@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tiedparam.compute import forward as compute
+from tiedparam.compute.forward import cheap_forward
 from tiedparam.compute.frozen import refuse_if_frozen, refuse_training_forward
 from tiedparam.layer import recurrent
 from tiedparam.layer.parameter_order import insert_parameter, plain_parameter
@@ -171,7 +171,7 @@ def _function(member: Any) -> FunctionType:
 
 def _forward_of(stock: type[nn.Module], names: tuple[str, ...]) -> Callable[..., Any]:
     """The forward of tied layers of a stock class, which tries its cheaper form first."""
-    special = compute.forward(stock) if "weight" in names else recurrent.computation(stock)
+    special = cheap_forward(stock) if "weight" in names else recurrent.computation(stock)
 
     def computed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = special(self, *args, **kwargs) if special is not None else None

@@ -1,4 +1,4 @@
-"""Tying and untying one tensor of one layer.
+"""Tying one tensor of one layer.
 
 `register_tie` reads top to bottom: find the rule, check everything, compute the free values, plan
 the optimizers' moves; only then touch the layer, and put everything back if torch refuses midway.
@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from tiedparam.compute.forward import computing_of
-from tiedparam.compute.frozen import memory_for, refuse_if_frozen
+from tiedparam.compute.forms import computing_of
+from tiedparam.compute.frozen import refuse_if_frozen
+from tiedparam.compute.kept import memory_for
 from tiedparam.laws.layout import declare_shape
 from tiedparam.laws.registry import make_rule
 from tiedparam.laws.rule import Rule
@@ -24,24 +25,22 @@ from tiedparam.layer import host
 from tiedparam.layer.checks import check_arguments, described, why_refused, why_untieable
 from tiedparam.layer.concerns import Concern, check_max_residual, concern_of
 from tiedparam.layer.initial_values import InitialValues, initial_values
+from tiedparam.layer.moves import planned_moves, raise_if
 from tiedparam.layer.parameter_order import plain_parameter, remember_order
 from tiedparam.state import optimizer_guard, optimizer_moves
-from tiedparam.state.optimizer_moves import Exchange, Move
+from tiedparam.state.optimizer_exchange import tying
 from tiedparam.tie.binding import bind, value_of
 from tiedparam.tie.lookup import find_tie, origins, tie_of
 from tiedparam.tie.marks import carry_attributes
-from tiedparam.tie.offloaded import why_offloaded
 from tiedparam.tie.parameter_paths import Places
-from tiedparam.tie.reading import Reading, overlooking_sources
+from tiedparam.tie.reading import Reading
 from tiedparam.tie.record import Tie
 from tiedparam.tie.rollback import rolled_back_on_error
-from tiedparam.tie.wrapped import why_wrapped
-from tiedparam.util.errors import Reason, TieError, describe, warn
+from tiedparam.util.errors import Reason, TieError, warn
+from tiedparam.util.never_compiled import never_compiled
 from tiedparam.util.sharded import is_sharded
 from tiedparam.util.torch_private import (
     effective,
-    has_gradient_hooks,
-    never_compiled,
     parameters_of,
 )
 
@@ -78,10 +77,10 @@ def register_tie(
             error. A number that is given also says that what lies below is meant, without a
             warning.
         cache: keep the computed weight between calls in eval mode without gradients. The
-            free values are compared, bit for bit, before it is used again, which takes a
-            fraction of computing it (on a GPU it waits for the device). Laws that compute
-            their weight for next to nothing ignore it: see `Rule.gains_from_cache`, and
-            `frozen` for whole models.
+            free values are compared, bit for bit, before it is used again (on a GPU that waits
+            for the device). Where comparing takes as long as computing, this is ignored: by
+            laws that only repeat or copy, and by ``flip_sym`` below 65,536 entries; see
+            `Rule.gains_from_cache`, and `frozen` for whole models.
         optimizer: the optimizer or optimizers that hold the dense parameter; they are
             moved to the free values, state and coupled decay included. They must be of
             ``torch.optim``, or known by `register_optimizer`. A stepping optimizer that was
@@ -147,7 +146,7 @@ def tie_one(
     where = described(layer, tensor_name, places)
     place = f"cannot tie {where} by '{made}'"
     refuse_if_frozen(layer, "register_tie")
-    _raise(place, why_untieable(layer, tensor_name, places) or why_refused(layer, made))
+    raise_if(place, why_untieable(layer, tensor_name, places) or why_refused(layer, made))
     weight: nn.Parameter = parameters_of(layer)[tensor_name]  # type: ignore[assignment]
     optimizers = optimizer_moves.as_optimizers(optimizer)
     noted = rolled_back_on_error(layer.modules(), optimizers)
@@ -161,8 +160,8 @@ def tie_one(
             tie.record.reading = Reading.start(tie.record, layer, tensor_name, places)
         for parameter in tie.free:
             carry_attributes(weight, parameter)
-        change = optimizer_moves.tying(made, weight, tie.free, tensor_name)
-        moves = _planned(optimizers, change, place)
+        change = tying(made, weight, tie.free, tensor_name)
+        moves = planned_moves(optimizers, change, place)
         optimizer_moves.warn_of_losses(moves, f"tying {where} by '{made}'")
         optimizer_moves.move_gradient(change)
         for move in moves:
@@ -187,11 +186,6 @@ _TO_REBUILD = (
 )
 
 
-def _raise(place: str, reason: Reason | None) -> None:
-    if reason is not None:
-        raise TieError(place, *reason)
-
-
 def _fit(
     made: Rule,
     layer: nn.Module,
@@ -202,14 +196,14 @@ def _fit(
     place: str,
 ) -> InitialValues:
     """Bind the rule and compute the free values, with all reasons against them."""
-    _raise(place, bind(made, layer, tensor_name, places.root if places is not None else None))
+    raise_if(place, bind(made, layer, tensor_name, places.root if places is not None else None))
     if any(is_sharded(effective(*source)) for source in made.sources()):
         raise TieError(place, "its source is sharded already.", "Tie before fully_shard.")
     weight: nn.Parameter = parameters_of(layer)[tensor_name]  # type: ignore[assignment]
     found = initial_values(made, weight, init, max_residual)
     if isinstance(found, Reason):
         raise TieError(place, *found)
-    _raise(place, made.why_not_kept())  # now that it has done all that it does
+    raise_if(place, made.why_not_kept())  # now that it has done all that it does
     return found
 
 
@@ -227,13 +221,6 @@ def _replace_parameter(
         for parameter, value in zip(tie.free, free, strict=True):
             parameter.copy_(value)
     return tie
-
-
-def _planned(optimizers: list[Optimizer], change: Exchange, place: str) -> list[Move]:
-    try:
-        return optimizer_moves.plan_moves(optimizers, change)
-    except TieError as error:
-        raise TieError(place, *error.reason) from error
 
 
 # A copy whose source has changed -----------------------------------------------------------------
@@ -270,115 +257,6 @@ def _tie_again(
     for watch in watches:
         watch.leave()
     return layer
-
-
-# Untying -----------------------------------------------------------------------------------------
-
-
-@never_compiled
-@torch.inference_mode(False)
-def remove_tie(
-    layer: Layer,
-    tensor_name: str = "weight",
-    *,
-    optimizer: Optimizer | Iterable[Optimizer] | None = None,
-) -> Layer:
-    """Make a tied tensor a plain, contiguous Parameter again, with the same values.
-
-    Args:
-        layer: the tied layer; with its last tie gone it has its stock class again.
-        tensor_name: which tensor.
-        optimizer: the optimizer or optimizers that hold the free values; they are moved to
-            the dense parameter, state included. The parameter of an untied copy joins the
-            group of its source.
-
-    Returns:
-        The layer itself.
-
-    Raises:
-        TieError: if the tensor is not tied, if another parametrization is stacked on the
-            tie, or if an optimizer cannot follow. Nothing was changed then.
-
-    Warns:
-        TieWarning: if decay that the optimizer adds to the gradient becomes stronger.
-        TieWarning: if the source of a copy was resized: the tensor then has that size.
-    """
-    tie = find_tie(layer, tensor_name)
-    where = describe(layer, tensor_name)
-    if tie is None:
-        raise TieError(where, f"{where} is not tied, so there is no tie to remove.", "")
-    place = f"cannot untie {where}"
-    refuse_if_frozen(layer, "remove_tie")
-    optimizers = optimizer_moves.as_optimizers(optimizer)
-    _raise(place, _why_not_untied(tie))
-    with overlooking_sources(tie.values):
-        dense, moves = _plan_untying(tie, optimizers, place)
-        optimizer_moves.warn_of_losses(moves, f"untying {where}")
-        if tie.free:
-            optimizer_moves.move_gradient(_untying(tie, dense))
-    _tell_resized(tie, dense, where)
-    reading = tie.reading
-    for watch in reading.watches if reading is not None else ():
-        watch.leave()
-    stored = tie.free
-    for parameter in stored:
-        carry_attributes(parameter, dense)
-    host.remove_host(layer, tensor_name, dense)
-    for move in moves:
-        move.apply()
-    optimizer_guard.retire(
-        stored,
-        f"a free value of {where}",
-        "Build the optimizer anew; to keep its state, pass optimizer= to remove_tie when you "
-        "untie.",
-    )
-    return layer
-
-
-def _why_not_untied(tie: Tie) -> Reason | None:
-    if tie.is_stacked:
-        return Reason(
-            f"another parametrization is stacked on '{tie.rule}'.",
-            f"Remove that one first (del layer.parametrizations.{tie.tensor_name}[1:]), or use "
-            "torch's remove_parametrizations to fix the combined weight.",
-        )
-    if any(has_gradient_hooks(parameter) for parameter in tie.free):
-        return Reason(
-            "its free values carry gradient hooks, which would be lost.", "Remove them first."
-        )
-    return None
-
-
-def _plan_untying(
-    tie: Tie, optimizers: list[Optimizer], place: str
-) -> tuple[nn.Parameter, list[Move]]:
-    """The dense Parameter, and how the optimizers take it up."""
-    origin = list(origins(tie.layer, tie.tensor_name))
-    _raise(place, why_wrapped(tie.layer, origin, "untie") or why_offloaded(tie.layer))
-    with torch.enable_grad():
-        weight = tie.weight()
-    dense = plain_parameter(weight, weight.requires_grad)
-    if tie.free:
-        return dense, _planned(optimizers, _untying(tie, dense), place)
-    try:
-        return dense, optimizer_moves.plan_addition(optimizers, dense, origin)
-    except TieError as error:
-        raise TieError(place, *error.reason) from error
-
-
-def _untying(tie: Tie, dense: nn.Parameter) -> Exchange:
-    return optimizer_moves.untying(tie.rule, tie.free, dense, tie.tensor_name)
-
-
-def _tell_resized(tie: Tie, dense: nn.Parameter, where: str) -> None:
-    """Warn of a copy that leaves in another size; here, before anything has changed."""
-    shape = tie.rule.bound_layout.shape
-    if dense.shape != shape:
-        warn(
-            f"{where} was tied as {shape} and its source was resized since: it is "
-            f"{tuple(dense.shape)} now. Resize what else the layer has, such as its bias."
-        )
-        declare_shape(tie.layer, tie.tensor_name, tuple(dense.shape))
 
 
 # When something fails ----------------------------------------------------------------------------

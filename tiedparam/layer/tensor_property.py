@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedparam.compute.forward import torchs_own
-from tiedparam.compute.frozen import recall
+from tiedparam.compute.forms import torchs_own
+from tiedparam.compute.kept import recall
 from tiedparam.laws.layout import declared_shape
 from tiedparam.layer.values import assign_
 from tiedparam.tie import torch_callers

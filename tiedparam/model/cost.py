@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedparam.compute.forward import computing_of
+from tiedparam.compute.forms import computing_of
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.host import stock_class
 from tiedparam.util.torch_private import AnyConvolution, is_read_by_attention

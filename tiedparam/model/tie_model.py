@@ -15,7 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tiedparam.layer.concerns import Concerns, check_max_residual
-from tiedparam.layer.register import remove_tie, tie_one
+from tiedparam.layer.register import tie_one
+from tiedparam.layer.remove import remove_tie
 from tiedparam.model.plan import Pattern, Plan, Value
 from tiedparam.model.reasons import SeveralTiesError, Skipped
 from tiedparam.model.report import TieReport, tie_rows, totals_of
@@ -25,7 +26,7 @@ from tiedparam.tie.lookup import ties_of
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.rollback import rolled_back_on_error
 from tiedparam.util.errors import Reason, TieError, key_of
-from tiedparam.util.torch_private import never_compiled
+from tiedparam.util.never_compiled import never_compiled
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -15,6 +15,14 @@ from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example, Rule
 from tiedparam.util.errors import Reason
 
+CACHED_ENTRIES = 65_536
+"""From so many entries on ``cache=True`` keeps the weight: 256 × 256, or 86 × 86 channels, 3×3.
+
+Comparing the free values takes as long as computing the weight up to about 10,000 entries, and
+half as long at this bound; a quarter of it from 300,000 on. In between the gain is there, but in
+a convolution it cannot be felt.
+"""
+
 
 @register_rule("flip_sym")
 class FlipSym(Rule):
@@ -52,6 +60,14 @@ class FlipSym(Rule):
                 "Tie a square layer, or use 'channel_shared'.",
             )
         return None
+
+    @property
+    def gains_from_cache(self) -> bool:
+        """Whether the weight has so many entries that comparing is much faster than computing.
+
+        ``python -m benchmarks --case cache`` repeats the measurement.
+        """
+        return prod(self.bound_layout.shape) >= CACHED_ENTRIES
 
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """One matrix, so that optimizers which spare vectors from decay treat it as a weight."""

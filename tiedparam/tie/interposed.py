@@ -18,39 +18,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from tiedparam.laws.rule import Rule
 from tiedparam.util.errors import TieError, describe
-from tiedparam.util.torch_private import is_watched, parametrization_list
+from tiedparam.util.torch_private import (
+    has_hooks_on_all_modules,
+    hooks_on_all_modules,
+    is_watched,
+    parametrization_list,
+    submodules_of,
+)
 
 
 def is_bare(values: nn.Module, rule: nn.Module) -> bool:
     """Whether calling a list of parametrizations gives what its rule computes, and no more."""
-    return not (
-        is_watched(values)
-        or is_watched(rule)
-        or (rule.__dict__["_modules"] and any(map(is_watched, rule.modules())))
-        or (torch_module._has_any_global_hook() and _is_every_module_watched())
+    if is_watched(values) or is_watched(rule):
+        return False
+    if submodules_of(rule) and any(map(is_watched, rule.modules())):
+        return False
+    return not has_hooks_on_all_modules() or all(
+        getattr(hook, "__module__", "") in _OBSERVERS for hook in hooks_on_all_modules()
     )
 
 
 _OBSERVERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
+"""Whose hooks on all modules only note where a model is.
 
-
-def _is_every_module_watched() -> bool:
-    """Whether there are hooks on all modules that may do more than note where a model is.
-
-    `torch.utils.flop_counter.FlopCounterMode` has such trackers, and is to count what really runs.
-    """
-    tables = (
-        torch_module._global_forward_hooks,
-        torch_module._global_forward_pre_hooks,
-        torch_module._global_backward_hooks,
-        torch_module._global_backward_pre_hooks,
-    )
-    hooks = [hook for table in tables for hook in table.values()]
-    return any(getattr(hook, "__module__", "") not in _OBSERVERS for hook in hooks)
+`torch.utils.flop_counter.FlopCounterMode` has such trackers, and is to count what really runs.
+"""
 
 
 @dataclass(frozen=True)
@@ -127,7 +122,8 @@ def refuse_absent(layer: nn.Module, tensor_name: str, others: Iterable[Any]) -> 
             "Load them first. Where a tool loads the values of a layer as that layer is called "
             "(accelerate's offloading does), keep the source out of it, or call remove_tie before."
         )
-    raise TieError(f"the tied {describe(layer, tensor_name)} {fact}. {remedy}")
+    where = f"the tied {describe(layer, tensor_name)}"
+    raise TieError(where, f"{where} {fact}.", remedy)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ from tiedparam.laws.rule import Rule
 from tiedparam.tie.marks import carry_marks
 from tiedparam.tie.reading import Reading
 from tiedparam.util.errors import TieError, describe
-from tiedparam.util.torch_private import effective, through
+from tiedparam.util.torch_private import effective, original_key, through
 
 
 class TiedList(parametrize.ParametrizationList):
@@ -167,8 +167,9 @@ class Tie:
             prefix: what the keys of the layer begin with.
             count: how many.
         """
-        start = f"{prefix}parametrizations.{self.tensor_name}.original"
-        return [f"{start}{i}" for i in range(self.values.ntensors if count is None else count)]
+        numbers = range(self.values.ntensors if count is None else count)
+        path = prefix.removesuffix(".")
+        return [original_key(path, self.tensor_name, number) for number in numbers]
 
     def weight(self) -> Tensor:
         """The tensor that the layer computes with."""

@@ -1,21 +1,22 @@
 """What torch does not promise, one function for each fact: the only file that may rely on it.
 
-Each fact has a test in ``tests/util/test_torch_private.py``, which says in which versions of torch
-it was seen. The lint of private names (ruff's SLF) holds everywhere else.
+All of it was seen in torch 2.13.0; each fact has a test in ``tests/util/test_torch_private.py``,
+which fails first where another version differs. The lint of private names (ruff's SLF) holds
+everywhere else.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
@@ -25,8 +26,6 @@ from torch.utils._python_dispatch import (
 )
 
 from tiedparam.util.sharded import computed, is_sharded
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 # The tables of a module -----------------------------------------------------------------------
 
@@ -108,10 +107,9 @@ def set_metadata(state_dict: Any, metadata: Any) -> None:
 
 
 def original_key(path: str, tensor_name: str, number: int) -> str:
-    """The state-dict key of one of the tensors that a parametrized tensor is computed from.
+    """The state-dict key of a tensor that a parametrized one is computed from.
 
-    torch stores them in the layer's ``parametrizations.<tensor>`` as ``original0``, ``original1``
-    and so on, where ``right_inverse`` gives a sequence.
+    torch calls them ``original0``, ``original1`` … where ``right_inverse`` gives a sequence.
     """
     return f"{path}.parametrizations.{tensor_name}.original{number}".removeprefix(".")
 
@@ -171,18 +169,24 @@ def is_traced_or_transformed() -> bool:
     )
 
 
-def caller(above: int = 1) -> FrameType:
-    """The frame of whoever called the function that asks, or of one further up.
+innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+"""The transform of ``torch.func`` that is at work (vmap, grad, jvp, functionalize), or None.
 
-    Args:
-        above: how many callers further up than the function that asks.
-    """
-    return sys._getframe(above + 1)
+torch's own function, since it is asked at every call, where a function around it would be felt.
+"""
 
 
 def may_carry_tangents() -> bool:
-    """Whether forward-mode differentiation is on, so that tensors may have tangents."""
+    """Whether the block ``forward_ad.dual_level`` is entered, so tensors may have tangents.
+
+    torch counts the levels from 0, and keeps −1 outside.
+    """
     return forward_ad._current_level >= 0
+
+
+def caller(above: int = 1) -> FrameType:
+    """The frame of so many callers above the function that asks."""
+    return sys._getframe(above + 1)
 
 
 def version_of(tensor: Tensor) -> int:
@@ -201,6 +205,15 @@ def parametrization_lists(layer: nn.Module) -> nn.ModuleDict:
 def parametrization_list(layer: nn.Module, tensor_name: str) -> parametrize.ParametrizationList:
     """The parametrizations of one tensor, and its originals."""
     return cast(parametrize.ParametrizationList, parametrization_lists(layer)[tensor_name])
+
+
+def lists_in_tables(layer: nn.Module) -> Mapping[str, Any]:
+    """The parametrization lists of a layer, by tensor name, for what runs at every call.
+
+    torch keeps them in the table of submodules, where an attribute of a module is found last.
+    """
+    lists = layer._modules.get("parametrizations")
+    return lists._modules if lists is not None else {}
 
 
 def effective(layer: nn.Module, tensor_name: str) -> Tensor:
@@ -268,25 +281,9 @@ def has_values(tensor: Tensor) -> bool:
     return not (tensor.is_meta or (fakes is not None and isinstance(tensor, fakes.FakeTensor)))
 
 
-def never_compiled(function: F) -> F:
-    """Keep torch.compile out of a function, and of all that it calls, at no cost to an import.
-
-    What changes the structure of a model cannot be traced. Inside a compiled function it runs as
-    it is, between two graphs.
-    """
-    disabled: list[Any] = []  # made once, when there is something to keep out
-
-    @functools.wraps(function)
-    def outside(*args: Any, **kwargs: Any) -> Any:
-        dynamo: Any = sys.modules.get("torch._dynamo")  # not imported: nothing is compiled
-        if dynamo is None:
-            return function(*args, **kwargs)
-        if not disabled:
-            disabled.append(dynamo.disable(function))
-        return disabled[0](*args, **kwargs)
-
-    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return cast(F, outside)
+def keep_out_dynamo(function: Callable[..., Any]) -> None:
+    """Mark a function that torch.compile is not to trace."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 # Tensors and operators -------------------------------------------------------------------------
@@ -326,3 +323,75 @@ def declared_writes(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
             if argument.is_write:
                 found.append(args[index] if index < len(args) else kwargs.get(argument.name))
     return found
+
+
+# What may run at every call, besides a module's forward ----------------------------------------
+
+
+has_hooks_on_all_modules = torch_module._has_any_global_hook
+"""Whether torch calls hooks with every module (``register_module_forward_hook``).
+
+torch's own function, since it is asked at every call, where a function around it would be felt.
+"""
+
+
+def hooks_on_all_modules() -> tuple[Any, ...]:
+    """The hooks that torch calls with every module."""
+    return (
+        *torch_module._global_forward_hooks.values(),
+        *torch_module._global_forward_pre_hooks.values(),
+        *torch_module._global_backward_hooks.values(),
+        *torch_module._global_backward_pre_hooks.values(),
+    )
+
+
+# How stock layers compute ----------------------------------------------------------------------
+
+
+def steps_of_forward(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The methods that torch's ``forward`` of a Linear or a convolution calls on the layer.
+
+    A convolution convolves in ``_conv_forward``, which pads as ``padding_mode`` says; a transposed
+    one counts in ``_output_padding`` what ``output_size`` asks for.
+    """
+    if issubclass(kind, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return ("_output_padding",)
+    return () if issubclass(kind, nn.Linear) else ("_conv_forward",)
+
+
+def convolution_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """What a convolution does with its input, any weight and any bias."""
+    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor] = layer._conv_forward
+    return convolve
+
+
+def output_padding_of(
+    layer: Any, input: Tensor, output_size: list[int] | None, axes: int
+) -> list[int]:
+    """The ``output_padding`` of a transposed convolution of so many axes.
+
+    It depends on the input where an ``output_size`` is asked for.
+    """
+    padding: list[int] = layer._output_padding(
+        input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
+    )
+    return padding
+
+
+def padding_of(layer: Any) -> list[int]:
+    """What a convolution pads where ``padding_mode`` or a named padding needs a call of its own.
+
+    Before and after each axis, the last axis first, as ``F.pad`` takes it.
+    """
+    padding: list[int] = layer._reversed_padding_repeated_twice
+    return padding
+
+
+def reshaped_in_place(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A contiguous tensor, which nobody else holds, in another shape; no view to autograd.
+
+    ``reshape`` gives a view, and autograd forbids some of what may be done to a plain tensor to
+    a view. ``_unsafe_view`` is what torch's own ``matmul`` and ``linear`` use.
+    """
+    reshaped: Tensor = torch.ops.aten._unsafe_view.default(tensor, shape)
+    return reshaped
