@@ -315,7 +315,7 @@ def test_bytes_in_front_of_an_archive(tmp_path):
         (tmp_path / "b.pt").write_bytes(front + raw)
         said = message_of(lambda: StoredCheckpoint(tmp_path / "b.pt"))
         assert str(tmp_path / "b.pt") in said
-        assert "is no checkpoint" in said or "damaged or not a torch file" in said
+        assert "is not a checkpoint" in said or "damaged or not a torch file" in said
 
 
 def test_what_torch_writes_without_checksums_or_before_archives(tmp_path):

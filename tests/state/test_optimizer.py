@@ -62,7 +62,7 @@ def test_trajectory_goes_on_through_tying_and_untying(case, kind):
 
 @pytest.mark.parametrize("case", TIES)
 def test_the_trajectory_test_would_see_a_mean_projected_state(case, monkeypatch):
-    from tiedparam.state import optimizer_moves as _optimizer
+    from tiedparam.state import optimizer_exchange as _optimizer
 
     maps_to_free = _optimizer.maps_to_free
     monkeypatch.setattr(

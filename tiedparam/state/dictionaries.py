@@ -115,7 +115,7 @@ def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict
     if problems:
         place = "the dense state dict"
         listed = some_of([str(reason) for reason in problems], "\n")
-        raise TieError(place, f"{place} does not fit the tied model:\n{listed}")
+        raise TieError(place, f"{place} does not fit the tied model:\n{listed}", "")
     warn_projected(projected)
     return result
 

@@ -138,7 +138,7 @@ class Reading:
                 raise
             fact = f"{_sizes_now(rule, read)}, on which {_function_of(rule)} raised"
             fact += f" {type(error).__name__}: {error}."
-            raise TieError(f"a '{rule}' tie", fact, _renewal(rule)) from error
+            raise TieError(_first(rule), fact, _renewal(rule)) from error
         if (
             rule.layout is not None
             and not is_traced()  # would warn of the comparison
@@ -146,7 +146,7 @@ class Reading:
             and not here.is_leaving
         ):
             fact = f"{_sizes_now(rule, read)}, and '{rule}' ties a tensor {rule.layout.shape}."
-            raise ResizedSourceError(f"a '{rule}' tie", fact, _renewal(rule))
+            raise ResizedSourceError(_first(rule), fact, _renewal(rule))
         return weight
 
     def read_source(self, source: nn.Module, name: str, place: Whereabouts, rule: Linked) -> Tensor:
@@ -318,11 +318,17 @@ def _rule(values: nn.Module) -> Linked:
 
 
 def _sizes_now(rule: Linked, read: list[Tensor]) -> str:
-    sizes = [
-        f"the source '{name}' of {describe_layer(source)} is {tuple(tensor.shape)} now"
-        for (source, name), tensor in zip(rule.sources(), read, strict=True)
-    ]
-    return ", ".join(sizes)
+    named = zip(map(_named, rule.sources()), read, strict=True)
+    return ", ".join(f"{name} is {tuple(tensor.shape)} now" for name, tensor in named)
+
+
+def _named(source: tuple[nn.Module, str]) -> str:
+    return f"the source '{source[1]}' of {describe_layer(source[0])}"
+
+
+def _first(rule: Linked) -> str:
+    """The place of an error about what the sources are now."""
+    return _named(next(rule.sources()))
 
 
 def _function_of(rule: Linked) -> str:
