@@ -178,9 +178,9 @@ def test_compiled_whole(rule):
 @LAWS
 def test_whole_models_plan_tie_untie(rule, tmp_path):
     model = three()
-    plan = tp.Plan([tp.PlanEntry("c", rule, options={"source": ["a", "b"]})])
+    plan = tp.Plan((tp.PlanEntry("c", rule, options={"source": ["a", "b"]}),))
     report = tp.tie_model(model, plan)
-    assert [row.layer for row in report.rows] == ["c"]
+    assert [row.layer for row in report.ties] == ["c"]
     weight = model["c"].weight.detach().clone()
     tp.write_plan(plan, tmp_path / "plan.toml")
     assert tp.read_plan(tmp_path / "plan.toml").entries == plan.entries
