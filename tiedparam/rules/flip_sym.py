@@ -19,7 +19,7 @@ CACHED_ENTRIES = 65_536
 """From so many entries on ``cache=True`` keeps the weight: 256 × 256, or 86 × 86 channels, 3×3.
 
 Comparing the free values takes as long as computing the weight up to about 10,000 entries, and
-half as long at this bound; a quarter of it from 300,000 on. In between the gain is there, but in
+little more than half as long at this bound, a quarter from 300,000 on. In between it gains, but in
 a convolution it cannot be felt.
 """
 
