@@ -289,7 +289,8 @@ class TiedLayer(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         for tie in ties_in(self):
             if tie.reading is not None:
-                tie.reading.refuse_partial_copy(tie.record, self, memo, tie.describe())
+                reading = tie.record.own_reading()
+                reading.refuse_partial_copy(tie.record.law, self, memo, tie.describe())
         inherited = getattr(self.tied_stock, "__deepcopy__", None)
         if inherited is not None:
             copied = inherited(self, memo)

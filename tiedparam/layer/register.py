@@ -157,7 +157,9 @@ def tie_one(
         tie.record.kept = memory_for(made, cache)
         tie.record.residual_at_tying = values.residual
         if made.reads_layers:
-            tie.record.reading = Reading.start(tie.record, layer, tensor_name, places)
+            tie.record.reading = Reading.start(
+                tie.record, tie.record.law, layer, tensor_name, places
+            )
         for parameter in tie.free:
             carry_attributes(weight, parameter)
         change = tying(made, weight, tie.free, tensor_name)

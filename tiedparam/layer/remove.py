@@ -20,8 +20,8 @@ from tiedparam.state.optimizer_moves import Move
 from tiedparam.tie.lookup import find_tie, origins
 from tiedparam.tie.marks import carry_attributes
 from tiedparam.tie.offloaded import why_offloaded
-from tiedparam.tie.reading import overlooking_sources
 from tiedparam.tie.record import Tie
+from tiedparam.tie.sources import overlooking_sources
 from tiedparam.tie.wrapped import why_wrapped
 from tiedparam.util.errors import Reason, TieError, describe, warn
 from tiedparam.util.never_compiled import never_compiled

@@ -20,8 +20,8 @@ from tiedparam.layer.values import assign_
 from tiedparam.tie import torch_callers
 from tiedparam.tie.interposed import refuse_absent
 from tiedparam.tie.lookup import find_tie, is_tied
-from tiedparam.tie.reading import ResizedSourceError, overlooking_sources
-from tiedparam.tie.wrapped import refuse_separate_source
+from tiedparam.tie.reading import ResizedSourceError
+from tiedparam.tie.sources import overlooking_sources, refuse_separate_source
 from tiedparam.tie.write_guard import guard
 from tiedparam.util.errors import TieError, describe
 from tiedparam.util.sharded import is_sharded
@@ -112,7 +112,7 @@ def _despite(
     with overlooking_sources(tie.values):
         weight = tie.weight()
     if resized and tuple(weight.shape) == declared_shape(layer, name):  # both ends were: it goes on
-        tie.record.reading.renew(tie.record, layer, name, weight)
+        tie.record.own_reading().renew(tie.record.law, layer, name, weight)
     elif computing or torch_callers.is_stock_forward(reader):
         raise error
     return weight

@@ -12,8 +12,8 @@ from tiedparam.compute.frozen import refuse_if_frozen
 from tiedparam.laws.rule import relative_distance
 from tiedparam.tie.lookup import tie_of, ties_in
 from tiedparam.tie.offloaded import why_offloaded
-from tiedparam.tie.reading import is_what_it_copies
 from tiedparam.tie.record import Tie
+from tiedparam.tie.sources import is_what_it_copies
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.sharded import is_sharded, whole, write
@@ -62,8 +62,7 @@ def assign_(
         if not is_what_it_copies(tie.values, value):
             fact = f"it is computed from another layer's tensor by '{rule}'."
             raise TieError(place, fact, "Assign to the source, or call remove_tie first.")
-        if tie.reading is not None:
-            tie.reading.renew(tie.record, layer, tensor_name, value)
+        tie.record.own_reading().renew(tie.record.law, layer, tensor_name, value)
         return layer
     value = unguard(value)
     reason = _why_not_taken(tie, value)

@@ -23,8 +23,8 @@ from tiedparam.state.entries import (
     why_unfit_free,
 )
 from tiedparam.tie.lookup import find_tie, key_prefix, named_ties_in, ties_in
-from tiedparam.tie.reading import overlooking_sources, refuse_exchanged
 from tiedparam.tie.record import Tie
+from tiedparam.tie.sources import overlooking_sources, refuse_exchanged
 from tiedparam.tie.wrapped import has_fsdp1
 from tiedparam.util.errors import Reason, TieError, quoted, some_of
 from tiedparam.util.sharded import computed, gathered

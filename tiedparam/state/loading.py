@@ -28,8 +28,8 @@ from tiedparam.state.entries import (
     why_unfit_free,
 )
 from tiedparam.tie.lookup import find_tie, origins, ties_in
-from tiedparam.tie.reading import chain
 from tiedparam.tie.record import Tie
+from tiedparam.tie.sources import chain
 from tiedparam.tie.torch_callers import refuse_loading_by_key
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.bits import same_bits

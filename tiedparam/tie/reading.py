@@ -10,35 +10,29 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tiedparam.laws.layout import Layout, declare_shape
 from tiedparam.tie.computed_source import recompute, why_computed
 from tiedparam.tie.offloaded import can_be_loaded, loaded
 from tiedparam.tie.whereabouts import Whereabouts
 from tiedparam.tie.wrapped import refuse_other_unit
-from tiedparam.tie.write_guard import is_read_from
 from tiedparam.util.errors import TieError, describe_layer
 from tiedparam.util.sharded import gathered
 from tiedparam.util.torch_private import (
     effective,
     is_managed_by_fsdp,
     is_traced,
-    parameters_of,
-    parametrization_list,
-    submodules_of,
     tensor_of,
 )
 
 if TYPE_CHECKING:
     from tiedparam.laws.linked import Linked
     from tiedparam.tie.parameter_paths import Places
-    from tiedparam.tie.record import TiedList
 
 
 class ResizedSourceError(TieError):
@@ -70,7 +64,7 @@ class SourceWatch:
 
 
 class Reading:
-    """How one tie reads its sources, and where they lie. Kept by its `TiedList`.
+    """How one tie reads its sources, and where they lie. Kept by its list of parametrizations.
 
     Attributes:
         places: where each source lies.
@@ -81,7 +75,7 @@ class Reading:
 
     def __init__(
         self,
-        values: TiedList,
+        values: nn.Module,
         places: Iterable[Whereabouts],
         shapes: Iterable[tuple[int, ...]],
         watches: Iterable[SourceWatch] = (),
@@ -94,13 +88,13 @@ class Reading:
 
     @classmethod
     def start(
-        cls, values: TiedList, layer: nn.Module, tensor_name: str, places: Places | None
+        cls, values: nn.Module, rule: Linked, layer: nn.Module, name: str, places: Places | None
     ) -> Reading:
         """That of a tie that is being made; notes where its sources lie in a model."""
-        sources = list(_rule(values).sources())
+        sources = list(rule.sources())
         return cls(
             values,
-            [Whereabouts.of(layer, tensor_name, source, places) for source, _ in sources],
+            [Whereabouts.of(layer, name, source, places) for source, _ in sources],
             [tuple(effective(*source).shape) for source in sources],
             [SourceWatch(source) for source, _ in sources],
         )
@@ -108,33 +102,37 @@ class Reading:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_values": None}  # `serving` follows
 
-    def serving(self, values: TiedList) -> Reading:
+    def serves(self, values: nn.Module) -> bool:
+        """Whether this belongs to that very list, and not to the one that it was cloned from."""
+        return self._values() is values
+
+    def serving(self, values: nn.Module) -> Reading:
         """The same for another list, which was unpickled or copied."""
         return Reading(values, self.places, self.shapes, self.watches)
 
-    def copied(self, values: TiedList, watches: list[SourceWatch], memo: dict[int, Any]) -> Reading:
+    def copied(
+        self, values: nn.Module, watches: list[SourceWatch], memo: dict[int, Any]
+    ) -> Reading:
         """That of a deep copy of the list; what else was copied so far stands in ``memo``."""
         places = [place.moved(memo.get(id(place.common_root))) for place in self.places]
         return Reading(values, places, self.shapes, watches)
 
     # Computing --------------------------------------------------------------------------
 
-    def compute(self, values: TiedList, free: Iterable[Tensor]) -> Tensor:
+    def compute(self, rule: Linked, free: Iterable[Tensor]) -> Tensor:
         """The tied tensor, from the sources and these free values.
 
         Raises:
             TieError: if a source is not what it was.
         """
-        here = self.of_clone(values) if self._values() is not values else self
-        rule = _rule(values)
-        places = here.places
+        places = self.places
         read = [
-            here.read_source(*source, places[i], rule) for i, source in enumerate(rule.sources())
+            self.read_source(*source, places[i], rule) for i, source in enumerate(rule.sources())
         ]
         try:
             weight: Tensor = rule(*read, *free)
         except Exception as error:
-            if tuple(tuple(tensor.shape) for tensor in read) == here.shapes:
+            if tuple(tuple(tensor.shape) for tensor in read) == self.shapes:
                 raise
             fact = f"{_sizes_now(rule, read)}, on which {_function_of(rule)} raised"
             fact += f" {type(error).__name__}: {error}."
@@ -143,7 +141,7 @@ class Reading:
             rule.layout is not None
             and not is_traced()  # would warn of the comparison
             and weight.shape != rule.layout.shape
-            and not here.is_leaving
+            and not self.is_leaving
         ):
             fact = f"{_sizes_now(rule, read)}, and '{rule}' ties a tensor {rule.layout.shape}."
             raise ResizedSourceError(_first(rule), fact, _renewal(rule))
@@ -179,9 +177,12 @@ class Reading:
             raise TieError(f"a '{rule}' tie", fact, _renewal(rule))
         return cast(Tensor, gathered(present))
 
-    def of_clone(self, values: TiedList) -> Reading:
-        """That of ``values``, which a shallow clone has put in the place of our own list (S43)."""
-        rule = _rule(values)
+    def of_clone(self, values: nn.Module, rule: Linked) -> Reading:
+        """That of ``values``, which a shallow clone has put in the place of our own list (S43).
+
+        Raises:
+            TieError: if the sources in the clone are not known.
+        """
         if torch.compiler.is_compiling():
             place = f"a '{rule}' tie"
             raise TieError(
@@ -191,44 +192,38 @@ class Reading:
         names = [name for _, name in rule.sources()]
         rule.read_from(list(zip((source for _, source in found), names, strict=True)))
         # the hooks on the sources are the original's, which the clone shares
-        values.reading = Reading(values, [place for place, _ in found], self.shapes)
-        return values.reading
+        return Reading(values, [place for place, _ in found], self.shapes)
 
     # What may become of the sources -----------------------------------------------------
 
     @contextmanager
-    def overlooking(self, values: TiedList) -> Iterator[None]:
+    def overlooking(self, rule: Linked) -> Iterator[None]:
         """Compute with what there is, for this one tie."""
-        here = self.of_clone(values) if self._values() is not values else self
-        rule = _rule(values)
-        for (source, _), place in zip(rule.sources(), here.places, strict=True):
+        for (source, _), place in zip(rule.sources(), self.places, strict=True):
             place.refuse_on_disk(source, rule)
-        before, here.is_leaving = here.is_leaving, True
+        before, self.is_leaving = self.is_leaving, True
         try:
             yield
         finally:
-            here.is_leaving = before
+            self.is_leaving = before
 
-    def refuse_exchanged(self, values: TiedList) -> None:
+    def refuse_exchanged(self, rule: Linked) -> None:
         """Raise if another module has taken the place of a source."""
-        here = self.of_clone(values) if self._values() is not values else self
-        rule = _rule(values)
-        for (source, _), place in zip(rule.sources(), here.places, strict=True):
+        for (source, _), place in zip(rule.sources(), self.places, strict=True):
             place.refuse_exchanged(source, rule)
 
     def refuse_partial_copy(
-        self, values: TiedList, layer: nn.Module, memo: dict[int, Any], where: str
+        self, rule: Linked, layer: nn.Module, memo: dict[int, Any], where: str
     ) -> None:
         """Raise if a deepcopy in progress would leave a source behind (S13).
 
         Args:
-            values: the list of the tied tensor.
+            rule: the law.
             layer: the layer that is being copied; it may be its own source.
             memo: deepcopy's dictionary of what it has entered; empty for the layer alone.
             where: how to name the tied tensor.
         """
-        here = self.of_clone(values) if self._values() is not values else self
-        for (source, _), place in zip(_rule(values).sources(), here.places, strict=True):
+        for (source, _), place in zip(rule.sources(), self.places, strict=True):
             root = place.common_root
             copied_whole = (id(root) in memo) if root is not None else bool(memo)
             if not copied_whole and id(source) not in memo and source is not layer:
@@ -238,20 +233,17 @@ class Reading:
                     "Copy a module that holds both, or call remove_tie first.",
                 )
 
-    def renew(self, values: TiedList, layer: nn.Module, tensor_name: str, weight: Tensor) -> None:
+    def renew(self, rule: Linked, layer: nn.Module, tensor_name: str, weight: Tensor) -> None:
         """Tie the size that the sources have now."""
-        rule, shape = _rule(values), tuple(weight.shape)
+        shape = tuple(weight.shape)
         rule.bind(Layout.of(layer, tensor_name, shape), weight.dtype)
         self.shapes = tuple(tuple(tensor.shape) for tensor in rule.read())
         declare_shape(layer, tensor_name, shape)
 
-    def shown(self, values: TiedList) -> str:
+    def shown(self, rule: Linked) -> str:
         """What is read, in a few words, for ``print(model)``."""
-        here, rule = self, _rule(values)
-        if self._values() is not values:
-            return "reads a source that is looked for in this clone"
         shown = []
-        for (source, name), place in zip(rule.sources(), here.places, strict=True):
+        for (source, name), place in zip(rule.sources(), self.places, strict=True):
             try:
                 place.refuse_exchanged(source, rule)
             except TieError:
@@ -268,53 +260,6 @@ class Reading:
 
 
 _LONGEST = 100
-
-
-@contextmanager
-def overlooking_sources(values: nn.Module) -> Iterator[None]:
-    """Compute with what there is, whatever has become of the sources, to leave the tie."""
-    with ExitStack() as stack:
-        for each in chain(values):
-            stack.enter_context(each.reading.overlooking(each))  # type: ignore[union-attr]
-        yield
-
-
-def chain(values: nn.Module) -> Iterator[TiedList]:
-    """A tie that reads layers, and those of its sources that do, one behind the other."""
-    if getattr(values, "reading", None) is None:
-        return
-    yield values  # type: ignore[misc]
-    for source, name in _rule(values).sources():
-        if parametrize.is_parametrized(source, name):
-            yield from chain(parametrization_list(source, name))
-
-
-def refuse_exchanged(values: nn.Module) -> None:
-    """Raise if this tie, or one that it reads, has lost its source to another module."""
-    for each in chain(values):
-        each.reading.refuse_exchanged(each)  # type: ignore[union-attr]
-
-
-def is_what_it_copies(values: nn.Module, value: Tensor) -> bool:
-    """Whether ``value`` is the source's own tensor, and the law is to be equal to that."""
-    rule = _rule(values)
-    if not rule.is_plain_copy:
-        return False
-    ((source, name),) = rule.sources()
-    if value is parameters_of(source).get(name) or is_read_from(value, source, name):
-        return True
-    if not parametrize.is_parametrized(source, name):
-        return False
-    behind = parametrization_list(source, name)
-    return (
-        len(behind) == 1
-        and getattr(behind, "reading", None) is not None
-        and is_what_it_copies(behind, value)
-    )
-
-
-def _rule(values: nn.Module) -> Linked:
-    return submodules_of(values)["0"]  # type: ignore[return-value]
 
 
 def _sizes_now(rule: Linked, read: list[Tensor]) -> str:

@@ -81,7 +81,7 @@ class TiedList(parametrize.ParametrizationList):
             return super().forward()  # a replica of nn.DataParallel, say
         if self.reading is None:
             return through(self, *originals)  # type: ignore[arg-type]
-        weight = self.reading.compute(self, originals)  # type: ignore[arg-type]
+        weight = self.own_reading().compute(self.law, originals)  # type: ignore[arg-type]
         for stacked in list(self)[1:]:
             weight = stacked(weight)
         return weight
@@ -91,7 +91,23 @@ class TiedList(parametrize.ParametrizationList):
         free = self._parameters.values()
         if self.reading is None:
             return self[0](*free)  # type: ignore[no-any-return]
-        return self.reading.compute(self, free)  # type: ignore[arg-type]
+        return self.own_reading().compute(self.law, free)  # type: ignore[arg-type]
+
+    @property
+    def law(self) -> Any:
+        """The rule; by the table, since this is asked at every call."""
+        return self._modules["0"]
+
+    def own_reading(self) -> Reading:
+        """How other layers are read by this very list, which a shallow clone may have made (S43).
+
+        Raises:
+            TieError: if the sources in the clone are not known.
+        """
+        assert self.reading is not None
+        if not self.reading.serves(self):
+            self.reading = self.reading.of_clone(self, self.law)
+        return self.reading
 
     @property
     def original(self) -> TiedList:  # type: ignore[override]
@@ -120,7 +136,11 @@ class TiedList(parametrize.ParametrizationList):
 
     def extra_repr(self) -> str:
         """Which layers are read."""
-        return self.reading.shown(self) if self.reading is not None else ""
+        if self.reading is None:
+            return ""
+        if not self.reading.serves(self):
+            return "reads a source that is looked for in this clone"
+        return self.reading.shown(self.law)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         before = self._parameters.copy()

@@ -11,20 +11,16 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tiedparam.util.errors import Reason, TieError, describe
+from tiedparam.laws.rule import Rule
+from tiedparam.tie.whereabouts import Whereabouts
+from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.sharded import is_sharded
-
-if TYPE_CHECKING:
-    from tiedparam.laws.rule import Rule
-    from tiedparam.tie.reading import Reading
-    from tiedparam.tie.record import Tie
-    from tiedparam.tie.whereabouts import Whereabouts
 
 
 def why_wrapped(
@@ -61,25 +57,6 @@ def why_wrapped(
             "again.",
         )
     return Reason("it is sharded already.", f"{verb} before fully_shard.")
-
-
-def refuse_separate_source(tie: Tie) -> None:
-    """Raise for a tie that is to be computed while a source is sharded elsewhere (S31)."""
-    reading: Reading = tie.values.reading  # type: ignore[assignment]
-    (source, source_name), *_ = tie.rule.sources()
-    root = reading.places[0].common_root
-    copy, original = tie.describe(root), describe(source, source_name, root)
-    pair = "source_layer, layer"
-    if root is not None:
-        paths = {id(module): path for path, module in root.named_modules()}
-        pair = f"{paths[id(source)]}, {paths[id(tie.layer)]}"
-    raise TieError(
-        f"cannot compute {copy} by '{tie.rule}'",
-        f"its source {original} belongs to another fully_shard unit, and only a part of it is "
-        "here.",
-        f"Put both into one unit, with fully_shard([{pair}]) or by sharding only a module that "
-        "holds both.",
-    )
 
 
 def refuse_other_unit(
