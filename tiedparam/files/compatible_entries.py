@@ -23,6 +23,7 @@ from tiedparam.laws.rule import Rule
 from tiedparam.state.dictionaries import tie_state_dict
 from tiedparam.tie.binding import bind
 from tiedparam.tie.lookup import named_ties_in
+from tiedparam.tie.target import Target
 from tiedparam.util.bits import same_bits
 from tiedparam.util.errors import (
     Reason,
@@ -131,7 +132,7 @@ def _slots(
     for stored, _ in new:
         slot = slots.pop(stored.key)
         probe = stored.make(functions)
-        bind(probe, model.get_submodule(stored.layer), stored.tensor, model)
+        bind(probe, Target(model.get_submodule(stored.layer), stored.tensor, model))
         for number, shape in enumerate(probe.free_shapes()):
             key = original_key(stored.layer, stored.tensor, number)
             slots[key] = _Slot(shape, slot.dtype, (slot.tensor, number))

@@ -20,6 +20,7 @@ from tiedparam.state.loading import signatures_of
 from tiedparam.tie.binding import bind
 from tiedparam.tie.lookup import find_tie, is_tied, named_ties_in
 from tiedparam.tie.record import Tie
+from tiedparam.tie.target import Target
 from tiedparam.util.errors import Reason, TieError, key_of, quoted, refuse, shown_shape, within
 from tiedparam.util.torch_private import parameters_of
 
@@ -89,7 +90,7 @@ def _why_not_made(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.Module
         return Reason("it has another parametrization here.", _ANOTHER_MODEL)
     if not isinstance(parameters_of(layer).get(tie.tensor), nn.Parameter):
         return Reason("the model has no such Parameter.", _ANOTHER_MODEL)
-    reason = bind(rule, layer, tie.tensor, model)
+    reason = bind(rule, Target(layer, tie.tensor, model))
     if reason is not None:
         return reason
     if rule.bound_layout != tie.layout:

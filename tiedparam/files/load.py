@@ -20,12 +20,13 @@ from tiedparam.files.header import Header
 from tiedparam.formats.atomic import PathLike
 from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.laws.functions import Functions, as_functions
-from tiedparam.layer.register import tie_one
+from tiedparam.layer.register import Settings, tie_one
 from tiedparam.state.optimizer_guard import watch_free_values
 from tiedparam.tie.lookup import is_tied, named_ties_in, tie_of
 from tiedparam.tie.offloaded import TO_BRING_BACK, is_offloaded
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.rollback import rolled_back_on_error
+from tiedparam.tie.target import Target
 from tiedparam.util.errors import TieError, within
 from tiedparam.util.torch_private import buffers_of, parameters_of, unsaved_buffers_of
 
@@ -81,7 +82,8 @@ def load(path: PathLike, model: Model, *, functions: Functions | None = None) ->
             for tie, rule in new:
                 layer = model.get_submodule(tie.layer)
                 if not is_tied(layer, tie.tensor):  # a layer under two names is tied once
-                    tie_one(layer, rule, tie.tensor, places)  # whatever it held: it is replaced
+                    # whatever it held: it is replaced
+                    tie_one(Target.among(places, layer, tie.tensor), rule, Settings())
             _give_memory(model)
             _load_state_dict(where, model, entries)
             for tie in said.ties:  # not that of the values that were replaced

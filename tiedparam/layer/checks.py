@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam.laws.rule import Rule
-from tiedparam.tie.lookup import find_tie
 from tiedparam.tie.offloaded import is_on_disk, why_offloaded
 from tiedparam.tie.parameter_paths import Places
+from tiedparam.tie.target import Target
 from tiedparam.tie.wrapped import is_wrapper, why_wrapped
 from tiedparam.util.errors import Reason, TieError, describe, quoted, some_of
 from tiedparam.util.torch_private import (
@@ -55,27 +55,23 @@ def check_init(init: object) -> None:
         raise TieError(f"init={init!r}", f"init={init!r} is unknown.", f"Choose one of {known}.")
 
 
-def why_untieable(
-    layer: nn.Module, tensor_name: str, places: Places | None = None
-) -> Reason | None:
+def why_untieable(target: Target) -> Reason | None:
     """Why no rule can tie this tensor, or None.
 
-    Args:
-        layer: the layer.
-        tensor_name: which of its tensors.
-        places: where everything lies in the model; without it other layers are not looked at.
+    Other layers that hold its Parameter are looked for where the model is known.
     """
-    tie = find_tie(layer, tensor_name)
+    layer, tensor_name, places = target.layer, target.tensor_name, target.places
+    tie = target.tie()
     if tie is not None:
         return Reason(f"it is tied by '{tie.rule}' already.", REMOVE_THE_TIE)
     if parametrize.is_parametrized(layer, tensor_name):
         return Reason(
             "it has another parametrization.", "Remove that one, tie, and register it again."
         )
-    weight = parameters_of(layer).get(tensor_name)
+    weight = target.parameter
     wrappers = places.modules_that(is_wrapper) if places is not None else ()
     if weight is None:
-        return why_wrapped(layer, [], "tie", wrappers) or _why_no_parameter(layer, tensor_name)
+        return why_wrapped(layer, [], "tie", wrappers) or why_no_parameter(target)
     if isinstance(weight, nn.UninitializedParameter):
         return Reason("the layer is lazy and has no shape yet.", "Run one forward pass first.")
     if weight.layout is not torch.strided or weight.is_quantized:
@@ -86,17 +82,20 @@ def why_untieable(
     reason = why_wrapped(layer, [weight], "tie", wrappers) or why_offloaded(layer, on_disk)
     if reason is not None:
         return reason
-    for other, name in (places or Places(layer)).other_holders(layer, tensor_name, weight):
+    around = places or Places(layer)
+    for other, name in around.other_holders(layer, tensor_name, weight):
         own = f"layer.{tensor_name} = nn.Parameter(layer.{tensor_name}.detach().clone())"
+        holder = around.describe(other, name) if places is not None else describe(other, name)
         return Reason(
-            f"it shares its Parameter with {described(other, name, places)}.",
+            f"it shares its Parameter with {holder}.",
             f"Give one of them a Parameter of its own ({own}), and tie it to the other by 'copy'.",
         )
     return None
 
 
-def why_refused(layer: nn.Module, rule: Rule) -> Reason | None:
+def why_refused(target: Target, rule: Rule) -> Reason | None:
     """Why this kind of rule cannot go on the layer, or None; shapes aside."""
+    layer = target.layer
     if not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return None
     if layer.sparse:
@@ -110,21 +109,23 @@ def why_refused(layer: nn.Module, rule: Rule) -> Reason | None:
     return None
 
 
-def why_no_values(layer: nn.Module, tensor_name: str) -> Reason:
+def why_no_values(target: Target) -> Reason:
     """Why a layer has no tensor, or none with values, that a law could be compared with."""
-    if getattr(layer, tensor_name, None) is None:
-        return _why_no_parameter(layer, tensor_name)
+    if target.tensor is None:
+        return why_no_parameter(target)
     return Reason("it has no values to compare.", "Load or initialise the layer first.")
 
 
-def _why_no_parameter(layer: nn.Module, tensor_name: str) -> Reason:
+def why_no_parameter(target: Target) -> Reason:
+    """What stands in the place of a Parameter, and what to tie instead."""
+    layer, tensor_name = target.layer, target.tensor_name
     if tensor_name in parameters_of(layer):
         return Reason(
             f"the layer was built without {tensor_name}.", "Build it with one, or drop the tie."
         )
     if tensor_name in buffers_of(layer):
         return Reason("it is a buffer, and only Parameters can be tied.")
-    if isinstance(getattr(layer, tensor_name, None), Tensor):
+    if isinstance(target.tensor, Tensor):
         return Reason(
             "it is computed by a hook, not a Parameter.",
             "Remove that first (weight_norm, prune).",
@@ -141,10 +142,3 @@ def _why_no_parameter(layer: nn.Module, tensor_name: str) -> Reason:
         f"Pass one of its layers ({', '.join(children)}), as layer.get_submodule({children[0]}), "
         "or tie by names with tiedparam.tie_model.",
     )
-
-
-def described(layer: nn.Module, tensor_name: str, places: Places | None) -> str:
-    """A tensor as messages name it: by its path, where the model is known."""
-    if places is None:
-        return describe(layer, tensor_name)
-    return places.describe(layer, tensor_name)

@@ -19,6 +19,7 @@ from numbers import Real
 from torch import Tensor
 
 from tiedparam.laws.rule import Rule
+from tiedparam.tie.record import Tie
 from tiedparam.util.errors import Reason, TieError, shortened, warn
 
 KEPT = 0.2
@@ -121,28 +122,27 @@ class Concern:
         return found
 
 
-def concern_of(
-    where: str, tensor_name: str, rule: Rule, weight: Tensor, residual: float | None
-) -> Concern | None:
-    """What is odd about a tie, or None.
+def concern_of(tie: Tie, where: str, weight: Tensor, *, asked: bool) -> Concern | None:
+    """What is odd about a tie that was just made, or None.
 
     Args:
-        where: the tensor, as messages name it.
-        tensor_name: its name in its layer.
-        rule: the rule, bound.
+        tie: the tie.
+        where: its tensor, as messages name it.
         weight: the values before the tie.
-        residual: how far they are from the law, if the nearest lawful weight took their place and
-            nobody asked how near it is.
+        asked: whether the user has said that the nearest lawful weight need not be near.
     """
+    rule, residual = tie.rule, tie.residual_at_tying
     free, entries = rule.free_count, weight.numel()
     if free == 0:
         return None  # a copy takes another layer's values: its own are gone by definition
     if free >= entries:
-        return Concern(where, tensor_name, rule, weight, None)
-    if residual is None or entries < ENTRIES:
+        return Concern(where, tie.tensor_name, rule, weight, None)
+    if asked or residual is None or entries < ENTRIES:
         return None
     kept = _kept(residual)
-    return Concern(where, tensor_name, rule, weight, kept, residual) if kept < KEPT else None
+    if kept >= KEPT:
+        return None
+    return Concern(where, tie.tensor_name, rule, weight, kept, residual)
 
 
 class Concerns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.optim import Optimizer
 
 from tiedparam.state import optimizer_moves
@@ -16,7 +18,7 @@ def raise_if(place: str, reason: Reason | None) -> None:
         raise TieError(place, *reason)
 
 
-def planned_moves(optimizers: list[Optimizer], change: Exchange, place: str) -> list[Move]:
+def planned_moves(optimizers: Sequence[Optimizer], change: Exchange, place: str) -> list[Move]:
     """The moves that an exchange of Parameters asks of the optimizers.
 
     Raises:

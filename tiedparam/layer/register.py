@@ -6,8 +6,9 @@ the optimizers' moves; only then touch the layer, and put everything back if tor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from tiedparam.laws.layout import declare_shape
 from tiedparam.laws.registry import make_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer import host
-from tiedparam.layer.checks import check_arguments, described, why_refused, why_untieable
+from tiedparam.layer.checks import check_arguments, why_refused, why_untieable
 from tiedparam.layer.concerns import Concern, check_max_residual, concern_of
 from tiedparam.layer.initial_values import InitialValues, initial_values
 from tiedparam.layer.moves import planned_moves, raise_if
@@ -30,18 +31,17 @@ from tiedparam.layer.parameter_order import plain_parameter, remember_order
 from tiedparam.state import optimizer_guard, optimizer_moves
 from tiedparam.state.optimizer_exchange import tying
 from tiedparam.tie.binding import bind, value_of
-from tiedparam.tie.lookup import find_tie, origins, tie_of
+from tiedparam.tie.lookup import origins, tie_of
 from tiedparam.tie.marks import carry_attributes
-from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.reading import Reading
 from tiedparam.tie.record import Tie
 from tiedparam.tie.rollback import rolled_back_on_error
+from tiedparam.tie.target import Target
 from tiedparam.util.errors import Reason, TieError, warn
 from tiedparam.util.never_compiled import never_compiled
 from tiedparam.util.sharded import is_sharded
 from tiedparam.util.torch_private import (
     effective,
-    parameters_of,
 )
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -107,78 +107,76 @@ def register_tie(
     check_arguments(layer, tensor_name, init, root)
     check_max_residual(max_residual)
     made = make_rule(rule, options)
-    places = Places(root) if root is not None else None
-    return tie_one(
-        layer,
-        made,
-        tensor_name,
-        places,
-        init=init,
-        max_residual=max_residual,
-        cache=cache,
-        optimizer=optimizer,
-        concerned=lambda concern: warn(f"{concern.fact()} {concern.advice()}"),
+    settings = Settings(
+        init,
+        max_residual,
+        cache,
+        optimizer_moves.as_optimizers(optimizer),
+        lambda concern: warn(f"{concern.fact()} {concern.advice()}"),
     )
+    tie_one(Target(layer, tensor_name, root), made, settings)
+    return layer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a tensor is to be tied, apart from the law.
+
+    Attributes:
+        init: how the free values come from the present weight.
+        max_residual: how far that may be from the law.
+        cache: whether to keep the computed weight between calls.
+        optimizers: those that hold the dense parameter.
+        concerned: is told of a tie that is hardly meant, while all can still be put back.
+    """
+
+    init: str = "project"
+    max_residual: float | None = None
+    cache: bool = False
+    optimizers: Sequence[Optimizer] = ()
+    concerned: Callable[[Concern], None] | None = None
 
 
 @torch.inference_mode(False)  # Parameters made in inference mode could never be trained
-def tie_one(
-    layer: Layer,
-    made: Rule,
-    tensor_name: str,
-    places: Places | None,
-    *,
-    init: str = "project",
-    max_residual: float | None = None,
-    cache: bool = False,
-    optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    concerned: Callable[[Concern], None] | None = None,
-) -> Layer:
-    """`register_tie` with a rule that is made, and a root that is looked through.
-
-    ``concerned`` is told of a tie that is hardly meant, while all can still be put back.
+def tie_one(target: Target, made: Rule, settings: Settings) -> None:
+    """`register_tie`, once all that was given is made.
 
     Raises:
         TieError: if anything does not fit. Nothing was changed then.
     """
-    if made.reads_layers and _has_lost_its_source(layer, tensor_name):
-        return _tie_again(layer, made, tensor_name, places, init=init, cache=cache)
-    where = described(layer, tensor_name, places)
+    if made.reads_layers and _has_lost_its_source(target):
+        return _tie_again(target, made, settings)
+    where = target.describe()
     place = f"cannot tie {where} by '{made}'"
-    refuse_if_frozen(layer, "register_tie")
-    raise_if(place, why_untieable(layer, tensor_name, places) or why_refused(layer, made))
-    weight: nn.Parameter = parameters_of(layer)[tensor_name]  # type: ignore[assignment]
-    optimizers = optimizer_moves.as_optimizers(optimizer)
-    noted = rolled_back_on_error(layer.modules(), optimizers)
+    refuse_if_frozen(target.layer, "register_tie")
+    raise_if(place, why_untieable(target) or why_refused(target, made))
+    weight: nn.Parameter = target.parameter  # type: ignore[assignment]
+    noted = rolled_back_on_error(target.layer.modules(), settings.optimizers)
     with _long_chains_told(place), _unbound_on_error(made), noted:
-        values = _fit(made, layer, tensor_name, places, init, max_residual, place)
-        tie = _replace_parameter(layer, tensor_name, made, values.free)
-        tie.record.computing = computing_of(layer, tensor_name, made)
-        tie.record.kept = memory_for(made, cache)
+        values = _fit(made, target, weight, settings, place)
+        tie = _replace_parameter(target, made, values.free)
+        tie.record.computing = computing_of(target.layer, target.tensor_name, made)
+        tie.record.kept = memory_for(made, settings.cache)
         tie.record.residual_at_tying = values.residual
         if made.reads_layers:
             tie.record.reading = Reading.start(
-                tie.record, tie.record.law, layer, tensor_name, places
+                tie.record, tie.record.law, target.layer, target.tensor_name, target.places
             )
         for parameter in tie.free:
             carry_attributes(weight, parameter)
-        change = tying(made, weight, tie.free, tensor_name)
-        moves = planned_moves(optimizers, change, place)
+        change = tying(tie, weight)
+        moves = planned_moves(settings.optimizers, change, place)
         optimizer_moves.warn_of_losses(moves, f"tying {where} by '{made}'")
         optimizer_moves.move_gradient(change)
         for move in moves:
             move.apply()
         if made.reads_layers and not tie.free:
-            origin = list(origins(layer, tensor_name))
+            origin = list(origins(target.layer, target.tensor_name))
             optimizer_moves.share_gradient(weight, tie.tied, origin)
-        asked = init != "project" or max_residual is not None
-        residual = None if asked else values.residual
-        concern = concern_of(where, tensor_name, made, weight.detach(), residual)
-        if concern is not None and concerned is not None:
-            concerned(concern)
+        _tell_concern(tie, where, weight, settings)
     optimizer_guard.retire([weight], f"the dense parameter of {where}", _TO_REBUILD)
     optimizer_guard.watch_free_values(tie.free, where)
-    return layer
+    return None
 
 
 _TO_REBUILD = (
@@ -189,35 +187,27 @@ _TO_REBUILD = (
 
 
 def _fit(
-    made: Rule,
-    layer: nn.Module,
-    tensor_name: str,
-    places: Places | None,
-    init: str,
-    max_residual: float | None,
-    place: str,
+    made: Rule, target: Target, weight: nn.Parameter, settings: Settings, place: str
 ) -> InitialValues:
     """Bind the rule and compute the free values, with all reasons against them."""
-    raise_if(place, bind(made, layer, tensor_name, places.root if places is not None else None))
+    raise_if(place, bind(made, target))
     if any(is_sharded(effective(*source)) for source in made.sources()):
         raise TieError(place, "its source is sharded already.", "Tie before fully_shard.")
-    weight: nn.Parameter = parameters_of(layer)[tensor_name]  # type: ignore[assignment]
-    found = initial_values(made, weight, init, max_residual)
+    found = initial_values(made, weight, settings.init, settings.max_residual)
     if isinstance(found, Reason):
         raise TieError(place, *found)
     raise_if(place, made.why_not_kept())  # now that it has done all that it does
     return found
 
 
-def _replace_parameter(
-    layer: nn.Module, tensor_name: str, made: Rule, free: list[torch.Tensor]
-) -> Tie:
+def _replace_parameter(target: Target, made: Rule, free: list[torch.Tensor]) -> Tie:
     """Put the rule and its free values into the place of the Parameter."""
+    layer, name = target.layer, target.tensor_name
     remember_order(layer)
     # torch's check calls the law without its sources; ours was made with them
-    parametrize.register_parametrization(layer, tensor_name, made, unsafe=made.reads_layers)
+    parametrize.register_parametrization(layer, name, made, unsafe=made.reads_layers)
     host.install_host(layer)
-    tie = tie_of(layer, tensor_name)
+    tie = tie_of(layer, name)
     tie.values.unsafe = False
     with torch.no_grad():
         for parameter, value in zip(tie.free, free, strict=True):
@@ -225,12 +215,19 @@ def _replace_parameter(
     return tie
 
 
+def _tell_concern(tie: Tie, where: str, weight: nn.Parameter, settings: Settings) -> None:
+    asked = settings.init != "project" or settings.max_residual is not None
+    concern = concern_of(tie, where, weight.detach(), asked=asked)
+    if concern is not None and settings.concerned is not None:
+        settings.concerned(concern)
+
+
 # A copy whose source has changed -----------------------------------------------------------------
 
 
-def _has_lost_its_source(layer: nn.Module, tensor_name: str) -> bool:
+def _has_lost_its_source(target: Target) -> bool:
     """Whether the tensor is tied to a source that was resized, exchanged or lost since."""
-    tie = find_tie(layer, tensor_name)
+    tie = target.tie()
     if tie is None or tie.is_stacked or not tie.rule.reads_layers:
         return False
     try:
@@ -241,24 +238,22 @@ def _has_lost_its_source(layer: nn.Module, tensor_name: str) -> bool:
     return False
 
 
-def _tie_again(
-    layer: Layer, made: Rule, tensor_name: str, places: Places | None, *, init: str, cache: bool
-) -> Layer:
+def _tie_again(target: Target, made: Rule, settings: Settings) -> None:
     """Replace a broken copy: one call, from whatever has become of its source (S30, S44)."""
+    layer, name = target.layer, target.tensor_name
     refuse_if_frozen(layer, "register_tie")
-    present = tie_of(layer, tensor_name)
+    present = tie_of(layer, name)
     watches = present.reading.watches if present.reading is not None else []
     with _unbound_on_error(made), rolled_back_on_error(layer.modules(), []):
-        value = value_of(made, tensor_name, places.root if places is not None else None)
+        value = value_of(made, target)
         shape = present.rule.bound_layout.shape
         if value is None or value.dim() != len(shape):
             value = torch.empty(shape, device="cpu")  # `bind` says what does not fit
-        host.remove_host(layer, tensor_name, plain_parameter(value, requires_grad=True))
-        declare_shape(layer, tensor_name, tuple(value.shape))
-        tie_one(layer, made, tensor_name, places, init=init, cache=cache, optimizer=None)
+        host.remove_host(layer, name, plain_parameter(value, requires_grad=True))
+        declare_shape(layer, name, tuple(value.shape))
+        tie_one(target, made, Settings(settings.init, cache=settings.cache))
     for watch in watches:
         watch.leave()
-    return layer
 
 
 # When something fails ----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tiedparam.layer import host
 from tiedparam.layer.moves import planned_moves, raise_if
 from tiedparam.layer.parameter_order import plain_parameter
 from tiedparam.state import optimizer_guard, optimizer_moves
-from tiedparam.state.optimizer_exchange import Exchange, untying
+from tiedparam.state.optimizer_exchange import untying
 from tiedparam.state.optimizer_moves import Move
 from tiedparam.tie.lookup import find_tie, origins
 from tiedparam.tie.marks import carry_attributes
@@ -70,7 +70,7 @@ def remove_tie(
         dense, moves = _plan_untying(tie, optimizers, place)
         optimizer_moves.warn_of_losses(moves, f"untying {where}")
         if tie.free:
-            optimizer_moves.move_gradient(_untying(tie, dense))
+            optimizer_moves.move_gradient(untying(tie, dense))
     _tell_resized(tie, dense, where)
     reading = tie.reading
     for watch in reading.watches if reading is not None else ():
@@ -114,15 +114,11 @@ def _plan_untying(
         weight = tie.weight()
     dense = plain_parameter(weight, weight.requires_grad)
     if tie.free:
-        return dense, planned_moves(optimizers, _untying(tie, dense), place)
+        return dense, planned_moves(optimizers, untying(tie, dense), place)
     try:
         return dense, optimizer_moves.plan_addition(optimizers, dense, origin)
     except TieError as error:
         raise TieError(place, *error.reason) from error
-
-
-def _untying(tie: Tie, dense: nn.Parameter) -> Exchange:
-    return untying(tie.rule, tie.free, dense, tie.tensor_name)
 
 
 def _tell_resized(tie: Tie, dense: nn.Parameter, where: str) -> None:

@@ -11,8 +11,9 @@ from tiedparam.laws.registry import make_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import check_arguments, why_no_values
 from tiedparam.tie.binding import bind
+from tiedparam.tie.target import Target
 from tiedparam.tie.write_guard import unguard
-from tiedparam.util.errors import TieError, describe
+from tiedparam.util.errors import TieError
 from tiedparam.util.torch_private import has_values
 
 
@@ -43,16 +44,17 @@ def residual(
     """
     check_arguments(layer, tensor_name, "project", root)
     made = make_rule(rule, options)
-    place = f"cannot compare {describe(layer, tensor_name, root)} with '{made}'"
-    weight = getattr(layer, tensor_name, None)
+    target = Target(layer, tensor_name, root)
+    place = f"cannot compare {target.describe()} with '{made}'"
+    weight = target.tensor
     if (
         not isinstance(weight, Tensor)
         or isinstance(weight, nn.UninitializedParameter)
         or not has_values(weight)
     ):
-        raise TieError(place, *why_no_values(layer, tensor_name))
+        raise TieError(place, *why_no_values(target))
     looked_through = copy(made)  # an instance that was given can still tie
-    reason = bind(looked_through, layer, tensor_name, root)
+    reason = bind(looked_through, target)
     if reason is not None:
         raise TieError(place, *reason)
     return looked_through.residual(unguard(weight).detach())

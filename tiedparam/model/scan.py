@@ -171,11 +171,11 @@ class _Scan:
     ) -> Iterator[Candidate]:
         for options in choice.variants(tensor.layout):
             rule = make_rule(choice.rule, dict(options))
-            refusal = why_refused(tensor.layer, rule)
+            refusal = why_refused(tensor.target, rule)
             if refusal is not None:
                 refused[refusal] = Skipped(tensor.path, tensor.name, refusal)
                 continue
-            misfit = bind(rule, tensor.layer, tensor.name, None)
+            misfit = bind(rule, tensor.target)
             if misfit is not None and choice.options is not None:
                 fact = f"'{rule}' fits no tensor of the model; here, for example: {misfit.fact}"
                 left_out = Skipped(tensor.path, tensor.name, Reason(fact, misfit.remedy))
@@ -247,8 +247,8 @@ class _Scan:
         source: ScannedTensor,
     ) -> Candidate | None:
         rule = _copy_of(source, kind, options)
-        refused = why_refused(tensor.layer, rule)
-        if refused is not None or bind(rule, tensor.layer, tensor.name, None) is not None:
+        refused = why_refused(tensor.target, rule)
+        if refused is not None or bind(rule, tensor.target) is not None:
             return None
         random = RandomResidual.from_copy(
             tensor.moments,

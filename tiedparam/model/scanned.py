@@ -14,6 +14,7 @@ from tiedparam.model.random_tensor import Moments
 from tiedparam.model.reasons import Skipped
 from tiedparam.tie.lookup import get_tie, is_tied
 from tiedparam.tie.parameter_paths import Places
+from tiedparam.tie.target import Target
 from tiedparam.util.errors import Reason, TieError, key_of
 from tiedparam.util.torch_private import has_values, is_quantized, parameters_of
 
@@ -27,6 +28,11 @@ class ScannedTensor:
     name: str
     value: Tensor
     moments: Moments
+
+    @property
+    def target(self) -> Target:
+        """The tensor, as a tie would be asked for."""
+        return Target(self.layer, self.name)
 
     @property
     def layout(self) -> Layout:
@@ -50,7 +56,9 @@ def tensors_of(model: nn.Module) -> tuple[list[ScannedTensor], list[Skipped]]:
             ):
                 why = _why_shared(places, [(layer, name), *others])
             else:
-                why = why_untieable(layer, name) or _why_no_values(parameter, key_of(path, name))
+                why = why_untieable(Target(layer, name)) or _why_no_values(
+                    parameter, key_of(path, name)
+                )
             if why is not None:
                 left_out.append(Skipped(path, name, why))
                 continue

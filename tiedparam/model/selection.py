@@ -15,6 +15,7 @@ from tiedparam.layer.host import stock_class
 from tiedparam.model.plan import Plan, PlanEntry
 from tiedparam.model.reasons import SeveralTiesError, Skipped
 from tiedparam.tie.binding import find_sources
+from tiedparam.tie.target import Target
 from tiedparam.util.errors import Reason, TieError, nearest, quoted
 from tiedparam.util.torch_private import parameters_of
 
@@ -169,8 +170,8 @@ def _source_ties(
     tie: Selected, by_tensor: Mapping[tuple[nn.Module, str], Selected], model: nn.Module
 ) -> Iterator[Selected]:
     # a source that is not found is for register_tie to tell
-    name = tie.entry.tensor_name
-    if tie.rule.reads_layers and find_sources(tie.rule, name, model) is None:
+    target = Target(tie.layer, tie.entry.tensor_name, model)
+    if tie.rule.reads_layers and find_sources(tie.rule, target) is None:
         for place in tie.rule.sources():
             if place in by_tensor:
                 yield by_tensor[place]

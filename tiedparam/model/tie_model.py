@@ -9,13 +9,14 @@ anything, all of it is put back, to the object, before the one error is raised.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
 
 from tiedparam.layer.concerns import Concerns, check_max_residual
-from tiedparam.layer.register import tie_one
+from tiedparam.layer.register import Settings, tie_one
 from tiedparam.layer.remove import remove_tie
 from tiedparam.model.plan import Pattern, Plan, Value
 from tiedparam.model.reasons import SeveralTiesError, Skipped
@@ -25,6 +26,7 @@ from tiedparam.state.optimizer_moves import as_optimizers
 from tiedparam.tie.lookup import ties_of
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.rollback import rolled_back_on_error
+from tiedparam.tie.target import Target
 from tiedparam.util.errors import Reason, TieError, key_of
 from tiedparam.util.never_compiled import never_compiled
 
@@ -98,8 +100,9 @@ def tie_model(
             selected, absent = select(model, plan, init, skip=on_unfit == "skip")
             wanted = sources_first(selected, model)
             places = Places(model)
+            settings = Settings(init, max_residual, cache, optimizers, concerns.note)
             for each in wanted:
-                why = _tie(each, places, optimizers, cache, max_residual, concerns)
+                why = _tie(each, places, settings)
                 if why is not None:
                     skipped.append(each.skipped(why))
             if skipped and on_unfit == "error":
@@ -127,27 +130,11 @@ def tie_model(
     return report
 
 
-def _tie(
-    each: Selected,
-    places: Places,
-    optimizers: list[Optimizer],
-    cache: bool,
-    max_residual: float | None,
-    concerns: Concerns,
-) -> Reason | None:
+def _tie(each: Selected, places: Places, settings: Settings) -> Reason | None:
     """Tie it, or return why that cannot be."""
+    target = Target.among(places, each.layer, each.entry.tensor_name)
     try:
-        tie_one(
-            each.layer,
-            each.rule,
-            each.entry.tensor_name,
-            places,
-            init=each.init,
-            max_residual=max_residual,
-            cache=cache,
-            optimizer=optimizers,
-            concerned=concerns.note,
-        )
+        tie_one(target, each.rule, replace(settings, init=each.init))
     except TieError as error:
         return error.reason
     return None

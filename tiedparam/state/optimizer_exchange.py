@@ -13,6 +13,7 @@ from tiedparam.laws.rule import Rule
 from tiedparam.state.optimizer_groups import positions
 from tiedparam.state.optimizer_laws import OptimizerLaw
 from tiedparam.state.optimizer_maps import Maps, has_orbits, maps_to_dense, maps_to_free
+from tiedparam.tie.record import Tie
 from tiedparam.util.errors import TieError
 
 
@@ -49,14 +50,15 @@ class Exchange:
         return float(counts.min()), float(counts.max())
 
 
-def tying(rule: Rule, weight: nn.Parameter, free: list[nn.Parameter], name: str) -> Exchange:
-    """The exchange of a dense weight for free values."""
-    return Exchange(rule, [weight], free, maps_to_free(rule) if free else {}, name, True)
+def tying(tie: Tie, weight: nn.Parameter) -> Exchange:
+    """The exchange of a dense weight for the free values of its tie."""
+    maps = maps_to_free(tie.rule) if tie.free else {}
+    return Exchange(tie.rule, [weight], tie.free, maps, tie.tensor_name, True)
 
 
-def untying(rule: Rule, free: list[nn.Parameter], weight: nn.Parameter, name: str) -> Exchange:
+def untying(tie: Tie, weight: nn.Parameter) -> Exchange:
     """The exchange of free values for a dense weight."""
-    return Exchange(rule, free, [weight], maps_to_dense(rule), name, False)
+    return Exchange(tie.rule, tie.free, [weight], maps_to_dense(tie.rule), tie.tensor_name, False)
 
 
 def moved_state(optimizer: Optimizer, law: OptimizerLaw, change: Exchange) -> list[dict[str, Any]]:

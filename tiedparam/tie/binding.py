@@ -8,62 +8,55 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Source
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.computed_source import why_computed
+from tiedparam.tie.target import Target
 from tiedparam.tie.write_guard import place_of
 from tiedparam.util.errors import Reason, describe, describe_layer
 from tiedparam.util.torch_private import parameters_of, parametrization_list, version_of
 
 
-def bind(rule: Rule, layer: nn.Module, tensor_name: str, root: nn.Module | None) -> Reason | None:
-    """Fit a rule to one tensor, or return why it does not fit.
+def bind(rule: Rule, target: Target) -> Reason | None:
+    """Fit a rule to one tensor, or return why it does not fit. The layer is not changed.
 
-    Args:
-        rule: a rule that is not bound yet.
-        layer: the layer, which is not changed.
-        tensor_name: which of its tensors.
-        root: the model, where it is known: it finds sources that are given by path.
+    Sources that are given by path are found where the model is known.
 
     Raises:
         TypeError: if a source is a tensor of which nobody knows the layer.
     """
-    weight = getattr(layer, tensor_name)
+    weight = target.tensor
     if rule.reads_layers:
-        reason = find_sources(rule, tensor_name, root) or _why_unreadable(rule, layer, tensor_name)
+        reason = find_sources(rule, target) or _why_unreadable(rule, target)
         if reason is not None:
             return reason
-    reason = rule.bind(Layout.of(layer, tensor_name, tuple(weight.shape)), weight.dtype)
+    reason = rule.bind(target.layout, weight.dtype)
     if reason is None and rule.reads_layers:
         reason = _why_misfit(rule, weight)
     return reason
 
 
-def find_sources(rule: Any, tensor_name: str | None, root: nn.Module | None) -> Reason | None:
+def find_sources(rule: Any, target: Target) -> Reason | None:
     """Look up what a rule's ``source=`` means, or return why it means nothing.
 
-    Args:
-        rule: a rule that reads layers.
-        tensor_name: the tensor that it ties, whose name its sources' tensors have by default.
-        root: the model, where it is known.
+    The sources' tensors have by default the name of the tensor that is to be tied.
 
     Raises:
         TypeError: if a source is a tensor of which nobody knows the layer.
     """
     found = []
     for source, name in rule.given:
-        each = _find(source, name, root)
+        each = _find(source, name, target.root)
         if isinstance(each, Reason):
             return each
-        found.append((each[0], each[1] or tensor_name))
+        found.append((each[0], each[1] or target.tensor_name))
     rule.read_from(found)
     return None
 
 
-def value_of(rule: Rule, tensor_name: str, root: nn.Module | None) -> Tensor | None:
+def value_of(rule: Rule, target: Target) -> Tensor | None:
     """What an unbound rule would give, by which a tie of unknown size can be renewed."""
-    if find_sources(rule, tensor_name, root) is not None or rule.free_shapes():
+    if find_sources(rule, target) is not None or rule.free_shapes():
         return None
     try:
         with torch.no_grad():
@@ -142,7 +135,7 @@ def _holder(tensor: Tensor, root: nn.Module | None) -> tuple[nn.Module, str] | R
 # Whether a source can be read, and what comes of it -------------------------------------------
 
 
-def _why_unreadable(rule: Rule, layer: nn.Module, tensor_name: str) -> Reason | None:
+def _why_unreadable(rule: Rule, target: Target) -> Reason | None:
     for source, name in rule.sources():
         computed = why_computed(source, name)
         if computed is not None:
@@ -155,7 +148,7 @@ def _why_unreadable(rule: Rule, layer: nn.Module, tensor_name: str) -> Reason | 
             )
         if isinstance(present, nn.UninitializedParameter):
             return Reason("the source is lazy and has no shape yet.", "Run one forward pass first.")
-        if _reaches(source, name, layer, tensor_name):
+        if _reaches(source, name, target.layer, target.tensor_name):
             return Reason(
                 f"the source {describe(source, name)} depends on this tensor: the ties would form "
                 "a cycle.",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tiedparam.laws.layout import Layout, declare_shape
 from tiedparam.tie.computed_source import recompute, why_computed
 from tiedparam.tie.offloaded import can_be_loaded, loaded
+from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.whereabouts import Whereabouts
 from tiedparam.tie.wrapped import refuse_other_unit
 from tiedparam.util.errors import TieError, describe_layer
@@ -32,7 +33,6 @@ from tiedparam.util.torch_private import (
 
 if TYPE_CHECKING:
     from tiedparam.laws.linked import Linked
-    from tiedparam.tie.parameter_paths import Places
 
 
 class ResizedSourceError(TieError):

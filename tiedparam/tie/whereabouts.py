@@ -54,8 +54,10 @@ class Whereabouts:
         cls, layer: nn.Module, tensor_name: str, source: nn.Module, places: Places | None
     ) -> Whereabouts:
         """Where a tie and its source lie in a model; unknown if it does not hold both."""
-        paths = (places.path_of(layer), places.path_of(source)) if places is not None else (None,)
-        if places is None or None in paths:
+        if places is None:
+            return cls()
+        paths = places.path_of(layer), places.path_of(source)
+        if None in paths:
             return cls()
         here, there = ([n for n in str(path).split(".") if n] for path in paths)
         common = 0
