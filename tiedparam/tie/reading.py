@@ -125,10 +125,9 @@ class Reading:
         Raises:
             TieError: if a source is not what it was.
         """
-        places = self.places
-        read = [
-            self.read_source(*source, places[i], rule) for i, source in enumerate(rule.sources())
-        ]
+        read, places = [], self.places
+        for i, (source, name) in enumerate(rule.given):
+            read.append(self.read_source(source, name, places[i], rule))  # type: ignore[arg-type]
         try:
             weight: Tensor = rule(*read, *free)
         except Exception as error:

@@ -81,9 +81,11 @@ class TiedList(parametrize.ParametrizationList):
             return super().forward()  # a replica of nn.DataParallel, say
         if self.reading is None:
             return through(self, *originals)  # type: ignore[arg-type]
-        weight = self.own_reading().compute(self.law, originals)  # type: ignore[arg-type]
-        for stacked in list(self)[1:]:
-            weight = stacked(weight)
+        # by the tables: this runs at every call
+        law, *stacked = self._modules.values()
+        weight = self.own_reading().compute(law, originals)  # type: ignore[arg-type]
+        for module in stacked:
+            weight = module(weight)
         return weight
 
     def tied(self) -> Tensor:
@@ -104,10 +106,10 @@ class TiedList(parametrize.ParametrizationList):
         Raises:
             TieError: if the sources in the clone are not known.
         """
-        assert self.reading is not None
-        if not self.reading.serves(self):
-            self.reading = self.reading.of_clone(self, self.law)
-        return self.reading
+        reading: Reading = self.reading  # type: ignore[assignment]
+        if not reading.serves(self):
+            reading = self.reading = reading.of_clone(self, self.law)
+        return reading
 
     @property
     def original(self) -> TiedList:  # type: ignore[override]
