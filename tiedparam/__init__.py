@@ -4,11 +4,11 @@
 for bit through training, loading, copying and compiling. See `register_tie`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from tiedparam._version import __version__
 from tiedparam.compute.frozen import frozen
-from tiedparam.files.export import export_dense
-from tiedparam.files.load import load
-from tiedparam.files.save import save
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import available_rules, register_rule
 from tiedparam.laws.rule import Example, Rule
@@ -16,18 +16,23 @@ from tiedparam.layer.register import register_tie
 from tiedparam.layer.remove import remove_tie
 from tiedparam.layer.residual import residual
 from tiedparam.layer.values import assign_, init_
-from tiedparam.model.pictures import draw_orbits, draw_residuals, draw_scan, draw_weights
-from tiedparam.model.plan import Plan, PlanEntry
-from tiedparam.model.plan_file import read_plan, write_plan
-from tiedparam.model.report import Report, TieReport, report
-from tiedparam.model.scan import scan
-from tiedparam.model.scan_report import ScanReport
-from tiedparam.model.tie_model import tie_model, untie_model
 from tiedparam.state.dictionaries import dense_state_dict, tie_state_dict, untie_state_dict
 from tiedparam.state.optimizer_laws import register_optimizer
 from tiedparam.tie.lookup import get_tie, is_tied
 from tiedparam.tie.owner import Owner, owner
 from tiedparam.util.errors import TieError, TieWarning
+
+if TYPE_CHECKING:
+    from tiedparam.files.export import export_dense
+    from tiedparam.files.load import load
+    from tiedparam.files.save import save
+    from tiedparam.model.pictures import draw_orbits, draw_residuals, draw_scan, draw_weights
+    from tiedparam.model.plan import Plan, PlanEntry
+    from tiedparam.model.plan_file import read_plan, write_plan
+    from tiedparam.model.report import Report, TieReport, report
+    from tiedparam.model.scan import scan
+    from tiedparam.model.scan_report import ScanReport
+    from tiedparam.model.tie_model import tie_model, untie_model
 
 __all__ = [
     "Example",
@@ -72,7 +77,39 @@ __all__ = [
     "write_plan",
 ]
 
-# last: a rule's file may import tiedparam itself
-from tiedparam import rules as _rules
+# The rooms of whole models and of files are entered when they are first asked for: that halves
+# the time of an import.
+_LATER = {
+    "export_dense": "tiedparam.files.export",
+    "load": "tiedparam.files.load",
+    "save": "tiedparam.files.save",
+    "draw_orbits": "tiedparam.model.pictures",
+    "draw_residuals": "tiedparam.model.pictures",
+    "draw_scan": "tiedparam.model.pictures",
+    "draw_weights": "tiedparam.model.pictures",
+    "Plan": "tiedparam.model.plan",
+    "PlanEntry": "tiedparam.model.plan",
+    "read_plan": "tiedparam.model.plan_file",
+    "write_plan": "tiedparam.model.plan_file",
+    "Report": "tiedparam.model.report",
+    "TieReport": "tiedparam.model.report",
+    "report": "tiedparam.model.report",
+    "scan": "tiedparam.model.scan",
+    "ScanReport": "tiedparam.model.scan_report",
+    "tie_model": "tiedparam.model.tie_model",
+    "untie_model": "tiedparam.model.tie_model",
+}
 
-del _rules
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'tiedparam' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+import_module("tiedparam.rules")  # last: a rule's file may import tiedparam itself
