@@ -156,6 +156,21 @@ def test_dense_state_dicts_are_taken_whichever_layer_comes_first(rule, order):
     )
 
 
+@pytest.mark.parametrize("order", ["abc", "cba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_what_own_values_cannot_give_is_warned_of_once_all_is_loaded(order, dtype, recwarn):
+    lawful = tied("mixed")
+    dense = {k: v.to(dtype) for k, v in tp.dense_state_dict(lawful).items()}
+    model = nn.ModuleDict({name: layer for name in order for layer in [three()[name]]})
+    tp.register_tie(model["c"], "mixed", source=["a", "b"], root=model)
+    model.load_state_dict(dense)
+    torch.testing.assert_close(model["c"].weight, lawful["c"].weight, rtol=0, atol=2e-3)
+    assert not [w for w in recwarn if issubclass(w.category, tp.TieWarning)]
+    dense["c.weight"] = dense["c.weight"] + torch.eye(4, dtype=dtype)
+    with pytest.warns(tp.TieWarning, match=r"'c\.weight' \(residual"):
+        model.load_state_dict(dense)
+
+
 def test_a_dense_entry_that_no_own_value_could_give_is_refused():
     model = tied("sum_of_two")
     dense = tp.dense_state_dict(model)

@@ -129,6 +129,16 @@ def signatures_of(local_metadata: Mapping[str, Any]) -> Mapping[str, str]:
 # Ties that read other layers --------------------------------------------------------------------
 
 
+def _loaded_later(tie: Tie) -> int:
+    """How many sources will be loaded after the layer, by their places in the model."""
+    count = 0
+    for place, (source, _) in zip(tie.record.own_reading().places, tie.rule.sources(), strict=True):
+        root = place.common_root
+        ends = [m for m in root.modules() if m is source or m is tie.layer] if root else []
+        count += ends[-1:] == [source] and source is not tie.layer
+    return count
+
+
 class _PendingEntry:
     """A dense entry whose verdict, or whose fit, depends on sources that may be loaded later."""
 
@@ -136,6 +146,7 @@ class _PendingEntry:
         # weakly: the checkpoint's tensors live as long as the load, not as long as the model
         self._layer, self._value = weakref.ref(tie.layer), weakref.ref(value)
         self._tensor_name, self._key, self._error_msgs = tie.tensor_name, key, error_msgs
+        self._awaited = _loaded_later(tie)
 
     def fitted(self) -> tuple[Tensor, ...]:
         """The free values that are nearest now, after adding or withdrawing the complaint."""
@@ -143,15 +154,10 @@ class _PendingEntry:
         tie = find_tie(layer, self._tensor_name) if layer is not None else None
         if tie is None or value is None:
             return ()
+        if tie.free:
+            return self._nearest(tie, as_float(value))
         with torch.no_grad():
-            sources = tie.rule.read()
-            free = tie.rule.right_inverse(as_float(value)) if tie.free else ()
-            computed = tie.rule(*sources, *free) if free else tie.tied()
-        if free:  # it is the nearest: what is left cannot be helped
-            residual = relative_distance(as_float(value), computed) if has_values(value) else 0.0
-            if not residual <= RESIDUAL_TO_WARN:
-                warn_projected([(self._key, residual)])
-            return free
+            computed = tie.tied()
         complaint = str(disagreement(self._key, tie))
         agrees = agree(value, computed)
         if not agrees and complaint not in self._error_msgs:
@@ -160,8 +166,20 @@ class _PendingEntry:
             self._error_msgs.remove(complaint)
         return ()
 
+    def _nearest(self, tie: Tie, value: Tensor) -> tuple[Tensor, ...]:
+        """The free values that are nearest to the entry; what is left cannot be helped."""
+        with torch.no_grad():
+            sources = tie.rule.read()
+            value = value.to(sources[0].device, sources[0].dtype)
+            free = tie.rule.right_inverse(value)
+            residual = relative_distance(value, tie.rule(*sources, *free))
+        if has_values(value) and not residual <= RESIDUAL_TO_WARN and self._awaited <= 0:
+            warn_projected([(self._key, residual)])
+        return free
+
     def __call__(self) -> None:
         """Judge, and fit, by what the source holds now that it is loaded."""
+        self._awaited -= 1
         free = self.fitted()
         layer = self._layer()
         tie = find_tie(layer, self._tensor_name) if layer is not None else None
