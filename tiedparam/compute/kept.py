@@ -26,6 +26,7 @@ from tiedparam.tie.lookup import find_tie
 from tiedparam.tie.record import Tie
 from tiedparam.util.bits import same_bits
 from tiedparam.util.errors import TieError
+from tiedparam.util.parametrized import parametrization_list
 from tiedparam.util.sharded import is_sharded
 from tiedparam.util.torch_private import (
     buffers_of,
@@ -33,7 +34,6 @@ from tiedparam.util.torch_private import (
     lists_in_tables,
     may_carry_tangents,
     parameters_of,
-    parametrization_list,
     submodules_of,
 )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+
+from tiedparam.util.torch_private import AnyConvolution
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Layout:
     @classmethod
     def of(cls, layer: nn.Module, tensor_name: str, shape: tuple[int, ...]) -> Layout:
         """The layout of ``layer``'s tensor ``tensor_name``, which has shape ``shape``."""
-        if isinstance(layer, _ConvNd):
+        if isinstance(layer, AnyConvolution):
             if tensor_name == "weight":
                 return cls(tuple(shape), layer.groups, layer.transposed, layer.groups)
             return cls(tuple(shape), layer_groups=layer.groups)

@@ -36,18 +36,19 @@ from tiedparam.tie import owner
 from tiedparam.tie.lookup import ties_in
 from tiedparam.tie.record import make_record
 from tiedparam.tie.torch_callers import refuse_quantization
+from tiedparam.util.callers import caller
 from tiedparam.util.errors import TieError, describe, extra_repr
+from tiedparam.util.parametrized import parametrization_lists
 from tiedparam.util.torch_private import (
     apply_to,
     buffers_of,
-    caller,
     is_parametrized,
     load_into,
     parameters_of,
-    parametrization_lists,
     replicate_for_data_parallel,
     save_from,
     submodules_of,
+    with_own_tables,
 )
 
 _HOST_CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
@@ -310,12 +311,7 @@ class TiedLayer(nn.Module):
             )
         # copy.copy takes the state as it is: with tables of its own, untying the copy leaves
         # this layer alone
-        state = dict(_state(self))
-        for table in ("_parameters", "_buffers", "_modules"):
-            state[table] = state[table].copy()
-        lists = state["_modules"]["parametrizations"] = copy.copy(parametrization_lists(self))
-        lists.__dict__["_modules"] = submodules_of(lists).copy()
-        return _revive, _kind(self), state
+        return _revive, _kind(self), with_own_tables(_state(self))
 
     def _replicate_for_data_parallel(self) -> Any:
         for tie in ties_in(self):

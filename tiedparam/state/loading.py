@@ -33,9 +33,10 @@ from tiedparam.tie.sources import chain
 from tiedparam.tie.torch_callers import refuse_loading_by_key
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.bits import same_bits
+from tiedparam.util.callers import caller
 from tiedparam.util.errors import Reason
 from tiedparam.util.sharded import is_sharded, write
-from tiedparam.util.torch_private import caller, has_values, metadata_of
+from tiedparam.util.torch_private import has_values, metadata_of
 
 
 def accept(

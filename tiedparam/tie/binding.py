@@ -14,7 +14,8 @@ from tiedparam.tie.computed_source import why_computed
 from tiedparam.tie.target import Target
 from tiedparam.tie.write_guard import place_of
 from tiedparam.util.errors import Reason, describe, describe_layer
-from tiedparam.util.torch_private import parameters_of, parametrization_list, version_of
+from tiedparam.util.parametrized import parametrization_list
+from tiedparam.util.torch_private import parameters_of, version_of
 
 
 def bind(rule: Rule, target: Target) -> Reason | None:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from tiedparam.laws.rule import Rule
 from tiedparam.util.errors import TieError, describe
+from tiedparam.util.parametrized import parametrization_list
 from tiedparam.util.torch_private import (
     has_hooks_on_all_modules,
     hooks_on_all_modules,
     is_watched,
-    parametrization_list,
     submodules_of,
 )
 

@@ -10,11 +10,8 @@ from torch.nn.utils import parametrize
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
 from tiedparam.util.errors import TieError, describe
-from tiedparam.util.torch_private import (
-    parameters_of,
-    parametrization_list,
-    parametrization_lists,
-)
+from tiedparam.util.parametrized import parametrization_list, parametrization_lists
+from tiedparam.util.torch_private import parameters_of
 
 
 def is_tied(module: nn.Module, tensor_name: str | None = None, *, recurse: bool = True) -> bool:

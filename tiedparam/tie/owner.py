@@ -15,7 +15,7 @@ from torch import nn
 
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.lookup import free_values, get_tie, is_tied, ties_of
-from tiedparam.util.torch_private import parameters_of
+from tiedparam.util.torch_private import lists_in_tables, parameters_of
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,9 @@ def _is_held_by_any(parameter: nn.Parameter) -> bool:
     """
     wanted = id(parameter)
     for layer in list(_tied_layers):
-        lists = layer.__dict__["_modules"].get("parametrizations")
-        if lists is not None:
-            for values in lists.__dict__["_modules"].values():
-                if wanted in map(id, values.__dict__["_parameters"].values()):
-                    return True
+        for values in lists_in_tables(layer).values():
+            if wanted in map(id, parameters_of(values).values()):
+                return True
     return False
 
 

@@ -23,13 +23,9 @@ from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.whereabouts import Whereabouts
 from tiedparam.tie.wrapped import refuse_other_unit
 from tiedparam.util.errors import TieError, describe_layer
+from tiedparam.util.parametrized import tensor_of
 from tiedparam.util.sharded import gathered
-from tiedparam.util.torch_private import (
-    effective,
-    is_managed_by_fsdp,
-    is_traced,
-    tensor_of,
-)
+from tiedparam.util.torch_private import effective, is_managed_by_fsdp, is_traced
 
 if TYPE_CHECKING:
     from tiedparam.laws.linked import Linked

@@ -21,8 +21,9 @@ from tiedparam.laws.rule import Rule
 from tiedparam.tie import adapters
 from tiedparam.tie.offloaded import is_on_disk
 from tiedparam.tie.parameter_paths import Places
+from tiedparam.util.callers import caller
 from tiedparam.util.errors import TieError, warn
-from tiedparam.util.torch_private import caller, submodules_of
+from tiedparam.util.torch_private import submodules_of
 
 
 class Whereabouts:

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiedparam.tie.interposed import refuse_absent
+from tiedparam.tie.torch_callers import is_swap
+from tiedparam.util.callers import caller
 from tiedparam.util.errors import TieError, describe
 from tiedparam.util.torch_private import (
     GET_BASE,
-    caller,
     declared_writes,
     have_one_storage,
     is_marked_parameter,
@@ -96,8 +97,7 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
         return super().set_(*args, **kwargs)
 
     def _use_count(self) -> int:
-        # torch.utils.swap_tensors asks this of both tensors before it swaps anything
-        if self.tied_place is not None and caller().f_code.co_name == "check_use_count":
+        if self.tied_place is not None and is_swap(caller()):
             _refuse(self, torch.utils.swap_tensors)
         count: int = super()._use_count()  # type: ignore[misc]
         return count

@@ -6,12 +6,13 @@ import difflib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from tiedparam.util.torch_private import caller, parameters_of, submodules_of
+from tiedparam.util.callers import caller
+from tiedparam.util.torch_private import parameters_of, stand_in, submodules_of
 
 
 class Reason(NamedTuple):
@@ -137,12 +138,8 @@ def extra_repr(layer: nn.Module) -> str:
         if issubclass(kind, nn.Module)  # fully_shard puts FSDPModule in between, which is none
         and not any(isinstance(getattr(kind, name, None), property) for name in names)
     )
-    stand_in: Any = object.__new__(stock)
     nothing = dict.fromkeys(names, torch.empty(0, device="cpu"))
-    stand_in.__dict__.update(
-        layer.__dict__, _parameters={**parameters_of(layer), **nothing}, _modules={}
-    )
-    text: str = stand_in.extra_repr()
+    text: str = stand_in(layer, stock, {**parameters_of(layer), **nothing}, {}).extra_repr()
     return text
 
 
