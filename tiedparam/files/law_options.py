@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiedparam.laws.functions import Function, Functions, find_function, function_name
+from tiedparam.laws.functions import Function, Functions, function_name, with_functions
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.util.bits import same_bits
@@ -98,9 +98,7 @@ def made(name: str, options: Mapping[str, Any], functions: Functions) -> Rule:
     kind, place, options = find_rule(name), f"rule '{name}'", dict(options)
     if kind.reads_layers and not sources_in(options):
         raise TieError(place, "its source is not named.", "Fetch or save it again.")
-    for option in kind.functions:
-        if option in options:
-            options[option] = find_function(options[option], functions)
+    options = with_functions(options, kind.functions, functions)
     try:
         return kind(**options)
     except TieError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -53,8 +53,30 @@ def as_functions(functions: Functions | None) -> Functions:
     return functions
 
 
-def find_function(name: object, allowed: Functions) -> Function:
+def with_functions(
+    options: Mapping[str, Any], names: Iterable[str], allowed: Functions
+) -> dict[str, Any]:
+    """A rule's options from a file, with functions for those that are names of functions.
+
+    Args:
+        options: as the file has them.
+        names: which of the rule's options are functions.
+        allowed: those that the reader of the file allows.
+
+    Raises:
+        TieError: as `find_function`.
+    """
+    found = {o: find_function(options[o], allowed, option=o) for o in names if o in options}
+    return {**options, **found}
+
+
+def find_function(name: object, allowed: Functions, *, option: str = "fn") -> Function:
     """The function that a file, or a user, means by ``name``. Nothing is imported.
+
+    Args:
+        name: the name, one of `FUNCTIONS` or of ``allowed``.
+        allowed: the functions that whoever reads the file allows.
+        option: the rule's option, as messages name it.
 
     Raises:
         TieError: if it is none of `FUNCTIONS` or of those that the reader allows; the message
@@ -74,7 +96,7 @@ def find_function(name: object, allowed: Functions) -> Function:
         )
     near = difflib.get_close_matches(str(name), FUNCTIONS, n=1, cutoff=0.4)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(FUNCTIONS)}."
-    place = f"fn={shortened(repr(name))}"
+    place = f"{option}={shortened(repr(name))}"
     raise TieError(
         place,
         f"{place} is not a known function.",

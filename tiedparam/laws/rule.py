@@ -198,6 +198,7 @@ class Rule(nn.Module):
             )
             if not free:
                 return ()
+            self._refuse_sources()
             cotangent = weight.clone() if weight.is_inference() else weight.detach()
             return torch.autograd.grad(self.forward(*free), free, cotangent)
 
@@ -206,7 +207,10 @@ class Rule(nn.Module):
         # BᵀB1: the signs of signed orbits cancel
         cpu = torch.device("cpu")  # whatever the default device is
         ones = [torch.ones(s, dtype=torch.float64, device=cpu) for s in self.free_shapes()]
-        return self.adjoint(self.forward(*ones)) if ones else ()
+        if not ones:
+            return ()
+        self._refuse_sources()
+        return self.adjoint(self.forward(*ones))
 
     def orbit_labels(self) -> Tensor:
         """The number of each entry's free value, from 1; negative where the entry is minus it.
@@ -214,6 +218,7 @@ class Rule(nn.Module):
         Returns:
             An int64 tensor of the weight's shape.
         """
+        self._refuse_sources()
         numbers, start = [], 1
         for shape in self.free_shapes():
             count = prod(shape)
@@ -239,6 +244,12 @@ class Rule(nn.Module):
         parts = chosen.split([prod(shape) for shape in shapes])
         # clone: a part of a split would keep the storage of all parts alive (S15)
         return tuple(part.clone().reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+
+    def _refuse_sources(self) -> None:
+        if self.reads_layers:
+            raise NotImplementedError(
+                f"'{self}' has no orbits: its weight is computed from tensors of other layers"
+            )
 
     def _refuse_mixing(self, labels: Tensor) -> None:
         """What is derived here holds if every entry is one free value, or minus it."""

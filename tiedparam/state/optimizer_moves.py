@@ -33,12 +33,12 @@ def _refuse_unmapped(change: Exchange, optimizers: list[Optimizer]) -> None:
     if not stepped and change.tying and is_linear(change.rule):
         return  # the transpose of any linear law gives the gradient
     what = "optimizer state" if stepped else "a pending gradient"
-    fact = "scales or mixes its free values" if is_linear(change.rule) else "is not linear"
-    raise TieError(
-        f"'{change.rule}'",
-        f"the rule {fact}, and how {what} follows is not known.",
-        "Call zero_grad, or build the optimizer afterwards.",
-    )
+    if change.rule.reads_layers:
+        fact = f"how {what} follows a law that reads other layers is not known."
+    else:
+        why = "scales or mixes its free values" if is_linear(change.rule) else "is not linear"
+        fact = f"the rule {why}, and how {what} follows is not known."
+    raise TieError(f"'{change.rule}'", fact, change.remedy if stepped else "Call zero_grad first.")
 
 
 @dataclass

@@ -200,7 +200,9 @@ def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
         return Reason(
             f"the source {shapes} gives {tuple(result.shape)}, and the tensor is "
             f"{tuple(weight.shape)}.",
-            "Pass fn= to 'copy' to make the shapes fit, such as torch.t.",
+            f"Pass {function}= to '{rule.name}' to make the shapes fit, such as torch.t."
+            if rule.functions
+            else correct,
         )
     if result.dtype != weight.dtype:
         return Reason(
