@@ -528,7 +528,9 @@ def test_ties_that_are_hardly_meant_are_one_line_on_stderr(tmp_path, monkeypatch
     assert code == 0
     assert len(json.loads(out)["rows"]) == 2
     (line,) = err.splitlines()
-    assert line.startswith("warning: 2 of 2 ties are hardly meant: the tie of '0.weight' by ")
+    assert line.startswith(
+        "warning: 2 of 2 ties were probably not intended: the tie of '0.weight' by "
+    )
     assert "'1.weight' by 'row_repeat(groups=1)' frees nothing: 256 of 256" in line
     assert ".; " not in line
     assert "pass --init rescale" in line
@@ -884,7 +886,7 @@ def test_a_scan_without_finds_says_what_that_means(tmp_path, monkeypatch, capsys
     torch.manual_seed(0)
     torch.save(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).state_dict(), "m.pt")
     out = good(capsys, "scan", "m.pt")
-    assert out.startswith("None of 4 tensors looks tied: each is about as far from every law as ")
+    assert out.startswith("None of 4 tensors looks tied: their residuals are about those of ")
     assert suggested(out) == ["tie m.pt --tie 'LAYERS=RULE' --init rescale -o m-tied.safetensors"]
 
 

@@ -115,7 +115,7 @@ def test_a_files_say_so_imports_nothing(mine, tmp_path):
         with pytest.raises(
             tp.TieError,
             match=r"'1.weight' was saved tied by 'copy': its function 'my_functions:tile' is code, "
-            r"which a file cannot bring along.*functions=\{'my_functions:tile': the function\}",
+            r"and a file holds no code.*functions=\{'my_functions:tile': the function\}",
         ):
             tp.load(path, model, functions=functions)
         assert not tp.is_tied(model[1])

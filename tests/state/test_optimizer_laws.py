@@ -252,8 +252,8 @@ def test_s41_an_optimizer_whose_update_is_not_known_is_refused(kind, reason, ste
 @pytest.mark.feature(
     "Optimizers",
     "`torch.optim.Muon` with `optimizer=`",
-    refused="it orthogonalizes the matrix; free values are another one. A `TieWarning` if it is "
-    "built from them",
+    refused="it orthogonalizes the matrix, and the free values are not that matrix. A `TieWarning` "
+    "if it is built from them",
 )
 @pytest.mark.parametrize("steps", [0, 1])
 def test_s41_muon_is_refused_before_and_after_its_first_step(steps):

@@ -98,7 +98,7 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
         memory.kept = None
         return None
     if not own_forward or may_carry_tangents():
-        return None  # tangents are no part of a value's bits
+        return None  # tangents are not part of a value's bits
     parametrizations: dict[str, Any] = submodules_of(values)
     if len(parametrizations) > 1 or not is_bare(values, parametrizations["0"]):
         return None  # what is stacked on the tie, or a hook, may change the weight at every call

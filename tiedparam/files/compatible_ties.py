@@ -1,4 +1,4 @@
-"""Whether the ties that a file speaks of fit a model, before any of them is made.
+"""Whether the ties of a file fit a model, before any of them is made.
 
 All reasons are listed at once.
 """
@@ -28,7 +28,7 @@ from tiedparam.util.torch_private import parameters_of
 def ties_to_make(
     model: nn.Module, stored: StoredCheckpoint, header: Header, functions: Functions
 ) -> list[tuple[StoredTie, Rule]]:
-    """The ties that the model lacks, once all that the file speaks of are known to fit.
+    """The ties that the model lacks, once all ties of the file are known to fit.
 
     Args:
         model: the model, not changed yet.

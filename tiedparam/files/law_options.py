@@ -32,7 +32,7 @@ def written(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
         paths: the paths of all modules of the model, by ``id``.
 
     Raises:
-        TieError: naming the option that has no name in a file, or is not said.
+        TieError: naming the option that has no name in a file, or that `options` does not return.
     """
     kind = type(rule)
     if not rule.name or find_rule(rule.name) is not kind:
@@ -50,7 +50,7 @@ def written(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
             continue
         value = said.get(name, value)
         if value is inspect.Parameter.empty:
-            raise TieError(f"{name}=", f"its options() does not say its {name}=.", "Add it there.")
+            raise TieError(f"{name}=", f"its options() does not return {name}.", "Add it there.")
         if value is not parameter.default:
             options[name] = _as_json(name, value)
     return options
@@ -76,7 +76,7 @@ def _as_json(name: str, value: Any) -> Any:
         raise TieError(
             f"{name}=",
             f"its option {name}={value!r} must be made of numbers, texts, lists and tables.",
-            "Say it so in options().",
+            "Return such values from options().",
         ) from error
     return json.loads(text)
 

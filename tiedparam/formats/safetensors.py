@@ -132,7 +132,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
     def _bad(self, reason: str) -> TieError:
         place = f"'{self.path}'"
-        fact = f"{place} is not a sound safetensors file: {reason}."
+        fact = f"{place} is not a valid safetensors file: {reason}."
         return TieError(place, fact, "Fetch or save it again.")
 
     def _parse(self, raw: bytes) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The functions of copies (``fn=``) by the names that stand for them in files.
+"""The functions of laws, such as a copy's ``fn=``, by the names that stand for them in files.
 
-A few have a name of their own. A user's function is called ``module:name``, and a file's word is
+A few have a short name. A user's function is called ``module:name``, and naming it in a file is
 never enough to import it: whoever reads the file says which function a name stands for.
 """
 
@@ -32,7 +32,7 @@ FUNCTIONS: dict[str, Function] = {
     "torch.square": torch.square,
     "torch.t": torch.t,
 }
-"""Names in plans and file headers that need nobody's leave, and what they stand for."""
+"""The names that any plan or file may use, and what they stand for."""
 
 
 def as_functions(functions: Functions | None) -> Functions:
@@ -90,7 +90,7 @@ def find_function(name: object, allowed: Functions, *, option: str = "fn") -> Fu
     if colon:
         raise TieError(
             f"its function {quoted(name)}",
-            f"its function {quoted(name)} is code, which a file cannot bring along.",
+            f"its function {quoted(name)} is code, and a file holds no code.",
             f"If you have it and trust the file, pass functions={{{quoted(name)}: the function}}; "
             f"in the shell, {_in_the_shell(module)}.",
         )
@@ -100,13 +100,13 @@ def find_function(name: object, allowed: Functions, *, option: str = "fn") -> Fu
     raise TieError(
         place,
         f"{place} is not a known function.",
-        f"{hint} In Python pass a function of your own itself; a file calls it 'module:name'.",
+        f"{hint} In Python pass your own function itself; in a file call it 'module:name'.",
     )
 
 
 def _in_the_shell(module: str) -> str:
     if module == "__main__":  # there it would be the shell itself
-        return "nothing can import a script's: save it again with a function of a module"
+        return "a script cannot be imported: save it again with a function from a module"
     return f"--import {shortened(module)}"
 
 
@@ -128,13 +128,13 @@ def function_name(function: Function) -> str:
     raise TieError(
         f"its function '{shown}'",
         f"a file cannot name its function '{shown}', {_kind(function)}.",
-        "Write it with def at the top of a module: a file calls it 'module:name', and who loads "
-        "the file passes it in functions=.",
+        "Write it with def at the top of a module: a file calls it 'module:name', and whoever "
+        "loads the file passes it in functions=.",
     )
 
 
 def functions_of(module: ModuleType) -> dict[str, Function]:
-    """The functions that stand in a module, by their names in files."""
+    """The functions of a module, by their names in files."""
     found = {}
     for value in vars(module).values():
         if callable(value):
@@ -159,7 +159,7 @@ def _kind(function: object) -> str:
     if "<lambda>" in name:
         return "a lambda"
     if "<locals>" in name:
-        return "which was made inside of another function"
+        return "which was defined inside another function"
     if getattr(function, "__self__", None) is not None:
         return "a bound method"
     if not name:

@@ -1,4 +1,4 @@
-"""How a tensor of a layer is laid out, so that laws can speak of channels and not of axes."""
+"""How a tensor of a layer is laid out, so that laws can be stated in channels and not in axes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Layout:
     shape: tuple[int, ...]
     groups: int = 1
     transposed: bool = False
-    layer_groups: int = field(default=1, compare=False, repr=False)  # says nothing of the axes
+    layer_groups: int = field(default=1, compare=False, repr=False)  # not a matter of the axes
 
     @classmethod
     def of(cls, layer: nn.Module, tensor_name: str, shape: tuple[int, ...]) -> Layout:

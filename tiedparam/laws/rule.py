@@ -1,4 +1,4 @@
-"""The rule contract: what a law must say of itself, and what follows from that alone."""
+"""The rule contract: what a law must state, and what follows from that alone."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class Rule(nn.Module):
         return None
 
     def reduced(self, base: Tensor) -> Tensor:
-        """The weight of the smaller layer that `reduction` speaks of."""
+        """The weight of the smaller layer that `reduction` describes."""
         raise NotImplementedError(f"{type(self).__name__} has no smaller layer")
 
     @property
@@ -205,7 +205,7 @@ class Rule(nn.Module):
     def multiplicities(self) -> tuple[Tensor, ...]:
         """How many entries share each free value, as float64 tensors shaped like them."""
         # BᵀB1: the signs of signed orbits cancel
-        cpu = torch.device("cpu")  # whatever the default device is
+        cpu = torch.device("cpu")  # whatever the default device
         ones = [torch.ones(s, dtype=torch.float64, device=cpu) for s in self.free_shapes()]
         if not ones:
             return ()
@@ -304,20 +304,20 @@ class Rule(nn.Module):
                 raise TieError(place, *reason)
 
     def why_not_kept(self) -> Reason | None:
-        """What the rule holds that no file could give back to it, or None."""
+        """What the rule holds that a file would lose, or None."""
         for name, module in self.named_children():
             if module.state_dict():
                 return Reason(
-                    f"it holds the layer '{name}', whose keys would stand in the model twice.",
-                    "A function of another layer's tensor is 'copy' with source= and fn=.",
+                    f"it holds the layer '{name}', whose keys would be in the model twice.",
+                    "For a function of another layer's tensor use 'copy' with source= and fn=.",
                 )
         held = [repr(name) for name in self.state_dict()]
         if held:
             return Reason(
-                f"it keeps {', '.join(held)} of its own, which is no free value and which no file "
-                "would give back.",
-                "Say the numbers in options(), and compute what follows from them in __init__ or "
-                "forward; a buffer of that takes persistent=False.",
+                f"it keeps {', '.join(held)} of its own, which is not a free value, so files would "
+                "lose it.",
+                "Return the numbers from options(), and compute the rest in __init__ or forward; "
+                "register buffers with persistent=False.",
             )
         return None
 

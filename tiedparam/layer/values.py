@@ -122,7 +122,7 @@ def _why_other_than(present: Tensor, value: Tensor, tie: Tie) -> Reason | None:
         return Reason("it is on the meta device, where numbers are lost.", "Call to_empty first.")
     if has_values(present) and not has_values(value):
         return Reason(
-            "the value has no numbers, it is on the meta device.",
+            "the value is on the meta device and has no numbers.",
             "Give it some first, or move the layer with to('meta').",
         )
     return None

@@ -201,7 +201,7 @@ _KEYS = ("layers", "type", "rule", "tensor_name", "init", "options")
 
 
 def plan_from_data(data: Any, where: str, functions: Functions | None = None) -> Plan:
-    """The plan that tables, as TOML and JSON give them, speak of.
+    """The plan that tables describe, as TOML and JSON give them.
 
     Args:
         data: what the file holds.

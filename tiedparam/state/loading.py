@@ -92,7 +92,7 @@ def _are_its_own(tie: Tie, keys: list[str], state_dict: Mapping[str, Any]) -> bo
     """Whether those free values that a dictionary has are what the layer holds anyway.
 
     torch's ``full_state_dict=True`` and accelerate complete a dense dictionary from the model
-    (S46): what the model has itself says nothing, and the dense entry counts.
+    (S46): values that the model has already tell nothing, and the dense entry counts.
     """
     return all(
         k not in state_dict

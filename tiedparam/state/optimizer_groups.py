@@ -174,7 +174,7 @@ def _shift(optimizer: Optimizer, home: int, slots: Sequence[int], by: int) -> No
 
 def _take_out(group: Group, old: Sequence[Any]) -> None:
     if _PLACES in group:
-        group[_PLACES] = list(group[_PLACES])  # who holds it may put it back
+        group[_PLACES] = list(group[_PLACES])  # whoever holds it may put it back
     found = positions(old, group["params"])
     for name in _OF_PARAMETERS & group.keys():
         for position in reversed(found):

@@ -128,7 +128,7 @@ def register_optimizer(
                 f"{', '.join(map(repr, get_args(Kind)))}."
             )
     names = (coupled_decay,) if isinstance(coupled_decay, str) else tuple(coupled_decay)
-    # a copy: what the caller does to its dictionary later is no statement
+    # a copy: the caller may change its dictionary later
     _LAWS[optimizer_class] = OptimizerLaw(MappingProxyType(dict(state)), names, decoupled_if)
 
 
@@ -188,7 +188,7 @@ def parameter_shaped_state(optimizer: Optimizer) -> set[str]:
 
 
 def why_no_steps(optimizer: Optimizer) -> Reason | None:
-    """Why an optimizer should not step free values at all, or None."""
+    """Why an optimizer should not step free values at all; None if it may."""
     known = _nearest_known(type(optimizer))
     return _LAWS[known].refused if known is not None and _LAWS[known].even_fresh else None
 
@@ -285,7 +285,7 @@ _TORCHS_OWN: dict[type[Optimizer], OptimizerLaw] = {
     ),
     optim.Muon: OptimizerLaw(
         refused=Reason(
-            "Muon orthogonalizes a weight as a matrix, and its free values are another one.",
+            "Muon orthogonalizes the weight matrix, and the free values are not that matrix.",
             "Build Muon after tying, from the matrices that are not tied (tiedparam.owner tells "
             "which), and another optimizer from the free values.",
         ),

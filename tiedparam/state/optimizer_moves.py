@@ -1,8 +1,8 @@
 """Moving an optimizer between a dense parameter and its free values, state included.
 
-What is known of its class stands in `_optimizer_laws`, how each kind of state follows in
-`_optimizer_maps`, and in which group the new parameters stand is decided by `_optimizer_groups`.
-Here a move is planned, with every reason against it, before anything is changed.
+`optimizer_laws` knows its class, `optimizer_maps` how each kind of state follows, and
+`optimizer_groups` chooses the group of the new parameters. Here a move is planned, with every
+reason against it, before anything is changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tiedparam.util.errors import Reason, TieError, warn
 
 
 def _refuse_unmapped(change: Exchange, optimizers: list[Optimizer]) -> None:
-    """The maps hold where entries are shared; what there is to move by another law is refused."""
+    """Raise if there is state or a gradient to move by a law that the maps do not hold for."""
     stepped = any(o.state.get(p) for o in optimizers for p in change.old)
     pending = any(p.grad is not None for p in change.old)
     if not change.new or not (stepped or pending) or has_orbits(change.rule):
@@ -132,7 +132,7 @@ def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:
             raise TieError(
                 "optimizer=",
                 "none of the optimizers holds it, and one holds what an earlier tie has replaced.",
-                "Leave optimizer= out, and build the optimizer anew afterwards.",
+                "Leave optimizer= out, and rebuild the optimizer afterwards.",
             )
         raise TieError(
             "optimizer=",
@@ -259,7 +259,7 @@ def _addition(optimizer: Optimizer, group: dict[str, Any], new: nn.Parameter) ->
 
 
 def warn_of_losses(moves: Iterable[Move], doing: str) -> None:
-    """Say what the moves do not carry over, before anything is changed."""
+    """Warn of what the moves do not carry over, before anything is changed."""
     for move in moves:
         if move.warning:
             warn(f"{doing}: {move.warning}.")

@@ -38,7 +38,7 @@ def bind(rule: Rule, target: Target) -> Reason | None:
 
 
 def find_sources(rule: Any, target: Target) -> Reason | None:
-    """Look up what a rule's ``source=`` means, or return why it means nothing.
+    """Look up what a rule's ``source=`` means, or return why nothing fits it.
 
     The sources' tensors have by default the name of the tensor that is to be tied.
 
@@ -56,7 +56,7 @@ def find_sources(rule: Any, target: Target) -> Reason | None:
 
 
 def value_of(rule: Rule, target: Target) -> Tensor | None:
-    """What an unbound rule would give, by which a tie of unknown size can be renewed."""
+    """What an unbound rule would compute; it shows the size in which a tie can be renewed."""
     if find_sources(rule, target) is not None or rule.free_shapes():
         return None
     try:
@@ -173,7 +173,7 @@ def _reaches(layer: nn.Module, name: str, goal: nn.Module, goal_name: str) -> bo
 
 
 def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
-    """Why the law's function, of what the sources hold now, is no weight for the layer."""
+    """Why what the law computes from its sources cannot be the layer's weight, or None."""
     function = rule.functions[0] if rule.functions else "its forward"
     correct = f"Correct {function}=." if rule.functions else "Correct the rule."
     with torch.no_grad():

@@ -99,7 +99,7 @@ def key_prefix(path: str) -> str:
     return f"{path}." if path else ""
 
 
-# For the rooms that still ask for layer, name and rule apart; they go.
+# For those who ask for layer, name and rule apart.
 
 
 def free_values(layer: nn.Module, tensor_name: str) -> list[nn.Parameter]:

@@ -65,7 +65,7 @@ class Reading:
     Attributes:
         places: where each source lies.
         shapes: the shapes that their tensors had when the tie was made.
-        watches: the hooks on them, for who waits until they are loaded.
+        watches: the hooks on them, for those who wait until they are loaded.
         is_leaving: whether what has become of the sources is overlooked, to leave the tie.
     """
 

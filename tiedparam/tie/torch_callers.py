@@ -30,7 +30,7 @@ def is_stock_forward(reader: FrameType) -> bool:
 
 
 def is_removal(reader: FrameType) -> bool:
-    """Whether ``parametrize.remove_parametrizations`` reads what the tensor shall be then."""
+    """Whether ``parametrize.remove_parametrizations`` reads the value that the tensor will keep."""
     return reader.f_code.co_name == "remove_parametrizations" and (
         _module(reader) == "torch.nn.utils.parametrize"
     )

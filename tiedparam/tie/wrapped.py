@@ -1,7 +1,7 @@
 """Models that DDP, FSDP1 or ``fully_shard`` has taken over: tying or untying comes too late.
 
 They look at the parameters once, when they wrap a model. A parameter that a tie makes later
-is nobody's: its gradient is not averaged, and the ranks drift apart (S34, S35). And a copy
+is unknown to them: its gradient is not averaged, and the ranks drift apart (S34, S35). And a copy
 whose source is sharded on its own would meet one part of it (S31), or keep its gradients from
 it (S53).
 """
@@ -27,7 +27,7 @@ from tiedparam.util.torch_private import has_kept_accumulator, is_managed_by_fsd
 def why_wrapped(
     layer: nn.Module, parameters: Iterable[Tensor], verb: str, wrappers: Iterable[nn.Module] = ()
 ) -> Reason | None:
-    """Why a layer cannot be tied or untied that a wrapper holds, or None.
+    """Why a layer cannot be tied or untied because a wrapper holds it, or None.
 
     Args:
         layer: the layer, whose ``parameters`` are about to be exchanged.
@@ -52,8 +52,8 @@ def why_wrapped(
         )
     if isinstance(wrapper, DistributedDataParallel):
         return Reason(
-            f"a {type(wrapper).__name__} holds it already, and would not average the gradients of "
-            "the new parameters.",
+            f"it is wrapped in a {type(wrapper).__name__} already, which would not average the "
+            "gradients of the new parameters.",
             f"{verb} before wrapping: drop the wrapper, {verb.lower()} its .module, and wrap that "
             "again.",
         )
@@ -122,7 +122,7 @@ def _fsdp1() -> tuple[type[nn.Module], ...]:
 
 
 def _live_wrappers(parameters: list[Tensor]) -> list[nn.Module]:
-    """All wrapped models of this process, or none where it is plain that none holds these.
+    """All wrapped models of this process, or none where none can hold these.
 
     Looking at every live object takes tens of milliseconds, which tying hundreds of layers
     before wrapping should not cost.

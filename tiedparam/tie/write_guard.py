@@ -42,7 +42,7 @@ class _LikeAnyTensor(type(Tensor)):  # type: ignore[misc]
     """Lets ``isinstance(tensor, type(layer.weight))`` hold, as it does for a plain tensor.
 
     ``torch.testing.assert_close`` refuses to compare tensors of unrelated classes, and a
-    guarded weight is to be compared with Parameters. torch's own Parameter does alike.
+    guarded weight is to be compared with Parameters. torch's own Parameter does the same.
     """
 
     def __instancecheck__(cls, instance: object) -> bool:

@@ -136,7 +136,7 @@ def is_read_by_attention(kind: type[nn.Module]) -> bool:
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether torch's eager quantization packed a layer's weight, which is no Parameter then."""
+    """Whether torch's eager quantization packed a layer's weight, so that it is not a Parameter."""
     return hasattr(layer, "_packed_params") and hasattr(layer, "weight")
 
 
@@ -391,7 +391,7 @@ def padding_of(layer: Any) -> list[int]:
 
 
 def reshaped_in_place(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A contiguous tensor, which nobody else holds, in another shape; to autograd it is no view.
+    """A contiguous tensor, which nobody else holds, in another shape, not a view to autograd.
 
     Autograd forbids some writes into a view. torch's own ``matmul`` and ``linear`` do the same.
     """
