@@ -447,7 +447,9 @@ def test_a_bad_plan_gets_one_line(bad, files, capsys):
 
 
 def test_other_things_that_cannot_be_done(files, net, capsys):
-    assert "names no format" in refused(capsys, "tie", "model.pt", "--plan", "model.pt", "-o", "x")
+    assert "has no known format" in refused(
+        capsys, "tie", "model.pt", "--plan", "model.pt", "-o", "x"
+    )
     assert "holds no ties" in refused(capsys, "untie", "model.pt", "-o", "x")
     assert "is not a size" in refused(
         capsys, *("untie", _tied(net), "-o", "x", "--max-shard-size", "big")

@@ -1,4 +1,4 @@
-"""What the commands of the shell take: their common options, and what is written in them."""
+"""What the commands of the shell take: their common options, and how their values are read."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """``--output`` and ``--force``."""
     parser.add_argument("-o", "--output", type=file_path, metavar="OUT", help="the file to write")
     parser.add_argument(
-        "--force", action="store_true", help="replace files that are there, FILE included"
+        "--force", action="store_true", help="replace existing files, FILE included"
     )
 
 

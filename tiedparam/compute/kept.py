@@ -213,9 +213,11 @@ class FrozenWeight:
         leaves = [t for _, _, t in self.origins if t.requires_grad and t.is_leaf]
         self.hooks = [t.register_hook(self._refuse_backward) for t in leaves]
         forbid_steps(
-            self, [t for _, _, t in self.origins],
-            f"{self.where}, which is frozen.", "Step outside of the block.",
-        )  # fmt: skip
+            self,
+            [t for _, _, t in self.origins],
+            f"{self.where}, which is frozen.",
+            "Step outside of the block.",
+        )
 
     def release(self) -> None:
         """Take the guards off again."""

@@ -20,7 +20,7 @@ class Blocks:
 
     Attributes:
         outputs: the output axis, split; the product is the number of outputs.
-        rest: the input axis and the kernel axes.
+        rest: the input axis and the kernel axes, none of them split.
         shared: axes of ``(*outputs, *rest)`` along which all entries are equal.
     """
 

@@ -259,9 +259,16 @@ class TiedLayer(nn.Module):
     ) -> None:
         loading.accept(self, state_dict, prefix, local_metadata, error_msgs)
         load_into(
-            self.tied_stock, self, state_dict, prefix, local_metadata, strict,
-            missing_keys, unexpected_keys, error_msgs,
-        )  # fmt: skip
+            self.tied_stock,
+            self,
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         save_from(self.tied_stock, self, destination, prefix, keep_vars)

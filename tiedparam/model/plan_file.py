@@ -110,7 +110,7 @@ def _kind(path: Path) -> str:
     if kind not in ("toml", "json"):
         raise TieError(
             f"'{path}'",
-            f"'{path}' names no format.",
+            f"'{path}' has no known format.",
             "Choose a name that ends in .toml or .json.",
         )
     return kind

@@ -110,9 +110,10 @@ def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:
     moves = []
     for optimizer in optimizers:
         groups = [
-            group for group in optimizer.param_groups
+            group
+            for group in optimizer.param_groups
             if any(among(p, group["params"]) for p in change.old)
-        ]  # fmt: skip
+        ]
         if not groups:
             continue
         if len(groups) > 1 or not all(among(p, groups[0]["params"]) for p in change.old):
@@ -200,9 +201,11 @@ _SCHEDULED = (
 
 def _lost_decay(optimizer: Optimizer, rates: dict[str, Any], by: str, why: str) -> str:
     named = " and ".join(f"{name}={float(rate):g}" for name, rate in rates.items())
-    way = "" if why is _SCHEDULED else (
-        ". Set the rate to what you want, or use AdamW, whose decay is decoupled"
-    )  # fmt: skip
+    way = (
+        ""
+        if why is _SCHEDULED
+        else (". Set the rate to what you want, or use AdamW, whose decay is decoupled")
+    )
     return (
         f"the {type(optimizer).__name__} adds its decay ({named}) to the gradient, and from now "
         f"on it acts {by}: {why}{way}"

@@ -224,7 +224,7 @@ class Reading:
             if not copied_whole and id(source) not in memo and source is not layer:
                 raise TieError(
                     f"cannot copy {where} without its source",
-                    "the copy would read a private layer that is in nobody's parameters().",
+                    "the copy would read a private layer that is in no model's parameters().",
                     "Copy a module that holds both, or call remove_tie first.",
                 )
 
