@@ -98,7 +98,7 @@ def test_a_function_of_a_script_is_loaded_where_it_is_passed(mine, tmp_path, mon
     model = tied(tile)
     tp.save(model, path)
     monkeypatch.undo()
-    with pytest.raises(tp.TieError, match="in the shell, nothing can import a script's: save it"):
+    with pytest.raises(tp.TieError, match="in the shell, a script cannot be imported: save it"):
         tp.load(path, build())
     loaded = tp.load(path, build(), functions={"__main__:tile": mine.tile})
     assert torch.equal(loaded[1].weight, model[1].weight)
@@ -207,7 +207,7 @@ def test_a_closure_is_refused(tmp_path):
     def closure(weight):
         return weight.repeat(2, 2)
 
-    with pytest.raises(tp.TieError, match="'closure', which was made inside of another function"):
+    with pytest.raises(tp.TieError, match="'closure', which was defined inside another function"):
         tp.save(tied(closure), tmp_path / "file")
 
 

@@ -120,7 +120,7 @@ def test_s37_the_advice_leads_from_a_projected_fresh_layer_to_its_scale(
     layer = build()
     before = float(layer.weight.detach().std())
     message = said(layer, rule, **options)
-    assert "pass init='rescale', which keeps its scale (call remove_tie before" in message
+    assert "call remove_tie and tie again with init='rescale', which keeps its scale." in message
     tp.remove_tie(layer)
     assert said(layer, rule, init="rescale", **options) is None
     assert float(layer.weight.detach().std()) == pytest.approx(before, rel=0.25)

@@ -133,6 +133,10 @@ def test_the_version_of_a_class_is_noted_and_given_back_when_a_state_dict_is_loa
     set_metadata(old, {"0": {"version": 1}})
     model.load_state_dict(old)
     assert torch.equal(model[0].weight, torch.ones(2, 2))
+    new = OrderedDict({"0.weight": torch.zeros(2, 2), "0.bias": torch.zeros(2)})
+    set_metadata(new, {"0": {"version": 2}})
+    model.load_state_dict(new)
+    assert torch.equal(model[0].weight, torch.zeros(2, 2))
 
 
 def test_an_ordinary_dictionary_has_no_metadata_and_odd_versions_count_as_the_first():
@@ -332,6 +336,9 @@ def test_the_tensors_of_a_recurrent_layer_are_named_in_the_order_of_its_kernels(
 
 def test_a_recurrent_layer_collects_its_tensors_anew_once_its_list_is_forgotten():
     layer, x = nn.LSTM(2, 3), torch.randn(4, 1, 2)
+    expected = layer(x)[0]
+    forget_flat_weights(layer)
+    assert torch.equal(layer(x)[0], expected)
     other = nn.LSTM(2, 3)
     for name in flat_weight_names(layer):
         parameters_of(layer)[name] = getattr(other, name)
