@@ -232,7 +232,7 @@ def tie_and_tune(
 def train(
     model: nn.Module, data: Data, epochs: int, seed: int, *, learning_rate: float, title: str
 ) -> Optimizer:
-    """Train in place by Adam, with a bar if somebody watches. Returns the optimizer."""
+    """Train in place by Adam, with a bar on a terminal. Returns the optimizer."""
     optimizer = Adam(model.parameters(), lr=learning_rate)
     order = torch.Generator().manual_seed(seed)
     pictures, labels = data.train_pictures, data.train_labels

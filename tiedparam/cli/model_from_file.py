@@ -362,6 +362,6 @@ def _named(key: str, enter: Any, *arguments: Any) -> None:
     except KeyError as error:
         raise TieError(
             quoted(key),
-            f"the name {quoted(key)} cannot stand in a model ({shortened(error)}).",
+            f"no tensor of a model can have the name {quoted(key)} ({shortened(error)}).",
             "Rename it.",
         ) from error

@@ -60,7 +60,7 @@ class Computing:
 
 
 def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | None:
-    """How a layer is to be computed whose tensor a bound rule ties; None: densely, as ever.
+    """How to compute a layer whose tensor a bound rule ties; None for the dense way.
 
     Raises:
         TieError: if the rule asks for a form that the layer does not have.

@@ -6,8 +6,8 @@ values, bit for bit, before it is used again: no metadata tells whether a tensor
 optimizers, ``.data``, NumPy and other processes leave no trace).
 
 What is kept hangs on the tie, in a `Memory`: it goes with the tie, is in no state dict, and
-copies and pickles start with an empty one (S1). While somebody compiles, exports, traces or
-transforms (S7, S33), and for tensors put in by ``functional_call``, weights are computed.
+copies and pickles start with an empty one (S1). In compiled, exported, traced or transformed
+code (S7, S33), and for tensors put in by ``functional_call``, weights are computed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
         layer: a tied layer.
         tensor_name: which tensor.
         own_forward: whether the layer itself reads, in its forward. A cached weight is
-            handed to nobody else, since a write that torch does not see would stay in it.
+            handed to no other reader, since a write that torch does not see would stay in it.
 
     Raises:
         TieError: if the weight is frozen and gradients for it are being recorded.
@@ -179,7 +179,7 @@ class FrozenWeight:
             weight = self.tie.weight().detach()
         computing = self.tie.computing
         if computing is not None and computing.form != "dense":
-            return weight  # an expanded view: nobody reads it where the structured form runs
+            return weight  # an expanded view: the structured form does not read it
         return weight.contiguous()
 
     def holds(self) -> bool:

@@ -204,7 +204,7 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        # recorded operation by operation where somebody wants second derivatives
+        # recorded operation by operation for second derivatives
         input, filters = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         of_input, of_filters, of_bias = ctx.needs_input_grad[:3]

@@ -1,4 +1,4 @@
-"""How a law's options stand in a file: as JSON, a layer by its path, a function by its name.
+"""A law's options in a file: as JSON, a layer by its path, a function by its name.
 
 `written` and `made` are each other's inverse, up to the sources: a law that was made from a file
 has their paths, and finds the layers when it is bound. Nothing that a file names is imported.

@@ -88,7 +88,7 @@ class HostMeta(abc.ABCMeta):
 
 
 def _is_derived(cls: type) -> bool:
-    """Whether somebody, as ``fully_shard`` does, has derived this class from a host class."""
+    """Whether this class was derived from a host class, as ``fully_shard`` does."""
     return "tied_names" not in vars(cls)
 
 

@@ -42,8 +42,8 @@ def assign_(
 
     Returns:
         The layer. The free values keep their identity; only their contents change. Assigning
-        to a copy the very tensor that it copies is no change, and renews the tie if that was
-        resized.
+        to a copy the very tensor that it copies changes nothing, and renews the tie if that
+        tensor was resized.
 
     Raises:
         TieError: if the tensor is not tied, is a copy and ``value`` is not what it copies, has

@@ -18,7 +18,7 @@ RESIDUAL_TO_WARN = 1e-3
 """A loaded weight that is further from the law than this is projected with a `TieWarning`."""
 
 SIGNATURE = "tiedparam"
-"""Under this name the rules stand in a state dict's metadata."""
+"""The key of the rules in a state dict's metadata."""
 
 
 def why_unfit(tie: Tie, key: str, value: Any) -> Reason | None:
@@ -104,7 +104,7 @@ def disagreement(key: str, tie: Tie) -> Reason:
 
 def both_forms(key: str, remedy: str) -> Reason:
     """The reason against a tensor that a state dict has twice."""
-    return Reason(f"'{key}' stands in it both dense and tied.", remedy)
+    return Reason(f"it has '{key}' both dense and tied.", remedy)
 
 
 def as_float(value: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def destination(
     if not alone or awaits or _PLACES in group:
         home = _numbered(optimizer, number)
         made = [other for other in optimizer.param_groups if _PLACES in other]
-        for other in [home, *made]:  # not another one of the user's, which is alike by chance
+        for other in [home, *made]:  # not a group of the user's that is equal by chance
             if other is not None and other is not group and _alike(other, group, changes):
                 return other, {}
     if alone and (not awaits or _is_scheduled(optimizer)):

@@ -1,8 +1,8 @@
 """Which optimizers follow a tie, and how each entry of their state does: one table.
 
 It goes by the class, not by what the state is called: LARS has a ``momentum_buffer``, Muon has
-one, and neither is that of SGD (S41). Torch's own optimizers stand in it through the same
-`register_optimizer` by which users enter theirs; the tests compare the trajectories of each with
+one, and neither is that of SGD (S41). Torch's own optimizers are entered by the same
+`register_optimizer` as those of users; the tests compare the trajectories of each with
 the dense run, and the table in the documentation is printed from here.
 """
 

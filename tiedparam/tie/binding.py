@@ -24,7 +24,7 @@ def bind(rule: Rule, target: Target) -> Reason | None:
     Sources that are given by path are found where the model is known.
 
     Raises:
-        TypeError: if a source is a tensor of which nobody knows the layer.
+        TypeError: if a source is a tensor whose layer is not known.
     """
     weight = target.tensor
     if rule.reads_layers:
@@ -43,7 +43,7 @@ def find_sources(rule: Any, target: Target) -> Reason | None:
     The sources' tensors have by default the name of the tensor that is to be tied.
 
     Raises:
-        TypeError: if a source is a tensor of which nobody knows the layer.
+        TypeError: if a source is a tensor whose layer is not known.
     """
     found = []
     for source, name in rule.given:
@@ -73,7 +73,7 @@ def value_of(rule: Rule, target: Target) -> Tensor | None:
 def _find(
     source: Source, name: str | None, root: nn.Module | None
 ) -> tuple[nn.Module, str | None] | Reason:
-    """The layer that is meant and, where it is said, which of its tensors; or why there is none."""
+    """The layer to read and, if it is given, the tensor's name; or why there is none."""
     if isinstance(source, nn.Module):
         return source, name
     found = _by_path(source, root) if isinstance(source, str) else _holder(source, root)

@@ -20,7 +20,7 @@ def is_tied(module: nn.Module, tensor_name: str | None = None, *, recurse: bool 
     Args:
         module: a layer, or a whole model.
         tensor_name: ask for this tensor of this very layer.
-        recurse: whether layers inside of the module count; if not, its own tensors alone.
+        recurse: whether layers inside the module count too, or only its own tensors.
 
     Example::
 

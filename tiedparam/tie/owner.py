@@ -1,6 +1,6 @@
 """From a free value back to the layer and the weight that it belongs to.
 
-The layers are remembered here, weakly, and their free values are looked up when somebody asks:
+The layers are remembered here, weakly, and their free values are looked up on demand:
 so whatever makes other Parameters of them (a copy, a pickle, ``load_state_dict(assign=True)``,
 ``.to()``, ``fully_shard``) leaves nothing behind that is wrong. A note on the Parameter itself
 would be lost by some of these, and a reference to it would keep torch from swapping its contents.
@@ -100,7 +100,7 @@ def _where(parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
 def _is_held_by_any(parameter: nn.Parameter) -> bool:
     """Whether a remembered layer has it in a list of parametrizations, of a tie or another one.
 
-    By the tables alone: what other layers hold is looked for in vain, each time.
+    By the tables alone: every Parameter that is not tied takes this walk.
     """
     wanted = id(parameter)
     for layer in list(_tied_layers):
@@ -117,6 +117,6 @@ def _look_at_all() -> None:
         for name in ties_of(layer):
             for value in free_values(layer, name):
                 _last_seen.setdefault(id(value), (weakref.ref(layer), name))
-    for layer in list(_tied_layers):  # behind all free values, should somebody share one
+    for layer in list(_tied_layers):  # after all free values, in case one is shared
         for name, parameter in parameters_of(layer).items():
             _last_seen.setdefault(id(parameter), (weakref.ref(layer), name))

@@ -180,9 +180,7 @@ class Reading:
         """
         if torch.compiler.is_compiling():
             place = f"a '{rule}' tie"
-            raise TieError(
-                place, f"{place} lies in a shallow clone.", "Call it once, then compile."
-            )
+            raise TieError(place, f"{place} is in a shallow clone.", "Call it once, then compile.")
         found = [place.in_clone(values, rule) for place in self.places]
         names = [name for _, name in rule.sources()]
         rule.read_from(list(zip((source for _, source in found), names, strict=True)))

@@ -161,7 +161,7 @@ class Whereabouts:
             place = f"a '{rule}' tie"
             raise TieError(
                 place,
-                f"{place} lies in a shallow clone of its model, and its source in there is not "
+                f"{place} is in a shallow clone of its model, and its source in that clone is not "
                 "known: it still holds the original's.",
                 "Tie with root=model, clone a module that holds both layers, and call that one; or "
                 "call the original by torch.func.functional_call with the adapted parameters.",

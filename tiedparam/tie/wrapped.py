@@ -146,7 +146,7 @@ def _with_subclasses(kinds: Iterable[type]) -> list[type]:
 
 
 def _may_be_in_ddp(parameter: Tensor) -> bool:
-    """Whether somebody keeps what adds up the parameter's gradient, as DDP's reducer does."""
+    """Whether the parameter's gradient accumulator is kept alive, as DDP's reducer does."""
     if not parameter.requires_grad:
         return True  # has none, so nothing can be told
     with torch.inference_mode(False), torch.enable_grad():

@@ -60,7 +60,7 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
     """
 
     tied_place: tuple[weakref.ref[nn.Module], str] | None = None
-    """Layer and tensor name; None once the values are somebody's own."""
+    """Layer and tensor name; None once the values are a copy of their own."""
     is_derived: bool = False
     """Whether this is a view or ``detach()`` of what was read, not what was read itself."""
 

@@ -69,7 +69,7 @@ def stand_in(
 
 
 def has_gradient_hooks(parameter: nn.Parameter) -> bool:
-    """Whether somebody is called with the parameter's gradient."""
+    """Whether hooks are called with the parameter's gradient."""
     return bool(
         parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
     )
@@ -110,9 +110,9 @@ def is_managed_by_fsdp(module: nn.Module) -> bool:
 
 
 def has_kept_accumulator(parameter: Tensor) -> bool:
-    """Whether somebody keeps the node that adds up a parameter's gradient, as DDP's reducer does.
+    """Whether a parameter's gradient accumulator is kept alive, as DDP's reducer does.
 
-    torch makes that node when a graph needs it, drops it with the graph, and finds it again as
+    torch makes this node when a graph needs it, drops it with the graph, and finds it again as
     long as it lives: then a mark on it outlives the graph that is made and dropped here.
     """
     _accumulator(parameter).metadata["tiedparam"] = True
@@ -391,7 +391,7 @@ def padding_of(layer: Any) -> list[int]:
 
 
 def reshaped_in_place(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A contiguous tensor, which nobody else holds, in another shape, not a view to autograd.
+    """A contiguous tensor, which only the caller holds, in another shape; not a view to autograd.
 
     Autograd forbids some writes into a view. torch's own ``matmul`` and ``linear`` do the same.
     """
