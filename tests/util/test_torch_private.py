@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.autograd import forward_ad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +25,7 @@ from tiedparam.util import torch_private
 from tiedparam.util.torch_private import (
     GET_BASE,
     TABLES,
+    WRAPPED,
     AnyConvolution,
     apply_to,
     buffers_of,
@@ -45,6 +47,7 @@ from tiedparam.util.torch_private import (
     is_parametrized,
     is_quantized,
     is_read_by_attention,
+    is_scheduled,
     is_traceable_wrapper_subclass,
     is_traced,
     is_traced_or_transformed,
@@ -73,6 +76,7 @@ from tiedparam.util.torch_private import (
     unsaved_buffers_of,
     version_of,
     with_own_tables,
+    without_hooks,
     without_torch_function,
 )
 
@@ -322,6 +326,29 @@ def test_an_optimizer_knows_who_is_called_before_it_loads():
     assert hook in load_pre_hooks_of(optimizer).values()
 
 
+def test_a_scheduler_marks_its_optimizer():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    assert not is_scheduled(optimizer)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert is_scheduled(optimizer)
+
+
+def test_the_first_instance_of_an_optimizer_wraps_the_step_of_its_class():
+    class Own(torch.optim.Optimizer):
+        def step(self, closure=None):
+            return "stepped"
+
+    written = Own.step
+    assert without_hooks(written) is written
+    optimizer = Own([nn.Parameter(torch.ones(1))], {})
+    assert Own.step is not written
+    assert without_hooks(Own.step) is written
+    called = []
+    optimizer.register_step_pre_hook(lambda *arguments: called.append(1))
+    assert optimizer.step() == "stepped"
+    assert called
+
+
 def test_a_module_knows_who_is_called_before_its_forward():
     def hook(*arguments):
         pass
@@ -358,6 +385,16 @@ def process_group():
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_wrappers_hold_a_module_by_a_name_that_they_leave_out_of_its_keys():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FSDP1 would like an accelerator
+        sharded = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))
+    for wrapper, name in zip((sharded, checkpoint_wrapper(nn.Linear(2, 2))), WRAPPED, strict=True):
+        assert [name for name, _ in wrapper.named_children()] == [name]
+        assert not any(name in key for key in nn.Sequential(wrapper).state_dict())
 
 
 @pytest.mark.usefixtures("process_group")

@@ -103,7 +103,7 @@ def _why_another_tie(tie: StoredTie, rule: Rule, here: Tie, model: nn.Module) ->
     present = here.rule
     if not same_law(present, rule):
         fact = f"it was '{rule}' and is '{present}' here."
-        return Reason(fact, "Tie it as it was, or not at all.")
+        return Reason(fact, "Tie it as it was saved, or leave it untied.")
     if present.bound_layout != tie.layout:
         return _another_layout(tie.layout, present.bound_layout)
     if here.is_stacked != tie.stacked:

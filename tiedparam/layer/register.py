@@ -82,8 +82,8 @@ def register_tie(
             `Rule.gains_from_cache`, and `frozen` for whole models.
         optimizer: the optimizer or optimizers that hold the dense parameter; they are
             moved to the free values, state and coupled decay included. They must be of
-            ``torch.optim``, or known by `register_optimizer`. A stepping optimizer that was
-            left out raises.
+            ``torch.optim``, or known by `register_optimizer`. One that was left out raises at
+            its next step.
         root: the model that holds the layer: names it in messages, finds a ``source=`` given
             as a path, refuses layers that share the Parameter with another one, and keeps a
             copy from being separated from its source.

@@ -98,7 +98,7 @@ def disagreement(key: str, tie: Tie) -> Reason:
     return Reason(
         f"'{key}' is tied by '{tie.rule}' and disagrees with its source.",
         "Load a checkpoint that keeps the law, or remove the entry to take the source's values. "
-        "Parts of a checkpoint are put together first: tiedparam.tie_state_dict(model, dense).",
+        "Join the parts of a checkpoint first: tiedparam.tie_state_dict(model, dense).",
     )
 
 

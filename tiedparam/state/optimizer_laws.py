@@ -17,6 +17,7 @@ from torch import optim
 from torch.optim import Optimizer
 
 from tiedparam.util.errors import Reason
+from tiedparam.util.torch_private import without_hooks
 
 Kind = Literal[
     "gradient",
@@ -199,19 +200,9 @@ def _nearest_known(kind: type) -> type[Optimizer] | None:
 
 def _is_overridden(derived: type, known: type, name: str) -> bool:
     """Whether a subclass replaces something that the update of ``known`` may be made in."""
-    return hasattr(known, name) and _without_hooks(getattr(derived, name)) is not _without_hooks(
+    return hasattr(known, name) and without_hooks(getattr(derived, name)) is not without_hooks(
         getattr(known, name)
     )
-
-
-_HOOKED = Optimizer.profile_hook_step(lambda: None).__code__
-
-
-def _without_hooks(function: Any) -> Any:
-    """Torch wraps ``step`` in the class of the first instance, be it inherited or not."""
-    while getattr(function, "__code__", None) is _HOOKED:
-        function = function.__wrapped__
-    return function
 
 
 # Torch's own --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
 from tiedparam.util.errors import TieError, describe
 from tiedparam.util.parametrized import parametrization_list, parametrization_lists
-from tiedparam.util.torch_private import parameters_of
+from tiedparam.util.torch_private import WRAPPED, parameters_of
 
 
 def is_tied(module: nn.Module, tensor_name: str | None = None, *, recurse: bool = True) -> bool:
@@ -93,9 +93,8 @@ def origins(layer: nn.Module, tensor_name: str) -> Iterator[nn.Parameter]:
 def key_prefix(path: str) -> str:
     """What the state-dict keys of the module at ``path`` begin with."""
     if "_wrapped_module" in path:
-        # torch's wrappers for FSDP1 and activation checkpointing leave their names out of the keys
-        wrappers = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-        path = ".".join(name for name in path.split(".") if name not in wrappers)
+        # wrappers of FSDP1 and of activation checkpointing
+        path = ".".join(name for name in path.split(".") if name not in WRAPPED)
     return f"{path}." if path else ""
 
 

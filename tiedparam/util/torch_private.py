@@ -1,7 +1,7 @@
-"""What torch does not promise, one function for each fact: no other file may rely on it.
+"""What torch does not promise, one function for each fact: ruff (SLF) keeps it out of other files.
 
 All of it was seen in torch 2.13.0. Each fact has a test in ``tests/util/test_torch_private.py``,
-which fails first where another version differs. Everywhere else ruff (SLF) refuses private names.
+which fails first where another version differs.
 """
 
 from __future__ import annotations
@@ -80,6 +80,21 @@ def load_pre_hooks_of(optimizer: Optimizer) -> Mapping[int, Callable[..., Any]]:
     return optimizer._optimizer_load_state_dict_pre_hooks
 
 
+def is_scheduled(optimizer: Optimizer) -> bool:
+    """Whether a learning-rate scheduler has an optimizer, on whose ``step`` it leaves a mark."""
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched")
+
+
+_HOOKED_STEP = Optimizer.profile_hook_step(lambda: None).__code__
+
+
+def without_hooks(step: Any) -> Any:
+    """A ``step`` as it was written: torch wraps that of the first instance's class, for hooks."""
+    while getattr(step, "__code__", None) is _HOOKED_STEP:
+        step = step.__wrapped__
+    return step
+
+
 def flat_weight_names(layer: nn.RNNBase) -> list[str]:
     """The names of a recurrent layer's tensors, in the order in which its kernels take them."""
     return list(layer._flat_weights_names)
@@ -104,6 +119,10 @@ def forward_pre_hooks_of(module: nn.Module) -> Mapping[int, Callable[..., Any]]:
     return module._forward_pre_hooks
 
 
+WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch's wrappers call the module that they hold; they leave it out of its keys."""
+
+
 def is_managed_by_fsdp(module: nn.Module) -> bool:
     """Whether FSDP1 or FSDP2 has taken the module over: both write this on all that they hold."""
     return "_is_fsdp_managed_module" in module.__dict__
@@ -112,16 +131,15 @@ def is_managed_by_fsdp(module: nn.Module) -> bool:
 def has_kept_accumulator(parameter: Tensor) -> bool:
     """Whether a parameter's gradient accumulator is kept alive, as DDP's reducer does.
 
-    torch makes this node when a graph needs it, drops it with the graph, and finds it again as
-    long as it lives: then a mark on it outlives the graph that is made and dropped here.
+    torch drops it with its graph, unless others hold it: then it is found again, with our mark.
     """
-    _accumulator(parameter).metadata["tiedparam"] = True
-    return "tiedparam" in _accumulator(parameter).metadata
 
+    def marks() -> Any:
+        node: Any = parameter.view_as(parameter).grad_fn
+        return node.next_functions[0][0].metadata
 
-def _accumulator(parameter: Tensor) -> Any:
-    node: Any = parameter.view_as(parameter).grad_fn
-    return node.next_functions[0][0]
+    marks()["tiedparam"] = True
+    return "tiedparam" in marks()
 
 
 # Classes of layers -----------------------------------------------------------------------------
@@ -211,10 +229,7 @@ def is_traced_or_transformed() -> bool:
 
 
 innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-"""The transform of ``torch.func`` that is at work (vmap, grad, jvp, functionalize), or None.
-
-torch's own function, since it is asked at every call, where a function around it would be felt.
-"""
+"""The transform of ``torch.func`` at work, or None; torch's own, as every call asks it."""
 
 
 def may_carry_tangents() -> bool:
@@ -231,10 +246,7 @@ def version_of(tensor: Tensor) -> int:
 
 
 def lists_in_tables(layer: nn.Module) -> Mapping[str, Any]:
-    """The parametrization lists of a layer, by tensor name, for what runs at every call.
-
-    torch keeps them in the table of submodules, where an attribute of a module is found last.
-    """
+    """The parametrization lists of a layer, by tensor name, for what runs at every call."""
     lists = layer._modules.get("parametrizations")
     return lists._modules if lists is not None else {}
 
@@ -341,7 +353,7 @@ def declared_writes(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 has_hooks_on_all_modules = torch_module._has_any_global_hook
-"""Whether torch calls hooks with every module; torch's own function, as above."""
+"""Whether torch calls hooks with every module; torch's own, as every call asks it."""
 
 
 def hooks_on_all_modules() -> tuple[Any, ...]:
@@ -372,10 +384,7 @@ def convolution_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tens
 def output_padding_of(
     layer: Any, input: Tensor, output_size: list[int] | None, axes: int
 ) -> list[int]:
-    """The ``output_padding`` of a transposed convolution of so many axes.
-
-    It depends on the input where an ``output_size`` is asked for.
-    """
+    """The ``output_padding`` of a transposed convolution, which an ``output_size`` may change."""
     padding: list[int] = layer._output_padding(
         input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
     )
@@ -383,16 +392,10 @@ def output_padding_of(
 
 
 def padding_of(layer: Any) -> list[int]:
-    """What a convolution pads where ``padding_mode`` or a named padding needs a call of its own.
-
-    Before and after each axis, the last axis first, as ``F.pad`` takes it.
-    """
+    """What a convolution pads before and after each axis, the last axis first, as in ``F.pad``."""
     return cast("list[int]", layer._reversed_padding_repeated_twice)
 
 
 def reshaped_in_place(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A contiguous tensor, which only the caller holds, in another shape; not a view to autograd.
-
-    Autograd forbids some writes into a view. torch's own ``matmul`` and ``linear`` do the same.
-    """
+    """A contiguous tensor, which only the caller holds, in another shape; no view to autograd."""
     return cast(Tensor, torch.ops.aten._unsafe_view.default(tensor, shape))
