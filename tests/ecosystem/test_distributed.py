@@ -281,7 +281,9 @@ def test_s34_tying_after_ddp_is_refused(ranks):
     results = ranks(worker.late_ties_under_ddp)
     refusals = all_refused(results)
     assert len(refusals) == 8  # as many as late_ties_under_ddp tries
-    assert all("a DistributedDataParallel holds it already" in text for text in refusals.values())
+    assert all(
+        "it is wrapped in a DistributedDataParallel already" in text for text in refusals.values()
+    )
     assert "cannot tie 'code.weight'" in refusals["tie, root given"]
     assert "Tie before wrapping: drop the wrapper" in refusals["tie"]
     assert "Untie before wrapping" in refusals["untie a copy"]

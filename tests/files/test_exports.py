@@ -180,7 +180,9 @@ def test_s48_files_of_two_exports_are_refused(tmp_path):
         with pytest.raises(tp.TieError, match=r"(?s)its file 'm-0000. are not of one|Export") as e:
             tp.load(mixed / "m.safetensors.index.json", model(0.0))
         named = "m-00001" if number == 3 else f"m-0000{number + 1}"
-        assert f"its file '{named}-of-00003.safetensors' are not of one export" in str(e.value)
+        assert f"its file '{named}-of-00003.safetensors' are not from the same export" in str(
+            e.value
+        )
         assert "Export the model again, or fetch all files of one export." in str(e.value)
     for number in range(3):
         shutil.copy(files["two"][number], mixed)
@@ -193,7 +195,7 @@ def test_marked_and_unmarked_files_are_no_whole_either(tmp_path):
     mark = table["metadata"].pop("tiedparam.export")
     sound = index.read_bytes()
     index.write_text(json.dumps(table))
-    with pytest.raises(tp.TieError, match="are not of one export"):
+    with pytest.raises(tp.TieError, match="are not from the same export"):
         value_in(index)
     index.write_bytes(sound)
     shard = tmp_path / "m-00002-of-00002.safetensors"
@@ -201,7 +203,7 @@ def test_marked_and_unmarked_files_are_no_whole_either(tmp_path):
         assert opened.metadata() == {"format": "pt", "tiedparam.export": mark}
         tensors = {key: opened.get_tensor(key).clone() for key in list(opened.keys())}
     safetensors.torch.save_file(tensors, shard, {"format": "pt"})
-    with pytest.raises(tp.TieError, match="are not of one export"):
+    with pytest.raises(tp.TieError, match="are not from the same export"):
         value_in(index)
 
 

@@ -372,7 +372,7 @@ def test_an_option_that_is_not_said_is_noticed(tmp_path, registry):
             return (weight[:1] + self.hidden,)
 
     layer = tp.register_tie(nn.Linear(3, 4), "silent", start=2)
-    with pytest.raises(tp.TieError, match=r"options\(\) does not say everything"):
+    with pytest.raises(tp.TieError, match=r"options\(\) does not return everything"):
         tp.save(layer, tmp_path / "layer")
 
 
@@ -732,7 +732,7 @@ def test_a_malformed_header_is_refused(bad, tmp_path):
     path = header_file(tmp_path / "file", BAD_HEADERS[bad], data)
     model = nn.Linear(2, 2)
     before = contents(model)
-    message = "does not read" if "dtype" in bad else "is not a sound safetensors file"
+    message = "does not read" if "dtype" in bad else "is not a valid safetensors file"
     with pytest.raises(tp.TieError, match=message):
         tp.load(path, model)
     assert contents(model) == before

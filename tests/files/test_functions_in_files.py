@@ -15,6 +15,7 @@ from torch import nn
 import tiedparam as tp
 from tiedparam.__main__ import main
 from tiedparam.cli.model_from_file import open_model
+from tiedparam.laws import Linked
 
 MODULE = """
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_a_function_of_a_script_is_loaded_where_it_is_passed(mine, tmp_path, mon
     model = tied(tile)
     tp.save(model, path)
     monkeypatch.undo()
-    with pytest.raises(tp.TieError, match="in the shell, nothing can import a script's: save it"):
+    with pytest.raises(tp.TieError, match="in the shell, a script cannot be imported: save it"):
         tp.load(path, build())
     loaded = tp.load(path, build(), functions={"__main__:tile": mine.tile})
     assert torch.equal(loaded[1].weight, model[1].weight)
@@ -114,7 +115,7 @@ def test_a_files_say_so_imports_nothing(mine, tmp_path):
         with pytest.raises(
             tp.TieError,
             match=r"'1.weight' was saved tied by 'copy': its function 'my_functions:tile' is code, "
-            r"which a file cannot bring along.*functions=\{'my_functions:tile': the function\}",
+            r"and a file holds no code.*functions=\{'my_functions:tile': the function\}",
         ):
             tp.load(path, model, functions=functions)
         assert not tp.is_tied(model[1])
@@ -206,7 +207,7 @@ def test_a_closure_is_refused(tmp_path):
     def closure(weight):
         return weight.repeat(2, 2)
 
-    with pytest.raises(tp.TieError, match="'closure', which was made inside of another function"):
+    with pytest.raises(tp.TieError, match="'closure', which was defined inside another function"):
         tp.save(tied(closure), tmp_path / "file")
 
 
@@ -227,6 +228,34 @@ def test_a_plan_names_functions_the_same_way(mine, tmp_path):
         model = build()
         tp.tie_model(model, read)
         assert tp.get_tie(model[1]).fn is mine.tile
+
+
+def test_a_plan_names_the_functions_of_any_law(mine, registry, tmp_path):
+    @tp.register_rule("test_mapped")
+    class Mapped(Linked):
+        law = "W = of(A.W)"
+        functions = ("of",)
+
+        def __init__(self, source, source_name=None, of=torch.t):
+            super().__init__(source, source_name)
+            self.of = of
+
+        def forward(self, source):
+            return self.of(source)
+
+    for name in ("plan.toml", "plan.json"):
+        tp.write_plan({"1": ("test_mapped", {"source": "0", "of": mine.tile})}, tmp_path / name)
+        with pytest.raises(tp.TieError, match="its function 'my_functions:tile' is code"):
+            tp.read_plan(tmp_path / name)
+        model = build()
+        tp.tie_model(
+            model, tp.read_plan(tmp_path / name, functions={"my_functions:tile": mine.tile})
+        )
+        assert tp.get_tie(model[1]).of is mine.tile
+    unknown = {"layers": "1", "rule": "test_mapped", "options": {"source": "0", "of": "torch.s"}}
+    (tmp_path / "plan.json").write_text(json.dumps({"tie": [unknown]}))
+    with pytest.raises(tp.TieError, match=r"of='torch.s' is not a known function"):
+        tp.read_plan(tmp_path / "plan.json")
 
 
 def test_the_shell_allows_what_it_imports(mine, tmp_path, capsys):

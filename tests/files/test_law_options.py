@@ -105,7 +105,7 @@ def test_values_of_other_dtypes(dtype, tmp_path):
 def test_an_option_that_is_not_said_is_noticed(tmp_path):
     model = dense()
     tp.register_tie(model[1], "forgetful", source=model[0], root=model, factor=2.0)
-    with pytest.raises(tp.TieError, match=r"options\(\) does not say everything"):
+    with pytest.raises(tp.TieError, match=r"options\(\) does not return everything"):
         tp.save(model, tmp_path / "file")
     assert not (tmp_path / "file").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -237,10 +238,36 @@ def test_optimizers_hold_the_own_values_and_refuse_what_they_cannot_move():
     stepped = torch.optim.Adam(other.parameters())
     other["c"](torch.ones(1, 4)).sum().backward()
     stepped.step()
+    tie = partial(tp.register_tie, other["c"], "mixed", source=["a", "b"], root=other)
+    refusal = "how optimizer state follows a law that reads other layers is not known. Build the"
+    with pytest.raises(tp.TieError, match=refusal):
+        tie(optimizer=stepped)
+    with pytest.raises(tp.TieError, match="a pending gradient follows .* Call zero_grad first"):
+        tie()
     other.zero_grad()
-    with pytest.raises(tp.TieError, match="how optimizer state follows is not known"):
-        tp.register_tie(other["c"], "mixed", source=["a", "b"], root=other, optimizer=stepped)
+    with pytest.raises(tp.TieError, match=refusal):
+        tie(optimizer=stepped)
     assert not tp.is_tied(other)
+
+
+def test_they_have_no_orbits():
+    rule, weight = tp.get_tie(tied("mixed")["c"]), torch.ones(4, 4)
+    for ask in (rule.multiplicities, rule.orbit_labels, lambda: rule.adjoint(weight)):
+        with pytest.raises(NotImplementedError, match=r"'mixed' has no orbits: .* other layers"):
+            ask()
+    pure = tp.get_tie(tied("sum_of_two")["c"])
+    assert pure.multiplicities() == pure.adjoint(weight) == ()
+    with pytest.raises(NotImplementedError, match="has no orbits"):
+        pure.orbit_labels()
+
+
+def test_what_the_law_gives_or_cannot_do_is_told_for_this_law():
+    with pytest.raises(tp.TieError, match="no stored value is an entry of the weight"):
+        tied("mixed", init="rescale")
+    wide = nn.ModuleDict({"a": nn.Linear(4, 5), "b": nn.Linear(4, 5), "c": nn.Linear(4, 4)})
+    with pytest.raises(tp.TieError, match=r"gives \(5, 4\)") as refused:
+        tp.register_tie(wide["c"], "sum_of_two", source=["a", "b"], root=wide)
+    assert refused.value.remedy == "Correct the rule."
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch.autograd.gradcheck import GradcheckError
 import tiedparam as tp
 from tests.support import contract
 from tests.support.cases import Case, assert_lawful, assert_refused, cases_of, first_ones_fast
+from tiedparam.laws import Blocks, Broadcast
 from tiedparam.laws import registry as _registry
 from tiedparam.rules.copy import Copy
 
@@ -143,6 +144,23 @@ def test_literal_signed_rule():
     assert free.grad.tolist() == [[[90.0, 999.0]]]
     tp.init_(layer, nn.init.ones_)
     assert layer.weight.tolist() == [[[1.0, 1.0, -1.0, -1.0]]]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "rest"), [((4,), (2, 2)), ((4,), (2,)), ((3,), (4,)), ((2, 2), (4, 1))]
+)
+def test_blocks_that_split_another_axis_than_the_outputs_are_refused(registry, outputs, rest):
+    @tp.register_rule("test_paired_inputs")
+    class PairedInputs(Broadcast):
+        law = "W[o, 2i] = W[o, 2i+1]"
+
+        def blocks(self):
+            return Blocks(outputs, rest, shared=(len(outputs),))
+
+    layer = nn.Linear(4, 4)
+    with pytest.raises(tp.TieError, match=r"its blocks\(\) give .* canonical weight is \(4, 4\)"):
+        tp.register_tie(layer, "test_paired_inputs")
+    assert not tp.is_tied(layer)
 
 
 def test_check_gives_the_reason():

@@ -1,4 +1,4 @@
-"""Ties that are hardly meant are said: those that free nothing, and those that keep nothing."""
+"""Ties that were probably not intended are told: those that free nothing, or keep nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_advice_leads_from_a_tie_that_frees_nothing_to_one_that_does():
     layer = nn.Conv1d(64, 64, 7, groups=64)
     before = layer.weight.detach().clone()
     message = said(layer, "channel_shared")
-    assert "Call remove_tie, which changes no value here, and tie with another option" in message
+    assert "Call remove_tie (it changes no value here) and tie again with another option" in message
     tp.remove_tie(layer)
     assert torch.equal(layer.weight, before)
     over = re.search(r"over='(\w+)' would", message)[1]
@@ -120,7 +120,7 @@ def test_s37_the_advice_leads_from_a_projected_fresh_layer_to_its_scale(
     layer = build()
     before = float(layer.weight.detach().std())
     message = said(layer, rule, **options)
-    assert "pass init='rescale', which keeps its scale (call remove_tie before" in message
+    assert "call remove_tie and tie again with init='rescale', which keeps its scale." in message
     tp.remove_tie(layer)
     assert said(layer, rule, init="rescale", **options) is None
     assert float(layer.weight.detach().std()) == pytest.approx(before, rel=0.25)
@@ -130,7 +130,10 @@ def test_s37_the_advice_for_a_trained_weight_looks_before_the_tie():
     layer = nn.Linear(256, 256)
     saved = copy.deepcopy(layer.state_dict())
     message = said(layer, "row_repeat")
-    assert "A trained weight is lost to the projection: load it again, and see before" in message
+    assert (
+        "A trained weight was replaced by its projection: load it again, and check before"
+        in message
+    )
     call = re.search(r"tiedparam\.(residual\(layer, .*\))\.$", message)[1]
     names = {"residual": tp.residual, "layer": layer}
     assert eval(call, names) == 0  # the projection itself is lawful, which says nothing
@@ -275,7 +278,7 @@ def test_a_model_gives_one_warning_of_bounded_length():
         report = tp.tie_model(model, {"*": "row_repeat"})
     (warning,) = caught
     message = str(warning.message)
-    assert message.startswith("41 of 42 ties are hardly meant:\n")
+    assert message.startswith("41 of 42 ties were probably not intended:\n")
     assert "… and 38 more." in message
     assert "init='rescale'" in message
     assert "max_residual=" in message
@@ -386,8 +389,8 @@ def test_a_weight_that_is_no_number_or_on_meta_is_refused_under_a_limit():
         ("0.5", TypeError, "takes a number, not str"),
         (True, TypeError, "takes a number, not bool"),
         ([0.5], TypeError, "takes a number, not list"),
-        (-0.1, tp.TieError, "max_residual=-0.1 is no limit"),
-        (math.nan, tp.TieError, "max_residual=nan is no limit"),
+        (-0.1, tp.TieError, "max_residual=-0.1 is not a limit"),
+        (math.nan, tp.TieError, "max_residual=nan is not a limit"),
     ],
 )
 def test_what_is_no_limit_is_refused(value, error, text):

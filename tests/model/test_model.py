@@ -36,7 +36,7 @@ def tied(model: nn.Module) -> dict[str, str]:
     }
 
 
-@pytest.mark.filterwarnings("ignore:1 of 4 ties is hardly meant")
+@pytest.mark.filterwarnings("ignore:1 of 4 ties was probably not intended")
 def test_patterns_are_globs_types_and_functions():
     model = ResNet()
     plan = {
@@ -58,7 +58,7 @@ def test_patterns_are_globs_types_and_functions():
         assert torch.equal(weight, weight.transpose(0, 1).flip(2, 3))
 
 
-@pytest.mark.filterwarnings("ignore:1 of 6 ties is hardly meant")
+@pytest.mark.filterwarnings("ignore:1 of 6 ties was probably not intended")
 def test_the_first_match_wins_for_every_tensor():
     model = ResNet()
     plan = {

@@ -674,7 +674,7 @@ def test_a_report_begins_with_how_many_tensors_look_tied():
 def test_a_report_without_finds_says_so_and_what_it_means():
     text = str(tp.scan(planted_by(0)))
     assert text.startswith(
-        "None of 8 tensors looks tied: each is about as far from every law as a random tensor of "
+        "None of 8 tensors looks tied: their residuals are about those of random tensors with "
         "the same mean and spread. A law would be imposed, not found: train on after tying.\n"
     )
     assert text.endswith(

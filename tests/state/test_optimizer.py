@@ -273,21 +273,21 @@ def test_the_ways_on_for_an_optimizer_that_was_left_out():
 
     left_out = torch.optim.Adam(layer.parameters())
     tp.register_tie(layer, "flip_sym")
-    with pytest.raises(tp.TieError, match="Build the optimizer anew, now that the tie is made"):
+    with pytest.raises(tp.TieError, match="Rebuild the optimizer now that the tensor is tied"):
         step(left_out)
     step(torch.optim.Adam(layer.parameters()))
     # whoever unties to pass it after all
     for undo in (tp.remove_tie, tp.untie_model):
-        with pytest.raises(tp.TieError, match="Leave optimizer= out, and build the optimizer anew"):
+        with pytest.raises(tp.TieError, match="Leave optimizer= out, and rebuild the optimizer"):
             undo(layer, optimizer=left_out)
     tp.remove_tie(layer)
-    with pytest.raises(tp.TieError, match="Leave optimizer= out, and build the optimizer anew"):
+    with pytest.raises(tp.TieError, match="Leave optimizer= out, and rebuild the optimizer"):
         tp.register_tie(layer, "flip_sym", optimizer=left_out)
     tp.register_tie(layer, "flip_sym")
     left_out = torch.optim.Adam(layer.parameters())
     step(left_out)
     tp.remove_tie(layer)
-    with pytest.raises(tp.TieError, match="Build the optimizer anew; to keep its state"):
+    with pytest.raises(tp.TieError, match="Rebuild the optimizer; to keep its state"):
         step(left_out)
     step(torch.optim.Adam(layer.parameters()))
 

@@ -252,13 +252,13 @@ def test_s41_an_optimizer_whose_update_is_not_known_is_refused(kind, reason, ste
 @pytest.mark.feature(
     "Optimizers",
     "`torch.optim.Muon` with `optimizer=`",
-    refused="it orthogonalizes the matrix; free values are another one. A `TieWarning` if it is "
-    "built from them",
+    refused="it orthogonalizes the matrix, and the free values are not that matrix. A `TieWarning` "
+    "if it is built from them",
 )
 @pytest.mark.parametrize("steps", [0, 1])
 def test_s41_muon_is_refused_before_and_after_its_first_step(steps):
     layer, optimizer, closure = square(torch.optim.Muon, steps=steps)
-    check_refused(layer, optimizer, closure, "Muon orthogonalizes a weight as a matrix")
+    check_refused(layer, optimizer, closure, "Muon orthogonalizes the weight matrix")
 
 
 def test_s41_muon_that_was_built_from_free_values_says_so_and_is_not_untied():
@@ -271,7 +271,7 @@ def test_s41_muon_that_was_built_from_free_values_says_so_and_is_not_untied():
         muon.step()
     muon.step()  # once
     before = snapshot(layer, muon)
-    with pytest.raises(tp.TieError, match="Muon orthogonalizes a weight as a matrix"):
+    with pytest.raises(tp.TieError, match="Muon orthogonalizes the weight matrix"):
         tp.remove_tie(layer, optimizer=muon)
     assert snapshot(layer, muon) == before
 

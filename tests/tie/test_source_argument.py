@@ -163,7 +163,7 @@ def test_a_function_by_its_name(name):
 
 def test_a_function_of_an_unknown_name_shows_those_that_have_one():
     layer = nn.Linear(4, 4)
-    with pytest.raises(tp.TieError, match=r"fn='transpose' .*torch\.t.* In Python pass a function"):
+    with pytest.raises(tp.TieError, match=r"fn='transpose' .*torch\.t.* In Python pass your own"):
         tp.register_tie(layer, "copy", source=nn.Linear(4, 4), fn="transpose")
     assert not tp.is_tied(layer)
 

@@ -1,4 +1,4 @@
-"""What the commands of the shell take: their common options, and what is written in them."""
+"""What the commands of the shell take: their common options, and how their values are read."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """``--output`` and ``--force``."""
     parser.add_argument("-o", "--output", type=file_path, metavar="OUT", help="the file to write")
     parser.add_argument(
-        "--force", action="store_true", help="replace files that are there, FILE included"
+        "--force", action="store_true", help="replace existing files, FILE included"
     )
 
 
@@ -175,7 +175,7 @@ def file_path(text: str) -> Path:
 def _groups(text: str) -> tuple[str, int]:
     pattern, found, number = text.rpartition("=")
     if not (found and pattern and number.isdecimal() and int(number) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 'stem*=4'")
+        raise argparse.ArgumentTypeError(f"{text!r} must look like 'stem*=4'")
     return pattern, int(number)
 
 
@@ -186,7 +186,7 @@ def plan_entry(text: str, known: Functions) -> PlanEntry:
     """``layer*=row_repeat:groups=4``: an entry of a plan."""
     pattern, found, law = text.partition("=")
     if not (found and pattern and law):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 'layer*=flip_sym'")
+        raise argparse.ArgumentTypeError(f"{text!r} must look like 'layer*=flip_sym'")
     name, options = _rule_and_options(law)
     table: dict[str, Any] = {"layers": pattern, "rule": name, "options": options}
     table |= {key: options.pop(key) for key in ("tensor_name", "init") if key in options}
@@ -225,7 +225,7 @@ def _rule_and_options(text: str) -> tuple[str, dict[str, Any]]:
     for part in rest.split(",") if rest else []:
         key, found, value = part.partition("=")
         if not (found and key):
-            raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is not like 'groups=4'")
+            raise argparse.ArgumentTypeError(f"{part!r} in {text!r} must look like 'groups=4'")
         try:
             options[key] = value if key in _TEXTS else read_json(value)
         except ValueError:

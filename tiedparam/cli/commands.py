@@ -117,7 +117,7 @@ def _add_scan(commands: Any) -> None:
         commands,
         "scan",
         _run_scan,
-        "Look how far each tensor of a checkpoint is from each law. A residual far below that of "
+        "Show how far each tensor of a checkpoint is from each law. A residual far below that of "
         "a random\nweight is a symmetry that training found. Nothing is changed.",
         "model.safetensors",
         "model.pt --rule flip_sym --rule row_repeat:groups=4",
@@ -136,7 +136,7 @@ def _add_scan(commands: Any) -> None:
         type=between(0, 10**6),
         default=2,
         metavar="N",
-        help="with how many others each tensor is compared for copies (default: 2)",
+        help="how many others each tensor is compared with, to find copies (default: 2)",
     )
     parser.add_argument(
         "--plan",
@@ -144,7 +144,7 @@ def _add_scan(commands: Any) -> None:
         metavar="PLAN",
         help="write what was found to a plan (.toml or .json)",
     )
-    parser.add_argument("--force", action="store_true", help="replace a plan that is there")
+    parser.add_argument("--force", action="store_true", help="replace an existing plan")
     add_json(parser)
 
 
@@ -163,7 +163,7 @@ def _run_scan(arguments: argparse.Namespace) -> None:
     if plan is not None and not planned.entries:
         raise TieError(
             f"'{plan}'",
-            f"nothing was found that chance does not explain, so '{plan}' was not written.",
+            f"nothing was found beyond what chance explains, so '{plan}' was not written.",
             "",
         )
 
@@ -195,7 +195,7 @@ def _add_tie(commands: Any) -> None:
         "--init",
         choices=("project", "rescale", "exact"),
         default="project",
-        help="the nearest lawful weight, that times the root of the multiplicity, or only "
+        help="the nearest lawful weight; the same times the root of the multiplicity; or only "
         "weights that are lawful already (default: project)",
     )
     parser.add_argument(
@@ -207,7 +207,7 @@ def _add_tie(commands: Any) -> None:
     parser.add_argument(
         "--skip-unfit", action="store_true", help="leave out tensors that cannot carry their law"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be tied")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be tied")
     add_output(parser)
     add_json(parser)
 
@@ -320,9 +320,9 @@ def _add_demo(commands: Any) -> None:
         type=file_path,
         default=_PICTURE,
         metavar="PNG",
-        help="the picture; under another name than this, it replaces none",
+        help="the picture; only under this name is an older one replaced without --force",
     )
-    demo.add_argument("--force", action="store_true", help="replace a picture that is there")
+    demo.add_argument("--force", action="store_true", help="replace an existing picture")
     demo.add_argument(
         "--seed", type=between(0, 2**32 - 1), default=0, help="of split, weights and order"
     )

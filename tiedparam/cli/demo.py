@@ -232,7 +232,7 @@ def tie_and_tune(
 def train(
     model: nn.Module, data: Data, epochs: int, seed: int, *, learning_rate: float, title: str
 ) -> Optimizer:
-    """Train in place by Adam, with a bar if somebody watches. Returns the optimizer."""
+    """Train in place by Adam, with a bar on a terminal. Returns the optimizer."""
     optimizer = Adam(model.parameters(), lr=learning_rate)
     order = torch.Generator().manual_seed(seed)
     pictures, labels = data.train_pictures, data.train_labels
@@ -252,7 +252,7 @@ def train(
 
 
 def accuracy(model: nn.Module, data: Data) -> float:
-    """Percent of the held-out pictures that are classified rightly."""
+    """Percent of the held-out pictures that are classified correctly."""
     with torch.no_grad():
         right = model(data.test_pictures).argmax(1) == data.test_labels
     return 100 * float(right.double().mean())
@@ -328,7 +328,7 @@ fine-tuned for {steps:,} steps.
 {Table(COLUMNS, rows).text()}
 
 residual      how far the trained weight was from the law: |W - nearest lawful W| / |W|
-accuracy      before, tied and fine-tuned: held-out pictures that are classified rightly, in %
+accuracy      before, tied and fine-tuned: held-out pictures that are classified correctly, in %
 (dense)       not tied, fine-tuned for as many steps: the row to compare with
 four at once  {together}
 One held-out picture is {100 / held_out:.2f} %, and this is one seed: small differences say nothing.

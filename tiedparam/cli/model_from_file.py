@@ -139,7 +139,7 @@ def open_model(
             model = _build(tensors, aliases, twins, [*known, *hints])
         _refuse_idle(hints, tensors)
     except TieError as error:
-        raise within(f"cannot make a model of '{path}'", error) from error
+        raise within(f"cannot make a model from '{path}'", error) from error
     versions = header.versions if header is not None else _versions(stored.module_metadata)
     for name, module in model.named_modules():
         if name in versions:
@@ -362,6 +362,6 @@ def _named(key: str, enter: Any, *arguments: Any) -> None:
     except KeyError as error:
         raise TieError(
             quoted(key),
-            f"the name {quoted(key)} cannot stand in a model ({shortened(error)}).",
+            f"no tensor of a model can have the name {quoted(key)} ({shortened(error)}).",
             "Rename it.",
         ) from error

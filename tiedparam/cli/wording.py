@@ -15,8 +15,8 @@ _LOOK_FIRST = (
 )
 REMEDIES = {
     CHOOSE_A_NEARER_LAW: (
-        "Leave it dense, choose a law that it is near to (tiedparam scan lists them), or raise the "
-        "limit."
+        "Leave it dense, choose a law that it nearly keeps (tiedparam scan lists them), or raise "
+        "the limit."
     ),
     IMPORT_ITS_MODULE: "Rules of your own need --import.",
     LEAVE_UNFIT: "Correct the plan, or pass --skip-unfit to leave these as they are.",

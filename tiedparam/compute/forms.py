@@ -60,7 +60,7 @@ class Computing:
 
 
 def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | None:
-    """How a layer is to be computed whose tensor a bound rule ties; None: densely, as ever.
+    """How to compute a layer whose tensor a bound rule ties; None for the dense way.
 
     Raises:
         TieError: if the rule asks for a form that the layer does not have.
@@ -161,7 +161,7 @@ TORCHS_OWN: dict[type[nn.Module], TorchsOwn] = {
 
 
 def kind_with_forms(stock: type[nn.Module]) -> type[nn.Module] | None:
-    """The kind of layer that has forms, of which a class is derived; None if it is of no such."""
+    """The kind of layer with forms that a class derives from, or None."""
     return next((kind for kind in TORCHS_OWN if issubclass(stock, kind)), None)
 
 

@@ -23,11 +23,8 @@ from tiedparam.tie.interposed import is_bare
 from tiedparam.tie.lookup import named_ties_in
 from tiedparam.tie.offloaded import can_be_loaded
 from tiedparam.util.errors import TieError
-from tiedparam.util.torch_private import (
-    buffers_of,
-    lists_in_tables,
-    parametrization_lists,
-)
+from tiedparam.util.parametrized import parametrization_lists
+from tiedparam.util.torch_private import buffers_of, lists_in_tables
 
 _lock = threading.RLock()
 _sessions: list[_Session] = []  # what is frozen now, in all threads

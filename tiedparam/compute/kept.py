@@ -6,8 +6,8 @@ values, bit for bit, before it is used again: no metadata tells whether a tensor
 optimizers, ``.data``, NumPy and other processes leave no trace).
 
 What is kept hangs on the tie, in a `Memory`: it goes with the tie, is in no state dict, and
-copies and pickles start with an empty one (S1). While somebody compiles, exports, traces or
-transforms (S7, S33), and for tensors put in by ``functional_call``, weights are computed.
+copies and pickles start with an empty one (S1). In compiled, exported, traced or transformed
+code (S7, S33), and for tensors put in by ``functional_call``, weights are computed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tiedparam.tie.lookup import find_tie
 from tiedparam.tie.record import Tie
 from tiedparam.util.bits import same_bits
 from tiedparam.util.errors import TieError
+from tiedparam.util.parametrized import parametrization_list
 from tiedparam.util.sharded import is_sharded
 from tiedparam.util.torch_private import (
     buffers_of,
@@ -33,7 +34,6 @@ from tiedparam.util.torch_private import (
     lists_in_tables,
     may_carry_tangents,
     parameters_of,
-    parametrization_list,
     submodules_of,
 )
 
@@ -77,7 +77,7 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
         layer: a tied layer.
         tensor_name: which tensor.
         own_forward: whether the layer itself reads, in its forward. A cached weight is
-            handed to nobody else, since a write that torch does not see would stay in it.
+            handed to no other reader, since a write that torch does not see would stay in it.
 
     Raises:
         TieError: if the weight is frozen and gradients for it are being recorded.
@@ -98,7 +98,7 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
         memory.kept = None
         return None
     if not own_forward or may_carry_tangents():
-        return None  # tangents are no part of a value's bits
+        return None  # tangents are not part of a value's bits
     parametrizations: dict[str, Any] = submodules_of(values)
     if len(parametrizations) > 1 or not is_bare(values, parametrizations["0"]):
         return None  # what is stacked on the tie, or a hook, may change the weight at every call
@@ -179,7 +179,7 @@ class FrozenWeight:
             weight = self.tie.weight().detach()
         computing = self.tie.computing
         if computing is not None and computing.form != "dense":
-            return weight  # an expanded view: nobody reads it where the structured form runs
+            return weight  # an expanded view: the structured form does not read it
         return weight.contiguous()
 
     def holds(self) -> bool:
@@ -213,9 +213,11 @@ class FrozenWeight:
         leaves = [t for _, _, t in self.origins if t.requires_grad and t.is_leaf]
         self.hooks = [t.register_hook(self._refuse_backward) for t in leaves]
         forbid_steps(
-            self, [t for _, _, t in self.origins],
-            f"{self.where}, which is frozen.", "Step outside of the block.",
-        )  # fmt: skip
+            self,
+            [t for _, _, t in self.origins],
+            f"{self.where}, which is frozen.",
+            "Step outside of the block.",
+        )
 
     def release(self) -> None:
         """Take the guards off again."""

@@ -61,9 +61,10 @@ class _Frame:
         self.positions: list[Any] = [
             (slice(None), *position) for position in itertools.product(*map(range, geometry.kernel))
         ]
-        self._inner: Any = (slice(None), *(
-            slice(p, p + size) for size, p in zip(sizes, geometry.padding, strict=True)
-        ))  # fmt: skip
+        self._inner: Any = (
+            slice(None),
+            *(slice(p, p + size) for size, p in zip(sizes, geometry.padding, strict=True)),
+        )
 
     def windows(self, inputs: Tensor) -> Tensor:
         """``(n, *sizes)`` as ``(n, *kernel, *outputs)``: a view of all windows."""
@@ -75,9 +76,13 @@ class _Frame:
         geometry = self.geometry
         if len(self.sizes) == 2:
             image: Tensor = torch.ops.aten.col2im.default(
-                shares, self.sizes, geometry.kernel, geometry.dilation, geometry.padding,
+                shares,
+                self.sizes,
+                geometry.kernel,
+                geometry.dilation,
+                geometry.padding,
                 geometry.stride,
-            )  # fmt: skip
+            )
             return image.squeeze(1)
         total = shares.new_zeros(shares.shape[0], *self.padded_sizes)
         views = self._view(total)
@@ -199,7 +204,7 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        # recorded operation by operation where somebody wants second derivatives
+        # recorded operation by operation for second derivatives
         input, filters = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         of_input, of_filters, of_bias = ctx.needs_input_grad[:3]

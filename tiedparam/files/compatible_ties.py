@@ -1,4 +1,4 @@
-"""Whether the ties that a file speaks of fit a model, before any of them is made.
+"""Whether the ties of a file fit a model, before any of them is made.
 
 All reasons are listed at once.
 """
@@ -28,7 +28,7 @@ from tiedparam.util.torch_private import parameters_of
 def ties_to_make(
     model: nn.Module, stored: StoredCheckpoint, header: Header, functions: Functions
 ) -> list[tuple[StoredTie, Rule]]:
-    """The ties that the model lacks, once all that the file speaks of are known to fit.
+    """The ties that the model lacks, once all ties of the file are known to fit.
 
     Args:
         model: the model, not changed yet.
@@ -103,7 +103,7 @@ def _why_another_tie(tie: StoredTie, rule: Rule, here: Tie, model: nn.Module) ->
     present = here.rule
     if not same_law(present, rule):
         fact = f"it was '{rule}' and is '{present}' here."
-        return Reason(fact, "Tie it as it was, or not at all.")
+        return Reason(fact, "Tie it as it was saved, or leave it untied.")
     if present.bound_layout != tie.layout:
         return _another_layout(tie.layout, present.bound_layout)
     if here.is_stacked != tie.stacked:

@@ -46,7 +46,7 @@ class Header:
     versions: dict[str, int]
 
     def to_json(self) -> str:
-        """As it stands in the file."""
+        """As the file holds it."""
         content = {"layout": LAYOUT_VERSION, **asdict(self)}
         return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 

@@ -1,4 +1,4 @@
-"""How a law's options stand in a file: as JSON, a layer by its path, a function by its name.
+"""A law's options in a file: as JSON, a layer by its path, a function by its name.
 
 `written` and `made` are each other's inverse, up to the sources: a law that was made from a file
 has their paths, and finds the layers when it is bound. Nothing that a file names is imported.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiedparam.laws.functions import Function, Functions, find_function, function_name
+from tiedparam.laws.functions import Function, Functions, function_name, with_functions
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.util.bits import same_bits
@@ -32,7 +32,7 @@ def written(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
         paths: the paths of all modules of the model, by ``id``.
 
     Raises:
-        TieError: naming the option that has no name in a file, or is not said.
+        TieError: naming the option that has no name in a file, or that `options` does not return.
     """
     kind = type(rule)
     if not rule.name or find_rule(rule.name) is not kind:
@@ -50,7 +50,7 @@ def written(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
             continue
         value = said.get(name, value)
         if value is inspect.Parameter.empty:
-            raise TieError(f"{name}=", f"its options() does not say its {name}=.", "Add it there.")
+            raise TieError(f"{name}=", f"its options() does not return {name}.", "Add it there.")
         if value is not parameter.default:
             options[name] = _as_json(name, value)
     return options
@@ -76,7 +76,7 @@ def _as_json(name: str, value: Any) -> Any:
         raise TieError(
             f"{name}=",
             f"its option {name}={value!r} must be made of numbers, texts, lists and tables.",
-            "Say it so in options().",
+            "Return such values from options().",
         ) from error
     return json.loads(text)
 
@@ -98,9 +98,7 @@ def made(name: str, options: Mapping[str, Any], functions: Functions) -> Rule:
     kind, place, options = find_rule(name), f"rule '{name}'", dict(options)
     if kind.reads_layers and not sources_in(options):
         raise TieError(place, "its source is not named.", "Fetch or save it again.")
-    for option in kind.functions:
-        if option in options:
-            options[option] = find_function(options[option], functions)
+    options = with_functions(options, kind.functions, functions)
     try:
         return kind(**options)
     except TieError as error:

@@ -147,5 +147,5 @@ def _load_state_dict(where: str, model: nn.Module, entries: Mapping[str, Tensor]
         model.load_state_dict(entries)
     except TieError:
         raise
-    except RuntimeError as error:  # of a hook or a module of the user's, which nobody can foresee
+    except RuntimeError as error:  # from a hook or module of the user's
         raise TieError(where, str(error), "") from error

@@ -69,5 +69,5 @@ def entry_of(key: str, value: Tensor) -> Entry:
 
 
 def writing_bar(entries: Iterable[Entry]) -> AbstractContextManager[Callable[[int], None]]:
-    """A progress bar for what is written, if that takes long and somebody watches."""
+    """A progress bar for what is written, if that takes long and stderr is a terminal."""
     return progress(sum(entry.nbytes for entry in entries), "writing")

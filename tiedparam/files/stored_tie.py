@@ -124,6 +124,6 @@ def _refuse_changed(rule: Rule, stored: StoredTie) -> None:
     if not (same_weights(rule, again) and same_law(rule, again)):
         raise TieError(
             "options()",
-            "its options() does not say everything that it was made with.",
+            "its options() does not return everything that it was made with.",
             "Add it there.",
         )

@@ -33,7 +33,7 @@ def whole_files(obsolete: Callable[[], Iterable[Path]] = lambda: ()) -> Iterator
         block raises, the temporary files are removed and files that were there stay.
 
     Raises:
-        TieError: if a path is something else than a plain file: a device, a folder.
+        TieError: if a path is not a plain file, but a device or a folder.
     """
     written: list[tuple[Path, Path]] = []
     current: list[BinaryIO] = []

@@ -81,7 +81,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def refuse_lost_index(index: Path) -> None:
-    """Say what it may mean that an index does not exist; nothing, if it may mean nothing.
+    """Raise for a missing index, if the files beside it show what happened.
 
     Raises:
         TieError: if there is one file instead, or shards are there.

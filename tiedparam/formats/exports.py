@@ -1,8 +1,8 @@
-"""The files of one export: what they are called, what shows that they are one, what is replaced.
+"""The files of one export: what they are called, how they are told apart, what is replaced.
 
 A model is exported to one file, ``model.safetensors``, or to shards that an index names,
 ``model.safetensors.index.json``. Files cannot be replaced at one instant (S48), so all files of
-a sharded export carry its mark, and a mixture of two exports is told by that when it is read.
+a sharded export carry its mark, and a mixture of two exports is noticed when it is read.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def refuse_mixture(index: Path, mark: str | None, marks: Mapping[str, str | None
         if other != mark:
             raise TieError(
                 f"'{index}'",
-                f"'{index}' and its file {quoted(name)} are not of one export: an export over an "
-                "older one was interrupted, or files of two were put together.",
+                f"'{index}' and its file {quoted(name)} are not from the same export: an export "
+                "over an older one was interrupted, or files of two exports were mixed.",
                 "Export the model again, or fetch all files of one export.",
             )

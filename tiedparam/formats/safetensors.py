@@ -132,7 +132,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
     def _bad(self, reason: str) -> TieError:
         place = f"'{self.path}'"
-        fact = f"{place} is not a sound safetensors file: {reason}."
+        fact = f"{place} is not a valid safetensors file: {reason}."
         return TieError(place, fact, "Fetch or save it again.")
 
     def _parse(self, raw: bytes) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def write(
         file: open for writing, at its beginning.
         entries: what it will hold; see `check_entries`.
         value_of: the tensor of an entry, on any device and in any memory layout. Called once
-            for each, in the order in which they stand in the file.
+            for each, in the order of the file.
         metadata: what else the header says.
         checksum: write the file's checksum into its metadata.
         advance: called with the size of each tensor in bytes once it is written.
@@ -228,7 +228,7 @@ def write(
                 f"'{entry.name}'",
                 f"'{entry.name}' changed while it was saved: {value.dtype} {tuple(value.shape)} "
                 f"instead of {entry.dtype} {entry.shape}.",
-                "Save while nobody changes the model.",
+                "Do not change the model while it is saved.",
             )
         for part in _raw_parts(value, staging):
             file.write(part)

@@ -27,7 +27,7 @@ _FOLDER = 0x10  # attribute
 
 
 def is_mappable(path: Path) -> bool:
-    """Whether the numbers of an archive stand in it as they are, so that it can be mapped.
+    """Whether the numbers of an archive are stored as they are, so that it can be mapped.
 
     Raises:
         ValueError: if it says two things; the message names one. Other errors of the modules

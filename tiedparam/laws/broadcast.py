@@ -20,7 +20,7 @@ class Blocks:
 
     Attributes:
         outputs: the output axis, split; the product is the number of outputs.
-        rest: the input axis and the kernel axes.
+        rest: the input axis and the kernel axes, none of them split.
         shared: axes of ``(*outputs, *rest)`` along which all entries are equal.
     """
 
@@ -120,10 +120,21 @@ class Broadcast(Rule):
 
     def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
         """Fit the rule to one tensor, and count the sizes on the way to its weight."""
-        reason = super().bind(layout, dtype)
+        reason = super().bind(layout, dtype) or self._why_misblocked(layout)
         if reason is None:
             self._sizes = self._measure()
         return reason
+
+    def _why_misblocked(self, layout: Layout) -> Reason | None:
+        """What is wrong with a subclass's `blocks`: the input axis cannot be split."""
+        blocks, (outputs, *rest) = self.blocks(), layout.canonical_shape
+        if prod(blocks.outputs) == outputs and blocks.rest == tuple(rest):
+            return None
+        return Reason(
+            f"its blocks() give {blocks.outputs} outputs and the other axes {blocks.rest}, and "
+            f"the canonical weight is {layout.canonical_shape}.",
+            "Correct the rule: only the axis of outputs can be split.",
+        )
 
     def _measure(self) -> _Sizes:
         """The sizes that every forward needs, counted once."""

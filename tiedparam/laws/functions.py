@@ -1,6 +1,6 @@
-"""The functions of copies (``fn=``) by the names that stand for them in files.
+"""The functions of laws, such as a copy's ``fn=``, by the names that stand for them in files.
 
-A few have a name of their own. A user's function is called ``module:name``, and a file's word is
+A few have a short name. A user's function is called ``module:name``, and naming it in a file is
 never enough to import it: whoever reads the file says which function a name stands for.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -32,7 +32,7 @@ FUNCTIONS: dict[str, Function] = {
     "torch.square": torch.square,
     "torch.t": torch.t,
 }
-"""Names in plans and file headers that need nobody's leave, and what they stand for."""
+"""The names that any plan or file may use, and what they stand for."""
 
 
 def as_functions(functions: Functions | None) -> Functions:
@@ -53,8 +53,30 @@ def as_functions(functions: Functions | None) -> Functions:
     return functions
 
 
-def find_function(name: object, allowed: Functions) -> Function:
+def with_functions(
+    options: Mapping[str, Any], names: Iterable[str], allowed: Functions
+) -> dict[str, Any]:
+    """A rule's options from a file, with functions for those that are names of functions.
+
+    Args:
+        options: as the file has them.
+        names: which of the rule's options are functions.
+        allowed: those that the reader of the file allows.
+
+    Raises:
+        TieError: as `find_function`.
+    """
+    found = {o: find_function(options[o], allowed, option=o) for o in names if o in options}
+    return {**options, **found}
+
+
+def find_function(name: object, allowed: Functions, *, option: str = "fn") -> Function:
     """The function that a file, or a user, means by ``name``. Nothing is imported.
+
+    Args:
+        name: the name, one of `FUNCTIONS` or of ``allowed``.
+        allowed: the functions that whoever reads the file allows.
+        option: the rule's option, as messages name it.
 
     Raises:
         TieError: if it is none of `FUNCTIONS` or of those that the reader allows; the message
@@ -68,23 +90,23 @@ def find_function(name: object, allowed: Functions) -> Function:
     if colon:
         raise TieError(
             f"its function {quoted(name)}",
-            f"its function {quoted(name)} is code, which a file cannot bring along.",
+            f"its function {quoted(name)} is code, and a file holds no code.",
             f"If you have it and trust the file, pass functions={{{quoted(name)}: the function}}; "
             f"in the shell, {_in_the_shell(module)}.",
         )
     near = difflib.get_close_matches(str(name), FUNCTIONS, n=1, cutoff=0.4)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(FUNCTIONS)}."
-    place = f"fn={shortened(repr(name))}"
+    place = f"{option}={shortened(repr(name))}"
     raise TieError(
         place,
         f"{place} is not a known function.",
-        f"{hint} In Python pass a function of your own itself; a file calls it 'module:name'.",
+        f"{hint} In Python pass your own function itself; in a file call it 'module:name'.",
     )
 
 
 def _in_the_shell(module: str) -> str:
     if module == "__main__":  # there it would be the shell itself
-        return "nothing can import a script's: save it again with a function of a module"
+        return "a script cannot be imported: save it again with a function from a module"
     return f"--import {shortened(module)}"
 
 
@@ -106,13 +128,13 @@ def function_name(function: Function) -> str:
     raise TieError(
         f"its function '{shown}'",
         f"a file cannot name its function '{shown}', {_kind(function)}.",
-        "Write it with def at the top of a module: a file calls it 'module:name', and who loads "
-        "the file passes it in functions=.",
+        "Write it with def at the top of a module: a file calls it 'module:name', and whoever "
+        "loads the file passes it in functions=.",
     )
 
 
 def functions_of(module: ModuleType) -> dict[str, Function]:
-    """The functions that stand in a module, by their names in files."""
+    """The functions of a module, by their names in files."""
     found = {}
     for value in vars(module).values():
         if callable(value):
@@ -137,7 +159,7 @@ def _kind(function: object) -> str:
     if "<lambda>" in name:
         return "a lambda"
     if "<locals>" in name:
-        return "which was made inside of another function"
+        return "which was defined inside another function"
     if getattr(function, "__self__", None) is not None:
         return "a bound method"
     if not name:

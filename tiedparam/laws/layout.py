@@ -1,11 +1,12 @@
-"""How a tensor of a layer is laid out, so that laws can speak of channels and not of axes."""
+"""How a tensor of a layer is laid out, so that laws can be stated in channels and not in axes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+
+from tiedparam.util.torch_private import AnyConvolution
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class Layout:
     shape: tuple[int, ...]
     groups: int = 1
     transposed: bool = False
-    layer_groups: int = field(default=1, compare=False, repr=False)  # says nothing of the axes
+    layer_groups: int = field(default=1, compare=False, repr=False)  # not a matter of the axes
 
     @classmethod
     def of(cls, layer: nn.Module, tensor_name: str, shape: tuple[int, ...]) -> Layout:
         """The layout of ``layer``'s tensor ``tensor_name``, which has shape ``shape``."""
-        if isinstance(layer, _ConvNd):
+        if isinstance(layer, AnyConvolution):
             if tensor_name == "weight":
                 return cls(tuple(shape), layer.groups, layer.transposed, layer.groups)
             return cls(tuple(shape), layer_groups=layer.groups)

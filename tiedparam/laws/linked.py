@@ -49,7 +49,7 @@ class Linked(Rule):
     """
 
     complex_valued = True
-    gains_from_cache = False  # the numbers are the source's: checking costs what computing does
+    gains_from_cache = False  # comparing the source's numbers takes as long as computing with them
     reads_layers = True
 
     def __init__(
@@ -88,7 +88,7 @@ class Linked(Rule):
         return self._given
 
     def read_from(self, found: Sequence[tuple[nn.Module, str]]) -> None:
-        """From now on read these tensors, which are what the user meant."""
+        """From now on read these tensors, which were found for what was given."""
         self._given = tuple(found)
 
     def sources(self) -> Iterator[tuple[nn.Module, str]]:

@@ -2,8 +2,8 @@
 
 torch transposes by copying element for element, which for large matrices takes many times as
 long as a clone. Its channel shuffle is the same permutation of a contiguous batch, and has a
-vectorized kernel. It knows no gradients, so it serves where nobody records, traces or
-transforms; everywhere else ordinary operations do.
+vectorized kernel. It has no gradient, so it serves where nothing is recorded, traced or
+transformed; elsewhere ordinary operations are used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FEW = 1024  # entries: below, the shuffle's fixed cost is the larger one
 
 
 def is_eager(tensor: Tensor) -> bool:
-    """Whether this is an ordinary CPU tensor that nobody traces, transforms or dualizes."""
+    """Whether this is an ordinary CPU tensor that is not traced, transformed or dual."""
     return (
         (type(tensor) is Tensor or type(tensor) is nn.Parameter)
         and tensor.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Laws that pair entries: expanded fast in eager mode, by plain operations where somebody traces.
+"""Laws that pair entries: expanded fast in eager mode, by plain operations in a trace.
 
 A law gives two formulas, ``expand`` (free values → weight) and ``fold``, its adjoint (the sum
 over each orbit). They are each other's derivative. Recorded operation by operation they would

@@ -1,4 +1,4 @@
-"""The rule contract: what a law must say of itself, and what follows from that alone."""
+"""The rule contract: what a law must state, and what follows from that alone."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class Rule(nn.Module):
         return None
 
     def reduced(self, base: Tensor) -> Tensor:
-        """The weight of the smaller layer that `reduction` speaks of."""
+        """The weight of the smaller layer that `reduction` describes."""
         raise NotImplementedError(f"{type(self).__name__} has no smaller layer")
 
     @property
@@ -198,15 +198,19 @@ class Rule(nn.Module):
             )
             if not free:
                 return ()
+            self._refuse_sources()
             cotangent = weight.clone() if weight.is_inference() else weight.detach()
             return torch.autograd.grad(self.forward(*free), free, cotangent)
 
     def multiplicities(self) -> tuple[Tensor, ...]:
         """How many entries share each free value, as float64 tensors shaped like them."""
         # BᵀB1: the signs of signed orbits cancel
-        cpu = torch.device("cpu")  # whatever the default device is
+        cpu = torch.device("cpu")  # whatever the default device
         ones = [torch.ones(s, dtype=torch.float64, device=cpu) for s in self.free_shapes()]
-        return self.adjoint(self.forward(*ones)) if ones else ()
+        if not ones:
+            return ()
+        self._refuse_sources()
+        return self.adjoint(self.forward(*ones))
 
     def orbit_labels(self) -> Tensor:
         """The number of each entry's free value, from 1; negative where the entry is minus it.
@@ -214,6 +218,7 @@ class Rule(nn.Module):
         Returns:
             An int64 tensor of the weight's shape.
         """
+        self._refuse_sources()
         numbers, start = [], 1
         for shape in self.free_shapes():
             count = prod(shape)
@@ -239,6 +244,12 @@ class Rule(nn.Module):
         parts = chosen.split([prod(shape) for shape in shapes])
         # clone: a part of a split would keep the storage of all parts alive (S15)
         return tuple(part.clone().reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+
+    def _refuse_sources(self) -> None:
+        if self.reads_layers:
+            raise NotImplementedError(
+                f"'{self}' has no orbits: its weight is computed from tensors of other layers"
+            )
 
     def _refuse_mixing(self, labels: Tensor) -> None:
         """What is derived here holds if every entry is one free value, or minus it."""
@@ -293,20 +304,20 @@ class Rule(nn.Module):
                 raise TieError(place, *reason)
 
     def why_not_kept(self) -> Reason | None:
-        """What the rule holds that no file could give back to it, or None."""
+        """What the rule holds that a file would lose, or None."""
         for name, module in self.named_children():
             if module.state_dict():
                 return Reason(
-                    f"it holds the layer '{name}', whose keys would stand in the model twice.",
-                    "A function of another layer's tensor is 'copy' with source= and fn=.",
+                    f"it holds the layer '{name}', whose keys would be in the model twice.",
+                    "For a function of another layer's tensor use 'copy' with source= and fn=.",
                 )
         held = [repr(name) for name in self.state_dict()]
         if held:
             return Reason(
-                f"it keeps {', '.join(held)} of its own, which is no free value and which no file "
-                "would give back.",
-                "Say the numbers in options(), and compute what follows from them in __init__ or "
-                "forward; a buffer of that takes persistent=False.",
+                f"it keeps {', '.join(held)} of its own, which is not a free value, so files would "
+                "lose it.",
+                "Return the numbers from options(), and compute the rest in __init__ or forward; "
+                "register buffers with persistent=False.",
             )
         return None
 

@@ -117,7 +117,7 @@ def why_no_values(target: Target) -> Reason:
 
 
 def why_no_parameter(target: Target) -> Reason:
-    """What stands in the place of a Parameter, and what to tie instead."""
+    """What is there instead of a Parameter, and what to tie."""
     layer, tensor_name = target.layer, target.tensor_name
     if tensor_name in parameters_of(layer):
         return Reason(

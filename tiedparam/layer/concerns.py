@@ -1,4 +1,4 @@
-"""Ties that are lawful and surely not meant: they free nothing, or keep next to nothing.
+"""Ties that are lawful but were probably not intended: they free nothing, or keep almost nothing.
 
 A random weight of ``N`` i.i.d. entries is ``chance = √(1 − free/N)`` away from a linear law, and
 the nearest lawful weight keeps ``√(free/N)`` of its norm: ``row_repeat`` on 512 outputs keeps
@@ -32,20 +32,20 @@ LOOK_FIRST = (
     "For fresh layers pass init='rescale'; for trained ones look first, with tiedparam.residual or "
     "tiedparam.scan, or set a limit with max_residual=."
 )
-"""What to do about ties that are hardly meant."""
+"""What to do about ties that were probably not intended."""
 CHOOSE_A_NEARER_LAW = (
-    "Leave it dense, choose a law that it is near to (tiedparam.scan lists them), or raise the "
+    "Leave it dense, choose a law that it nearly keeps (tiedparam.scan lists them), or raise the "
     "limit."
 )
 """What to do about a weight that is too far from its law."""
 TO_TIE_AGAIN = (
-    "To tie again call untie_model first, and load trained weights anew: projections replaced them."
+    "To tie again call untie_model first, and reload trained weights: projections replaced them."
 )
 
 
 @dataclass(frozen=True)
 class Concern:
-    """A tie that is hardly meant.
+    """A tie that was probably not intended.
 
     Attributes:
         where: the tensor, as messages name it.
@@ -91,13 +91,13 @@ class Concern:
         before = f"how far it is: tiedparam.residual({shortened(call, 160)})."
         if self.kept is None:
             return (
-                "Call remove_tie, which changes no value here, and tie with another option: for a "
-                "fresh layer with init='rescale', which keeps its scale; for a trained one see "
+                "Call remove_tie (it changes no value here) and tie again with another option. For "
+                "a fresh layer add init='rescale', which keeps its scale; for a trained one check "
                 f"first {before}"
             )
         return (
-            "For a fresh layer pass init='rescale', which keeps its scale (call remove_tie before "
-            "you tie it again). A trained weight is lost to the projection: load it again, and see "
+            "For a fresh layer call remove_tie and tie again with init='rescale', which keeps its "
+            "scale. A trained weight was replaced by its projection: load it again, and check "
             f"before you tie {before}"
         )
 
@@ -117,7 +117,7 @@ class Concern:
                     found[_shown(other)] = f"store {other.free_count:,}"
                 elif (kept := _kept(other.residual(self.weight))) > KEPT:
                     found[_shown(other)] = f"keep {kept:.0%}"
-        except Exception:  # variants of a user's rule that cannot be made are no help, and no error
+        except Exception:  # a user's rule may fail to make its variants
             return {}
         return found
 
@@ -159,12 +159,12 @@ class Concerns:
             self._facts.append(concern.fact())
 
     def tell(self, ties: int, *, dry_run: bool) -> None:
-        """Warn, if there is anything to warn of, of so many among all ``ties``."""
+        """Warn of those that were noted, if any, among so many ``ties``."""
         if not self.count:
             return
         more = self.count - len(self._facts)
-        are = "is" if self.count == 1 else "are"
-        lines = [f"{self.count:,} of {ties:,} ties {are} hardly meant:", *self._facts]
+        were = "was" if self.count == 1 else "were"
+        lines = [f"{self.count:,} of {ties:,} ties {were} probably not intended:", *self._facts]
         lines += [f"… and {more:,} more."] if more else []
         warn("\n".join(lines), LOOK_FIRST if dry_run else f"{LOOK_FIRST} {TO_TIE_AGAIN}")
 
@@ -176,17 +176,17 @@ def check_max_residual(value: object) -> None:
     """Raise unless it is a limit of residuals, or None.
 
     Raises:
-        TypeError: if it is no number.
-        TieError: if it is negative or not a number.
+        TypeError: if it is not a number.
+        TieError: if it is negative or NaN.
     """
     if value is None:
         return
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"max_residual= takes a number, not {type(value).__name__}")
-    if not value >= 0:  # type: ignore[operator]  # a NaN is no limit either
+    if not value >= 0:  # type: ignore[operator]  # refuses NaN too
         raise TieError(
             f"max_residual={value!r}",
-            f"max_residual={value!r} is no limit.",
+            f"max_residual={value!r} is not a limit.",
             "Choose a number from 0, for lawful weights only, to 1, for all.",
         )
 
@@ -200,7 +200,7 @@ def why_distant(residual: float | None, limit: float | None) -> Reason | None:
             "its weight has no values yet, so its residual is not known.",
             "Load it first, or leave out max_residual=.",
         )
-    if not residual <= limit:  # not a number is no small number
+    if not residual <= limit:  # true for NaN, too
         return Reason(
             f"its residual {residual:.3g} is above the limit of {limit:g}.", CHOOSE_A_NEARER_LAW
         )

@@ -36,18 +36,19 @@ from tiedparam.tie import owner
 from tiedparam.tie.lookup import ties_in
 from tiedparam.tie.record import make_record
 from tiedparam.tie.torch_callers import refuse_quantization
+from tiedparam.util.callers import caller
 from tiedparam.util.errors import TieError, describe, extra_repr
+from tiedparam.util.parametrized import parametrization_lists
 from tiedparam.util.torch_private import (
     apply_to,
     buffers_of,
-    caller,
     is_parametrized,
     load_into,
     parameters_of,
-    parametrization_lists,
     replicate_for_data_parallel,
     save_from,
     submodules_of,
+    with_own_tables,
 )
 
 _HOST_CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
@@ -87,7 +88,7 @@ class HostMeta(abc.ABCMeta):
 
 
 def _is_derived(cls: type) -> bool:
-    """Whether somebody, as ``fully_shard`` does, has derived this class from a host class."""
+    """Whether this class was derived from a host class, as ``fully_shard`` does."""
     return "tied_names" not in vars(cls)
 
 
@@ -258,9 +259,16 @@ class TiedLayer(nn.Module):
     ) -> None:
         loading.accept(self, state_dict, prefix, local_metadata, error_msgs)
         load_into(
-            self.tied_stock, self, state_dict, prefix, local_metadata, strict,
-            missing_keys, unexpected_keys, error_msgs,
-        )  # fmt: skip
+            self.tied_stock,
+            self,
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         save_from(self.tied_stock, self, destination, prefix, keep_vars)
@@ -310,12 +318,7 @@ class TiedLayer(nn.Module):
             )
         # copy.copy takes the state as it is: with tables of its own, untying the copy leaves
         # this layer alone
-        state = dict(_state(self))
-        for table in ("_parameters", "_buffers", "_modules"):
-            state[table] = state[table].copy()
-        lists = state["_modules"]["parametrizations"] = copy.copy(parametrization_lists(self))
-        lists.__dict__["_modules"] = submodules_of(lists).copy()
-        return _revive, _kind(self), state
+        return _revive, _kind(self), with_own_tables(_state(self))
 
     def _replicate_for_data_parallel(self) -> Any:
         for tie in ties_in(self):

@@ -62,7 +62,10 @@ def initial_values(
             return reason
         if init == "rescale":
             if rule.reads_layers:
-                return Reason("a copy has no values of its own to rescale.", "Use init='project'.")
+                fact = "no stored value is an entry of the weight, so none can be rescaled."
+                if not free:
+                    fact = "a copy has no values of its own to rescale."
+                return Reason(fact, "Use init='project'.")
             counts = rule.multiplicities()
             free = [
                 value * count.sqrt().to(value.device, value.dtype)

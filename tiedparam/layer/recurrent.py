@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedparam.util.torch_private import flat_weight_names
+from tiedparam.util.torch_private import flat_weight_names, forget_flat_weights
 
 _running = threading.local()  # .weights: of the layer whose forward this thread is running
 
@@ -59,13 +59,7 @@ def clear_flat_weights(layer: Any) -> None:
     Does nothing to layers that are not recurrent.
     """
     if isinstance(layer, nn.RNNBase):
-        count = len(flat_weight_names(layer))
-        layer.__dict__["_flat_weights"] = [None] * count
-        layer.__dict__["_flat_weight_refs"] = [_gone] * count
-
-
-def _gone() -> None:
-    """What a weak reference to a weight that is gone returns."""
+        forget_flat_weights(layer)
 
 
 def _flat_weights(layer: Any) -> list[Tensor | None]:

@@ -74,8 +74,7 @@ def register_tie(
             square root of each orbit's multiplicity (for fresh i.i.d. ones, whose standard
             deviation it keeps); ``"exact"``, raise unless the weight is lawful already.
         max_residual: how far the weight may be from the law (see `residual`); above it this is an
-            error. A number that is given also says that what lies below is meant, without a
-            warning.
+            error. With a limit, whatever lies below it counts as intended and gives no warning.
         cache: keep the computed weight between calls in eval mode without gradients. The
             free values are compared, bit for bit, before it is used again (on a GPU that waits
             for the device). Where comparing takes as long as computing, this is ignored: by
@@ -83,8 +82,8 @@ def register_tie(
             `Rule.gains_from_cache`, and `frozen` for whole models.
         optimizer: the optimizer or optimizers that hold the dense parameter; they are
             moved to the free values, state and coupled decay included. They must be of
-            ``torch.optim``, or known by `register_optimizer`. A stepping optimizer that was
-            left out raises.
+            ``torch.optim``, or known by `register_optimizer`. One that was left out raises at
+            its next step.
         root: the model that holds the layer: names it in messages, finds a ``source=`` given
             as a path, refuses layers that share the Parameter with another one, and keeps a
             copy from being separated from its source.
@@ -127,7 +126,7 @@ class Settings:
         max_residual: how far that may be from the law.
         cache: whether to keep the computed weight between calls.
         optimizers: those that hold the dense parameter.
-        concerned: is told of a tie that is hardly meant, while all can still be put back.
+        concerned: called with a tie that was probably not intended, while it can still be undone.
     """
 
     init: str = "project"
@@ -180,7 +179,7 @@ def tie_one(target: Target, made: Rule, settings: Settings) -> None:
 
 
 _TO_REBUILD = (
-    "Build the optimizer anew, now that the tie is made; to keep its state, pass optimizer= to "
+    "Rebuild the optimizer now that the tensor is tied; to keep its state, pass optimizer= to "
     "register_tie when you tie. If another layer shares that parameter, register_tie finds it "
     "with root=model."
 )

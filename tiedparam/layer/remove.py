@@ -84,8 +84,7 @@ def remove_tie(
     optimizer_guard.retire(
         stored,
         f"a free value of {where}",
-        "Build the optimizer anew; to keep its state, pass optimizer= to remove_tie when you "
-        "untie.",
+        "Rebuild the optimizer; to keep its state, pass optimizer= to remove_tie when you untie.",
     )
     return layer
 

@@ -23,15 +23,15 @@ from tiedparam.tie.lookup import find_tie, is_tied
 from tiedparam.tie.reading import ResizedSourceError
 from tiedparam.tie.sources import overlooking_sources, refuse_separate_source
 from tiedparam.tie.write_guard import guard
+from tiedparam.util.callers import caller
 from tiedparam.util.errors import TieError, describe
+from tiedparam.util.parametrized import parametrization_list
 from tiedparam.util.sharded import is_sharded
 from tiedparam.util.torch_private import (
-    caller,
     effective,
     is_parametrized,
     is_traced_or_transformed,
     parameters_of,
-    parametrization_list,
 )
 
 inside = threading.local()

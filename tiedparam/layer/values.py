@@ -16,13 +16,15 @@ from tiedparam.tie.record import Tie
 from tiedparam.tie.sources import is_what_it_copies
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.errors import Reason, TieError
+from tiedparam.util.parametrized import parametrization_lists
 from tiedparam.util.sharded import is_sharded, whole, write
 from tiedparam.util.torch_private import (
+    TABLES,
     effective,
     has_values,
     is_traceable_wrapper_subclass,
     parameters_of,
-    parametrization_lists,
+    stand_in,
     submodules_of,
 )
 
@@ -40,8 +42,8 @@ def assign_(
 
     Returns:
         The layer. The free values keep their identity; only their contents change. Assigning
-        to a copy the very tensor that it copies is no change, and renews the tie if that was
-        resized.
+        to a copy the very tensor that it copies changes nothing, and renews the tie if that
+        tensor was resized.
 
     Raises:
         TieError: if the tensor is not tied, is a copy and ``value`` is not what it copies, has
@@ -120,7 +122,7 @@ def _why_other_than(present: Tensor, value: Tensor, tie: Tie) -> Reason | None:
         return Reason("it is on the meta device, where numbers are lost.", "Call to_empty first.")
     if has_values(present) and not has_values(value):
         return Reason(
-            "the value has no numbers, it is on the meta device.",
+            "the value is on the meta device and has no numbers.",
             "Give it some first, or move the layer with to('meta').",
         )
     return None
@@ -219,16 +221,14 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     reason = why_offloaded(layer)
     if reason is not None:
         raise TieError(f"cannot reset a tied {stock_class.__name__}", *reason)
-    stand_in = stock_class.__new__(stock_class)
-    stand_in.__dict__.update(layer.__dict__)
     parameters = dict(parameters_of(layer))
     modules = {k: v for k, v in submodules_of(layer).items() if k != "parametrizations"}
     with torch.no_grad():
         for name in parametrization_lists(layer):
             parameters[name] = nn.Parameter(_empty_dense(layer, name))
-    stand_in.__dict__.update(_parameters=parameters, _modules=modules)
-    stock_class.reset_parameters(stand_in)  # type: ignore[attr-defined]
-    parameters = parameters_of(stand_in)
+    dense_layer = stand_in(layer, stock_class, parameters, modules)
+    stock_class.reset_parameters(dense_layer)  # type: ignore[attr-defined]
+    parameters = parameters_of(dense_layer)
     for tie in ties_in(layer):
         dense_parameter = parameters[tie.tensor_name]
         if tie.rule.reads_layers or dense_parameter is None:
@@ -239,6 +239,6 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     table = parameters_of(layer)
     for name in table:
         table[name] = parameters[name]
-    for name, value in stand_in.__dict__.items():
-        if name not in ("_parameters", "_modules"):
+    for name, value in dense_layer.__dict__.items():
+        if name not in TABLES:
             layer.__dict__[name] = value

@@ -37,7 +37,7 @@ class PlanEntry:
         rule: a registered name or a `Rule` subclass.
         options: the rule's options; a source is given as its path in the model, or a module.
         tensor_name: which tensor of the layers.
-        init: as in `register_tie`; None takes what `tie_model` is told.
+        init: as in `register_tie`; None takes that of `tie_model`.
     """
 
     pattern: Pattern

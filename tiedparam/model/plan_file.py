@@ -30,7 +30,7 @@ from torch import nn
 
 from tiedparam.formats.atomic import whole_files
 from tiedparam.formats.strict_json import read_json
-from tiedparam.laws.functions import Functions, as_functions, find_function, function_name
+from tiedparam.laws.functions import Functions, as_functions, function_name, with_functions
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import INITS
@@ -68,8 +68,8 @@ def read_plan(path: str | os.PathLike[str], *, functions: Functions | None = Non
 
     Args:
         path: the file.
-        functions: what a copy's ``fn`` may name, such as ``{"my_module:tile": my_module.tile}``,
-            beside ``torch.t`` and ``torch.square``.
+        functions: the functions that its entries may name, as in a copy's ``fn``, such as
+            ``{"my_module:tile": my_module.tile}``; ``torch.t`` and ``torch.square`` are known.
 
     Raises:
         TieError: naming the file, the entry and what is wrong: not TOML or JSON, an unknown
@@ -79,8 +79,7 @@ def read_plan(path: str | os.PathLike[str], *, functions: Functions | None = Non
     return plan_from_data(read_data(path), f"'{path}'", functions)
 
 
-def _is_default(rule: str | type[Rule], option: str) -> bool:
-    kind = find_rule(rule) if isinstance(rule, str) else rule
+def _is_default(kind: type[Rule], option: str) -> bool:
     parameter = inspect.signature(kind).parameters.get(option)
     return parameter is not None and parameter.default is None
 
@@ -111,7 +110,7 @@ def _kind(path: Path) -> str:
     if kind not in ("toml", "json"):
         raise TieError(
             f"'{path}'",
-            f"'{path}' names no format.",
+            f"'{path}' has no known format.",
             "Choose a name that ends in .toml or .json.",
         )
     return kind
@@ -150,10 +149,11 @@ def _entry_to_data(entry: PlanEntry) -> dict[str, Any]:
         table["tensor_name"] = entry.tensor_name
     if entry.init is not None:
         table["init"] = entry.init
+    kind = entry.rule_class()
     options = {
-        key: _option_to_data(key, value, refuse)
+        key: _option_to_data(key, value, key in kind.functions, refuse)
         for key, value in entry.options.items()
-        if value is not None or not _is_default(entry.rule, key)
+        if value is not None or not _is_default(kind, key)
     }
     if options:
         table["options"] = options
@@ -163,14 +163,16 @@ def _entry_to_data(entry: PlanEntry) -> dict[str, Any]:
 _USE_A_GLOB = "Use a glob over module names."
 
 
-def _option_to_data(key: str, value: Any, refuse: Callable[[str, str], TieError]) -> Any:
+def _option_to_data(
+    key: str, value: Any, is_function: bool, refuse: Callable[[str, str], TieError]
+) -> Any:
     if value is None:
         raise refuse(
             f"{key}=None is not its default, and neither format holds a None.", "Leave it out."
         )
     if isinstance(value, nn.Module):
         raise refuse(f"{key}= is a module.", "Give its path in the model.")
-    if key == "fn" and not isinstance(value, str):
+    if is_function and not isinstance(value, str):
         try:
             value = function_name(value)
         except TieError as error:
@@ -199,12 +201,12 @@ _KEYS = ("layers", "type", "rule", "tensor_name", "init", "options")
 
 
 def plan_from_data(data: Any, where: str, functions: Functions | None = None) -> Plan:
-    """The plan that tables, as TOML and JSON give them, speak of.
+    """The plan that tables describe, as TOML and JSON give them.
 
     Args:
         data: what the file holds.
         where: how messages name the file.
-        functions: what a copy's function may be, beside those that all files may name.
+        functions: the functions that its entries may name, besides those known to all files.
 
     Raises:
         TieError: as `read_plan`.
@@ -244,8 +246,7 @@ def _entry_from_data(table: Any, where: str, functions: Functions) -> PlanEntry:
         raise TieError(where, f"options must be a table, not {options!r}.", "")
     try:
         rule = find_rule(table["rule"])
-        if "fn" in options:
-            options = {**options, "fn": find_function(options["fn"], functions)}
+        options = with_functions(options, rule.functions, functions)
     except TieError as error:
         raise within(where, error) from error
     _refuse_options(rule, options, where)
@@ -269,7 +270,7 @@ def _refuse_options(rule: type[Rule], options: Mapping[str, Any], where: str) ->
         several = isinstance(value, list) and isinstance(options.get("source"), list)
         if key == "source_name" and not (several or isinstance(value, str | None)):
             raise TieError(where, f"source_name must be a string, not {value!r}.", "")
-        if key != "fn" and value is not None and not _is_plain(value):
+        if key not in rule.functions and value is not None and not _is_plain(value):
             kinds = "a string, a finite number, a truth value or a list of them"
             raise TieError(where, f"{key} must be {kinds}, not a {type(value).__name__}.", "")
     signature = inspect.signature(rule)

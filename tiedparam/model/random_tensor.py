@@ -15,7 +15,7 @@ A law on one tensor, with ``f`` free values and the orthogonal projection ``P``
                             + 2 s⁴ ((n − f − 2q + q²) − d t²) / (d (β d + 2))
 
     For ``q = 0`` this is ``s² · Beta(β(n − f)/2, β(f − 1)/2)``, exactly. With ``f = 1``, "all
-    entries are equal", it is no distribution any more: every tensor of that mean and spread is
+    entries are equal", it is not a distribution any more: every tensor of that mean and spread is
     as far away.
 
 A copy of ``S = m'·u + s'·v'``

@@ -18,7 +18,7 @@ class Skipped:
     Attributes:
         layer: path of the layer in the model.
         tensor_name: which of its tensors.
-        why: what speaks against it.
+        why: why it was left.
         rule: the rule that a plan wanted, with its options; None where no rule at all can go there.
     """
 

@@ -44,7 +44,7 @@ class Candidate:
             below zero means that the law is kept on purpose. None if all of them are equally far.
         p_value: how likely such a tensor is as near to the law as this one: at most this. None
             for a constant tensor.
-        constant: whether all entries are equal: such a tensor keeps many laws and says nothing.
+        constant: whether all entries are equal: such a tensor keeps many laws trivially.
         multiply_adds_dense: multiply-adds per position without the tie, None if unknown.
         multiply_adds_tied: the same with the tie, in training.
         positions: on how many positions the layer works for the example; None without one.
@@ -78,8 +78,8 @@ class Candidate:
         """Residual by expected residual: 1 for a random tensor, 0 for a lawful one.
 
         Random is a tensor of the same mean and spread, so that a common offset of the entries,
-        which every law that shares keeps, counts for nothing. None for a constant tensor, whose
-        residual says nothing.
+        which every law that shares keeps, does not count. None for a constant tensor, whose
+        residual means nothing.
         """
         if self.constant or not self.expected:
             return None
@@ -150,7 +150,7 @@ class ScanReport(TableReport[Candidate]):
         return sorted(self.candidates, key=key)
 
     def _least_likely(self) -> float:
-        """The p-value below which a candidate is no luck, for as many as were compared."""
+        """The p-value below which a candidate is not luck, given how many were compared."""
         one_by_one = sum(not c.rule_class.reads_layers for c in self.candidates)
         return _LUCK / max(1, one_by_one + self.pairs.fitting)
 
@@ -200,8 +200,8 @@ class ScanReport(TableReport[Candidate]):
         clearest = self._clearest()
         if not clearest:
             return (
-                f"None of {looked_at:,} tensors looks tied: each is about as far from every law as "
-                "a random tensor of the same mean and spread. A law would be imposed, not found: "
+                f"None of {looked_at:,} tensors looks tied: their residuals are about those of "
+                "random tensors with the same mean and spread. A law would be imposed, not found: "
                 "train on after tying."
             )
         some = [f"{key_of(c.layer, c.tensor_name)} ({c.rule})" for c in clearest[:_NAMED]]

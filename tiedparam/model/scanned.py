@@ -46,7 +46,7 @@ def tensors_of(model: nn.Module) -> tuple[list[ScannedTensor], list[Skipped]]:
     places = Places(model)
     for path, layer in model.named_modules():
         if isinstance(layer, parametrize.ParametrizationList):
-            continue  # its layer speaks for it
+            continue  # looked at with its layer
         for name in _tensor_names(layer):
             parameter = parameters_of(layer).get(name)
             if is_tied(layer, name):
@@ -77,7 +77,7 @@ def _why_shared(places: Places, holders: list[tuple[nn.Module, str]]) -> Reason:
         for layer, name in holders
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.padding_idx is not None
     ]
-    # said here: else who gives the embedding its own Parameter is refused by the next law
+    # said here, or whoever gives the embedding its own Parameter meets the next refusal
     circle = f" No other law can go on {padded[0]}, because of its padding_idx." if padded else ""
     other = places.describe(*holders[1])
     return Reason(

@@ -43,8 +43,8 @@ class ChannelShared(Broadcast):
         over: which channels share: ``"in"``, ``"out"``, ``"all"`` or ``"groups"``.
 
     ``O`` outputs, ``C`` inputs, ``g`` groups; ``c`` runs within a group; ``weight`` has the
-    layer's own shape and the law speaks of the canonical layout. The bias is left alone; that of
-    streams follows the filters by `repeat`, ``outputs=g, order="tile"``.
+    layer's own shape, and the law is stated for the canonical layout. The bias is left alone; that
+    of streams follows the filters by `repeat`, ``outputs=g, order="tile"``.
     Each stored value receives the sum of its copies' gradients.
 
     Source: "same filter for each channel", the PyTorch forum; the projection is the orbit

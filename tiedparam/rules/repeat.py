@@ -99,8 +99,9 @@ class Repeat(Broadcast):
         return (
             Example(lambda: nn.Linear(5, 6), {"outputs": 3}),
             Example(lambda: nn.Linear(5, 6), {"outputs": 2, "order": "tile"}),
-            Example(lambda: nn.Conv1d(4, 8, 3, groups=4), {"outputs": 4, "order": "tile"}, "",
-                    "bias"),
+            Example(
+                lambda: nn.Conv1d(4, 8, 3, groups=4), {"outputs": 4, "order": "tile"}, "", "bias"
+            ),
             Example(lambda: nn.Conv1d(2, 6, 3), {"outputs": 3}, "", "bias"),
             Example(lambda: nn.Conv2d(4, 6, 3, groups=2), {"outputs": 2}),
             Example(lambda: nn.Conv1d(3, 6, 3, groups=3), {"outputs": 3, "order": "tile"}),
@@ -108,4 +109,4 @@ class Repeat(Broadcast):
             Example(lambda: nn.Conv2d(1, 4, 2), {"outputs": 2, "order": "tile"}),
             Example(lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), {"outputs": 2, "order": "tile"}),
             Example(lambda: nn.Embedding(6, 3), {"outputs": 2, "order": "tile"}),
-        )  # fmt: skip
+        )

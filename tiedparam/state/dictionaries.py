@@ -27,14 +27,9 @@ from tiedparam.tie.record import Tie
 from tiedparam.tie.sources import overlooking_sources, refuse_exchanged
 from tiedparam.tie.wrapped import has_fsdp1
 from tiedparam.util.errors import Reason, TieError, quoted, some_of
+from tiedparam.util.parametrized import parametrization_list
 from tiedparam.util.sharded import computed, gathered
-from tiedparam.util.torch_private import (
-    buffers_of,
-    metadata_of,
-    parameters_of,
-    parametrization_list,
-    set_metadata,
-)
+from tiedparam.util.torch_private import buffers_of, metadata_of, parameters_of, set_metadata
 
 
 def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:

@@ -18,7 +18,7 @@ RESIDUAL_TO_WARN = 1e-3
 """A loaded weight that is further from the law than this is projected with a `TieWarning`."""
 
 SIGNATURE = "tiedparam"
-"""Under this name the rules stand in a state dict's metadata."""
+"""The key of the rules in a state dict's metadata."""
 
 
 def why_unfit(tie: Tie, key: str, value: Any) -> Reason | None:
@@ -98,13 +98,13 @@ def disagreement(key: str, tie: Tie) -> Reason:
     return Reason(
         f"'{key}' is tied by '{tie.rule}' and disagrees with its source.",
         "Load a checkpoint that keeps the law, or remove the entry to take the source's values. "
-        "Parts of a checkpoint are put together first: tiedparam.tie_state_dict(model, dense).",
+        "Join the parts of a checkpoint first: tiedparam.tie_state_dict(model, dense).",
     )
 
 
 def both_forms(key: str, remedy: str) -> Reason:
     """The reason against a tensor that a state dict has twice."""
-    return Reason(f"'{key}' stands in it both dense and tied.", remedy)
+    return Reason(f"it has '{key}' both dense and tied.", remedy)
 
 
 def as_float(value: Tensor) -> Tensor:

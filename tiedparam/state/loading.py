@@ -33,9 +33,10 @@ from tiedparam.tie.sources import chain
 from tiedparam.tie.torch_callers import refuse_loading_by_key
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.bits import same_bits
+from tiedparam.util.callers import caller
 from tiedparam.util.errors import Reason
 from tiedparam.util.sharded import is_sharded, write
-from tiedparam.util.torch_private import caller, has_values, metadata_of
+from tiedparam.util.torch_private import has_values, metadata_of
 
 
 def accept(
@@ -91,7 +92,7 @@ def _are_its_own(tie: Tie, keys: list[str], state_dict: Mapping[str, Any]) -> bo
     """Whether those free values that a dictionary has are what the layer holds anyway.
 
     torch's ``full_state_dict=True`` and accelerate complete a dense dictionary from the model
-    (S46): what the model has itself says nothing, and the dense entry counts.
+    (S46): values that the model has already tell nothing, and the dense entry counts.
     """
     return all(
         k not in state_dict

@@ -77,7 +77,7 @@ def moved_state(optimizer: Optimizer, law: OptimizerLaw, change: Exchange) -> li
             kind,
             f"{kind} holds state for some of its free values only, as after a step with the "
             "others frozen, and how that follows is not known.",
-            "Build the optimizer afterwards.",
+            change.remedy,
         )
     for key in states[0]:
         values = [state[key] for state in states]
@@ -95,7 +95,7 @@ def moved_state(optimizer: Optimizer, law: OptimizerLaw, change: Exchange) -> li
                     kind,
                     f"the free values have made different numbers of steps ('{key}' of {kind}), "
                     "and a dense weight has one.",
-                    "Build the optimizer afterwards.",
+                    change.remedy,
                 )
             mapped = [_copied(values[0]) for _ in moved]
         else:

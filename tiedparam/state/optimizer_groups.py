@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tiedparam.util.torch_private import is_scheduled
+
 Group = dict[str, Any]
 
 _TIMES = "tied_multiplicity"
@@ -76,12 +78,12 @@ def destination(
     if not alone or awaits or _PLACES in group:
         home = _numbered(optimizer, number)
         made = [other for other in optimizer.param_groups if _PLACES in other]
-        for other in [home, *made]:  # not another one of the user's, which is alike by chance
+        for other in [home, *made]:  # not a group of the user's that is equal by chance
             if other is not None and other is not group and _alike(other, group, changes):
                 return other, {}
-    if alone and (not awaits or _is_scheduled(optimizer)):
+    if alone and (not awaits or is_scheduled(optimizer)):
         return group, changes
-    if _is_scheduled(optimizer):
+    if is_scheduled(optimizer):
         return None
     # tensors are cloned: what scales the rate of each group in place would do so twice
     options = {k: _own(v) for k, v in {**group, **changes}.items() if k not in _OF_PARAMETERS}
@@ -174,7 +176,7 @@ def _shift(optimizer: Optimizer, home: int, slots: Sequence[int], by: int) -> No
 
 def _take_out(group: Group, old: Sequence[Any]) -> None:
     if _PLACES in group:
-        group[_PLACES] = list(group[_PLACES])  # who holds it may put it back
+        group[_PLACES] = list(group[_PLACES])  # whoever holds it may put it back
     found = positions(old, group["params"])
     for name in _OF_PARAMETERS & group.keys():
         for position in reversed(found):
@@ -182,17 +184,13 @@ def _take_out(group: Group, old: Sequence[Any]) -> None:
 
 
 def _dissolve(optimizer: Optimizer, group: Group) -> None:
-    if _is_scheduled(optimizer):
+    if is_scheduled(optimizer):
         return  # the scheduler counts it
     number = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
     del optimizer.param_groups[number]
     for other in optimizer.param_groups:
         if _PLACES in other:
             other[_PLACES] = [[home - (home > number), slots] for home, slots in other[_PLACES]]
-
-
-def _is_scheduled(optimizer: Optimizer) -> bool:
-    return hasattr(optimizer.step, "_wrapped_by_lr_sched")  # as torch's schedulers mark it
 
 
 def _alike(other: Group, group: Group, changes: Mapping[str, Any]) -> bool:

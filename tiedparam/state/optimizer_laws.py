@@ -1,8 +1,8 @@
 """Which optimizers follow a tie, and how each entry of their state does: one table.
 
 It goes by the class, not by what the state is called: LARS has a ``momentum_buffer``, Muon has
-one, and neither is that of SGD (S41). Torch's own optimizers stand in it through the same
-`register_optimizer` by which users enter theirs; the tests compare the trajectories of each with
+one, and neither is that of SGD (S41). Torch's own optimizers are entered by the same
+`register_optimizer` as those of users; the tests compare the trajectories of each with
 the dense run, and the table in the documentation is printed from here.
 """
 
@@ -17,6 +17,7 @@ from torch import optim
 from torch.optim import Optimizer
 
 from tiedparam.util.errors import Reason
+from tiedparam.util.torch_private import without_hooks
 
 Kind = Literal[
     "gradient",
@@ -128,7 +129,7 @@ def register_optimizer(
                 f"{', '.join(map(repr, get_args(Kind)))}."
             )
     names = (coupled_decay,) if isinstance(coupled_decay, str) else tuple(coupled_decay)
-    # a copy: what the caller does to its dictionary later is no statement
+    # a copy: the caller may change its dictionary later
     _LAWS[optimizer_class] = OptimizerLaw(MappingProxyType(dict(state)), names, decoupled_if)
 
 
@@ -188,7 +189,7 @@ def parameter_shaped_state(optimizer: Optimizer) -> set[str]:
 
 
 def why_no_steps(optimizer: Optimizer) -> Reason | None:
-    """Why an optimizer should not step free values at all, or None."""
+    """Why an optimizer should not step free values at all; None if it may."""
     known = _nearest_known(type(optimizer))
     return _LAWS[known].refused if known is not None and _LAWS[known].even_fresh else None
 
@@ -199,19 +200,9 @@ def _nearest_known(kind: type) -> type[Optimizer] | None:
 
 def _is_overridden(derived: type, known: type, name: str) -> bool:
     """Whether a subclass replaces something that the update of ``known`` may be made in."""
-    return hasattr(known, name) and _without_hooks(getattr(derived, name)) is not _without_hooks(
+    return hasattr(known, name) and without_hooks(getattr(derived, name)) is not without_hooks(
         getattr(known, name)
     )
-
-
-_HOOKED = Optimizer.profile_hook_step(lambda: None).__code__
-
-
-def _without_hooks(function: Any) -> Any:
-    """Torch wraps ``step`` in the class of the first instance, be it inherited or not."""
-    while getattr(function, "__code__", None) is _HOOKED:
-        function = function.__wrapped__
-    return function
 
 
 # Torch's own --------------------------------------------------------------------------------
@@ -285,7 +276,7 @@ _TORCHS_OWN: dict[type[Optimizer], OptimizerLaw] = {
     ),
     optim.Muon: OptimizerLaw(
         refused=Reason(
-            "Muon orthogonalizes a weight as a matrix, and its free values are another one.",
+            "Muon orthogonalizes the weight matrix, and the free values are not that matrix.",
             "Build Muon after tying, from the matrices that are not tied (tiedparam.owner tells "
             "which), and another optimizer from the free values.",
         ),

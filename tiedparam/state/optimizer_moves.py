@@ -1,8 +1,8 @@
 """Moving an optimizer between a dense parameter and its free values, state included.
 
-What is known of its class stands in `_optimizer_laws`, how each kind of state follows in
-`_optimizer_maps`, and in which group the new parameters stand is decided by `_optimizer_groups`.
-Here a move is planned, with every reason against it, before anything is changed.
+`optimizer_laws` knows its class, `optimizer_maps` how each kind of state follows, and
+`optimizer_groups` chooses the group of the new parameters. Here a move is planned, with every
+reason against it, before anything is changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tiedparam.util.errors import Reason, TieError, warn
 
 
 def _refuse_unmapped(change: Exchange, optimizers: list[Optimizer]) -> None:
-    """The maps hold where entries are shared; what there is to move by another law is refused."""
+    """Raise if there is state or a gradient to move by a law that the maps do not hold for."""
     stepped = any(o.state.get(p) for o in optimizers for p in change.old)
     pending = any(p.grad is not None for p in change.old)
     if not change.new or not (stepped or pending) or has_orbits(change.rule):
@@ -33,12 +33,12 @@ def _refuse_unmapped(change: Exchange, optimizers: list[Optimizer]) -> None:
     if not stepped and change.tying and is_linear(change.rule):
         return  # the transpose of any linear law gives the gradient
     what = "optimizer state" if stepped else "a pending gradient"
-    fact = "scales or mixes its free values" if is_linear(change.rule) else "is not linear"
-    raise TieError(
-        f"'{change.rule}'",
-        f"the rule {fact}, and how {what} follows is not known.",
-        "Call zero_grad, or build the optimizer afterwards.",
-    )
+    if change.rule.reads_layers:
+        fact = f"how {what} follows a law that reads other layers is not known."
+    else:
+        why = "scales or mixes its free values" if is_linear(change.rule) else "is not linear"
+        fact = f"the rule {why}, and how {what} follows is not known."
+    raise TieError(f"'{change.rule}'", fact, change.remedy if stepped else "Call zero_grad first.")
 
 
 @dataclass
@@ -110,9 +110,10 @@ def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:
     moves = []
     for optimizer in optimizers:
         groups = [
-            group for group in optimizer.param_groups
+            group
+            for group in optimizer.param_groups
             if any(among(p, group["params"]) for p in change.old)
-        ]  # fmt: skip
+        ]
         if not groups:
             continue
         if len(groups) > 1 or not all(among(p, groups[0]["params"]) for p in change.old):
@@ -132,7 +133,7 @@ def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:
             raise TieError(
                 "optimizer=",
                 "none of the optimizers holds it, and one holds what an earlier tie has replaced.",
-                "Leave optimizer= out, and build the optimizer anew afterwards.",
+                "Leave optimizer= out, and rebuild the optimizer afterwards.",
             )
         raise TieError(
             "optimizer=",
@@ -200,9 +201,11 @@ _SCHEDULED = (
 
 def _lost_decay(optimizer: Optimizer, rates: dict[str, Any], by: str, why: str) -> str:
     named = " and ".join(f"{name}={float(rate):g}" for name, rate in rates.items())
-    way = "" if why is _SCHEDULED else (
-        ". Set the rate to what you want, or use AdamW, whose decay is decoupled"
-    )  # fmt: skip
+    way = (
+        ""
+        if why is _SCHEDULED
+        else (". Set the rate to what you want, or use AdamW, whose decay is decoupled")
+    )
     return (
         f"the {type(optimizer).__name__} adds its decay ({named}) to the gradient, and from now "
         f"on it acts {by}: {why}{way}"
@@ -259,7 +262,7 @@ def _addition(optimizer: Optimizer, group: dict[str, Any], new: nn.Parameter) ->
 
 
 def warn_of_losses(moves: Iterable[Move], doing: str) -> None:
-    """Say what the moves do not carry over, before anything is changed."""
+    """Warn of what the moves do not carry over, before anything is changed."""
     for move in moves:
         if move.warning:
             warn(f"{doing}: {move.warning}.")

@@ -14,7 +14,8 @@ from tiedparam.tie.computed_source import why_computed
 from tiedparam.tie.target import Target
 from tiedparam.tie.write_guard import place_of
 from tiedparam.util.errors import Reason, describe, describe_layer
-from tiedparam.util.torch_private import parameters_of, parametrization_list, version_of
+from tiedparam.util.parametrized import parametrization_list
+from tiedparam.util.torch_private import parameters_of, version_of
 
 
 def bind(rule: Rule, target: Target) -> Reason | None:
@@ -23,7 +24,7 @@ def bind(rule: Rule, target: Target) -> Reason | None:
     Sources that are given by path are found where the model is known.
 
     Raises:
-        TypeError: if a source is a tensor of which nobody knows the layer.
+        TypeError: if a source is a tensor whose layer is not known.
     """
     weight = target.tensor
     if rule.reads_layers:
@@ -37,12 +38,12 @@ def bind(rule: Rule, target: Target) -> Reason | None:
 
 
 def find_sources(rule: Any, target: Target) -> Reason | None:
-    """Look up what a rule's ``source=`` means, or return why it means nothing.
+    """Look up what a rule's ``source=`` means, or return why nothing fits it.
 
     The sources' tensors have by default the name of the tensor that is to be tied.
 
     Raises:
-        TypeError: if a source is a tensor of which nobody knows the layer.
+        TypeError: if a source is a tensor whose layer is not known.
     """
     found = []
     for source, name in rule.given:
@@ -55,7 +56,7 @@ def find_sources(rule: Any, target: Target) -> Reason | None:
 
 
 def value_of(rule: Rule, target: Target) -> Tensor | None:
-    """What an unbound rule would give, by which a tie of unknown size can be renewed."""
+    """What an unbound rule would compute; it shows the size in which a tie can be renewed."""
     if find_sources(rule, target) is not None or rule.free_shapes():
         return None
     try:
@@ -72,7 +73,7 @@ def value_of(rule: Rule, target: Target) -> Tensor | None:
 def _find(
     source: Source, name: str | None, root: nn.Module | None
 ) -> tuple[nn.Module, str | None] | Reason:
-    """The layer that is meant and, where it is said, which of its tensors; or why there is none."""
+    """The layer to read and, if it is given, the tensor's name; or why there is none."""
     if isinstance(source, nn.Module):
         return source, name
     found = _by_path(source, root) if isinstance(source, str) else _holder(source, root)
@@ -172,7 +173,7 @@ def _reaches(layer: nn.Module, name: str, goal: nn.Module, goal_name: str) -> bo
 
 
 def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
-    """Why the law's function, of what the sources hold now, is no weight for the layer."""
+    """Why what the law computes from its sources cannot be the layer's weight, or None."""
     function = rule.functions[0] if rule.functions else "its forward"
     correct = f"Correct {function}=." if rule.functions else "Correct the rule."
     with torch.no_grad():
@@ -199,7 +200,9 @@ def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
         return Reason(
             f"the source {shapes} gives {tuple(result.shape)}, and the tensor is "
             f"{tuple(weight.shape)}.",
-            "Pass fn= to 'copy' to make the shapes fit, such as torch.t.",
+            f"Pass {function}= to '{rule.name}' to make the shapes fit, such as torch.t."
+            if rule.functions
+            else correct,
         )
     if result.dtype != weight.dtype:
         return Reason(

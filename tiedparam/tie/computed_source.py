@@ -1,8 +1,8 @@
 """Tensors that an old-style hook computes before each forward of their layer (S45).
 
 ``torch.nn.utils.weight_norm``, ``spectral_norm`` and ``prune`` take the Parameter away and
-leave a plain attribute, which a forward pre-hook writes anew. Who reads it at another time gets
-the values, and the graph, of the last step.
+leave a plain attribute, which a forward pre-hook writes anew. Whoever reads it at another time
+gets the values, and the graph, of the last step.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from tiedparam.laws.rule import Rule
 from tiedparam.util.errors import TieError, describe
+from tiedparam.util.parametrized import parametrization_list
 from tiedparam.util.torch_private import (
     has_hooks_on_all_modules,
     hooks_on_all_modules,
     is_watched,
-    parametrization_list,
     submodules_of,
 )
 
@@ -42,7 +42,7 @@ def is_bare(values: nn.Module, rule: nn.Module) -> bool:
 
 
 _OBSERVERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
-"""Whose hooks on all modules only note where a model is.
+"""The modules whose hooks on all modules only note which layer is running.
 
 `torch.utils.flop_counter.FlopCounterMode` has such trackers, and is to count what really runs.
 """

@@ -10,11 +10,8 @@ from torch.nn.utils import parametrize
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
 from tiedparam.util.errors import TieError, describe
-from tiedparam.util.torch_private import (
-    parameters_of,
-    parametrization_list,
-    parametrization_lists,
-)
+from tiedparam.util.parametrized import parametrization_list, parametrization_lists
+from tiedparam.util.torch_private import WRAPPED, parameters_of
 
 
 def is_tied(module: nn.Module, tensor_name: str | None = None, *, recurse: bool = True) -> bool:
@@ -23,7 +20,7 @@ def is_tied(module: nn.Module, tensor_name: str | None = None, *, recurse: bool 
     Args:
         module: a layer, or a whole model.
         tensor_name: ask for this tensor of this very layer.
-        recurse: whether layers inside of the module count; if not, its own tensors alone.
+        recurse: whether layers inside the module count too, or only its own tensors.
 
     Example::
 
@@ -96,13 +93,12 @@ def origins(layer: nn.Module, tensor_name: str) -> Iterator[nn.Parameter]:
 def key_prefix(path: str) -> str:
     """What the state-dict keys of the module at ``path`` begin with."""
     if "_wrapped_module" in path:
-        # torch's wrappers for FSDP1 and activation checkpointing leave their names out of the keys
-        wrappers = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-        path = ".".join(name for name in path.split(".") if name not in wrappers)
+        # wrappers of FSDP1 and of activation checkpointing
+        path = ".".join(name for name in path.split(".") if name not in WRAPPED)
     return f"{path}." if path else ""
 
 
-# For the rooms that still ask for layer, name and rule apart; they go.
+# For those who ask for layer, name and rule apart.
 
 
 def free_values(layer: nn.Module, tensor_name: str) -> list[nn.Parameter]:

@@ -1,6 +1,6 @@
 """From a free value back to the layer and the weight that it belongs to.
 
-The layers are remembered here, weakly, and their free values are looked up when somebody asks:
+The layers are remembered here, weakly, and their free values are looked up on demand:
 so whatever makes other Parameters of them (a copy, a pickle, ``load_state_dict(assign=True)``,
 ``.to()``, ``fully_shard``) leaves nothing behind that is wrong. A note on the Parameter itself
 would be lost by some of these, and a reference to it would keep torch from swapping its contents.
@@ -15,7 +15,7 @@ from torch import nn
 
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.lookup import free_values, get_tie, is_tied, ties_of
-from tiedparam.util.torch_private import parameters_of
+from tiedparam.util.torch_private import lists_in_tables, parameters_of
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,13 @@ def _where(parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
 def _is_held_by_any(parameter: nn.Parameter) -> bool:
     """Whether a remembered layer has it in a list of parametrizations, of a tie or another one.
 
-    By the tables alone: what other layers hold is looked for in vain, each time.
+    By the tables alone: every Parameter that is not tied takes this walk.
     """
     wanted = id(parameter)
     for layer in list(_tied_layers):
-        lists = layer.__dict__["_modules"].get("parametrizations")
-        if lists is not None:
-            for values in lists.__dict__["_modules"].values():
-                if wanted in map(id, values.__dict__["_parameters"].values()):
-                    return True
+        for values in lists_in_tables(layer).values():
+            if wanted in map(id, parameters_of(values).values()):
+                return True
     return False
 
 
@@ -119,6 +117,6 @@ def _look_at_all() -> None:
         for name in ties_of(layer):
             for value in free_values(layer, name):
                 _last_seen.setdefault(id(value), (weakref.ref(layer), name))
-    for layer in list(_tied_layers):  # behind all free values, should somebody share one
+    for layer in list(_tied_layers):  # after all free values, in case one is shared
         for name, parameter in parameters_of(layer).items():
             _last_seen.setdefault(id(parameter), (weakref.ref(layer), name))

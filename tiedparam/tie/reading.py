@@ -23,13 +23,9 @@ from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.whereabouts import Whereabouts
 from tiedparam.tie.wrapped import refuse_other_unit
 from tiedparam.util.errors import TieError, describe_layer
+from tiedparam.util.parametrized import tensor_of
 from tiedparam.util.sharded import gathered
-from tiedparam.util.torch_private import (
-    effective,
-    is_managed_by_fsdp,
-    is_traced,
-    tensor_of,
-)
+from tiedparam.util.torch_private import effective, is_managed_by_fsdp, is_traced
 
 if TYPE_CHECKING:
     from tiedparam.laws.linked import Linked
@@ -69,7 +65,7 @@ class Reading:
     Attributes:
         places: where each source lies.
         shapes: the shapes that their tensors had when the tie was made.
-        watches: the hooks on them, for who waits until they are loaded.
+        watches: the hooks on them, for those who wait until they are loaded.
         is_leaving: whether what has become of the sources is overlooked, to leave the tie.
     """
 
@@ -184,9 +180,7 @@ class Reading:
         """
         if torch.compiler.is_compiling():
             place = f"a '{rule}' tie"
-            raise TieError(
-                place, f"{place} lies in a shallow clone.", "Call it once, then compile."
-            )
+            raise TieError(place, f"{place} is in a shallow clone.", "Call it once, then compile.")
         found = [place.in_clone(values, rule) for place in self.places]
         names = [name for _, name in rule.sources()]
         rule.read_from(list(zip((source for _, source in found), names, strict=True)))
@@ -228,7 +222,7 @@ class Reading:
             if not copied_whole and id(source) not in memo and source is not layer:
                 raise TieError(
                     f"cannot copy {where} without its source",
-                    "the copy would read a private layer that is in nobody's parameters().",
+                    "the copy would read a private layer that is in no model's parameters().",
                     "Copy a module that holds both, or call remove_tie first.",
                 )
 

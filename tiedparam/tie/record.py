@@ -133,7 +133,7 @@ class TiedList(parametrize.ParametrizationList):
             self.reading = self.reading.serving(self)
 
     def __repr__(self) -> str:
-        # as torch shows it, but a list says nothing of its own
+        # as torch shows it; the list has nothing to add
         return nn.Module.__repr__(self) if self.reading is not None else super().__repr__()
 
     def extra_repr(self) -> str:

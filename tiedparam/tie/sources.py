@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 from tiedparam.tie.record import Tie, TiedList
 from tiedparam.tie.write_guard import is_read_from
 from tiedparam.util.errors import TieError, describe
-from tiedparam.util.torch_private import parameters_of, parametrization_list
+from tiedparam.util.parametrized import parametrization_list
+from tiedparam.util.torch_private import parameters_of
 
 
 def chain(values: nn.Module) -> Iterator[TiedList]:

@@ -2,7 +2,9 @@
 
 Some of torch's tools reach a layer by its attributes only, and would break it, or lose what
 they were given, without an error that says why. The module of the calling frame tells them
-from a user's code.
+from a user's code. So this file knows the names of torch's and accelerate's modules and
+functions, as `tiedparam.util.torch_private` knows torch's private parts; each has a test with
+the tool itself.
 """
 
 from __future__ import annotations
@@ -28,10 +30,15 @@ def is_stock_forward(reader: FrameType) -> bool:
 
 
 def is_removal(reader: FrameType) -> bool:
-    """Whether ``parametrize.remove_parametrizations`` reads what the tensor shall be then."""
+    """Whether ``parametrize.remove_parametrizations`` reads the value that the tensor will keep."""
     return reader.f_code.co_name == "remove_parametrizations" and (
         _module(reader) == "torch.nn.utils.parametrize"
     )
+
+
+def is_swap(reader: FrameType) -> bool:
+    """Whether ``torch.utils.swap_tensors`` asks a tensor for its uses, before it swaps anything."""
+    return reader.f_code.co_name == "check_use_count" and _module(reader) == "torch.utils"
 
 
 def refuse_old_reparametrization(layer: nn.Module, tensor_name: str, reader: FrameType) -> None:

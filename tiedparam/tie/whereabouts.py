@@ -21,8 +21,9 @@ from tiedparam.laws.rule import Rule
 from tiedparam.tie import adapters
 from tiedparam.tie.offloaded import is_on_disk
 from tiedparam.tie.parameter_paths import Places
+from tiedparam.util.callers import caller
 from tiedparam.util.errors import TieError, warn
-from tiedparam.util.torch_private import caller, submodules_of
+from tiedparam.util.torch_private import submodules_of
 
 
 class Whereabouts:
@@ -160,7 +161,7 @@ class Whereabouts:
             place = f"a '{rule}' tie"
             raise TieError(
                 place,
-                f"{place} lies in a shallow clone of its model, and its source in there is not "
+                f"{place} is in a shallow clone of its model, and its source in that clone is not "
                 "known: it still holds the original's.",
                 "Tie with root=model, clone a module that holds both layers, and call that one; or "
                 "call the original by torch.func.functional_call with the adapted parameters.",

@@ -1,7 +1,7 @@
 """Models that DDP, FSDP1 or ``fully_shard`` has taken over: tying or untying comes too late.
 
 They look at the parameters once, when they wrap a model. A parameter that a tie makes later
-is nobody's: its gradient is not averaged, and the ranks drift apart (S34, S35). And a copy
+is unknown to them: its gradient is not averaged, and the ranks drift apart (S34, S35). And a copy
 whose source is sharded on its own would meet one part of it (S31), or keep its gradients from
 it (S53).
 """
@@ -21,12 +21,13 @@ from tiedparam.laws.rule import Rule
 from tiedparam.tie.whereabouts import Whereabouts
 from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.sharded import is_sharded
+from tiedparam.util.torch_private import has_kept_accumulator, is_managed_by_fsdp
 
 
 def why_wrapped(
     layer: nn.Module, parameters: Iterable[Tensor], verb: str, wrappers: Iterable[nn.Module] = ()
 ) -> Reason | None:
-    """Why a layer cannot be tied or untied that a wrapper holds, or None.
+    """Why a layer cannot be tied or untied because a wrapper holds it, or None.
 
     Args:
         layer: the layer, whose ``parameters`` are about to be exchanged.
@@ -51,8 +52,8 @@ def why_wrapped(
         )
     if isinstance(wrapper, DistributedDataParallel):
         return Reason(
-            f"a {type(wrapper).__name__} holds it already, and would not average the gradients of "
-            "the new parameters.",
+            f"it is wrapped in a {type(wrapper).__name__} already, which would not average the "
+            "gradients of the new parameters.",
             f"{verb} before wrapping: drop the wrapper, {verb.lower()} its .module, and wrap that "
             "again.",
         )
@@ -95,7 +96,7 @@ def _wrapper_of(
 ) -> nn.Module | None:
     """The DDP or FSDP module that holds ``layer``, if any: a layer does not know it."""
     found = [*([layer] if is_wrapper(layer) else []), *wrappers]
-    managed = _MANAGED in layer.__dict__  # also where the process group is gone
+    managed = is_managed_by_fsdp(layer)  # also where the process group is gone
     if managed or (distributed.is_available() and distributed.is_initialized()):
         # parts of a flat parameter are views that autograd has no use for
         found += _live_wrappers([] if managed else [*parameters, *layer.parameters()])
@@ -121,7 +122,7 @@ def _fsdp1() -> tuple[type[nn.Module], ...]:
 
 
 def _live_wrappers(parameters: list[Tensor]) -> list[nn.Module]:
-    """All wrapped models of this process, or none where it is plain that none holds these.
+    """All wrapped models of this process, or none where none can hold these.
 
     Looking at every live object takes tens of milliseconds, which tying hundreds of layers
     before wrapping should not cost.
@@ -134,7 +135,7 @@ def _live_wrappers(parameters: list[Tensor]) -> list[nn.Module]:
 
 
 def _live(classes: Sequence[type]) -> list[nn.Module]:
-    """All living objects of these very classes: they refer to them."""
+    """All living objects of these very classes, which Python's collector finds by their class."""
     if not classes:
         return []
     return [o for o in gc.get_referrers(*classes) if issubclass(type(o), tuple(classes))]
@@ -145,22 +146,8 @@ def _with_subclasses(kinds: Iterable[type]) -> list[type]:
 
 
 def _may_be_in_ddp(parameter: Tensor) -> bool:
-    """Whether somebody keeps the parameter's gradient accumulator, as DDP's reducer does.
-
-    torch makes the accumulator when a graph needs it and drops it with the graph. A mark on
-    it is found again only if it outlived the graph that is made and dropped here.
-    """
+    """Whether the parameter's gradient accumulator is kept alive, as DDP's reducer does."""
     if not parameter.requires_grad:
         return True  # has none, so nothing can be told
     with torch.inference_mode(False), torch.enable_grad():
-        _accumulator(parameter).metadata[_MARK] = True
-        return _MARK in _accumulator(parameter).metadata
-
-
-_MARK = "tiedparam looked here"
-_MANAGED = "_is_fsdp_managed_module"  # what FSDP1 and FSDP2 write on all that they take over
-
-
-def _accumulator(parameter: Tensor) -> Any:
-    node: Any = parameter.view_as(parameter).grad_fn
-    return node.next_functions[0][0]
+        return has_kept_accumulator(parameter)

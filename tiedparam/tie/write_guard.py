@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiedparam.tie.interposed import refuse_absent
+from tiedparam.tie.torch_callers import is_swap
+from tiedparam.util.callers import caller
 from tiedparam.util.errors import TieError, describe
 from tiedparam.util.torch_private import (
     GET_BASE,
-    caller,
     declared_writes,
     have_one_storage,
     is_marked_parameter,
@@ -41,7 +42,7 @@ class _LikeAnyTensor(type(Tensor)):  # type: ignore[misc]
     """Lets ``isinstance(tensor, type(layer.weight))`` hold, as it does for a plain tensor.
 
     ``torch.testing.assert_close`` refuses to compare tensors of unrelated classes, and a
-    guarded weight is to be compared with Parameters. torch's own Parameter does alike.
+    guarded weight is to be compared with Parameters. torch's own Parameter does the same.
     """
 
     def __instancecheck__(cls, instance: object) -> bool:
@@ -59,7 +60,7 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
     """
 
     tied_place: tuple[weakref.ref[nn.Module], str] | None = None
-    """Layer and tensor name; None once the values are somebody's own."""
+    """Layer and tensor name; None once the values are a copy of their own."""
     is_derived: bool = False
     """Whether this is a view or ``detach()`` of what was read, not what was read itself."""
 
@@ -96,8 +97,7 @@ class GuardedWeight(Tensor, metaclass=_LikeAnyTensor):
         return super().set_(*args, **kwargs)
 
     def _use_count(self) -> int:
-        # torch.utils.swap_tensors asks this of both tensors before it swaps anything
-        if self.tied_place is not None and caller().f_code.co_name == "check_use_count":
+        if self.tied_place is not None and is_swap(caller()):
             _refuse(self, torch.utils.swap_tensors)
         count: int = super()._use_count()  # type: ignore[misc]
         return count

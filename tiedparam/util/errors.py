@@ -1,4 +1,4 @@
-"""What tiedparam raises and warns, and how a message names the place it speaks of."""
+"""What tiedparam raises and warns, and how a message names the place."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import difflib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from tiedparam.util.torch_private import caller, parameters_of, submodules_of
+from tiedparam.util.callers import caller
+from tiedparam.util.torch_private import parameters_of, stand_in, submodules_of
 
 
 class Reason(NamedTuple):
@@ -19,7 +20,7 @@ class Reason(NamedTuple):
 
     Attributes:
         fact: what is so, as a sentence; it may begin with a small letter, after a colon.
-        remedy: what to do about it, as a sentence; empty where it is all the same.
+        remedy: what to do about it, as a sentence; empty where nothing can be done.
     """
 
     fact: str
@@ -81,9 +82,9 @@ class TieError(RuntimeError):
 
 
 class TieWarning(UserWarning):
-    """Something was done as asked that is perhaps not meant: ``TieWarning(fact, remedy)``.
+    """Something was done as asked that was perhaps not intended: ``TieWarning(fact, remedy)``.
 
-    A loaded weight was projected by more than rounding, say; a tie frees nothing, or keeps next to
+    A loaded weight was projected by more than rounding, say; a tie frees nothing, or keeps almost
     nothing of the weight; decay acts otherwise than before.
     """
 
@@ -137,12 +138,8 @@ def extra_repr(layer: nn.Module) -> str:
         if issubclass(kind, nn.Module)  # fully_shard puts FSDPModule in between, which is none
         and not any(isinstance(getattr(kind, name, None), property) for name in names)
     )
-    stand_in: Any = object.__new__(stock)
     nothing = dict.fromkeys(names, torch.empty(0, device="cpu"))
-    stand_in.__dict__.update(
-        layer.__dict__, _parameters={**parameters_of(layer), **nothing}, _modules={}
-    )
-    text: str = stand_in.extra_repr()
+    text: str = stand_in(layer, stock, {**parameters_of(layer), **nothing}, {}).extra_repr()
     return text
 
 
@@ -188,7 +185,7 @@ def some_of(parts: Sequence[str], separator: str = ", ") -> str:
 
 
 def within(where: str, error: TieError) -> TieError:
-    """The same error, told of the larger thing ``where``: a file, where a tensor of it is wrong.
+    """The same error about a larger thing ``where``: a file, if one of its tensors is wrong.
 
     The error's own place is kept in the fact, unless ``where`` or the fact names it already.
     """
@@ -199,7 +196,7 @@ def within(where: str, error: TieError) -> TieError:
 
 
 def refuse(where: str, reasons: Sequence[Reason], heading: str) -> None:
-    """Raise for the reason that there is, or for several as a list below ``heading``.
+    """Raise for one reason, or for several as a list below ``heading``.
 
     Raises:
         TieError: unless there is no reason.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PATIENCE = 1.0
-"""Seconds after which a bar appears of its own accord."""
+"""Seconds of work after which a bar appears."""
 
 _WIDTH = 30
 _BETWEEN = 0.1  # seconds between two drawings

@@ -1,16 +1,14 @@
-"""What torch does not promise, one function for each fact: the only file that may rely on it.
+"""What torch does not promise, one function for each fact: ruff (SLF) keeps it out of other files.
 
-All of it was seen in torch 2.13.0; each fact has a test in ``tests/util/test_torch_private.py``,
-which fails first where another version differs. The lint of private names (ruff's SLF) holds
-everywhere else.
+All of it was seen in torch 2.13.0. Each fact has a test in ``tests/util/test_torch_private.py``,
+which fails first where another version differs.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -19,7 +17,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
@@ -50,8 +47,29 @@ def unsaved_buffers_of(module: nn.Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
+TABLES = ("_parameters", "_buffers", "_modules")
+"""The attributes in which a module keeps its tables."""
+
+
+def with_own_tables(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """A parametrized layer's attributes, with copies of its tables and of that of its lists."""
+    own = {**attributes, **{table: attributes[table].copy() for table in TABLES}}
+    lists = own["_modules"]["parametrizations"] = copy.copy(own["_modules"]["parametrizations"])
+    lists.__dict__["_modules"] = lists._modules.copy()
+    return own
+
+
+def stand_in(
+    layer: nn.Module, kind: type[nn.Module], parameters: dict[str, Any], submodules: dict[str, Any]
+) -> Any:
+    """An object of another class with the attributes of a layer, and with these tables."""
+    made: Any = object.__new__(kind)
+    made.__dict__.update(layer.__dict__, _parameters=parameters, _modules=submodules)
+    return made
+
+
 def has_gradient_hooks(parameter: nn.Parameter) -> bool:
-    """Whether somebody is called with the parameter's gradient."""
+    """Whether hooks are called with the parameter's gradient."""
     return bool(
         parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
     )
@@ -62,9 +80,38 @@ def load_pre_hooks_of(optimizer: Optimizer) -> Mapping[int, Callable[..., Any]]:
     return optimizer._optimizer_load_state_dict_pre_hooks
 
 
+def is_scheduled(optimizer: Optimizer) -> bool:
+    """Whether a learning-rate scheduler has an optimizer, on whose ``step`` it leaves a mark."""
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched")
+
+
+_HOOKED_STEP = Optimizer.profile_hook_step(lambda: None).__code__
+
+
+def without_hooks(step: Any) -> Any:
+    """A ``step`` as it was written: torch wraps that of the first instance's class, for hooks."""
+    while getattr(step, "__code__", None) is _HOOKED_STEP:
+        step = step.__wrapped__
+    return step
+
+
 def flat_weight_names(layer: nn.RNNBase) -> list[str]:
     """The names of a recurrent layer's tensors, in the order in which its kernels take them."""
     return list(layer._flat_weights_names)
+
+
+def forget_flat_weights(layer: nn.RNNBase) -> None:
+    """Empty the list in which a recurrent layer keeps its tensors a second time, for its kernels.
+
+    The weak references beside the list are dead then, so it collects them at its next forward.
+    """
+    count = len(layer._flat_weights_names)
+    layer.__dict__["_flat_weights"] = [None] * count
+    layer.__dict__["_flat_weight_refs"] = [_gone] * count
+
+
+def _gone() -> None:
+    """A dead weak reference."""
 
 
 def forward_pre_hooks_of(module: nn.Module) -> Mapping[int, Callable[..., Any]]:
@@ -72,9 +119,27 @@ def forward_pre_hooks_of(module: nn.Module) -> Mapping[int, Callable[..., Any]]:
     return module._forward_pre_hooks
 
 
+WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch's wrappers call the module that they hold; they leave it out of its keys."""
+
+
 def is_managed_by_fsdp(module: nn.Module) -> bool:
     """Whether FSDP1 or FSDP2 has taken the module over: both write this on all that they hold."""
     return "_is_fsdp_managed_module" in module.__dict__
+
+
+def has_kept_accumulator(parameter: Tensor) -> bool:
+    """Whether a parameter's gradient accumulator is kept alive, as DDP's reducer does.
+
+    torch drops it with its graph, unless others hold it: then it is found again, with our mark.
+    """
+
+    def marks() -> Any:
+        node: Any = parameter.view_as(parameter).grad_fn
+        return node.next_functions[0][0].metadata
+
+    marks()["tiedparam"] = True
+    return "tiedparam" in marks()
 
 
 # Classes of layers -----------------------------------------------------------------------------
@@ -89,7 +154,7 @@ def is_read_by_attention(kind: type[nn.Module]) -> bool:
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether torch's eager quantization packed a layer's weight, which is no Parameter then."""
+    """Whether torch's eager quantization packed a layer's weight, so that it is not a Parameter."""
     return hasattr(layer, "_packed_params") and hasattr(layer, "weight")
 
 
@@ -107,10 +172,7 @@ def set_metadata(state_dict: Any, metadata: Any) -> None:
 
 
 def original_key(path: str, tensor_name: str, number: int) -> str:
-    """The state-dict key of a tensor that a parametrized one is computed from.
-
-    torch calls them ``original0``, ``original1`` … where ``right_inverse`` gives a sequence.
-    """
+    """The state-dict key of a tensor that a parametrized one is computed from, by its number."""
     return f"{path}.parametrizations.{tensor_name}.original{number}".removeprefix(".")
 
 
@@ -157,10 +219,7 @@ def is_traced() -> bool:
 
 
 def is_traced_or_transformed() -> bool:
-    """Whether somebody compiles, traces, transforms or intercepts what is computed now.
-
-    By torch.compile, ``torch.jit.trace``, ``torch.func`` or a dispatch mode.
-    """
+    """Whether torch.compile, ``jit.trace``, ``torch.func`` or a dispatch mode is at work."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -170,23 +229,12 @@ def is_traced_or_transformed() -> bool:
 
 
 innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-"""The transform of ``torch.func`` that is at work (vmap, grad, jvp, functionalize), or None.
-
-torch's own function, since it is asked at every call, where a function around it would be felt.
-"""
+"""The transform of ``torch.func`` at work, or None; torch's own, as every call asks it."""
 
 
 def may_carry_tangents() -> bool:
-    """Whether the block ``forward_ad.dual_level`` is entered, so tensors may have tangents.
-
-    torch counts the levels from 0, and keeps −1 outside.
-    """
+    """Whether ``forward_ad.dual_level``, which counts from 0, was entered; −1 is outside."""
     return forward_ad._current_level >= 0
-
-
-def caller(above: int = 1) -> FrameType:
-    """The frame of so many callers above the function that asks."""
-    return sys._getframe(above + 1)
 
 
 def version_of(tensor: Tensor) -> int:
@@ -197,21 +245,8 @@ def version_of(tensor: Tensor) -> int:
 # Parametrizations ------------------------------------------------------------------------------
 
 
-def parametrization_lists(layer: nn.Module) -> nn.ModuleDict:
-    """All parametrization lists of a parametrized layer, by tensor name."""
-    return cast(nn.ModuleDict, layer.parametrizations)
-
-
-def parametrization_list(layer: nn.Module, tensor_name: str) -> parametrize.ParametrizationList:
-    """The parametrizations of one tensor, and its originals."""
-    return cast(parametrize.ParametrizationList, parametrization_lists(layer)[tensor_name])
-
-
 def lists_in_tables(layer: nn.Module) -> Mapping[str, Any]:
-    """The parametrization lists of a layer, by tensor name, for what runs at every call.
-
-    torch keeps them in the table of submodules, where an attribute of a module is found last.
-    """
+    """The parametrization lists of a layer, by tensor name, for what runs at every call."""
     lists = layer._modules.get("parametrizations")
     return lists._modules if lists is not None else {}
 
@@ -227,19 +262,17 @@ def effective(layer: nn.Module, tensor_name: str) -> Tensor:
         return cast(Tensor, getattr(layer, tensor_name))
     for original in values._parameters.values():
         if is_sharded(original):
-            return computed(partial(_called_with, values), values._parameters.values())
+            return _computed_whole(values)
     return cast(Tensor, values())
 
 
-def tensor_of(layer: nn.Module, tensor_name: str) -> Tensor | None:
-    """`effective`, or None if the layer has no tensor of that name."""
-    try:
-        present = effective(layer, tensor_name)
-    except AttributeError:
-        if parametrize.is_parametrized(layer, tensor_name):
-            raise  # an error in what computes it (S26)
-        return None
-    return present if isinstance(present, Tensor) else None
+def _computed_whole(values: nn.Module) -> Tensor:
+    """What a list of parametrizations gives, called with sharded originals gathered."""
+    names, call = list(values._parameters), torch.func.functional_call
+    return computed(
+        lambda *tensors: call(values, dict(zip(names, tensors, strict=True)), ()),
+        values._parameters.values(),
+    )
 
 
 def is_parametrized(layer: nn.Module, tensor_name: str) -> bool:
@@ -258,12 +291,6 @@ def is_watched(module: nn.Module) -> bool:
         or kept["_backward_pre_hooks"]
         or "forward" in kept
     )
-
-
-def _called_with(values: nn.Module, *originals: Tensor) -> Tensor:
-    """What calling a list of parametrizations gives, with these tensors as its originals."""
-    named = dict(zip(values._parameters, originals, strict=True))
-    return cast(Tensor, torch.func.functional_call(values, named, ()))
 
 
 def through(parametrizations: nn.Module, *originals: Tensor) -> Tensor:
@@ -325,14 +352,8 @@ def declared_writes(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return found
 
 
-# What may run at every call, besides a module's forward ----------------------------------------
-
-
 has_hooks_on_all_modules = torch_module._has_any_global_hook
-"""Whether torch calls hooks with every module (``register_module_forward_hook``).
-
-torch's own function, since it is asked at every call, where a function around it would be felt.
-"""
+"""Whether torch calls hooks with every module; torch's own, as every call asks it."""
 
 
 def hooks_on_all_modules() -> tuple[Any, ...]:
@@ -349,29 +370,21 @@ def hooks_on_all_modules() -> tuple[Any, ...]:
 
 
 def steps_of_forward(kind: type[nn.Module]) -> tuple[str, ...]:
-    """The methods that torch's ``forward`` of a Linear or a convolution calls on the layer.
-
-    A convolution convolves in ``_conv_forward``, which pads as ``padding_mode`` says; a transposed
-    one counts in ``_output_padding`` what ``output_size`` asks for.
-    """
+    """The methods that torch's ``forward`` of a Linear or a convolution calls on the layer."""
     if issubclass(kind, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return ("_output_padding",)
     return () if issubclass(kind, nn.Linear) else ("_conv_forward",)
 
 
 def convolution_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """What a convolution does with its input, any weight and any bias."""
-    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor] = layer._conv_forward
-    return convolve
+    """What a convolution does with its input, padded as it wants, any weight and any bias."""
+    return cast("Callable[[Tensor, Tensor, Tensor | None], Tensor]", layer._conv_forward)
 
 
 def output_padding_of(
     layer: Any, input: Tensor, output_size: list[int] | None, axes: int
 ) -> list[int]:
-    """The ``output_padding`` of a transposed convolution of so many axes.
-
-    It depends on the input where an ``output_size`` is asked for.
-    """
+    """The ``output_padding`` of a transposed convolution, which an ``output_size`` may change."""
     padding: list[int] = layer._output_padding(
         input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
     )
@@ -379,19 +392,10 @@ def output_padding_of(
 
 
 def padding_of(layer: Any) -> list[int]:
-    """What a convolution pads where ``padding_mode`` or a named padding needs a call of its own.
-
-    Before and after each axis, the last axis first, as ``F.pad`` takes it.
-    """
-    padding: list[int] = layer._reversed_padding_repeated_twice
-    return padding
+    """What a convolution pads before and after each axis, the last axis first, as in ``F.pad``."""
+    return cast("list[int]", layer._reversed_padding_repeated_twice)
 
 
 def reshaped_in_place(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A contiguous tensor, which nobody else holds, in another shape; no view to autograd.
-
-    ``reshape`` gives a view, and autograd forbids some of what may be done to a plain tensor to
-    a view. ``_unsafe_view`` is what torch's own ``matmul`` and ``linear`` use.
-    """
-    reshaped: Tensor = torch.ops.aten._unsafe_view.default(tensor, shape)
-    return reshaped
+    """A contiguous tensor, which only the caller holds, in another shape; no view to autograd."""
+    return cast(Tensor, torch.ops.aten._unsafe_view.default(tensor, shape))
