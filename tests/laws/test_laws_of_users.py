@@ -11,6 +11,7 @@ from torch import nn
 
 import tiedparam as tp
 from tiedparam.laws import Linked
+from tiedparam.tie.lookup import tie_of
 
 
 class SumOfTwo(Linked):
@@ -169,6 +170,92 @@ def test_what_own_values_cannot_give_is_warned_of_once_all_is_loaded(order, dtyp
     dense["c.weight"] = dense["c.weight"] + torch.eye(4, dtype=dtype)
     with pytest.warns(tp.TieWarning, match=r"'c\.weight' \(residual"):
         model.load_state_dict(dense)
+
+
+class Shifted(Linked):
+    """``W = A + w``: one row of its own for all."""
+
+    law = "W[o, c] = A.W[o, c] + w[c]"
+
+    def free_shapes(self):
+        return ((self.bound_layout.shape[1],),)
+
+    def forward(self, source, row):
+        return source + row
+
+    def fit(self, weight, source):
+        return ((weight - source).mean(0),)
+
+
+def chained(order: str, last: str) -> nn.ModuleDict:
+    """``c`` reads ``b``, which has values of its own and reads ``a``."""
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in order})
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    law = Shifted if last == "shifted" else last
+    tp.register_tie(model["c"], law, source="b", root=model)
+    return model
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("last", ["copy", "shifted"])
+@pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
+def test_a_chain_over_own_values_is_loaded_whichever_layer_comes_first(
+    order, last, assign, recwarn
+):
+    lawful, model = chained(order, last), chained(order, last)
+    dense = tp.dense_state_dict(lawful)
+    model.load_state_dict(dense, assign=assign)
+    for name in "abc":
+        torch.testing.assert_close(model[name].weight, lawful[name].weight)
+    assert tp.tie_state_dict(model, dense).keys() == lawful.state_dict().keys()
+    assert not [w for w in recwarn if issubclass(w.category, tp.TieWarning)]
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_own_values_are_assigned_in_the_dtype_of_the_checkpoint(order, dtype):
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in order})
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    dense = {key: value.to(dtype) for key, value in tp.dense_state_dict(model).items()}
+    model.load_state_dict(dense, assign=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model["b"].weight.dtype == dtype
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_model_on_meta_is_loaded_whichever_layer_comes_first(order):
+    lawful = nn.ModuleDict({name: nn.Linear(4, 4) for name in order})
+    tp.register_tie(lawful["b"], Shifted, source="a", root=lawful)
+    model = copy.deepcopy(lawful).to("meta")
+    model.load_state_dict(tp.dense_state_dict(lawful), assign=True)
+    torch.testing.assert_close(model["b"].weight, lawful["b"].weight)
+
+
+class HoldsItsSource(nn.Module):
+    """Has a tensor of its own, and the layer that this is tied to inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.inner = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize("rule", ["copy", Shifted])
+def test_a_dense_dictionary_that_nobody_holds_is_loaded_into_a_source_inside(rule):
+    lawful, model = HoldsItsSource(), HoldsItsSource()
+    for each in (lawful, model):
+        tp.register_tie(each, rule, source="inner", root=each)
+    model.load_state_dict(tp.dense_state_dict(lawful))
+    torch.testing.assert_close(model.weight, lawful.weight)
+    assert not any(watch.waiting for watch in tie_of(model).reading.watches)
+
+
+def test_an_entry_for_own_values_whose_source_was_exchanged_is_refused():
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "ab"})
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    model["a"] = nn.Linear(4, 4)
+    with pytest.raises(tp.TieError, match="was exchanged for another module"):
+        model.load_state_dict(three().state_dict(), strict=False)
 
 
 def test_a_dense_entry_that_no_own_value_could_give_is_refused():

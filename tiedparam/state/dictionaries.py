@@ -260,7 +260,7 @@ class _Expander:
 
     def _source(self, layer: nn.Module, name: str) -> Tensor:
         tie = find_tie(layer, name)
-        if tie is None or not tie.rule.reads_layers:
+        if tie is None or tie.free or not tie.rule.reads_layers:
             prefix = self._prefixes.get(id(layer))
             if prefix is None:
                 kind = type(layer).__name__

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,16 @@ class ResizedSourceError(TieError):
     """A source has another size now than when it was tied."""
 
 
+class Waiting(Protocol):
+    """What waits until a source is loaded."""
+
+    depth: int
+    """How many ties are behind its own: those are called before it."""
+
+    def __call__(self) -> None:
+        """Go on: the source is loaded."""
+
+
 class SourceWatch:
     """A load hook on one source: what waits for its values is called once they are in.
 
@@ -46,12 +56,12 @@ class SourceWatch:
     """
 
     def __init__(self, source: nn.Module) -> None:
-        self.waiting: list[Callable[[], None]] = []
+        self.waiting: list[Waiting] = []
         self._handle = source.register_load_state_dict_post_hook(self)
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
-        """Call what has waited for the source, which is loaded now."""
-        for call in self.waiting:
+        """Call what has waited for the source, which is loaded now: what others read first."""
+        for call in sorted(self.waiting, key=lambda each: each.depth):
             call()
         self.waiting.clear()
 
@@ -145,6 +155,15 @@ class Reading:
             fact = f"{_sizes_now(rule, read)}, and '{rule}' ties a tensor {rule.layout.shape}."
             raise ResizedSourceError(_first(rule), fact, _renewal(rule))
         return weight
+
+    def read_all(self, rule: Linked) -> tuple[Tensor, ...]:
+        """The tensors of all sources.
+
+        Raises:
+            TieError: if one is not what it was.
+        """
+        found = zip(rule.sources(), self.places, strict=True)
+        return tuple(self.read_source(source, name, place, rule) for (source, name), place in found)
 
     def read_source(self, source: nn.Module, name: str, place: Whereabouts, rule: Linked) -> Tensor:
         """The tensor of one source, if it is there and what it was.
