@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
+from tests.support.cases import assert_refused
 from tiedparam.laws import Linked
 from tiedparam.tie.lookup import tie_of
 
@@ -299,6 +300,93 @@ def test_an_exchanged_source_is_noticed_whichever_it_is():
         model["c"].weight  # noqa: B018
     tp.register_tie(model["c"], "sum_of_two", source=["a", "b"], root=model)
     assert torch.equal(model["c"].weight, expected(model))
+
+
+def exchange(model):
+    model["a"] = nn.Linear(4, 4)
+
+
+def resize(model):
+    model["a"].weight = nn.Parameter(torch.randn(6, 4))
+
+
+@pytest.mark.parametrize("spoil", [exchange, resize])
+def test_one_call_fits_own_values_to_what_became_of_the_source(spoil):
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "ab"})
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    was, old = model["b"].weight.detach().clone(), model["a"]
+    spoil(model)
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    now = model["a"].weight.detach()
+    if spoil is exchange:
+        torch.testing.assert_close(model["b"].weight, now + (was - now).mean(0))
+    row = model["b"].parametrizations.weight.original0
+    assert torch.equal(model["b"].weight, model["a"].weight + row)
+    hooks = [len(layer._load_state_dict_post_hooks) for layer in (old, model["a"])]
+    assert hooks == ([0, 1] if spoil is exchange else [1, 1])
+    model["b"].weight.sum().backward()
+    with pytest.raises(tp.TieError, match="a free value of 'b.weight'"):
+        optimizer.step()
+
+
+def test_without_a_tensor_to_fit_own_values_to_nothing_is_renewed():
+    model = three()
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    row = model["b"].parametrizations.weight.original0
+    weight = model["a"].weight
+    del model["a"].weight
+    with pytest.raises(tp.TieError, match="Give the source its tensor back first"):
+        tp.register_tie(model["b"], Shifted, source="c", root=model)
+    assert not model["c"]._load_state_dict_post_hooks
+    model["a"].weight = weight
+    assert model["b"].parametrizations.weight.original0 is row
+    assert torch.equal(model["b"].weight, weight + row)
+
+
+class Aliases(Linked):
+    """Its fit gives back tensors that are not its own."""
+
+    law = "W = (A.W + w)/2"
+
+    def free_shapes(self):
+        return (self.bound_layout.shape,)
+
+    def forward(self, source, own):
+        return (source + own) / 2
+
+    def fit(self, weight, source):
+        return (source,)
+
+
+@pytest.mark.filterwarnings("ignore:the tie of")
+def test_own_values_are_in_storage_of_their_own():
+    model = three()
+    tp.register_tie(model["b"], Aliases, source="a", root=model)
+    (own,) = tie_of(model["b"]).free
+    assert torch.equal(own, model["a"].weight)
+    assert own.data_ptr() != model["a"].weight.data_ptr()
+
+
+def written(weight, source):
+    return (weight.sub_(source).mean(0),)
+
+
+@pytest.mark.parametrize(
+    ("fit", "message"),
+    [
+        (lambda self, w, a: w[0].clone(), "its fit returns a tensor. Return a tuple"),
+        (lambda self, w, a: (), "its fit returns nothing, and its free_shapes say (4,)"),
+        (lambda self, w, a: (w[0], w[0]), "its fit returns (4,), (4,), and its free_shapes"),
+        (lambda self, w, a: (w,), "its fit returns (4, 4), and its free_shapes say (4,)"),
+        (lambda self, w, a: written(w, a), "its fit changes the weight in place"),
+    ],
+    ids=["no sequence", "too few", "too many", "shape", "in place"],
+)
+def test_a_fit_that_gives_other_values_than_free_shapes_says_is_refused(fit, message):
+    body = {"fit": fit, "forward": lambda self, source, *rows: source + sum(rows)}
+    model = three()
+    assert_refused(model["b"], type("Faulty", (Shifted,), body), message, source=model["a"])
 
 
 def test_assigning_to_own_values_fits_them():

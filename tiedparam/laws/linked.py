@@ -157,7 +157,8 @@ class Linked(Rule):
                 "know.",
                 "Use tiedparam.register_tie.",
             )
-        return self.fit(weight, *self.read())
+        free = self.fit(weight, *self.read())
+        return tuple(value.detach().clone() for value in free)  # in storage of their own (S15)
 
     def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The nearest free values: no entry is one of them."""

@@ -137,8 +137,10 @@ def _loaded_later(tie: Tie) -> int:
         for (source, _), place in zip(each.law.sources(), each.own_reading().places, strict=True)
     ]
     # roots of one chain lie in each other, since each holds a link: the largest holds them all
-    known = [[id(part) for part in root.modules()] for _, root in read if root is not None]
-    order = {part: number for number, part in enumerate(max([[], *known], key=len))}
+    order: dict[int, int] = {}
+    for root in (root for _, root in read if root is not None):
+        there = {id(part): number for number, part in enumerate(root.modules())}
+        order = max(order, there, key=len)
     own = order.get(id(tie.layer), len(order))
     return sum(order.get(id(source), -1) > own for source, _ in read)
 
