@@ -400,6 +400,45 @@ def test_assigning_to_own_values_fits_them():
         tp.assign_(tied("sum_of_two")["c"], value)
 
 
+def test_initialising_fits_own_values_and_leaves_the_source():
+    model = three()
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    (row,) = tie_of(model["b"]).free
+    source = model["a"].weight.detach().clone()
+    tp.init_(model["b"], nn.init.zeros_)
+    torch.testing.assert_close(row.detach(), -source.mean(0))
+    torch.manual_seed(0)
+    model["b"].reset_parameters()
+    torch.manual_seed(0)
+    fresh = nn.Linear(4, 4)
+    torch.testing.assert_close(row.detach(), (fresh.weight.detach() - source).mean(0))
+    assert torch.equal(model["a"].weight, source)
+
+
+def test_a_fresh_weight_is_not_warned_of_since_rescaling_is_refused(recwarn):
+    model = nn.ModuleDict({name: nn.Linear(16, 16) for name in "ab"})
+    with pytest.raises(tp.TieError, match="none of its own values is an entry of the weight"):
+        tp.register_tie(model["b"], Shifted, source="a", root=model, init="rescale")
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    assert not recwarn.list
+
+
+def test_the_remedy_is_what_helps():
+    model = three()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    options = {"source": "a", "root": model}
+    model["b"](torch.ones(1, 4)).sum().backward()
+    with pytest.raises(tp.TieError, match="a pending gradient follows") as caught:
+        tp.register_tie(model["b"], Shifted, **options)
+    assert caught.value.remedy == "Call zero_grad first."
+    optimizer.step()
+    model.zero_grad()
+    with pytest.raises(tp.TieError, match="optimizer state follows") as caught:
+        tp.register_tie(model["b"], Shifted, optimizer=optimizer, **options)
+    assert caught.value.remedy == "Build the optimizer after tying."
+    tp.register_tie(model["b"], Shifted, **options)
+
+
 def test_optimizers_hold_the_own_values_and_refuse_what_they_cannot_move():
     model = three()
     fresh = torch.optim.Adam(model.parameters())

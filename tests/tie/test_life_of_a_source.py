@@ -676,6 +676,14 @@ def test_a_removed_copy_of_a_deepcopy_leaves_the_originals_hook():
     assert torch.equal(late["copy"].weight, other["weight"])
 
 
+def test_untying_a_shallow_copy_leaves_the_originals_hook():
+    model = pair()
+    tp.remove_tie(copy.copy(model[2]))
+    assert len(model[0]._load_state_dict_post_hooks) == 1
+    tp.remove_tie(model[2])
+    assert not model[0]._load_state_dict_post_hooks
+
+
 def test_a_source_is_freed_with_its_model():
     model = pair()
     seen = weakref.ref(model[0])

@@ -67,7 +67,9 @@ def initial_values(
             return reason
         if init == "rescale":
             if rule.reads_layers:
-                return Reason("a copy has no values of its own to rescale.", "Use init='project'.")
+                own = "none of its own values is an entry of the weight, to be rescaled."
+                fact = own if free else "a copy has no values of its own to rescale."
+                return Reason(fact, "Use init='project'.")
             counts = rule.multiplicities()
             free = [
                 value * count.sqrt().to(value.device, value.dtype)

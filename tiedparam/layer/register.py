@@ -244,7 +244,6 @@ def _tie_again(target: Target, made: Rule, settings: Settings) -> None:
     layer, name = target.layer, target.tensor_name
     refuse_if_frozen(layer, "register_tie")
     present = tie_of(layer, name)
-    watches = present.reading.watches if present.reading is not None else []
     with _unbound_on_error(made), rolled_back_on_error(layer.modules(), []):
         value, lost = value_of(made, target), None
         if value is None:  # what it was until now, to which values of its own are fitted
@@ -261,8 +260,6 @@ def _tie_again(target: Target, made: Rule, settings: Settings) -> None:
                 f"{lost.fact} So there is no tensor to fit the law's own values to.",
                 "Give the source its tensor back first.",
             )
-    for watch in watches:
-        watch.leave()
     optimizer_guard.retire(present.free, f"a free value of {target.describe()}", _TO_REBUILD)
 
 

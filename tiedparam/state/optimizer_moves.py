@@ -37,7 +37,7 @@ def _refuse_unmapped(change: Exchange, optimizers: list[Optimizer]) -> None:
     raise TieError(
         f"'{change.rule}'",
         f"the rule {fact}, and how {what} follows is not known.",
-        "Call zero_grad, or build the optimizer afterwards.",
+        change.remedy if stepped else "Call zero_grad first.",
     )
 
 
