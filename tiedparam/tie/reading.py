@@ -23,7 +23,7 @@ from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.whereabouts import Whereabouts
 from tiedparam.tie.wrapped import refuse_other_unit
 from tiedparam.util.errors import TieError, describe_layer
-from tiedparam.util.sharded import gathered
+from tiedparam.util.sharded import gathered, is_sharded
 from tiedparam.util.torch_private import (
     effective,
     is_managed_by_fsdp,
@@ -141,6 +141,11 @@ class Reading:
         try:
             weight: Tensor = rule(*read, *free)
         except Exception as error:
+            elsewhere = [is_sharded(tensor) for tensor in read]
+            if any(elsewhere) and not all([*elsewhere, *map(is_sharded, free)]):  # S31
+                named = _named(list(rule.sources())[elsewhere.index(True)])
+                fact = f"{named} belongs to another fully_shard unit, and only a part of "
+                raise TieError(f"a '{rule}' tie", f"{fact}it is here.", _ONE_UNIT) from error
             if tuple(tuple(tensor.shape) for tensor in read) == self.shapes:
                 raise
             fact = f"{_sizes_now(rule, read)}, on which {_function_of(rule)} raised"
@@ -278,6 +283,10 @@ class Reading:
 
 
 _LONGEST = 100
+_ONE_UNIT = (
+    "Put both into one unit, with fully_shard([source_layer, layer]) or by sharding only a module "
+    "that holds both."
+)
 
 
 def _sizes_now(rule: Linked, read: list[Tensor]) -> str:
