@@ -138,6 +138,7 @@ def _tie_entry(
     sources: tuple[Tensor, ...] = ()
     if rule.reads_layers:
         try:
+            refuse_exchanged(tie.values)
             sources = expander.sources(tie)
             if not keys and not agree(dense[key], expander.law(tie, sources)):
                 return disagreement(key, tie)
