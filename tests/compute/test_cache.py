@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 
 import tiedparam as tp
+from tiedparam.rules.row_repeat import RowRepeat
 from tiedparam.tie.lookup import tie_of
 
 
@@ -1198,3 +1199,11 @@ def test_importing_does_not_start_threads_or_processes():
     code = "import threading, tiedparam; print(threading.active_count())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "1"
+
+
+def test_a_rule_that_was_given_to_torch_is_refused_with_a_fact():
+    layer = nn.Linear(3, 3).eval()
+    parametrize.register_parametrization(layer, "weight", RowRepeat())
+    with tp.frozen(layer), pytest.raises(tp.TieError) as caught:
+        tp.assign_(layer, torch.ones(3, 3))
+    assert caught.value.fact == "the layer is part of the model."

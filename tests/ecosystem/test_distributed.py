@@ -6,6 +6,7 @@ another. What hangs or fails is killed, and the next test starts a fresh pair.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import multiprocessing
@@ -27,10 +28,12 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 
 import tiedparam as tp
 from tests.support import ROOT
 from tests.support import distributed_worker as worker
+from tiedparam.laws import Linked
 
 pytestmark = [
     pytest.mark.slow,
@@ -524,6 +527,55 @@ def test_s31_a_source_in_the_outer_unit_trains_as_one_process(ranks):
 
 fsdp1 = pytest.mark.filterwarnings("ignore:.*FSDP is switching.*:UserWarning")
 originals = pytest.mark.parametrize("use_orig_params", [True, False])
+
+
+class Shifted(Linked):
+    """``W = A + w``, with a row of its own."""
+
+    law = "W[o, c] = A.W[o, c] + w[c]"
+
+    def free_shapes(self):
+        return ((self.bound_layout.shape[1],),)
+
+    def forward(self, source, row):
+        return source + row
+
+    def fit(self, weight, source):
+        return ((weight - source).mean(0),)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators")
+@pytest.mark.parametrize("apart", [False, True], ids=["one unit", "apart"])
+def test_s31_own_values_beside_a_sharded_source_are_read_and_set(one_rank, apart):
+    alone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tp.register_tie(alone[1], Shifted, source="0", root=alone)
+    model = copy.deepcopy(alone)
+    for unit in (*model, model) if apart else (model,):
+        fully_shard(unit, mesh=one_rank)
+    x = torch.randn(2, 4)
+    if not apart:
+        model(x).sum().backward()
+        alone(x).sum().backward()
+        for value, wanted in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(value.grad.full_tensor(), wanted.grad)
+    torch.testing.assert_close(model[1].weight.full_tensor(), alone[1].weight)
+    torch.testing.assert_close(
+        tp.dense_state_dict(model)["1.weight"].full_tensor(), tp.dense_state_dict(alone)["1.weight"]
+    )
+    value = torch.randn(4, 4)
+    for each in (model, alone):
+        tp.assign_(each[1], value, project=True)
+    torch.testing.assert_close(model[1].weight.full_tensor(), alone[1].weight)
+    if apart:
+        with pytest.raises(tp.TieError, match="belongs to another fully_shard unit"):
+            model(x)
 
 
 @pytest.mark.feature(

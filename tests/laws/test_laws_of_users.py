@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import tiedparam as tp
+from tests.support.cases import assert_refused
 from tiedparam.laws import Linked
+from tiedparam.tie.lookup import tie_of
 
 
 class SumOfTwo(Linked):
@@ -172,6 +174,92 @@ def test_what_own_values_cannot_give_is_warned_of_once_all_is_loaded(order, dtyp
         model.load_state_dict(dense)
 
 
+class Shifted(Linked):
+    """``W = A + w``: one row of its own for all."""
+
+    law = "W[o, c] = A.W[o, c] + w[c]"
+
+    def free_shapes(self):
+        return ((self.bound_layout.shape[1],),)
+
+    def forward(self, source, row):
+        return source + row
+
+    def fit(self, weight, source):
+        return ((weight - source).mean(0),)
+
+
+def chained(order: str, last: str) -> nn.ModuleDict:
+    """``c`` reads ``b``, which has values of its own and reads ``a``."""
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in order})
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    law = Shifted if last == "shifted" else last
+    tp.register_tie(model["c"], law, source="b", root=model)
+    return model
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("last", ["copy", "shifted"])
+@pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
+def test_a_chain_over_own_values_is_loaded_whichever_layer_comes_first(
+    order, last, assign, recwarn
+):
+    lawful, model = chained(order, last), chained(order, last)
+    dense = tp.dense_state_dict(lawful)
+    model.load_state_dict(dense, assign=assign)
+    for name in "abc":
+        torch.testing.assert_close(model[name].weight, lawful[name].weight)
+    assert tp.tie_state_dict(model, dense).keys() == lawful.state_dict().keys()
+    assert not [w for w in recwarn if issubclass(w.category, tp.TieWarning)]
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_own_values_are_assigned_in_the_dtype_of_the_checkpoint(order, dtype):
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in order})
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    dense = {key: value.to(dtype) for key, value in tp.dense_state_dict(model).items()}
+    model.load_state_dict(dense, assign=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model["b"].weight.dtype == dtype
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_model_on_meta_is_loaded_whichever_layer_comes_first(order):
+    lawful = nn.ModuleDict({name: nn.Linear(4, 4) for name in order})
+    tp.register_tie(lawful["b"], Shifted, source="a", root=lawful)
+    model = copy.deepcopy(lawful).to("meta")
+    model.load_state_dict(tp.dense_state_dict(lawful), assign=True)
+    torch.testing.assert_close(model["b"].weight, lawful["b"].weight)
+
+
+class HoldsItsSource(nn.Module):
+    """Has a tensor of its own, and the layer that this is tied to inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.inner = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize("rule", ["copy", Shifted])
+def test_a_dense_dictionary_that_nobody_holds_is_loaded_into_a_source_inside(rule):
+    lawful, model = HoldsItsSource(), HoldsItsSource()
+    for each in (lawful, model):
+        tp.register_tie(each, rule, source="inner", root=each)
+    model.load_state_dict(tp.dense_state_dict(lawful))
+    torch.testing.assert_close(model.weight, lawful.weight)
+    assert not any(watch.waiting for watch in tie_of(model).reading.watches)
+
+
+def test_an_entry_for_own_values_whose_source_was_exchanged_is_refused():
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "ab"})
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    model["a"] = nn.Linear(4, 4)
+    with pytest.raises(tp.TieError, match="was exchanged for another module"):
+        model.load_state_dict(three().state_dict(), strict=False)
+
+
 def test_a_dense_entry_that_no_own_value_could_give_is_refused():
     model = tied("sum_of_two")
     dense = tp.dense_state_dict(model)
@@ -215,6 +303,93 @@ def test_an_exchanged_source_is_noticed_whichever_it_is():
     assert torch.equal(model["c"].weight, expected(model))
 
 
+def exchange(model):
+    model["a"] = nn.Linear(4, 4)
+
+
+def resize(model):
+    model["a"].weight = nn.Parameter(torch.randn(6, 4))
+
+
+@pytest.mark.parametrize("spoil", [exchange, resize])
+def test_one_call_fits_own_values_to_what_became_of_the_source(spoil):
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "ab"})
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    was, old = model["b"].weight.detach().clone(), model["a"]
+    spoil(model)
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    now = model["a"].weight.detach()
+    if spoil is exchange:
+        torch.testing.assert_close(model["b"].weight, now + (was - now).mean(0))
+    row = model["b"].parametrizations.weight.original0
+    assert torch.equal(model["b"].weight, model["a"].weight + row)
+    hooks = [len(layer._load_state_dict_post_hooks) for layer in (old, model["a"])]
+    assert hooks == ([0, 1] if spoil is exchange else [1, 1])
+    model["b"].weight.sum().backward()
+    with pytest.raises(tp.TieError, match="a free value of 'b.weight'"):
+        optimizer.step()
+
+
+def test_without_a_tensor_to_fit_own_values_to_nothing_is_renewed():
+    model = three()
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    row = model["b"].parametrizations.weight.original0
+    weight = model["a"].weight
+    del model["a"].weight
+    with pytest.raises(tp.TieError, match="Give the source its tensor back first"):
+        tp.register_tie(model["b"], Shifted, source="c", root=model)
+    assert not model["c"]._load_state_dict_post_hooks
+    model["a"].weight = weight
+    assert model["b"].parametrizations.weight.original0 is row
+    assert torch.equal(model["b"].weight, weight + row)
+
+
+class Aliases(Linked):
+    """Its fit gives back tensors that are not its own."""
+
+    law = "W = (A.W + w)/2"
+
+    def free_shapes(self):
+        return (self.bound_layout.shape,)
+
+    def forward(self, source, own):
+        return (source + own) / 2
+
+    def fit(self, weight, source):
+        return (source,)
+
+
+@pytest.mark.filterwarnings("ignore:the tie of")
+def test_own_values_are_in_storage_of_their_own():
+    model = three()
+    tp.register_tie(model["b"], Aliases, source="a", root=model)
+    (own,) = tie_of(model["b"]).free
+    assert torch.equal(own, model["a"].weight)
+    assert own.data_ptr() != model["a"].weight.data_ptr()
+
+
+def written(weight, source):
+    return (weight.sub_(source).mean(0),)
+
+
+@pytest.mark.parametrize(
+    ("fit", "message"),
+    [
+        (lambda self, w, a: w[0].clone(), "its fit returns a tensor. Return a tuple"),
+        (lambda self, w, a: (), "its fit returns nothing, and its free_shapes say (4,)"),
+        (lambda self, w, a: (w[0], w[0]), "its fit returns (4,), (4,), and its free_shapes"),
+        (lambda self, w, a: (w,), "its fit returns (4, 4), and its free_shapes say (4,)"),
+        (lambda self, w, a: written(w, a), "its fit changes the weight in place"),
+    ],
+    ids=["no sequence", "too few", "too many", "shape", "in place"],
+)
+def test_a_fit_that_gives_other_values_than_free_shapes_says_is_refused(fit, message):
+    body = {"fit": fit, "forward": lambda self, source, *rows: source + sum(rows)}
+    model = three()
+    assert_refused(model["b"], type("Faulty", (Shifted,), body), message, source=model["a"])
+
+
 def test_assigning_to_own_values_fits_them():
     model = tied("mixed")
     value = (3 * model["a"].weight + model["b"].weight).detach()
@@ -224,6 +399,45 @@ def test_assigning_to_own_values_fits_them():
         tp.assign_(model["c"], torch.eye(4))
     with pytest.raises(tp.TieError, match="computed from another layer's tensor"):
         tp.assign_(tied("sum_of_two")["c"], value)
+
+
+def test_initialising_fits_own_values_and_leaves_the_source():
+    model = three()
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    (row,) = tie_of(model["b"]).free
+    source = model["a"].weight.detach().clone()
+    tp.init_(model["b"], nn.init.zeros_)
+    torch.testing.assert_close(row.detach(), -source.mean(0))
+    torch.manual_seed(0)
+    model["b"].reset_parameters()
+    torch.manual_seed(0)
+    fresh = nn.Linear(4, 4)
+    torch.testing.assert_close(row.detach(), (fresh.weight.detach() - source).mean(0))
+    assert torch.equal(model["a"].weight, source)
+
+
+def test_a_fresh_weight_is_not_warned_of_since_rescaling_is_refused(recwarn):
+    model = nn.ModuleDict({name: nn.Linear(16, 16) for name in "ab"})
+    with pytest.raises(tp.TieError, match="none of its own values is an entry of the weight"):
+        tp.register_tie(model["b"], Shifted, source="a", root=model, init="rescale")
+    tp.register_tie(model["b"], Shifted, source="a", root=model)
+    assert not recwarn.list
+
+
+def test_the_remedy_is_what_helps():
+    model = three()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    options = {"source": "a", "root": model}
+    model["b"](torch.ones(1, 4)).sum().backward()
+    with pytest.raises(tp.TieError, match="a pending gradient follows") as caught:
+        tp.register_tie(model["b"], Shifted, **options)
+    assert caught.value.remedy == "Call zero_grad first."
+    optimizer.step()
+    model.zero_grad()
+    with pytest.raises(tp.TieError, match="optimizer state follows") as caught:
+        tp.register_tie(model["b"], Shifted, optimizer=optimizer, **options)
+    assert caught.value.remedy == "Build the optimizer after tying."
+    tp.register_tie(model["b"], Shifted, **options)
 
 
 def test_optimizers_hold_the_own_values_and_refuse_what_they_cannot_move():

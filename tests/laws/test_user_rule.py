@@ -339,9 +339,9 @@ def test_a_rule_without_a_law_is_refused():
 @pytest.mark.parametrize(
     ("right_inverse", "part"),
     [
-        (lambda self, weight: (weight[0].clone(), weight[1].clone()), "TypeError"),
-        (lambda self, weight: (), "TypeError"),
-        (lambda self, weight: weight[0].clone(), "Error"),  # no sequence: S17
+        (lambda self, weight: (weight[0].clone(), weight[1].clone()), "free_shapes say (3,)"),
+        (lambda self, weight: (), "returns nothing, and its free_shapes say (3,)"),
+        (lambda self, weight: weight[0].clone(), "its right_inverse returns a tensor"),  # S17
         (lambda self, weight: (weight[0].double(),), "torch.float32"),
     ],
     ids=["too many", "too few", "no sequence", "dtype"],

@@ -386,6 +386,14 @@ def test_s30_every_way_out_of_a_tie_whose_source_was_exchanged_is_open(way):
     assert torch.equal(model["head"].weight, before)
 
 
+def test_s30_a_dense_dictionary_is_not_tied_by_a_source_that_was_exchanged():
+    model = pair()
+    dense = tp.dense_state_dict(model)
+    model[0] = nn.Linear(4, 4)
+    with pytest.raises(tp.TieError, match="'0' of a 'copy' tie was exchanged"):
+        tp.tie_state_dict(model, dense)
+
+
 @pytest.mark.parametrize("spoil", [lose, delete])
 def test_a_tie_without_numbers_is_not_untied_and_says_what_helps(spoil):
     model = tied_head()
@@ -674,6 +682,14 @@ def test_a_removed_copy_of_a_deepcopy_leaves_the_originals_hook():
     entries = {f"{end}.{k}": v for end in late for k, v in other.items()}
     late.load_state_dict(entries)
     assert torch.equal(late["copy"].weight, other["weight"])
+
+
+def test_untying_a_shallow_copy_leaves_the_originals_hook():
+    model = pair()
+    tp.remove_tie(copy.copy(model[2]))
+    assert len(model[0]._load_state_dict_post_hooks) == 1
+    tp.remove_tie(model[2])
+    assert not model[0]._load_state_dict_post_hooks
 
 
 def test_a_source_is_freed_with_its_model():

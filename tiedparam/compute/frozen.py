@@ -111,11 +111,8 @@ def refuse_if_frozen(layer: nn.Module, action: str, undo: str = "") -> None:
     if concerned:
         held = [weight.where for session in concerned for _, weight in session.held]
         names = ", ".join(dict.fromkeys(held[:3])) + (", …" if len(held) > 3 else "")
-        raise TieError(
-            f"{action} inside frozen",
-            f"{names} would keep an old weight.",
-            "Do it outside of the block.",
-        )
+        fact = f"{names} would keep an old weight." if held else "the layer is part of the model."
+        raise TieError(f"{action} inside frozen", fact, "Do it outside of the block.")
 
 
 def refuse_training_forward(layer: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Rule
 from tiedparam.util.errors import Reason, TieError, describe_layer
+from tiedparam.util.sharded import whole
 from tiedparam.util.torch_private import effective
 
 Source = nn.Module | str | Tensor
@@ -124,8 +125,8 @@ class Linked(Rule):
         return names if self._several else names[0]
 
     def read(self) -> tuple[Tensor, ...]:
-        """The tensors of the sources, as they are now."""
-        return tuple(effective(layer, name) for layer, name in self.sources())
+        """The tensors of the sources, as they are now; whole where a source is sharded."""
+        return tuple(whole(effective(layer, name)) for layer, name in self.sources())
 
     # The law ----------------------------------------------------------------------------
 
@@ -157,7 +158,8 @@ class Linked(Rule):
                 "know.",
                 "Use tiedparam.register_tie.",
             )
-        return self.fit(weight, *self.read())
+        free = self.fit(weight, *self.read())
+        return tuple(value.detach().clone() for value in free)  # in storage of their own (S15)
 
     def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The nearest free values: no entry is one of them."""

@@ -137,8 +137,8 @@ def concern_of(tie: Tie, where: str, weight: Tensor, *, asked: bool) -> Concern 
         return None  # a copy takes another layer's values: its own are gone by definition
     if free >= entries:
         return Concern(where, tie.tensor_name, rule, weight, None)
-    if asked or residual is None or entries < ENTRIES:
-        return None
+    if asked or residual is None or entries < ENTRIES or rule.reads_layers:
+        return None  # nor is chance known of a law that reads layers
     kept = _kept(residual)
     if kept >= KEPT:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,11 @@ def initial_values(
             reason = _why_misshapen(rule(*sources, *zeros), dense)
             if reason is not None:
                 return reason
-            free = list(rule.right_inverse(dense))
+            free: Any = rule.fit_to(dense, sources)
+            free = free if isinstance(free, Tensor) else list(free)
+            reason = _why_other_values(free, rule)
+            if reason is not None:
+                return reason
             lawful = rule(*sources, *free)
         except (TieError, RecursionError):
             raise
@@ -72,6 +77,23 @@ def initial_values(
                 for value, count in zip(free, counts, strict=True)
             ]
         return InitialValues(free, residual)
+
+
+def _why_other_values(free: Any, rule: Rule) -> Reason | None:
+    """Why a law's fit is not what its ``free_shapes`` say."""
+    fit = "fit" if rule.reads_layers else "right_inverse"
+    if isinstance(free, Tensor):
+        # torch would write it into the dense Parameter (S17)
+        return Reason(f"its {fit} returns a tensor.", "Return a tuple of tensors.")
+    shapes = tuple(tuple(value.shape) for value in free)
+    if shapes != tuple(map(tuple, rule.free_shapes())):
+        wanted = ", ".join(map(str, rule.free_shapes()))
+        return Reason(
+            f"its {fit} returns {', '.join(map(str, shapes)) or 'nothing'}, and its free_shapes "
+            f"say {wanted or 'nothing'}.",
+            "Correct the rule.",
+        )
+    return None
 
 
 def _why_wrong(free: list[Tensor], dense: Tensor) -> Reason | None:

@@ -36,6 +36,7 @@ from tiedparam.tie.marks import carry_attributes
 from tiedparam.tie.reading import Reading
 from tiedparam.tie.record import Tie
 from tiedparam.tie.rollback import rolled_back_on_error
+from tiedparam.tie.sources import overlooking_sources
 from tiedparam.tie.target import Target
 from tiedparam.util.errors import Reason, TieError, warn
 from tiedparam.util.never_compiled import never_compiled
@@ -242,17 +243,32 @@ def _tie_again(target: Target, made: Rule, settings: Settings) -> None:
     layer, name = target.layer, target.tensor_name
     refuse_if_frozen(layer, "register_tie")
     present = tie_of(layer, name)
-    watches = present.reading.watches if present.reading is not None else []
     with _unbound_on_error(made), rolled_back_on_error(layer.modules(), []):
-        value = value_of(made, target)
+        value, lost = value_of(made, target), None
+        if value is None:  # what it was until now, to which values of its own are fitted
+            value, lost = _last_value(present)
         shape = present.rule.bound_layout.shape
         if value is None or value.dim() != len(shape):
             value = torch.empty(shape, device="cpu")  # `bind` says what does not fit
         host.remove_host(layer, name, plain_parameter(value, requires_grad=True))
         declare_shape(layer, name, tuple(value.shape))
         tie_one(target, made, Settings(settings.init, cache=settings.cache))
-    for watch in watches:
-        watch.leave()
+        if lost is not None and made.free_shapes():
+            raise TieError(
+                f"cannot tie {target.describe()} by '{made}'",
+                f"{lost.fact} So there is no tensor to fit the law's own values to.",
+                "Give the source its tensor back first.",
+            )
+    optimizer_guard.retire(present.free, f"a free value of {target.describe()}", _TO_REBUILD)
+
+
+def _last_value(tie: Tie) -> tuple[torch.Tensor | None, TieError | None]:
+    """What a broken tie gives by what it still holds, or why it gives nothing."""
+    try:
+        with torch.no_grad(), overlooking_sources(tie.values):
+            return tie.weight(), None
+    except TieError as error:
+        return None, error
 
 
 # When something fails ----------------------------------------------------------------------------

@@ -72,9 +72,6 @@ def remove_tie(
         if tie.free:
             optimizer_moves.move_gradient(untying(tie, dense))
     _tell_resized(tie, dense, where)
-    reading = tie.reading
-    for watch in reading.watches if reading is not None else ():
-        watch.leave()
     stored = tie.free
     for parameter in stored:
         carry_attributes(parameter, dense)

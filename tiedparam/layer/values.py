@@ -165,7 +165,8 @@ def init_(
         tensor_name: which tensor.
 
     Returns:
-        The layer. A copy-tied tensor is left alone, so that ``model.apply`` works.
+        The layer. A copy-tied tensor is left alone, so that ``model.apply`` works; values that a
+        law has besides its sources are fitted.
 
     Raises:
         TieError: if the tensor is not tied, if ``init_fn`` does not fill its tensor, or if the
@@ -173,7 +174,7 @@ def init_(
     """
     tie = tie_of(layer, tensor_name)
     refuse_if_frozen(layer, "initialising")
-    if tie.rule.reads_layers:
+    if tie.rule.reads_layers and not tie.free:
         return layer
     where = tie.describe()
     reason = why_offloaded(layer)
@@ -231,7 +232,7 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     parameters = parameters_of(dense_layer)
     for tie in ties_in(layer):
         dense_parameter = parameters[tie.tensor_name]
-        if tie.rule.reads_layers or dense_parameter is None:
+        if not tie.free or dense_parameter is None:
             continue
         if not _is_unfilled(dense_parameter):  # a reset of the bias alone, say
             _keep_representatives(tie, dense_parameter)

@@ -133,6 +133,7 @@ def _tie_entry(
     sources: tuple[Tensor, ...] = ()
     if rule.reads_layers:
         try:
+            refuse_exchanged(tie.values)
             sources = expander.sources(tie)
             if not keys and not agree(dense[key], expander.law(tie, sources)):
                 return disagreement(key, tie)
@@ -255,7 +256,7 @@ class _Expander:
 
     def _source(self, layer: nn.Module, name: str) -> Tensor:
         tie = find_tie(layer, name)
-        if tie is None or not tie.rule.reads_layers:
+        if tie is None or tie.free or not tie.rule.reads_layers:
             prefix = self._prefixes.get(id(layer))
             if prefix is None:
                 kind = type(layer).__name__

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiedparam.laws.rule import relative_distance
 from tiedparam.tie.record import Tie
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.errors import Reason, quoted, shown_shape, some_of, warn
@@ -79,8 +80,14 @@ def _another_size(key: str, entry: Tensor, shape: tuple[int, ...]) -> Reason:
     return Reason(f"size mismatch for '{key}': {there} in the checkpoint, {shape} here.")
 
 
-def agree(entry: Tensor, computed: Tensor) -> bool:
-    """Whether two tensors are equal up to the rounding of the coarser of their dtypes."""
+def agree(entry: Tensor, computed: Tensor, *, fitted: bool = False) -> bool:
+    """Whether two tensors are equal up to the rounding of the coarser of their dtypes.
+
+    Args:
+        entry: what a dictionary has.
+        computed: what the tie makes of its sources.
+        fitted: whether these were fitted to the dictionary, which is less exact than rounding.
+    """
     if not (has_values(entry) and has_values(computed)):
         return True
     entry, computed = as_float(entry).detach(), as_float(computed).detach()
@@ -88,9 +95,10 @@ def agree(entry: Tensor, computed: Tensor) -> bool:
         return False
     tolerance = 4 * max(torch.finfo(entry.dtype).eps, torch.finfo(computed.dtype).eps)
     wide = torch.promote_types(torch.promote_types(entry.dtype, computed.dtype), torch.float32)
-    return torch.allclose(
-        entry.to(computed.device, wide), computed.to(wide), rtol=tolerance, atol=0, equal_nan=True
-    )
+    entry, computed = entry.to(computed.device, wide), computed.to(wide)
+    if fitted and relative_distance(entry, computed) <= RESIDUAL_TO_WARN:
+        return True
+    return torch.allclose(entry, computed, rtol=tolerance, atol=0, equal_nan=True)
 
 
 def disagreement(key: str, tie: Tie) -> Reason:

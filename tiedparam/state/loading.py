@@ -29,7 +29,7 @@ from tiedparam.state.entries import (
 )
 from tiedparam.tie.lookup import find_tie, origins, ties_in
 from tiedparam.tie.record import Tie
-from tiedparam.tie.sources import chain
+from tiedparam.tie.sources import chain, depth
 from tiedparam.tie.torch_callers import refuse_loading_by_key
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.bits import same_bits
@@ -59,7 +59,7 @@ def accept(
             value = state_dict.pop(key)
             reason = _why_not_loaded(tie, key, value, keys, state_dict)
             if reason is None and tie.rule.reads_layers:
-                _judge_now_and_later(tie, keys, key, value, state_dict, error_msgs)
+                _judge_now_and_later(tie, keys, key, value, state_dict, local_metadata, error_msgs)
             elif reason is None:
                 _project(tie, keys, key, as_float(value), state_dict)
         elif any(k in state_dict for k in keys):
@@ -131,23 +131,46 @@ def signatures_of(local_metadata: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def _loaded_later(tie: Tie) -> int:
-    """How many sources will be loaded after the layer, by their places in the model."""
-    count = 0
-    for place, (source, _) in zip(tie.record.own_reading().places, tie.rule.sources(), strict=True):
-        root = place.common_root
-        ends = [m for m in root.modules() if m is source or m is tie.layer] if root else []
-        count += ends[-1:] == [source] and source is not tie.layer
-    return count
+    """How many sources, all along the chain, will be loaded after the layer, by their places."""
+    read = [
+        (source, place.common_root)
+        for each in chain(tie.values)
+        for (source, _), place in zip(each.law.sources(), each.own_reading().places, strict=True)
+    ]
+    # roots of one chain lie in each other, since each holds a link: the largest holds them all
+    order: dict[int, int] = {}
+    for root in (root for _, root in read if root is not None):
+        there = {id(part): number for number, part in enumerate(root.modules())}
+        order = max(order, there, key=len)
+    own = order.get(id(tie.layer), len(order))
+    return sum(order.get(id(source), -1) > own for source, _ in read)
 
 
 class _PendingEntry:
-    """A dense entry whose verdict, or whose fit, depends on sources that may be loaded later."""
+    """A dense entry whose verdict, or whose fit, depends on sources that may be loaded later.
 
-    def __init__(self, tie: Tie, value: Tensor, key: str, error_msgs: list[str]) -> None:
+    Attributes:
+        depth: how many ties are behind its tie, which are judged before it.
+    """
+
+    def __init__(
+        self,
+        tie: Tie,
+        keys: list[str],
+        key: str,
+        value: Tensor,
+        state_dict: dict[str, Any],
+        error_msgs: list[str],
+    ) -> None:
         # weakly: the checkpoint's tensors live as long as the load, not as long as the model
         self._layer, self._value = weakref.ref(tie.layer), weakref.ref(value)
         self._tensor_name, self._key, self._error_msgs = tie.tensor_name, key, error_msgs
-        self._awaited = _loaded_later(tie)
+        self._awaited, self.depth = _loaded_later(tie), depth(tie.values)
+        # a source inside of the layer is loaded next, perhaps before the free values are; and
+        # nobody else may hold the entry until then
+        within = set(tie.layer.modules()) - {tie.layer}
+        is_within = any(source in within for source, _ in tie.rule.sources())
+        self._held = (value, state_dict, keys) if is_within else None
 
     def fitted(self) -> tuple[Tensor, ...]:
         """The free values that are nearest now, after adding or withdrawing the complaint."""
@@ -160,7 +183,7 @@ class _PendingEntry:
         with torch.no_grad():
             computed = tie.tied()
         complaint = str(disagreement(self._key, tie))
-        agrees = agree(value, computed)
+        agrees = agree(value, computed, fitted=any(each.ntensors for each in chain(tie.values)))
         if not agrees and complaint not in self._error_msgs:
             self._error_msgs.append(complaint)
         elif agrees and complaint in self._error_msgs:
@@ -170,12 +193,16 @@ class _PendingEntry:
     def _nearest(self, tie: Tie, value: Tensor) -> tuple[Tensor, ...]:
         """The free values that are nearest to the entry; what is left cannot be helped."""
         with torch.no_grad():
-            sources = tie.rule.read()
-            value = value.to(sources[0].device, sources[0].dtype)
-            free = tie.rule.right_inverse(value)
-            residual = relative_distance(value, tie.rule(*sources, *free))
-        if has_values(value) and not residual <= RESIDUAL_TO_WARN and self._awaited <= 0:
-            warn_projected([(self._key, residual)])
+            sources = tie.record.own_reading().read_all(tie.record.law)
+            if has_values(value) and not all(map(has_values, sources)):
+                # the source's values come later; by then the free values have a place for theirs
+                return tuple(value.new_zeros(shape) for shape in tie.rule.free_shapes())
+            like = value.to(sources[0].device, sources[0].dtype)
+            free = tie.rule.fit_to(like, sources)
+            if has_values(value) and self._awaited <= 0:
+                residual = relative_distance(like, tie.rule(*sources, *free))
+                if not residual <= RESIDUAL_TO_WARN:
+                    warn_projected([(self._key, residual)])
         return free
 
     def __call__(self) -> None:
@@ -185,6 +212,9 @@ class _PendingEntry:
         layer = self._layer()
         tie = find_tie(layer, self._tensor_name) if layer is not None else None
         if tie is not None and free:
+            if self._held is not None:
+                _, entries, keys = self._held
+                entries.update(zip(keys, free, strict=True))
             with torch.no_grad():
                 for parameter, content in zip(tie.free, free, strict=True):
                     write(parameter, content)
@@ -196,10 +226,16 @@ def _judge_now_and_later(
     key: str,
     value: Tensor,
     state_dict: dict[str, Any],
+    local_metadata: Mapping[str, Any],
     error_msgs: list[str],
 ) -> None:
-    entry = _PendingEntry(tie, value, key, error_msgs)
-    state_dict.update(zip(keys, entry.fitted(), strict=True))
+    entry = _PendingEntry(tie, keys, key, value, state_dict, error_msgs)
+    free = entry.fitted()
+    if free and local_metadata.get("assign_to_params_buffers"):
+        # they become the Parameters: of the checkpoint's dtype, whatever the source still has
+        dtype = as_float(value).dtype
+        free = tuple(content.to(dtype) for content in free)
+    state_dict.update(zip(keys, free, strict=True))
     for each in chain(tie.values):  # to the layers that have the numbers
         for watch in each.reading.watches if each.reading is not None else ():
             watch.waiting.append(entry)

@@ -56,10 +56,15 @@ def find_sources(rule: Any, target: Target) -> Reason | None:
 
 
 def value_of(rule: Rule, target: Target) -> Tensor | None:
-    """What an unbound rule would compute; it shows the size in which a tie can be renewed."""
-    if find_sources(rule, target) is not None or rule.free_shapes():
+    """What an unbound rule would give, by which a tie of unknown size can be renewed.
+
+    None if it cannot be computed, or takes values of its own.
+    """
+    if find_sources(rule, target) is not None:
         return None
     try:
+        if rule.free_shapes():  # many need the layout
+            return None
         with torch.no_grad():
             value = rule.forward(*(tensor.detach().clone() for tensor in rule.read()))
     except Exception:
@@ -180,9 +185,14 @@ def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
         present = rule.read()
         probes = [tensor.detach().clone() for tensor in present]
     shapes = " and ".join(str(tuple(tensor.shape)) for tensor in present)
+    goal = weight.detach()
+    unwritten = version_of(goal)
     try:
         with torch.no_grad():
-            result = rule.forward(*probes, *rule.fit(weight.detach(), *probes))
+            if rule.free_shapes():
+                goal = goal.clone()
+                unwritten = version_of(goal)
+            result = rule.forward(*probes, *rule.fit(goal, *probes))
     except RecursionError:
         raise
     except Exception as error:
@@ -194,6 +204,8 @@ def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
         return Reason(
             f"{function} changes the source's tensor in place.", "Let it return a new tensor."
         )
+    if version_of(goal) != unwritten:
+        return Reason("its fit changes the weight in place.", "Let it compute new tensors.")
     if not isinstance(result, Tensor):
         return Reason(f"{function} must return a tensor, not {type(result).__name__}.", correct)
     if result.shape != weight.shape:

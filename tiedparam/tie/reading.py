@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from tiedparam.tie.whereabouts import Whereabouts
 from tiedparam.tie.wrapped import refuse_other_unit
 from tiedparam.util.errors import TieError, describe_layer
 from tiedparam.util.parametrized import tensor_of
-from tiedparam.util.sharded import gathered
+from tiedparam.util.sharded import gathered, is_sharded
 from tiedparam.util.torch_private import effective, is_managed_by_fsdp, is_traced
 
 if TYPE_CHECKING:
@@ -35,6 +35,16 @@ class ResizedSourceError(TieError):
     """A source has another size now than when it was tied."""
 
 
+class Waiting(Protocol):
+    """What waits until a source is loaded."""
+
+    depth: int
+    """How many ties are behind its own: those are called before it."""
+
+    def __call__(self) -> None:
+        """Go on: the source is loaded."""
+
+
 class SourceWatch:
     """A load hook on one source: what waits for its values is called once they are in.
 
@@ -42,12 +52,12 @@ class SourceWatch:
     """
 
     def __init__(self, source: nn.Module) -> None:
-        self.waiting: list[Callable[[], None]] = []
+        self.waiting: list[Waiting] = []
         self._handle = source.register_load_state_dict_post_hook(self)
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
-        """Call what has waited for the source, which is loaded now."""
-        for call in self.waiting:
+        """Call what has waited for the source, which is loaded now: what others read first."""
+        for call in sorted(self.waiting, key=lambda each: each.depth):
             call()
         self.waiting.clear()
 
@@ -127,6 +137,11 @@ class Reading:
         try:
             weight: Tensor = rule(*read, *free)
         except Exception as error:
+            elsewhere = [is_sharded(tensor) for tensor in read]
+            if any(elsewhere) and not all([*elsewhere, *map(is_sharded, free)]):  # S31
+                named = _named(list(rule.sources())[elsewhere.index(True)])
+                fact = f"{named} belongs to another fully_shard unit, and only a part of "
+                raise TieError(f"a '{rule}' tie", f"{fact}it is here.", _ONE_UNIT) from error
             if tuple(tuple(tensor.shape) for tensor in read) == self.shapes:
                 raise
             fact = f"{_sizes_now(rule, read)}, on which {_function_of(rule)} raised"
@@ -141,6 +156,15 @@ class Reading:
             fact = f"{_sizes_now(rule, read)}, and '{rule}' ties a tensor {rule.layout.shape}."
             raise ResizedSourceError(_first(rule), fact, _renewal(rule))
         return weight
+
+    def read_all(self, rule: Linked) -> tuple[Tensor, ...]:
+        """The tensors of all sources.
+
+        Raises:
+            TieError: if one is not what it was.
+        """
+        found = zip(rule.sources(), self.places, strict=True)
+        return tuple(self.read_source(source, name, place, rule) for (source, name), place in found)
 
     def read_source(self, source: nn.Module, name: str, place: Whereabouts, rule: Linked) -> Tensor:
         """The tensor of one source, if it is there and what it was.
@@ -253,6 +277,10 @@ class Reading:
 
 
 _LONGEST = 100
+_ONE_UNIT = (
+    "Put both into one unit, with fully_shard([source_layer, layer]) or by sharding only a module "
+    "that holds both."
+)
 
 
 def _sizes_now(rule: Linked, read: list[Tensor]) -> str:

@@ -25,6 +25,18 @@ def chain(values: nn.Module) -> Iterator[TiedList]:
             yield from chain(parametrization_list(source, name))
 
 
+def depth(values: nn.Module) -> int:
+    """How many ties stand one behind the other, from this one to the layers that have numbers."""
+    if not isinstance(values, TiedList) or values.reading is None:
+        return 0
+    behind = (
+        depth(parametrization_list(source, name))
+        for source, name in values.law.sources()
+        if parametrize.is_parametrized(source, name)
+    )
+    return 1 + max(behind, default=0)
+
+
 @contextmanager
 def overlooking_sources(values: nn.Module) -> Iterator[None]:
     """Compute with what there is, whatever has become of the sources, to leave the tie."""

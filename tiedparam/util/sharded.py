@@ -6,6 +6,7 @@ collective: every rank must do so, in the same order.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,13 +19,21 @@ def is_sharded(tensor: Tensor | None) -> bool:
     return kind is not nn.Parameter and kind is not Tensor and hasattr(tensor, "device_mesh")
 
 
+_within = threading.local()
+""".computed: whether this thread is inside of `computed`, where all tensors are ordinary ones."""
+
+
 def gathered(tensor: Any) -> Any:
-    """A sharded tensor with all of its values on every rank, still a DTensor; others as is."""
+    """A sharded tensor with all of its values on every rank, still a DTensor; others as is.
+
+    What a law reads while it is `computed` is an ordinary tensor, as its free values are.
+    """
     if not is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import Replicate
 
-    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+    everywhere = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+    return everywhere.to_local() if getattr(_within, "computed", False) else everywhere
 
 
 def computed(compute: Callable[..., Tensor], values: Iterable[Any]) -> Tensor:
@@ -38,7 +47,11 @@ def computed(compute: Callable[..., Tensor], values: Iterable[Any]) -> Tensor:
         return compute(*gathered_values)
     from torch.distributed.tensor import DTensor
 
-    result = compute(*(v.to_local() if is_sharded(v) else v for v in gathered_values))
+    _within.computed = True
+    try:
+        result = compute(*(v.to_local() if is_sharded(v) else v for v in gathered_values))
+    finally:
+        _within.computed = False
     return DTensor.from_local(result, sharded.device_mesh, sharded.placements, run_check=False)
 
 
