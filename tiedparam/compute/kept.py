@@ -179,7 +179,7 @@ class FrozenWeight:
             weight = self.tie.weight().detach()
         computing = self.tie.computing
         if computing is not None and computing.form != "dense":
-            return weight  # an expanded view: nobody reads it where the structured form runs
+            return weight  # an expanded view: nobody reads it where the cheaper form runs
         return weight.contiguous()
 
     def holds(self) -> bool:

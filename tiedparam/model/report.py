@@ -15,7 +15,8 @@ from tiedparam.model import cost
 from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
 from tiedparam.model.reasons import Skipped
 from tiedparam.state.optimizer_moves import as_optimizers
-from tiedparam.tie.lookup import origins, tie_of, ties_of
+from tiedparam.tie.lookup import origins, ties_in
+from tiedparam.tie.record import Tie
 from tiedparam.util.errors import Reason, key_of
 from tiedparam.util.table import Column, Table, TableReport, plain, show
 from tiedparam.util.torch_private import buffers_of, unsaved_buffers_of
@@ -222,20 +223,14 @@ def tie_rows(model: nn.Module, example: Any = None) -> tuple[TieRow, ...]:
     positions = cost.positions(model, example) if example is not None else {}
     paths = {id(module): path for path, module in model.named_modules()}
     return tuple(
-        _row(path, layer, name, rule, paths, positions)
+        _row(path, tie, paths, positions)
         for path, layer in model.named_modules()
-        for name, rule in ties_of(layer).items()
+        for tie in ties_in(layer)
     )
 
 
-def _row(
-    path: str,
-    layer: nn.Module,
-    name: str,
-    rule: Rule,
-    paths: dict[int, str],
-    positions: dict[nn.Module, int],
-) -> TieRow:
+def _row(path: str, tie: Tie, paths: dict[int, str], positions: dict[nn.Module, int]) -> TieRow:
+    layer, name, rule = tie.layer, tie.tensor_name, tie.rule
     shape = rule.bound_layout.shape
     counts = () if rule.reads_layers else rule.multiplicities()
     costs = cost.multiply_adds(layer, name, shape, rule)
@@ -252,7 +247,7 @@ def _row(
             if counts
             else None
         ),
-        residual=tie_of(layer, name).residual_at_tying,
+        residual=tie.residual_at_tying,
         multiply_adds_dense=costs[0] if costs else None,
         multiply_adds_tied=costs[1] if costs else None,
         positions=positions.get(layer),

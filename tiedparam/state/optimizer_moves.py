@@ -1,7 +1,7 @@
 """Moving an optimizer between a dense parameter and its free values, state included.
 
-What is known of its class stands in `_optimizer_laws`, how each kind of state follows in
-`_optimizer_maps`, and in which group the new parameters stand is decided by `_optimizer_groups`.
+What is known of its class stands in `optimizer_laws`, how each kind of state follows in
+`optimizer_maps`, and in which group the new parameters stand is decided by `optimizer_groups`.
 Here a move is planned, with every reason against it, before anything is changed.
 """
 
