@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from tiedparam.laws.rule import Rule
@@ -266,9 +267,9 @@ def _described(rule: Rule, paths: dict[int, str]) -> str:
 
 
 def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimizer]) -> Totals:
-    """The sums over a model whose ties are ``rows``."""
+    """The sums over a model whose ties are ``rows``; lazy layers have no numbers to count yet."""
     rows = list(rows)
-    parameters = list(model.parameters())  # each once
+    parameters = [p for p in model.parameters() if not is_lazy(p)]  # each once
     stored = sum(p.numel() for p in parameters)
     stored_bytes = sum(p.numel() * p.element_size() for p in parameters)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in _saved_buffers(model))
@@ -299,11 +300,13 @@ def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimiz
 
 
 def _saved_buffers(model: nn.Module) -> Iterable[Tensor]:
-    """Those that its state dict holds, each once."""
+    """Those that its state dict holds, each once, without those of lazy layers."""
     found = {}
     for module in model.modules():
         for name, buffer in buffers_of(module).items():
-            if buffer is not None and name not in unsaved_buffers_of(module):
+            if buffer is None or is_lazy(buffer):
+                continue
+            if name not in unsaved_buffers_of(module):
                 found[id(buffer)] = buffer
     return found.values()
 
