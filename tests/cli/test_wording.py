@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 import tiedparam as tp
+from tiedparam.cli.model_from_file import open_model
 from tiedparam.cli.wording import REMEDIES, in_one_line, in_shell, message_of
 
 REMOVE_THE_TIE = "Call remove_tie first."
@@ -53,6 +54,48 @@ def test_each_of_several_reasons_is_reworded():
     assert REMOVE_THE_TIE in str(report)
     assert REMOVE_THE_TIE not in report.text([], in_shell)
     assert "already. Run tiedparam untie first." in report.text([], in_shell)
+
+
+def test_reasons_against_a_file_are_reworded_however_many(tmp_path, registry, monkeypatch):
+    @tp.register_rule("all_equal")
+    class AllEqual(tp.Rule):
+        law = "W = w"
+
+        def free_shapes(self):
+            return ((1, 1),)
+
+        def forward(self, value):
+            return value.expand(self.bound_layout.shape)
+
+        def symmetries(self, weight):
+            return [weight.flip(0)]
+
+    path = tmp_path / "model.safetensors"
+    for count in (1, 2):
+        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(count)))
+        tp.tie_model(model, {"*": "all_equal"}, init="rescale")
+        tp.save(model, path)
+        with monkeypatch.context() as patched:
+            patched.setattr("tiedparam.laws.registry._RULES", {})
+            with pytest.raises(tp.TieError) as caught:
+                open_model(path)
+        lines = [line for line in message_of(caught.value).splitlines() if "no rule" in line]
+        assert len(lines) == count
+        assert all(line.endswith("Rules of your own need --import.") for line in lines)
+        assert "import its module first" in str(caught.value)
+
+
+def test_a_scan_and_a_broken_law_name_options_of_the_shell():
+    layers = [nn.Linear(6, 6) for _ in range(5)]
+    report = tp.scan(nn.Sequential(*layers), ["copy"], pairs=1)
+    assert "have no row. pairs= sets the bound." in str(report)
+    assert "have no row. --pairs sets the bound." in report.text([], in_shell)
+    with pytest.raises(tp.TieError) as caught:
+        tp.register_tie(layers[0], "flip_sym", init="exact")
+    assert str(caught.value).endswith(" Use init='project' to take the nearest lawful weight.")
+    assert message_of(caught.value).endswith(
+        " Choose 'project' instead of 'exact' to take the nearest lawful weight."
+    )
 
 
 def test_control_characters_of_names_do_not_steer_the_terminal():

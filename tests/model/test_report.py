@@ -113,6 +113,13 @@ def test_frozen_and_shared_parameters_count_as_they_should():
     assert report.totals.optimizer_dense == report.totals.optimizer_stored == 2 * 4 * (44 - 16)
 
 
+def test_lazy_layers_count_nothing_until_they_have_a_size():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    assert tp.tie_model(model, {"0": "flip_sym"}).totals.values_stored == 10 + 4
+    model(torch.randn(2, 4))
+    assert tp.report(model).totals.values_stored == 10 + 4 + 4 * 3 + 3 + 2 * 3
+
+
 def test_multiply_adds_are_those_of_the_form_in_which_the_layer_trains():
     model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv1d(8, 32, 3, groups=8))
     tp.register_tie(model[0], "channel_shared")

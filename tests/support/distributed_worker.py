@@ -34,7 +34,7 @@ from torch.nn.utils import parametrize
 
 import tiedparam as tp
 from tiedparam.layer import host as _host
-from tiedparam.tie.lookup import named_ties, tie_of
+from tiedparam.tie.lookup import named_ties_in, tie_of
 from tiedparam.util.torch_private import effective
 
 TIED = ("stem", "mid", "streams", "rows", "square", "decode")
@@ -129,10 +129,10 @@ def outcome(model: nn.Module, losses: list[float] | None = None) -> dict:
     state = get_model_state_dict(plain, options=FULL)
     weights = {}
     with torch.no_grad():
-        for prefix, layer, name, _ in named_ties(plain):
-            weight = effective(layer, name)
+        for prefix, tie in named_ties_in(plain):
+            weight = tie.weight()
             weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-            weights[prefix + name] = weight.clone()
+            weights[prefix + tie.tensor_name] = weight.clone()
     # clones: torch.save would write a view's whole storage
     return {"losses": losses, "state": {k: v.clone() for k, v in state.items()}, "weights": weights}
 
@@ -529,8 +529,7 @@ def outcome_of_fsdp1(model: nn.Module, losses: list[float] | None) -> dict:
     state = {key: value.clone() for key, value in model.state_dict().items()}
     with FullyShardedDataParallel.summon_full_params(model), torch.no_grad():
         weights = {
-            prefix + name: effective(layer, name).clone()
-            for prefix, layer, name, _ in named_ties(model)
+            prefix + tie.tensor_name: tie.weight().clone() for prefix, tie in named_ties_in(model)
         }
     return {"losses": losses, "state": state, "weights": weights}
 

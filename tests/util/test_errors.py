@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from tiedparam import TieError
@@ -40,3 +42,16 @@ def test_one_reason_is_told_and_several_are_listed():
     assert str(caught.value) == (
         "cannot load 'file': it does not fit:\n  'a' is too wide. Cut it.\n  'b' is missing."
     )
+
+
+def test_listed_reasons_stay_reasons_for_whoever_words_them():
+    several = [Reason("'a' is too wide.", "Cut it."), Reason("'b' is missing.")]
+    with pytest.raises(TieError) as caught:
+        refuse("'file'", several, "it does not fit")
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        told = within(WHERE, error)
+        assert (told.where, told.remedy) == (WHERE, "")
+        assert told.worded(lambda reason: reason.fact) == (
+            "cannot load 'file': it does not fit:\n  'a' is too wide.\n  'b' is missing."
+        )
+    assert within("cannot read it", caught.value).fact.startswith("'file': it does not fit:\n  'a'")

@@ -44,7 +44,7 @@ from tiedparam.model.plan_file import read_plan, write_plan
 from tiedparam.model.report import report
 from tiedparam.model.scan import scan
 from tiedparam.model.tie_model import tie_model
-from tiedparam.tie.lookup import ties_of
+from tiedparam.tie.lookup import is_tied
 from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.table import Column, Table, TableReport
 
@@ -266,7 +266,7 @@ def _run_untie(arguments: argparse.Namespace) -> None:
     others = output.parent.glob(shards) if arguments.max_shard_size else ()
     refuse_to_overwrite(arguments, *others)
     model = model_of(arguments)
-    if not any(ties_of(layer) for layer in model.modules()):
+    if not is_tied(model):
         raise TieError(
             f"'{arguments.file}'", f"'{arguments.file}' holds no ties.", "It is dense already."
         )

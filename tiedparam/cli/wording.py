@@ -5,6 +5,8 @@ from __future__ import annotations
 from tiedparam.laws.registry import IMPORT_ITS_MODULE
 from tiedparam.layer.checks import REMOVE_THE_TIE
 from tiedparam.layer.concerns import CHOOSE_A_NEARER_LAW, LOOK_FIRST, TO_TIE_AGAIN
+from tiedparam.layer.initial_values import TAKE_THE_NEAREST
+from tiedparam.model.scan_report import PAIRS_SET_THE_BOUND
 from tiedparam.model.tie_model import LEAVE_UNFIT
 from tiedparam.util.errors import Reason, TieError, TieWarning, visible
 from tiedparam.util.table import SEE_ALL_ROWS
@@ -22,8 +24,10 @@ REMEDIES = {
     LEAVE_UNFIT: "Correct the plan, or pass --skip-unfit to leave these as they are.",
     LOOK_FIRST: _LOOK_FIRST,
     f"{LOOK_FIRST} {TO_TIE_AGAIN}": f"{_LOOK_FIRST} To tie again pass --force.",
+    PAIRS_SET_THE_BOUND: "--pairs sets the bound.",
     REMOVE_THE_TIE: "Run tiedparam untie first.",
     SEE_ALL_ROWS: "See the output of --json.",
+    TAKE_THE_NEAREST: "Choose 'project' instead of 'exact' to take the nearest lawful weight.",
 }
 """The remedies of the library that one types otherwise in the shell."""
 

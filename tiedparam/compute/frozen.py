@@ -35,7 +35,7 @@ class frozen(ContextDecorator):  # noqa: N801 — used like a function, as torch
 
     Weights that hooks or patches stand before are computed at every call all the same.
 
-    Inside, layers run at the speed of plain dense ones, or of their structured form where that
+    Inside, layers run at the speed of plain dense ones, or of their cheaper form where that
     is faster. Blocks may be nested, shared by threads, and entered again. The state dict is
     the same inside and outside; copies and pickles that are made inside are not frozen.
 

@@ -6,7 +6,6 @@ All reasons are listed at once.
 from __future__ import annotations
 
 import re
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
@@ -28,11 +27,11 @@ from tiedparam.util.bits import same_bits
 from tiedparam.util.errors import (
     Reason,
     TieError,
-    TieWarning,
     quoted,
     refuse,
     shown_shape,
     some_of,
+    warn,
 )
 from tiedparam.util.torch_private import original_key, set_metadata
 
@@ -207,10 +206,8 @@ def _warn_unshared(aliases: Mapping[str, str], slots: Mapping[str, _Slot]) -> No
         if slots[alias].tensor != slots[kept].tensor
     ]
     if apart:
-        warnings.warn(
-            f"these were one tensor when they were saved and are two in this model: "
-            f"{some_of(apart)}. They get equal values and will train apart. Share them "
-            "in the model before you load, or tie one to the other by 'copy'.",
-            TieWarning,
-            stacklevel=4,
+        warn(
+            "these were one tensor when they were saved and are two in this model: "
+            f"{some_of(apart)}. They get equal values and will train apart.",
+            "Share them in the model before you load, or tie one to the other by 'copy'.",
         )

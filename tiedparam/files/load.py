@@ -21,11 +21,11 @@ from tiedparam.formats.atomic import PathLike
 from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.laws.functions import Functions, as_functions
 from tiedparam.layer.register import Settings, tie_one
+from tiedparam.layer.rollback import rolled_back_on_error
 from tiedparam.state.optimizer_guard import watch_free_values
 from tiedparam.tie.lookup import is_tied, named_ties_in, tie_of
 from tiedparam.tie.offloaded import TO_BRING_BACK, is_offloaded
 from tiedparam.tie.parameter_paths import Places
-from tiedparam.tie.rollback import rolled_back_on_error
 from tiedparam.tie.target import Target
 from tiedparam.util.errors import TieError, within
 from tiedparam.util.torch_private import buffers_of, parameters_of, unsaved_buffers_of

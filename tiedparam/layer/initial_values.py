@@ -13,6 +13,9 @@ from tiedparam.layer.concerns import why_distant
 from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.torch_private import has_values
 
+TAKE_THE_NEAREST = "Use init='project' to take the nearest lawful weight."
+"""What to do about a weight that breaks the law where ``init="exact"`` was asked for."""
+
 
 @dataclass(frozen=True)
 class InitialValues:
@@ -113,7 +116,7 @@ def _why_inexact(
         return None
     return Reason(
         f"the weight breaks the law {rule.law} (residual {residual:.2e}).",
-        "Use init='project' to take the nearest lawful weight.",
+        TAKE_THE_NEAREST,
     )
 
 

@@ -28,6 +28,7 @@ from tiedparam.layer.concerns import Concern, check_max_residual, concern_of
 from tiedparam.layer.initial_values import InitialValues, initial_values
 from tiedparam.layer.moves import planned_moves, raise_if
 from tiedparam.layer.parameter_order import plain_parameter, remember_order
+from tiedparam.layer.rollback import rolled_back_on_error
 from tiedparam.state import optimizer_guard, optimizer_moves
 from tiedparam.state.optimizer_exchange import tying
 from tiedparam.tie.binding import bind, value_of
@@ -35,15 +36,12 @@ from tiedparam.tie.lookup import origins, tie_of
 from tiedparam.tie.marks import carry_attributes
 from tiedparam.tie.reading import Reading
 from tiedparam.tie.record import Tie
-from tiedparam.tie.rollback import rolled_back_on_error
 from tiedparam.tie.sources import overlooking_sources
 from tiedparam.tie.target import Target
 from tiedparam.util.errors import Reason, TieError, warn
 from tiedparam.util.never_compiled import never_compiled
 from tiedparam.util.sharded import is_sharded
-from tiedparam.util.torch_private import (
-    effective,
-)
+from tiedparam.util.torch_private import effective
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -112,7 +110,7 @@ def register_tie(
         max_residual,
         cache,
         optimizer_moves.as_optimizers(optimizer),
-        lambda concern: warn(f"{concern.fact()} {concern.advice()}"),
+        lambda concern: warn(concern.fact(), concern.advice()),
     )
     tie_one(Target(layer, tensor_name, root), made, settings)
     return layer

@@ -123,6 +123,7 @@ def _tell_resized(tie: Tie, dense: nn.Parameter, where: str) -> None:
     if dense.shape != shape:
         warn(
             f"{where} was tied as {shape} and its source was resized since: it is "
-            f"{tuple(dense.shape)} now. Resize what else the layer has, such as its bias."
+            f"{tuple(dense.shape)} now.",
+            "Resize what else the layer has, such as its bias.",
         )
         declare_shape(tie.layer, tie.tensor_name, tuple(dense.shape))

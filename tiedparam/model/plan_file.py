@@ -33,7 +33,7 @@ from tiedparam.formats.strict_json import read_json
 from tiedparam.laws.functions import Functions, as_functions, function_name, with_functions
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
-from tiedparam.layer.checks import INITS
+from tiedparam.layer.checks import check_init
 from tiedparam.model.plan import OWN_OPTIONS, Pattern, Plan, PlanEntry, Value
 from tiedparam.util.errors import LONGEST_MESSAGE, TieError, nearest, shortened, within
 
@@ -250,9 +250,10 @@ def _entry_from_data(table: Any, where: str, functions: Functions) -> PlanEntry:
     except TieError as error:
         raise within(where, error) from error
     _refuse_options(rule, options, where)
-    if table.get("init", "project") not in INITS:
-        known = ", ".join(map(repr, INITS))
-        raise TieError(where, f"init={table['init']!r} is unknown.", f"Choose one of {known}.")
+    try:
+        check_init(table.get("init", "project"))
+    except TieError as error:
+        raise within(where, error) from error
     return PlanEntry(
         table["layers"] if "layers" in table else _layer_type(table["type"], where),
         rule.name,

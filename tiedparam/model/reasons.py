@@ -64,13 +64,14 @@ class SeveralTiesError(TieError):
     @property
     def fact(self) -> str:
         """All of them, as many as a message has room for."""
-        return self._listed(str)
+        return self.fact_in(str)
 
     def worded(self, word: Callable[[Reason], str]) -> str:
-        """The message, with each reason in the words of ``word``."""
-        return shortened(word(Reason(self._listed(word), self.remedy)), LONGEST_MESSAGE)
+        """The message, with each reason in the words of ``word``; they name the places."""
+        return shortened(word(Reason(self.fact_in(word), self.remedy)), LONGEST_MESSAGE)
 
-    def _listed(self, word: Callable[[Reason], str]) -> str:
+    def fact_in(self, word: Callable[[Reason], str]) -> str:
+        """The list, with each reason in the words of ``word``."""
         heading = [self.args[1]] if self.args[1] else []
         lines = [
             f"{place}: {word(reason)}" if place else word(reason) for place, reason in self.reasons

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from tiedparam.laws.rule import Rule
@@ -15,7 +16,8 @@ from tiedparam.model import cost
 from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
 from tiedparam.model.reasons import Skipped
 from tiedparam.state.optimizer_moves import as_optimizers
-from tiedparam.tie.lookup import origins, tie_of, ties_of
+from tiedparam.tie.lookup import origins, ties_in
+from tiedparam.tie.record import Tie
 from tiedparam.util.errors import Reason, key_of
 from tiedparam.util.table import Column, Table, TableReport, plain, show
 from tiedparam.util.torch_private import buffers_of, unsaved_buffers_of
@@ -222,20 +224,14 @@ def tie_rows(model: nn.Module, example: Any = None) -> tuple[TieRow, ...]:
     positions = cost.positions(model, example) if example is not None else {}
     paths = {id(module): path for path, module in model.named_modules()}
     return tuple(
-        _row(path, layer, name, rule, paths, positions)
+        _row(path, tie, paths, positions)
         for path, layer in model.named_modules()
-        for name, rule in ties_of(layer).items()
+        for tie in ties_in(layer)
     )
 
 
-def _row(
-    path: str,
-    layer: nn.Module,
-    name: str,
-    rule: Rule,
-    paths: dict[int, str],
-    positions: dict[nn.Module, int],
-) -> TieRow:
+def _row(path: str, tie: Tie, paths: dict[int, str], positions: dict[nn.Module, int]) -> TieRow:
+    layer, name, rule = tie.layer, tie.tensor_name, tie.rule
     shape = rule.bound_layout.shape
     counts = () if rule.reads_layers else rule.multiplicities()
     costs = cost.multiply_adds(layer, name, shape, rule)
@@ -252,7 +248,7 @@ def _row(
             if counts
             else None
         ),
-        residual=tie_of(layer, name).residual_at_tying,
+        residual=tie.residual_at_tying,
         multiply_adds_dense=costs[0] if costs else None,
         multiply_adds_tied=costs[1] if costs else None,
         positions=positions.get(layer),
@@ -271,9 +267,9 @@ def _described(rule: Rule, paths: dict[int, str]) -> str:
 
 
 def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimizer]) -> Totals:
-    """The sums over a model whose ties are ``rows``."""
+    """The sums over a model whose ties are ``rows``; lazy layers have no numbers to count yet."""
     rows = list(rows)
-    parameters = list(model.parameters())  # each once
+    parameters = [p for p in model.parameters() if not is_lazy(p)]  # each once
     stored = sum(p.numel() for p in parameters)
     stored_bytes = sum(p.numel() * p.element_size() for p in parameters)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in _saved_buffers(model))
@@ -304,11 +300,13 @@ def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimiz
 
 
 def _saved_buffers(model: nn.Module) -> Iterable[Tensor]:
-    """Those that its state dict holds, each once."""
+    """Those that its state dict holds, each once, without those of lazy layers."""
     found = {}
     for module in model.modules():
         for name, buffer in buffers_of(module).items():
-            if buffer is not None and name not in unsaved_buffers_of(module):
+            if buffer is None or is_lazy(buffer):
+                continue
+            if name not in unsaved_buffers_of(module):
                 found[id(buffer)] = buffer
     return found.values()
 

@@ -21,6 +21,8 @@ _NAMED = 5
 """How many finds the headline names."""
 _LUCK = 1e-3
 """How likely a model of random tensors may show a find."""
+PAIRS_SET_THE_BOUND = "pairs= sets the bound."
+"""How to compare more pairs of tensors, or fewer."""
 
 
 @dataclass(frozen=True)
@@ -230,9 +232,9 @@ class ScanReport(TableReport[Candidate]):
             fact = (
                 f"Copies: {compared:,} of {fitting:,} fitting pairs were compared in full, the "
                 f"{self.pairs.per_tensor} nearest of each tensor; the others by {SAMPLED:,} "
-                "sampled entries only, and have no row (pairs= sets the bound)."
+                "sampled entries only, and have no row."
             )
-            remarks.append(Reason(fact))
+            remarks.append(Reason(fact, PAIRS_SET_THE_BOUND))
         by_reason: dict[Reason, list[str]] = {}
         for left_out in self.not_looked_at:
             name = key_of(left_out.layer, left_out.tensor_name)

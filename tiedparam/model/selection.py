@@ -10,13 +10,13 @@ from torch.nn.utils import parametrize
 
 from tiedparam.laws.registry import make_rule
 from tiedparam.laws.rule import Rule
-from tiedparam.layer.checks import INITS
+from tiedparam.layer.checks import check_init
 from tiedparam.layer.host import stock_class
 from tiedparam.model.plan import Plan, PlanEntry
 from tiedparam.model.reasons import SeveralTiesError, Skipped
 from tiedparam.tie.binding import find_sources
 from tiedparam.tie.target import Target
-from tiedparam.util.errors import Reason, TieError, nearest, quoted
+from tiedparam.util.errors import Reason, nearest, quoted
 from tiedparam.util.torch_private import parameters_of
 
 
@@ -90,9 +90,7 @@ def _checked(entry: PlanEntry, default_init: str) -> tuple[type[Rule], str]:
     kind = entry.rule_class()
     make_rule(kind, dict(entry.options))
     init = entry.init if entry.init is not None else default_init
-    if init not in INITS:
-        known = ", ".join(map(repr, INITS))
-        raise TieError("init=", f"init={init!r} is unknown.", f"Choose one of {known}.")
+    check_init(init)
     return kind, init
 
 

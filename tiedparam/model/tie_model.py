@@ -18,14 +18,14 @@ from torch.optim import Optimizer
 from tiedparam.layer.concerns import Concerns, check_max_residual
 from tiedparam.layer.register import Settings, tie_one
 from tiedparam.layer.remove import remove_tie
+from tiedparam.layer.rollback import rolled_back_on_error
 from tiedparam.model.plan import Pattern, Plan, Value
 from tiedparam.model.reasons import SeveralTiesError, Skipped
 from tiedparam.model.report import TieReport, tie_rows, totals_of
 from tiedparam.model.selection import Selected, select, sources_first
 from tiedparam.state.optimizer_moves import as_optimizers
-from tiedparam.tie.lookup import ties_of
+from tiedparam.tie.lookup import ties_in
 from tiedparam.tie.parameter_paths import Places
-from tiedparam.tie.rollback import rolled_back_on_error
 from tiedparam.tie.target import Target
 from tiedparam.util.errors import Reason, TieError, key_of
 from tiedparam.util.never_compiled import never_compiled
@@ -162,21 +162,17 @@ def untie_model(model: Model, *, optimizer: Optimizer | Iterable[Optimizer] | No
     if not isinstance(model, nn.Module):
         raise TypeError(f"untie_model takes an nn.Module, not {type(model).__name__}")
     optimizers = as_optimizers(optimizer)
-    ties = [
-        (path, layer, name, rule)
-        for path, layer in model.named_modules()
-        for name, rule in ties_of(layer).items()
-    ]
+    ties = [(path, tie) for path, layer in model.named_modules() for tie in ties_in(layer)]
     # even if others have taken their places in the model
-    outside = [source for *_, rule in ties for source, _ in rule.sources()]
+    outside = [source for _, tie in ties for source, _ in tie.rule.sources()]
     problems = []
     with rolled_back_on_error([*model.modules(), *outside], optimizers):
         # copies first: an untied copy joins the group of its source's free values
-        for path, layer, name, _ in sorted(ties, key=lambda tie: not tie[3].reads_layers):
+        for path, tie in sorted(ties, key=lambda found: not found[1].rule.reads_layers):
             try:
-                remove_tie(layer, name, optimizer=optimizers)
+                remove_tie(tie.layer, tie.tensor_name, optimizer=optimizers)
             except TieError as error:
-                problems.append((f"'{key_of(path, name)}'", error.reason))
+                problems.append((f"'{key_of(path, tie.tensor_name)}'", error.reason))
         if problems:
             fact = "cannot untie the model; nothing was changed:"
             raise SeveralTiesError("the model", fact, "", problems)

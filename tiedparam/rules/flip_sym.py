@@ -8,12 +8,12 @@ from math import isqrt, prod
 import torch
 from torch import Tensor, nn
 
+from tiedparam.laws import Reason
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.matrices import is_unrecorded, transposed
 from tiedparam.laws.pairs import TABLE_ENTRIES, Expansion, fold_pairs, look_up
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example, Rule
-from tiedparam.util.errors import Reason
 
 CACHED_ENTRIES = 65_536
 """From so many entries on ``cache=True`` keeps the weight: 256 × 256, or 86 × 86 channels, 3×3.

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from tiedparam.laws import Reason
 from tiedparam.laws.broadcast import Blocks, Broadcast
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.util.errors import Reason
 
 _LAWS = {"block": "W[o] = w[o // r]", "tile": "W[o] = w[o mod (O/r)]"}
 

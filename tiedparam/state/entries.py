@@ -126,6 +126,6 @@ def warn_projected(projected: list[tuple[str, float]]) -> None:
     if projected:
         names = some_of([f"'{key}' (residual {residual:.2e})" for key, residual in projected])
         warn(
-            f"these weights were not lawful and were projected while loading: {names}. "
-            "Fine-tune, or look at tiedparam.residual before you tie."
+            f"these weights were not lawful and were projected while loading: {names}.",
+            "Fine-tune, or look at tiedparam.residual before you tie.",
         )

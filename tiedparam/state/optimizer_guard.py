@@ -121,7 +121,8 @@ def _check_state(optimizer: Optimizer) -> None:
         return
     reason = why_no_steps(optimizer)
     if reason is not None:
-        warn(f"the {type(optimizer).__name__} steps the free values of {involved[0]}. {reason}")
+        steps = f"the {type(optimizer).__name__} steps the free values of {involved[0]}."
+        warn(f"{steps} {reason.fact}", reason.remedy)
     shaped = parameter_shaped_state(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:

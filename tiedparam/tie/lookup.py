@@ -96,27 +96,3 @@ def key_prefix(path: str) -> str:
         # wrappers of FSDP1 and of activation checkpointing
         path = ".".join(name for name in path.split(".") if name not in WRAPPED)
     return f"{path}." if path else ""
-
-
-# For those who ask for layer, name and rule apart.
-
-
-def free_values(layer: nn.Module, tensor_name: str) -> list[nn.Parameter]:
-    """The Parameters that a tied tensor is computed from; none for a copy."""
-    return tie_of(layer, tensor_name).free
-
-
-def is_stacked(layer: nn.Module, tensor_name: str) -> bool:
-    """Whether another parametrization works on what the tie gives."""
-    return tie_of(layer, tensor_name).is_stacked
-
-
-def ties_of(layer: nn.Module) -> dict[str, Rule]:
-    """The tied tensors of one layer and their rules."""
-    return {tie.tensor_name: tie.rule for tie in ties_in(layer)}
-
-
-def named_ties(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Rule]]:
-    """Every tied tensor: key prefix of its layer, layer, tensor name, rule."""
-    for prefix, tie in named_ties_in(model):
-        yield prefix, tie.layer, tie.tensor_name, tie.rule

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tiedparam.laws.rule import Rule
-from tiedparam.tie.lookup import free_values, get_tie, is_tied, ties_of
+from tiedparam.tie.lookup import find_tie, ties_in
 from tiedparam.util.torch_private import lists_in_tables, parameters_of
 
 
@@ -80,11 +80,10 @@ def owner(parameter: nn.Parameter) -> Owner | None:
     if found is None and _is_held_by_any(parameter):
         _look_at_all()
         found = _where(parameter)
-    if found is None or not is_tied(*found):
+    tie = find_tie(*found) if found is not None else None
+    if tie is None:
         return None
-    layer, name = found
-    rule = get_tie(layer, name)
-    return Owner(layer, name, rule.bound_layout.shape, rule)
+    return Owner(tie.layer, tie.tensor_name, tie.rule.bound_layout.shape, tie.rule)
 
 
 def _where(parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
@@ -93,7 +92,8 @@ def _where(parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
     layer = seen() if seen is not None else None
     if layer is None:
         return None
-    held = free_values(layer, name) if is_tied(layer, name) else [parameters_of(layer).get(name)]
+    tie = find_tie(layer, name)
+    held = tie.free if tie is not None else [parameters_of(layer).get(name)]
     return (layer, name) if any(value is parameter for value in held) else None
 
 
@@ -114,9 +114,9 @@ def _look_at_all() -> None:
     """Note where each Parameter of the remembered layers stands; a shared one, in the first."""
     _last_seen.clear()
     for layer in list(_tied_layers):
-        for name in ties_of(layer):
-            for value in free_values(layer, name):
-                _last_seen.setdefault(id(value), (weakref.ref(layer), name))
+        for tie in ties_in(layer):
+            for value in tie.free:
+                _last_seen.setdefault(id(value), (weakref.ref(layer), tie.tensor_name))
     for layer in list(_tied_layers):  # after all free values, in case one is shared
         for name, parameter in parameters_of(layer).items():
             _last_seen.setdefault(id(parameter), (weakref.ref(layer), name))

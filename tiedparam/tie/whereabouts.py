@@ -143,7 +143,8 @@ class Whereabouts:
             self._warned = True
             warn(
                 f"{place} carries an adapter. The copy reads the source without it, and merging "
-                "writes the adapter into both. Call remove_tie before you merge."
+                "writes the adapter into both.",
+                "Call remove_tie before you merge.",
             )
 
     # In a shallow clone ----------------------------------------------------------------

@@ -70,15 +70,47 @@ class TieError(RuntimeError):
         """Fact and remedy, for another place to say."""
         return Reason(self.fact, self.remedy)
 
+    def fact_in(self, word: Callable[[Reason], str]) -> str:
+        """The fact, with the reasons that it may list in the words of ``word``."""
+        return self.fact
+
     def worded(self, word: Callable[[Reason], str]) -> str:
         """The message, with the reason in the words of ``word``: the shell has its own remedies."""
-        said = word(self.reason)
+        said = word(Reason(self.fact_in(word), self.remedy))
         if self.where and self.where not in self.fact:
             said = f"{self.where}: {said}"
         return shortened(said, LONGEST_MESSAGE)
 
     def __str__(self) -> str:
         return self.worded(str)
+
+
+class SeveralReasonsError(TieError):
+    """One error for several reasons: ``SeveralReasonsError(where, heading, remedy, reasons)``.
+
+    The message lists them below the heading, a line for each.
+    """
+
+    @property
+    def heading(self) -> str:
+        """What they have in common."""
+        return str(self.args[1])
+
+    @property
+    def reasons(self) -> Sequence[Reason]:
+        """All of them."""
+        found: Sequence[Reason] = self.args[3]
+        return found
+
+    @property
+    def fact(self) -> str:
+        """The list, as long as a message has room for."""
+        return self.fact_in(str)
+
+    def fact_in(self, word: Callable[[Reason], str]) -> str:
+        """The list, with each reason in the words of ``word``."""
+        lines = [word(reason) for reason in self.reasons]
+        return f"{self.heading}:\n  " + some_of(lines, "\n  ")
 
 
 class TieWarning(UserWarning):
@@ -189,10 +221,12 @@ def within(where: str, error: TieError) -> TieError:
 
     The error's own place is kept in the fact, unless ``where`` or the fact names it already.
     """
-    fact = error.fact
-    if error.where not in fact and error.where not in where:
-        fact = f"{error.where}: {fact}"
-    return TieError(where, fact, error.remedy)
+    named = error.where in error.fact or error.where in where
+    place = "" if named else f"{error.where}: "
+    if isinstance(error, SeveralReasonsError):
+        heading = f"{place}{error.heading}"
+        return SeveralReasonsError(where, heading, error.remedy, error.reasons)
+    return TieError(where, f"{place}{error.fact}", error.remedy)
 
 
 def refuse(where: str, reasons: Sequence[Reason], heading: str) -> None:
@@ -204,8 +238,7 @@ def refuse(where: str, reasons: Sequence[Reason], heading: str) -> None:
     if len(reasons) == 1:
         raise TieError(where, *reasons[0])
     if reasons:
-        listed = some_of([str(reason) for reason in reasons], "\n  ")
-        raise TieError(where, f"{heading}:\n  {listed}", "")
+        raise SeveralReasonsError(where, heading, "", tuple(reasons))
 
 
 def describe(layer: nn.Module, tensor_name: str, root: nn.Module | None = None) -> str:

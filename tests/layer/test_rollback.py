@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.support.unchanged import everything
-from tiedparam.tie.rollback import rolled_back_on_error
+from tiedparam.layer.rollback import rolled_back_on_error
 
 
 class Interrupt(BaseException):
