@@ -143,7 +143,8 @@ def tie_one(target: Target, made: Rule, settings: Settings) -> None:
         TieError: if anything does not fit. Nothing was changed then.
     """
     if made.reads_layers and _has_lost_its_source(target):
-        return _tie_again(target, made, settings)
+        _tie_again(target, made, settings)
+        return
     where = target.describe()
     place = f"cannot tie {where} by '{made}'"
     refuse_if_frozen(target.layer, "register_tie")
@@ -174,7 +175,6 @@ def tie_one(target: Target, made: Rule, settings: Settings) -> None:
         _tell_concern(tie, where, weight, settings)
     optimizer_guard.retire([weight], f"the dense parameter of {where}", _TO_REBUILD)
     optimizer_guard.watch_free_values(tie.free, where)
-    return None
 
 
 _TO_REBUILD = (

@@ -70,9 +70,8 @@ def stand_in(
 
 def has_gradient_hooks(parameter: nn.Parameter) -> bool:
     """Whether hooks are called with the parameter's gradient."""
-    return bool(
-        parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
-    )
+    after = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return bool(parameter._backward_hooks or after)
 
 
 def load_pre_hooks_of(optimizer: Optimizer) -> Mapping[int, Callable[..., Any]]:
@@ -101,9 +100,9 @@ def flat_weight_names(layer: nn.RNNBase) -> list[str]:
 
 
 def forget_flat_weights(layer: nn.RNNBase) -> None:
-    """Empty the list in which a recurrent layer keeps its tensors a second time, for its kernels.
+    """Empty the list in which a recurrent layer keeps its tensors for its kernels.
 
-    The weak references beside the list are dead then, so it collects them at its next forward.
+    The weak references beside it are dead then, so it collects them at its next forward.
     """
     count = len(layer._flat_weights_names)
     layer.__dict__["_flat_weights"] = [None] * count
