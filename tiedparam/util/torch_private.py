@@ -252,8 +252,7 @@ def lists_in_tables(layer: nn.Module) -> Mapping[str, Any]:
 
 def effective(layer: nn.Module, tensor_name: str) -> Tensor:
     """The tensor that the layer computes with: computed if it is parametrized, else stored."""
-    # by the tables: this runs at every call, and an attribute of a module is found last there
-    if tensor_name in layer._parameters:
+    if tensor_name in layer._parameters:  # by the tables: this runs at every call
         return cast(Tensor, layer._parameters[tensor_name])
     lists = layer._modules.get("parametrizations")
     values = lists._modules.get(tensor_name) if lists is not None else None
