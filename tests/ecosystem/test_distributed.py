@@ -307,7 +307,9 @@ def test_s34_a_wrapper_is_found_through_root(holder):
     finally:
         dist.destroy_process_group()  # no live object is looked for any more
     root = wrapped if holder == "it is the root" else nn.Sequential(nn.Tanh(), wrapped)
-    with pytest.raises(tp.TieError, match="module.weight' by 'flip_sym': a Distributed"):
+    with pytest.raises(
+        tp.TieError, match="module.weight' by 'flip_sym': it is wrapped in a Distributed"
+    ):
         tp.register_tie(wrapped.module, "flip_sym", root=root)
     assert type(wrapped.module) is nn.Linear
     beside = nn.Sequential(wrapped, nn.Linear(4, 4))

@@ -141,7 +141,7 @@ def test_a_model_that_is_tied_by_the_function_needs_no_leave(mine, tmp_path):
     for other in (mine.Tools.tile, lambda weight: mine.tile(weight)):
         with pytest.raises(tp.TieError, match="its function 'my_functions:tile' is code"):
             tp.load(path, tied(other))
-        with pytest.raises(tp.TieError, match="Tie it as it was, or not at all"):
+        with pytest.raises(tp.TieError, match="Tie it as it was saved, or leave it untied"):
             tp.load(path, tied(other), functions={"my_functions:tile": mine.tile})
 
 
