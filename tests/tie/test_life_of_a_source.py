@@ -386,12 +386,14 @@ def test_s30_every_way_out_of_a_tie_whose_source_was_exchanged_is_open(way):
     assert torch.equal(model["head"].weight, before)
 
 
-def test_s30_a_dense_dictionary_is_not_tied_by_a_source_that_was_exchanged():
+def test_s30_dictionaries_are_not_converted_by_a_source_that_was_exchanged():
     model = pair()
-    dense = tp.dense_state_dict(model)
+    dense, tied = tp.dense_state_dict(model), model.state_dict()
     model[0] = nn.Linear(4, 4)
     with pytest.raises(tp.TieError, match="'0' of a 'copy' tie was exchanged"):
         tp.tie_state_dict(model, dense)
+    with pytest.raises(tp.TieError, match="'0' of a 'copy' tie was exchanged"):
+        tp.untie_state_dict(model, tied)
 
 
 @pytest.mark.parametrize("spoil", [lose, delete])
