@@ -252,6 +252,31 @@ def test_a_dense_dictionary_that_nobody_holds_is_loaded_into_a_source_inside(rul
     assert not any(watch.waiting for watch in tie_of(model).reading.watches)
 
 
+class AboutMean(Linked):
+    """A bias about the means of its own layer's weight."""
+
+    law = "b[o] = mean(W[o]) + s"
+
+    def free_shapes(self):
+        return ((1,),)
+
+    def forward(self, weight, shift):
+        return weight.mean(1) + shift
+
+    def fit(self, bias, weight):
+        return ((bias - weight.mean(1)).mean().reshape(1),)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_dense_dictionary_is_loaded_where_a_layer_reads_itself(assign, recwarn):
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    for layer in layers:
+        tp.register_tie(layer, AboutMean, "bias", source=layer, source_name="weight")
+    layers[0].load_state_dict(tp.dense_state_dict(layers[1]), assign=assign)
+    torch.testing.assert_close(layers[0].bias, layers[1].bias)
+    assert not recwarn.list
+
+
 def test_an_entry_for_own_values_whose_source_was_exchanged_is_refused():
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "ab"})
     tp.register_tie(model["b"], Shifted, source="a", root=model)

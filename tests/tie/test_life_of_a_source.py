@@ -161,6 +161,22 @@ def test_s43_a_recurrent_layer_in_a_clone(cloned, alone):
     assert not torch.allclose(learner(x)[0], layer(x)[0])
 
 
+@pytest.mark.parametrize("read_before", [False, True])
+def test_s43_a_pickled_clone_reads_its_own_source(read_before):
+    model = pair()
+    replica = clone(model)
+    for holder, key, value in stored(replica):
+        holder._parameters[key] = nn.Parameter(value.detach())
+    if read_before:
+        replica(X)
+    again = pickle.loads(pickle.dumps(replica))
+    with torch.no_grad():
+        again[0].weight.add_(1)
+    assert torch.equal(again[2].weight, again[0].weight)
+    assert torch.equal(replica[2].weight, replica[0].weight)
+    assert not torch.equal(again[2].weight, model[2].weight)
+
+
 def test_s43_a_clone_whose_source_is_not_known_raises():
     unknown = clone(pair(root=None, source=nn.Linear(4, 4)))
     alone = clone(pair()[2])  # the source was not cloned with it
@@ -386,12 +402,14 @@ def test_s30_every_way_out_of_a_tie_whose_source_was_exchanged_is_open(way):
     assert torch.equal(model["head"].weight, before)
 
 
-def test_s30_a_dense_dictionary_is_not_tied_by_a_source_that_was_exchanged():
+def test_s30_dictionaries_are_not_converted_by_a_source_that_was_exchanged():
     model = pair()
-    dense = tp.dense_state_dict(model)
+    dense, tied = tp.dense_state_dict(model), model.state_dict()
     model[0] = nn.Linear(4, 4)
     with pytest.raises(tp.TieError, match="'0' of a 'copy' tie was exchanged"):
         tp.tie_state_dict(model, dense)
+    with pytest.raises(tp.TieError, match="'0' of a 'copy' tie was exchanged"):
+        tp.untie_state_dict(model, tied)
 
 
 @pytest.mark.parametrize("spoil", [lose, delete])

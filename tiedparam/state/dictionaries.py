@@ -133,7 +133,6 @@ def _tie_entry(
     sources: tuple[Tensor, ...] = ()
     if rule.reads_layers:
         try:
-            refuse_exchanged(tie.values)
             sources = expander.sources(tie)
             if not keys and not agree(dense[key], expander.law(tie, sources)):
                 return disagreement(key, tie)
@@ -199,6 +198,7 @@ class _Expander:
 
     def sources(self, tie: Tie) -> tuple[Tensor, ...]:
         """The tensors that a law reads, out of the dictionary."""
+        refuse_exchanged(tie.values)
         return tuple(self._source(*source) for source in tie.rule.sources())
 
     def law(self, tie: Tie, sources: tuple[Tensor, ...], *free: Tensor) -> Tensor:

@@ -143,7 +143,8 @@ def _loaded_later(tie: Tie) -> int:
         there = {id(part): number for number, part in enumerate(root.modules())}
         order = max(order, there, key=len)
     own = order.get(id(tie.layer), len(order))
-    return sum(order.get(id(source), -1) > own for source, _ in read)
+    # of the layer itself, what stands beside the tied tensor is loaded later, too
+    return sum(order.get(id(s), -1) > own or s is tie.layer for s, _ in read)
 
 
 class _PendingEntry:
@@ -168,7 +169,7 @@ class _PendingEntry:
         self._awaited, self.depth = _loaded_later(tie), depth(tie.values)
         # a source inside of the layer is loaded next, perhaps before the free values are; and
         # nobody else may hold the entry until then
-        within = set(tie.layer.modules()) - {tie.layer}
+        within = set(tie.layer.modules())
         is_within = any(source in within for source, _ in tie.rule.sources())
         self._held = (value, state_dict, keys) if is_within else None
 

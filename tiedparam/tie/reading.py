@@ -106,14 +106,22 @@ class Reading:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_values": None}  # `serving` follows
+        return {**self.__dict__, "_values": self._values()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a clone that was pickled unread has the original's, which goes on serving that (S43)
+        self.__dict__.update(state)
+        values: nn.Module = state["_values"]
+        self._values = weakref.ref(values)
+        for watch in self.watches:
+            weakref.finalize(values, watch.leave).atexit = False
 
     def serves(self, values: nn.Module) -> bool:
         """Whether this belongs to that very list, and not to the one that it was cloned from."""
         return self._values() is values
 
     def serving(self, values: nn.Module) -> Reading:
-        """The same for another list, which was unpickled or copied."""
+        """The same for another list, a shallow copy."""
         return Reading(values, self.places, self.shapes, self.watches)
 
     def copied(

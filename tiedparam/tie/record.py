@@ -116,6 +116,13 @@ class TiedList(parametrize.ParametrizationList):
         """All free values as one thing, which PEFT's ``target_parameters`` thaws and freezes."""
         return self
 
+    def __copy__(self) -> TiedList:
+        replica: TiedList = type(self).__new__(type(self))
+        replica.__dict__.update(self.__dict__)
+        if self.reading is not None:
+            replica.reading = self.reading.serving(replica)
+        return replica
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TiedList:
         replica: TiedList = type(self).__new__(type(self))
         memo[id(self)] = replica
@@ -126,11 +133,6 @@ class TiedList(parametrize.ParametrizationList):
             replica.reading = self.reading.copied(replica, watches, memo)
         carry_marks(self._parameters, replica._parameters)
         return replica
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.reading is not None:
-            self.reading = self.reading.serving(self)
 
     def __repr__(self) -> str:
         # as torch shows it; the list has nothing to add
