@@ -96,7 +96,7 @@ PUBLIC = ("", "laws", "rules", "testing", "__main__")
 
 SEEN_FROM_OTHER_ROOMS = {
     # how a layer computes, and what is kept of it, has no public name
-    "tie.lookup": {"cli", "compute", "ecosystem", "model", "rules"},
+    "tie.lookup": {"cli", "compute", "ecosystem", "laws", "model", "rules"},
     # what a file holds, judged without a model; damaged ones are read in every way there is
     "cli.model_from_file": {"files", "formats", "house", "model"},
     "formats.atomic": {"files"},

@@ -355,15 +355,18 @@ def test_refuses_a_lazy_source():
     )
 
 
-@pytest.mark.parametrize("rule", ["copy", "squared_copy"])
-def test_refuses_shapes_that_do_not_fit_and_names_both(rule):
+@pytest.mark.parametrize(
+    ("rule", "remedy"),
+    [("copy", "Pass fn= to 'copy'"), ("squared_copy", "Name sources of another size")],
+)
+def test_refuses_shapes_that_do_not_fit_and_names_both(rule, remedy):
     assert_refused(
         nn.Conv2d(32, 64, 3),
         rule,
         "cannot tie 'weight' of Conv2d(32, 64",
         "(32, 16, 3, 3)",
         "(64, 32, 3, 3)",
-        "Pass fn= to 'copy'",
+        remedy,
         source=nn.Conv2d(16, 32, 3),
     )
 
