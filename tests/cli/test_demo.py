@@ -14,7 +14,7 @@ import torch
 import tiedparam as tp
 from tiedparam.__main__ import main
 from tiedparam.cli import demo as _demo
-from tiedparam.cli import demo_picture as _demo_picture
+from tiedparam.cli import demo_picture
 from tiedparam.util import progress as _progress
 
 LAWS = ("flip_sym", "channel_shared", "row_repeat", "copy", "squared_copy")
@@ -139,12 +139,12 @@ def test_the_picture_has_content(run):
 def test_equal_labels_are_equal_values_in_the_picture(tied_models):
     for tie, model in tied_models:
         if "source" in tie.options:
-            panel = _demo_picture.corner_of(model.get_submodule(tie.layer), 6)
+            panel = demo_picture.corner_of(model.get_submodule(tie.layer), 6)
             assert panel.values.shape == (7, 15)  # 2 × 4 kernels of 3 × 3, with gaps
             assert not panel.stored.any()
             continue
-        panel = _demo_picture.corner_of(model.get_submodule(tie.layer), _demo_picture.CELLS)
-        assert (~panel.values.isnan()).sum() == _demo_picture.CELLS**2
+        panel = demo_picture.corner_of(model.get_submodule(tie.layer), demo_picture.CELLS)
+        assert (~panel.values.isnan()).sum() == demo_picture.CELLS**2
         by_label: dict[int, set[float]] = {}
         for label, value in zip(panel.labels.flatten(), panel.values.flatten(), strict=True):
             if label:
@@ -152,7 +152,7 @@ def test_equal_labels_are_equal_values_in_the_picture(tied_models):
         assert all(len(values) == 1 for values in by_label.values())
         assert 1 < len(by_label) < panel.values.numel()
         assert sorted(panel.labels[panel.stored].tolist()) == sorted(by_label)  # one frame each
-        assert len(_demo_picture.busiest([panel])) == 3
+        assert len(demo_picture.busiest([panel])) == 3
 
 
 @pytest.mark.slow

@@ -26,8 +26,7 @@ from tests.support import ROOT
 from tests.support.shell import call, good, refused, run, usage
 from tiedparam.cli import arguments as _arguments
 from tiedparam.cli import commands as _commands
-from tiedparam.cli import model_from_file as _offline
-from tiedparam.cli import next_steps as _next_steps
+from tiedparam.cli import model_from_file, next_steps
 from tiedparam.cli.main import main, parser
 from tiedparam.tie.lookup import tie_of
 
@@ -296,7 +295,7 @@ def test_shared_layers_of_a_tied_file(tmp_path, monkeypatch, capsys):
     model["c"].bias = nn.Parameter(torch.ones(2))
     tp.register_tie(model["a"], "channel_shared", over="groups")
     tp.save(model, "t.safetensors")
-    opened = _offline.open_model("t.safetensors")
+    opened = model_from_file.open_model("t.safetensors")
     assert opened.a is opened.b
     tp.save(opened, "again.safetensors")
     assert Path("again.safetensors").read_bytes() == Path("t.safetensors").read_bytes()
@@ -903,7 +902,7 @@ def test_a_scan_without_finds_says_what_that_means(tmp_path, monkeypatch, capsys
     ],
 )
 def test_an_entry_as_an_option_is_read_as_the_same_entry(entry):
-    _, option = shlex.split(_next_steps.as_options(tp.Plan((entry,))))
+    _, option = shlex.split(next_steps.as_options(tp.Plan((entry,))))
     assert _arguments.plan_entry(option, {}) == entry
 
 
@@ -913,5 +912,5 @@ def test_what_an_option_cannot_say_is_left_to_a_plan():
         tp.PlanEntry("a", "copy", {"source": "b,c"}),
         tp.PlanEntry("a", "copy", {"source": "b", "fn": lambda weight: weight}),
     ):
-        assert _next_steps.as_options(tp.Plan((entry,))) is None
-    assert _next_steps.as_options(tp.Plan(4 * (tp.PlanEntry("a", "flip_sym"),))) is None
+        assert next_steps.as_options(tp.Plan((entry,))) is None
+    assert next_steps.as_options(tp.Plan(4 * (tp.PlanEntry("a", "flip_sym"),))) is None

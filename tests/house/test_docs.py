@@ -196,10 +196,10 @@ def test_the_table_of_optimizers_is_up_to_date(generators):
 
 
 def test_a_changed_law_is_noticed_in_the_table_of_optimizers(generators, monkeypatch):
-    from tiedparam.state import optimizer_laws as _optimizer_laws
+    from tiedparam.state import optimizer_laws
 
-    changed = dataclasses.replace(_optimizer_laws._LAWS[torch.optim.Adam], coupled_decay=())
-    monkeypatch.setitem(_optimizer_laws._LAWS, torch.optim.Adam, changed)
+    changed = dataclasses.replace(optimizer_laws._LAWS[torch.optim.Adam], coupled_decay=())
+    monkeypatch.setitem(optimizer_laws._LAWS, torch.optim.Adam, changed)
     with pytest.raises(AssertionError, match=r"run 'python docs/make_tables\.py'"):
         test_the_table_of_optimizers_is_up_to_date(generators)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tiedparam.laws import pairs as _expansion
+from tiedparam.laws import pairs
 from tiedparam.laws.matrices import is_eager, is_unrecorded, transposed
 from tiedparam.rules import flip_sym
 
@@ -28,14 +28,14 @@ LAYERS = [
 @pytest.fixture(params=[0, 6, 10**6], ids=["no look-up", "small tiles", "look-up"])
 def bounds(request, monkeypatch):
     """Weights of this size are looked up; larger ones are cut into tiles of few channels."""
-    monkeypatch.setattr(_expansion, "TABLE_ENTRIES", request.param)
+    monkeypatch.setattr(pairs, "TABLE_ENTRIES", request.param)
     monkeypatch.setattr(flip_sym, "_TILE", {0: 384, 6: 3, 10**6: 384}[request.param])
     # tables are kept by sizes, and the tiles are another now
-    _expansion._places.cache_clear()
-    _expansion._members.cache_clear()
+    pairs._places.cache_clear()
+    pairs._members.cache_clear()
     yield request.param
-    _expansion._places.cache_clear()
-    _expansion._members.cache_clear()
+    pairs._places.cache_clear()
+    pairs._members.cache_clear()
 
 
 def formula(rule, free):
@@ -105,15 +105,15 @@ def test_tables_belong_to_no_layer():
     moved.load_state_dict(layer.state_dict())
     assert torch.equal(moved.weight, layer.weight)
     other = tp.register_tie(nn.Conv2d(6, 6, 3), "flip_sym")
-    made = _expansion._places.cache_info().misses
+    made = pairs._places.cache_info().misses
     assert other.weight.shape == layer.weight.shape
-    assert _expansion._places.cache_info().misses == made  # one table for both
-    assert _expansion._places.cache_info().maxsize * 4 * _expansion.TABLE_ENTRIES < 10e6
+    assert pairs._places.cache_info().misses == made  # one table for both
+    assert pairs._places.cache_info().maxsize * 4 * pairs.TABLE_ENTRIES < 10e6
 
 
 def test_a_table_that_was_made_in_inference_mode_serves_training():
     layer = tp.register_tie(nn.Linear(7, 7), "flip_sym")
-    _expansion._places.cache_clear()
+    pairs._places.cache_clear()
     with torch.inference_mode():
         layer(torch.randn(1, 7))
     layer(torch.randn(1, 7)).sum().backward()

@@ -15,7 +15,7 @@ from torch import nn
 import tiedparam as tp
 from tests.support.tensors import with_weight
 from tests.support.unchanged import snapshot, unchanged
-from tiedparam.layer import initial_values as _initial
+from tiedparam.layer import initial_values
 
 
 def said(layer: nn.Module, rule: str, *names: str, **arguments) -> str | None:
@@ -252,8 +252,10 @@ def test_as_an_error_the_warning_leaves_everything_as_it_was():
 
 def test_the_residual_is_computed_once(monkeypatch):
     calls = []
-    original = _initial.relative_distance
-    monkeypatch.setattr(_initial, "relative_distance", lambda *a: calls.append(a) or original(*a))
+    original = initial_values.relative_distance
+    monkeypatch.setattr(
+        initial_values, "relative_distance", lambda *a: calls.append(a) or original(*a)
+    )
     rule = tp.available_rules()["row_repeat"]
     projected = []
     inverse = rule.right_inverse

@@ -309,8 +309,8 @@ def test_messages_name_the_path_where_the_root_is_known():
 @pytest.mark.parametrize("where", ["register_parametrization", "move_gradient", "share_gradient"])
 @pytest.mark.parametrize("tied_before", [True, False])
 def test_a_failure_midway_is_rolled_back(monkeypatch, where, tied_before):
-    from tiedparam.layer import host as _host
-    from tiedparam.state import optimizer_moves as _optimizer
+    from tiedparam.layer import host
+    from tiedparam.state import optimizer_moves
 
     source, layer = nn.Linear(4, 4), nn.Linear(4, 4)
     layer(torch.ones(1, 4)).sum().backward()
@@ -331,8 +331,8 @@ def test_a_failure_midway_is_rolled_back(monkeypatch, where, tied_before):
     register = parametrize.register_parametrization
     module = {
         "register_parametrization": parametrize,
-        "move_gradient": _optimizer,
-        "share_gradient": _optimizer,
+        "move_gradient": optimizer_moves,
+        "share_gradient": optimizer_moves,
     }[where]
     monkeypatch.setattr(module, where, fail)
     with pytest.raises(MemoryError, match="midway"):
@@ -345,7 +345,7 @@ def test_a_failure_midway_is_rolled_back(monkeypatch, where, tied_before):
     optimizer.step()
     tp.register_tie(layer, "copy", source=source, optimizer=optimizer)
     assert torch.equal(layer.weight, source.weight)
-    assert _host.stock_class(layer) is nn.Linear
+    assert host.stock_class(layer) is nn.Linear
 
 
 def test_an_instance_serves_one_tensor():

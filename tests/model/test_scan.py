@@ -16,9 +16,7 @@ import tiedparam as tp
 from tests.support.models import ResNet, encoder, images, noisy, plant
 from tests.support.unchanged import everything
 from tiedparam.laws import Linked
-from tiedparam.model import cost as _cost
-from tiedparam.model import near_copies as _near_copies
-from tiedparam.model import scan_report as _scan_report
+from tiedparam.model import cost, near_copies, scan_report
 
 
 def by_name(report: tp.ScanReport) -> dict[tuple[str, str], object]:
@@ -264,7 +262,7 @@ def test_the_bound_on_pairs_is_kept_and_said():
         model[11].weight.copy_(noisy(model[2].weight))  # far apart
         model[7].weight.copy_(noisy(model[4].weight.t()))
     report = tp.scan(model, ["copy"], pairs=1)
-    assert report.pairs == _scan_report.Pairs(fitting=2 * 66, compared=2 * 11, per_tensor=1)
+    assert report.pairs == scan_report.Pairs(fitting=2 * 66, compared=2 * 11, per_tensor=1)
     assert {c.rule for c in report.found()} == {"copy of 2.weight", "copy(fn='t') of 4.weight"}
     assert "22 of 132 fitting pairs were compared in full, the 1 nearest of" in str(report)
     assert tp.scan(model, ["copy"], pairs=0).candidates == ()
@@ -472,7 +470,7 @@ def test_counting_positions_leaves_the_model_as_it_was():
     model = ResNet()
     model.layer1.eval()
     before = everything(model)
-    counts = _cost.positions(model, images())
+    counts = cost.positions(model, images())
     assert everything(model) == before
     assert {counts[model.stem], counts[model.layer2.conv2]} == {72}
     assert counts[model.head] == 2
@@ -486,9 +484,9 @@ def test_counting_positions_leaves_the_model_as_it_was():
             return self.layer(x) + self.layer(y)
 
     twice = Twice()
-    assert _cost.positions(twice, (torch.randn(5, 3), torch.randn(1, 3))) == {twice.layer: 6}
+    assert cost.positions(twice, (torch.randn(5, 3), torch.randn(1, 3))) == {twice.layer: 6}
     with pytest.raises(RuntimeError):
-        _cost.positions(twice, (torch.randn(5, 2), torch.randn(1, 3)))
+        cost.positions(twice, (torch.randn(5, 2), torch.randn(1, 3)))
     assert not twice.layer._forward_hooks
     assert twice.training
 
@@ -519,7 +517,7 @@ def test_no_dense_copies_are_held_beyond_one_layer():
     few, many = peak(4), peak(24)
     assert few > one_layer  # it is measured at all
     # 20 layers more add the samples that copies are looked for by, and no more copies of layers
-    assert many - few < one_layer + 20 * 6 * _near_copies.SAMPLED * 8
+    assert many - few < one_layer + 20 * 6 * near_copies.SAMPLED * 8
     assert few < 12 * one_layer  # what one law on one layer needs on the way
 
 

@@ -62,11 +62,11 @@ def test_trajectory_goes_on_through_tying_and_untying(case, kind):
 
 @pytest.mark.parametrize("case", TIES)
 def test_the_trajectory_test_would_see_a_mean_projected_state(case, monkeypatch):
-    from tiedparam.state import optimizer_exchange as _optimizer
+    from tiedparam.state import optimizer_exchange
 
-    maps_to_free = _optimizer.maps_to_free
+    maps_to_free = optimizer_exchange.maps_to_free
     monkeypatch.setattr(
-        _optimizer,
+        optimizer_exchange,
         "maps_to_free",
         lambda rule: dict.fromkeys(maps_to_free(rule), maps_to_free(rule)["weight"]),
     )

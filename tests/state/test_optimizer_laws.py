@@ -25,10 +25,10 @@ from tests.support.optimizer_cases import (
     snapshot,
     tie,
 )
-from tiedparam.state import optimizer_laws as _optimizer_laws
+from tiedparam.state import optimizer_laws
 
 REFUSED = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon, torch.optim.SparseAdam)
-SCALE_FREE = [n for n, v in VARIANTS.items() if _optimizer_laws._LAWS[v.kind].normalized]
+SCALE_FREE = [n for n, v in VARIANTS.items() if optimizer_laws._LAWS[v.kind].normalized]
 DECAYING = [name for name, v in VARIANTS.items() if v.decay is not None]
 
 
@@ -89,7 +89,7 @@ OTHER_KIND = {
 }
 ENTRIES = [
     (kind, entry, how)
-    for kind, law in _optimizer_laws._TORCHS_OWN.items()
+    for kind, law in optimizer_laws._TORCHS_OWN.items()
     for entry, how in law.state.items()
     if how != "scalar"
 ]
@@ -97,11 +97,11 @@ ENTRIES = [
 
 @pytest.mark.parametrize(("kind", "entry", "how"), ENTRIES)
 def test_the_trajectories_would_show_a_wrong_kind_of_any_entry(kind, entry, how, monkeypatch):
-    law = _optimizer_laws._LAWS[kind]
+    law = optimizer_laws._LAWS[kind]
     # of the last gradient Rprop reads the sign alone
     other = "zeros" if entry == "prev" else OTHER_KIND[how]
     wrong = dataclasses.replace(law, state={**law.state, entry: other})
-    monkeypatch.setitem(_optimizer_laws._LAWS, kind, wrong)
+    monkeypatch.setitem(optimizer_laws._LAWS, kind, wrong)
     options = {
         "max_exp_avg_sq": "amsgrad",
         "grad_avg": "centered",
@@ -117,8 +117,8 @@ def test_the_trajectories_would_show_a_wrong_kind_of_any_entry(kind, entry, how,
 
 @pytest.mark.parametrize("kind", sorted({v.kind for v in map(VARIANTS.get, DECAYING)}, key=str))
 def test_the_trajectories_would_show_decay_that_is_left_as_it_is(kind, monkeypatch):
-    law = dataclasses.replace(_optimizer_laws._LAWS[kind], coupled_decay=())
-    monkeypatch.setitem(_optimizer_laws._LAWS, kind, law)
+    law = dataclasses.replace(optimizer_laws._LAWS[kind], coupled_decay=())
+    monkeypatch.setitem(optimizer_laws._LAWS, kind, law)
     for name in DECAYING:
         if VARIANTS[name].kind is kind:
             with pytest.raises(AssertionError):
@@ -130,8 +130,8 @@ def test_every_optimizer_of_torch_is_known_and_tried():
         kind for kind in vars(torch.optim).values()
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     } - {torch.optim.Optimizer}  # fmt: skip
-    assert torchs == _optimizer_laws._TORCHS_OWN.keys()
-    moved = {kind for kind, law in _optimizer_laws._TORCHS_OWN.items() if not law.refused}
+    assert torchs == optimizer_laws._TORCHS_OWN.keys()
+    moved = {kind for kind, law in optimizer_laws._TORCHS_OWN.items() if not law.refused}
     assert moved == {variant.kind for variant in VARIANTS.values()}
     assert moved | set(REFUSED) == torchs
 
@@ -467,7 +467,7 @@ def test_a_wrapped_optimizer_that_is_not_known_is_refused():
 
 @pytest.fixture
 def laws(monkeypatch):
-    monkeypatch.setattr(_optimizer_laws, "_LAWS", dict(_optimizer_laws._LAWS))
+    monkeypatch.setattr(optimizer_laws, "_LAWS", dict(optimizer_laws._LAWS))
 
 
 class Lion(torch.optim.Optimizer):
@@ -531,8 +531,8 @@ def test_registering_checks_what_it_is_given(laws):
         tp.register_optimizer(Lion, {"mean": "grad"}, coupled_decay=())
     with pytest.raises(ValueError, match="the law of torch.optim.Adam is known"):
         tp.register_optimizer(torch.optim.Adam, {}, coupled_decay=())
-    assert Lion not in _optimizer_laws._LAWS
+    assert Lion not in optimizer_laws._LAWS
     state = {"mean": "gradient", "count": "scalar"}
     tp.register_optimizer(Lion, state, coupled_decay=())
     state["mean"] = "weight"
-    assert _optimizer_laws._LAWS[Lion].state["mean"] == "gradient"
+    assert optimizer_laws._LAWS[Lion].state["mean"] == "gradient"

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
-from tiedparam.layer import host as _host
+from tiedparam.layer import host
 from tiedparam.tie.lookup import named_ties_in, tie_of
 from tiedparam.util.torch_private import effective
 
@@ -369,7 +369,7 @@ def values_of_a_sharded_model() -> dict:
         "repr": repr(model.stem),
         "deepcopy": message_of(lambda: copy.deepcopy(model.stem), AssertionError),
         "pickle": message_of(lambda: pickle.dumps(model.stem)),
-        "stock": _host.stock_class(model.stem) is nn.Conv2d,
+        "stock": host.stock_class(model.stem) is nn.Conv2d,
         "is_tied": [tp.is_tied(getattr(model, name)) for name in TIED],
     }
 
