@@ -47,7 +47,7 @@ def test_law_holds_through_fused_steps_and_moves(name, example):
 
 
 @pytest.mark.parametrize("over", ["in", "out", "all"])
-def test_structured_compute_equals_the_dense_layer(over):
+def test_forward_compute_equals_the_dense_layer(over):
     layer = torch.nn.Conv2d(16, 16, 3, padding=1).cuda().double()
     dense = copy.deepcopy(layer)
     tp.register_tie(layer, "channel_shared", over=over)

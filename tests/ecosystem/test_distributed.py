@@ -240,7 +240,7 @@ def dense_twin() -> nn.Module:
 
 @pytest.mark.feature("Distributed", "structured compute under DDP and FSDP2")
 @pytest.mark.parametrize("how", ["ddp", "layers", "root"])
-def test_structured_compute_under_a_wrapper_equals_the_dense_layer(ranks, how):
+def test_forward_compute_under_a_wrapper_equals_the_dense_layer(ranks, how):
     results = ranks(worker.structured_outputs, how=how)
     ((x, y),) = worker.batches(1)
     twin = dense_twin()

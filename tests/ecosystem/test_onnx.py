@@ -84,7 +84,7 @@ STRUCTURED = [
     "Compile and export", "ONNX of structured layers: the graph has the cheap form"
 )
 @pytest.mark.parametrize(("build", "rule", "options", "shape"), STRUCTURED)
-def test_structured_layers_export_their_base(build, rule, options, shape):
+def test_forward_layers_export_their_base(build, rule, options, shape):
     layer = tp.register_tie(build(), rule, **options)
     assert tie_of(layer).computing.otherwise == "reduced"
     program = assert_runs_equal(layer, lambda batch: (torch.randn(batch, *shape),))

@@ -506,7 +506,10 @@ def test_what_the_law_gives_or_cannot_do_is_told_for_this_law():
     wide = nn.ModuleDict({"a": nn.Linear(4, 5), "b": nn.Linear(4, 5), "c": nn.Linear(4, 4)})
     with pytest.raises(tp.TieError, match=r"gives \(5, 4\)") as refused:
         tp.register_tie(wide["c"], "sum_of_two", source=["a", "b"], root=wide)
-    assert refused.value.remedy == "Name sources of another size, or correct the rule."
+    assert (
+        refused.value.remedy
+        == "Use 'copy' with an fn= whose result has this shape, or correct the rule."
+    )
 
 
 @pytest.mark.parametrize(

@@ -357,7 +357,7 @@ def test_refuses_a_lazy_source():
 
 @pytest.mark.parametrize(
     ("rule", "remedy"),
-    [("copy", "Pass fn= to 'copy'"), ("squared_copy", "Name sources of another size")],
+    [("copy", "Pass fn= to 'copy'"), ("squared_copy", "Use 'copy' with an fn=")],
 )
 def test_refuses_shapes_that_do_not_fit_and_names_both(rule, remedy):
     assert_refused(

@@ -32,7 +32,7 @@ from tiedparam.layer.residual import residual
 from tiedparam.model.pictures import needed
 from tiedparam.model.report import state_bytes
 from tiedparam.tie.lookup import get_tie
-from tiedparam.util.errors import Reason, TieError
+from tiedparam.util.errors import Reason, TieError, raise_if
 from tiedparam.util.progress import progress
 from tiedparam.util.table import Column, Table
 
@@ -88,9 +88,7 @@ def demo(out: Path, *, seed: int = 0, epochs: int = 30) -> None:
     """
     for package in ("sklearn", "matplotlib"):
         _needed(package)
-    reason = _why_not_writable(out)
-    if reason is not None:
-        raise TieError(f"cannot write '{out}'", *reason)
+    raise_if(f"cannot write '{out}'", _why_not_writable(out))
     with _reproducible(seed):
         data = load_digits(seed)
         dense = build_model()

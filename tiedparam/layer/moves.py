@@ -1,4 +1,4 @@
-"""What tying and untying share: one place that raises, and the optimizers' moves."""
+"""The optimizers' moves that tying and untying ask for, with errors that name the tensor."""
 
 from __future__ import annotations
 
@@ -9,13 +9,7 @@ from torch.optim import Optimizer
 from tiedparam.state import optimizer_moves
 from tiedparam.state.optimizer_exchange import Exchange
 from tiedparam.state.optimizer_moves import Move
-from tiedparam.util.errors import Reason, TieError
-
-
-def raise_if(place: str, reason: Reason | None) -> None:
-    """Raise a `TieError` if there is a reason."""
-    if reason is not None:
-        raise TieError(place, *reason)
+from tiedparam.util.errors import TieError
 
 
 def planned_moves(optimizers: Sequence[Optimizer], change: Exchange, place: str) -> list[Move]:

@@ -26,7 +26,7 @@ from tiedparam.layer import host
 from tiedparam.layer.checks import check_arguments, why_refused, why_untieable
 from tiedparam.layer.concerns import Concern, check_max_residual, concern_of
 from tiedparam.layer.initial_values import InitialValues, initial_values
-from tiedparam.layer.moves import planned_moves, raise_if
+from tiedparam.layer.moves import planned_moves
 from tiedparam.layer.parameter_order import plain_parameter, remember_order
 from tiedparam.layer.rollback import rolled_back_on_error
 from tiedparam.state import optimizer_guard, optimizer_moves
@@ -38,7 +38,7 @@ from tiedparam.tie.reading import Reading
 from tiedparam.tie.record import Tie
 from tiedparam.tie.sources import overlooking_sources
 from tiedparam.tie.target import Target
-from tiedparam.util.errors import Reason, TieError, warn
+from tiedparam.util.errors import Reason, TieError, raise_if, warn
 from tiedparam.util.never_compiled import never_compiled
 from tiedparam.util.sharded import is_sharded
 from tiedparam.util.torch_private import effective

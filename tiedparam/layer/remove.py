@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tiedparam.compute.frozen import refuse_if_frozen
 from tiedparam.laws.layout import declare_shape
 from tiedparam.layer import host
-from tiedparam.layer.moves import planned_moves, raise_if
+from tiedparam.layer.moves import planned_moves
 from tiedparam.layer.parameter_order import plain_parameter
 from tiedparam.state import optimizer_guard, optimizer_moves
 from tiedparam.state.optimizer_exchange import untying
@@ -23,7 +23,7 @@ from tiedparam.tie.offloaded import why_offloaded
 from tiedparam.tie.record import Tie
 from tiedparam.tie.sources import overlooking_sources
 from tiedparam.tie.wrapped import why_wrapped
-from tiedparam.util.errors import Reason, TieError, describe, warn
+from tiedparam.util.errors import Reason, TieError, describe, raise_if, warn
 from tiedparam.util.never_compiled import never_compiled
 from tiedparam.util.torch_private import has_gradient_hooks
 

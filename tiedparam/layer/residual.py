@@ -13,7 +13,7 @@ from tiedparam.layer.checks import check_arguments, why_no_values
 from tiedparam.tie.binding import bind
 from tiedparam.tie.target import Target
 from tiedparam.tie.write_guard import unguard
-from tiedparam.util.errors import TieError
+from tiedparam.util.errors import TieError, raise_if
 from tiedparam.util.torch_private import has_values
 
 
@@ -54,7 +54,5 @@ def residual(
     ):
         raise TieError(place, *why_no_values(target))
     looked_through = copy(made)  # an instance that was given can still tie
-    reason = bind(looked_through, target)
-    if reason is not None:
-        raise TieError(place, *reason)
+    raise_if(place, bind(looked_through, target))
     return looked_through.residual(unguard(weight).detach())

@@ -15,7 +15,7 @@ from tiedparam.tie.offloaded import why_offloaded
 from tiedparam.tie.record import Tie
 from tiedparam.tie.sources import is_what_it_copies
 from tiedparam.tie.write_guard import unguard
-from tiedparam.util.errors import Reason, TieError
+from tiedparam.util.errors import Reason, TieError, raise_if
 from tiedparam.util.parametrized import parametrization_lists
 from tiedparam.util.sharded import is_sharded, whole, write
 from tiedparam.util.torch_private import (
@@ -54,9 +54,7 @@ def assign_(
     tie = tie_of(layer, tensor_name)
     place = f"cannot assign to {tie.describe()}"
     refuse_if_frozen(layer, "assigning")
-    reason = why_offloaded(layer)
-    if reason is not None:
-        raise TieError(place, *reason)
+    raise_if(place, why_offloaded(layer))
     if not isinstance(value, Tensor):
         raise TypeError(f"assign_ takes a tensor, not {type(value).__name__}")
     rule, stored = tie.rule, tie.free
@@ -67,15 +65,11 @@ def assign_(
         tie.record.own_reading().renew(tie.record.law, layer, tensor_name, value)
         return layer
     value = unguard(value)
-    reason = _why_not_taken(tie, value)
-    if reason is not None:
-        raise TieError(place, *reason)
+    raise_if(place, _why_not_taken(tie, value))
     value = whole(value.detach())
     with torch.no_grad():
         present = tie.weight()
-        reason = _why_other_than(present, value, tie)
-        if reason is not None:
-            raise TieError(place, *reason)
+        raise_if(place, _why_other_than(present, value, tie))
         if not has_values(value):
             return layer  # shapes alone, and they agree
         free = rule.right_inverse(value)
@@ -177,9 +171,7 @@ def init_(
     if tie.rule.reads_layers and not tie.free:
         return layer
     where = tie.describe()
-    reason = why_offloaded(layer)
-    if reason is not None:
-        raise TieError(f"cannot initialise {where}", *reason)
+    raise_if(f"cannot initialise {where}", why_offloaded(layer))
     with torch.no_grad():
         dense = _empty_dense(layer, tensor_name)
         init_fn(dense)
@@ -219,9 +211,7 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     copy-tied tensor is left alone: its source is not re-initialised behind its back (S23).
     """
     refuse_if_frozen(layer, "reset_parameters()")
-    reason = why_offloaded(layer)
-    if reason is not None:
-        raise TieError(f"cannot reset a tied {stock_class.__name__}", *reason)
+    raise_if(f"cannot reset a tied {stock_class.__name__}", why_offloaded(layer))
     parameters = dict(parameters_of(layer))
     modules = {k: v for k, v in submodules_of(layer).items() if k != "parametrizations"}
     with torch.no_grad():

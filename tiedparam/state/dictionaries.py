@@ -26,7 +26,7 @@ from tiedparam.tie.lookup import find_tie, key_prefix, named_ties_in, ties_in
 from tiedparam.tie.record import Tie
 from tiedparam.tie.sources import overlooking_sources, refuse_exchanged
 from tiedparam.tie.wrapped import has_fsdp1
-from tiedparam.util.errors import Reason, TieError, quoted, some_of
+from tiedparam.util.errors import Reason, TieError, quoted, raise_if, some_of
 from tiedparam.util.parametrized import parametrization_list
 from tiedparam.util.sharded import computed, gathered
 from tiedparam.util.torch_private import buffers_of, metadata_of, parameters_of, set_metadata
@@ -246,9 +246,7 @@ class _Expander:
 
     def _tied(self, tie: Tie) -> Tensor:
         prefix = self._prefixes[id(tie.layer)]
-        reason = why_unfit_free(tie, prefix, self._entries, {})
-        if reason is not None:
-            raise TieError(f"'{prefix}{tie.tensor_name}'", *reason)
+        raise_if(f"'{prefix}{tie.tensor_name}'", why_unfit_free(tie, prefix, self._entries, {}))
         free = [self._entry(key) for key in tie.keys(prefix)]
         if tie.rule.reads_layers:
             return self.law(tie, self.sources(tie), *free)

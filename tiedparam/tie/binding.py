@@ -214,7 +214,7 @@ def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
             f"{tuple(weight.shape)}.",
             f"Pass {function}= to '{rule.name}' to make the shapes fit, such as torch.t."
             if rule.functions
-            else "Name sources of another size, or correct the rule.",
+            else "Use 'copy' with an fn= whose result has this shape, or correct the rule.",
         )
     if result.dtype != weight.dtype:
         return Reason(

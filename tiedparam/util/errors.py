@@ -133,6 +133,12 @@ class TieWarning(UserWarning):
         return self.worded(str)
 
 
+def raise_if(place: str, reason: Reason | None) -> None:
+    """Raise a `TieError` if there is a reason."""
+    if reason is not None:
+        raise TieError(place, *reason)
+
+
 def warn(fact: str, remedy: str = "") -> None:
     """Give a `TieWarning` that points at the user's line, however deep in here it is found."""
     level = 1
