@@ -224,3 +224,14 @@ def test_json_and_rows_hold_everything():
     data = json.loads(skipped.to_json())
     assert (data["kind"], data["dry_run"]) == ("tie", False)
     assert data["skipped"][0]["layer"] == "stem"
+
+
+@pytest.mark.parametrize("rule", ["copy", "squared_copy"])
+@pytest.mark.parametrize("ask", [tp.report, lambda model: tp.draw_orbits(model[1])])
+def test_nothing_is_said_of_a_copy_whose_source_was_exchanged(rule, ask):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tp.register_tie(model[1], rule, source="0", root=model)
+    ask(model)
+    model[0] = nn.Linear(4, 4)
+    with pytest.raises(tp.TieError, match="the source '0' .* was exchanged"):
+        ask(model)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Rule
 from tiedparam.model.scan_report import Candidate, ScanReport
-from tiedparam.tie.lookup import get_tie
+from tiedparam.tie.lookup import tie_of
+from tiedparam.tie.sources import refuse_exchanged
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.errors import TieError, describe, key_of
 
@@ -49,7 +50,9 @@ def draw_orbits(layer: nn.Module, tensor_name: str = "weight", *, corner: int = 
     Raises:
         TieError: if the tensor is not tied, or matplotlib is not installed.
     """
-    rule = get_tie(layer, tensor_name)
+    tie = tie_of(layer, tensor_name)
+    refuse_exchanged(tie.values)
+    rule = tie.rule
     figure, axes = _figure(1)
     numbers = orbit_numbers(rule)
     shown = mosaic(numbers.abs(), corner).tolist()

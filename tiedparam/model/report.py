@@ -18,6 +18,7 @@ from tiedparam.model.reasons import Skipped
 from tiedparam.state.optimizer_moves import as_optimizers
 from tiedparam.tie.lookup import origins, ties_in
 from tiedparam.tie.record import Tie
+from tiedparam.tie.sources import refuse_exchanged
 from tiedparam.util.errors import Reason, key_of
 from tiedparam.util.table import Column, Table, TableReport, plain, show
 from tiedparam.util.torch_private import buffers_of, unsaved_buffers_of
@@ -211,6 +212,9 @@ def report(
 
     Returns:
         The report: print it, or take its `rows`, `to_markdown` or `to_json`.
+
+    Raises:
+        TieError: if a copy's source was exchanged for another module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report takes an nn.Module, not {type(model).__name__}")
@@ -232,6 +236,7 @@ def tie_rows(model: nn.Module, example: Any = None) -> tuple[TieRow, ...]:
 
 def _row(path: str, tie: Tie, paths: dict[int, str], positions: dict[nn.Module, int]) -> TieRow:
     layer, name, rule = tie.layer, tie.tensor_name, tie.rule
+    refuse_exchanged(tie.values)  # what is said would be of a layer that is gone
     shape = rule.bound_layout.shape
     counts = () if rule.reads_layers else rule.multiplicities()
     costs = cost.multiply_adds(layer, name, shape, rule)
