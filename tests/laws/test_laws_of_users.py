@@ -76,6 +76,7 @@ def test_the_law_holds_and_gradients_arrive_in_all_that_it_reads(rule):
     model = tied(rule)
     weight = model["c"].weight
     assert torch.equal(weight, expected(model))
+    assert not model["c"].parametrizations.weight.unsafe  # to a reader it is registered as ever
     x = torch.randn(3, 4)
     torch.testing.assert_close(
         model["c"](x), torch.nn.functional.linear(x, expected(model), model["c"].bias)

@@ -55,3 +55,11 @@ def test_listed_reasons_stay_reasons_for_whoever_words_them():
             "cannot load 'file': it does not fit:\n  'a' is too wide.\n  'b' is missing."
         )
     assert within("cannot read it", caught.value).fact.startswith("'file': it does not fit:\n  'a'")
+
+
+def test_a_message_opens_with_its_place_unless_the_fact_names_it():
+    assert str(TieError("a.weight", "it is a buffer.", "Tie another.")) == (
+        "a.weight: it is a buffer. Tie another."
+    )
+    assert str(TieError("a.weight", "a.weight is not tied.", "")) == "a.weight is not tied."
+    assert str(TieError("all of it")) == "all of it"

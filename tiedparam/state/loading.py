@@ -194,7 +194,7 @@ class _PendingEntry:
     def _nearest(self, tie: Tie, value: Tensor) -> tuple[Tensor, ...]:
         """The free values that are nearest to the entry; what is left cannot be helped."""
         with torch.no_grad():
-            sources = tie.record.own_reading().read_all(tie.record.law)
+            sources = tuple(tie.record.own_reading().read_all(tie.record.law))
             if has_values(value) and not all(map(has_values, sources)):
                 # the source's values come later; by then the free values have a place for theirs
                 return tuple(value.new_zeros(shape) for shape in tie.rule.free_shapes())

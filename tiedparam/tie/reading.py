@@ -139,9 +139,7 @@ class Reading:
         Raises:
             TieError: if a source is not what it was.
         """
-        read, places = [], self.places
-        for i, (source, name) in enumerate(rule.given):
-            read.append(self.read_source(source, name, places[i], rule))  # type: ignore[arg-type]
+        read = self.read_all(rule)
         try:
             weight: Tensor = rule(*read, *free)
         except Exception as error:
@@ -165,14 +163,16 @@ class Reading:
             raise ResizedSourceError(_first(rule), fact, _renewal(rule))
         return weight
 
-    def read_all(self, rule: Linked) -> tuple[Tensor, ...]:
+    def read_all(self, rule: Linked) -> list[Tensor]:
         """The tensors of all sources.
 
         Raises:
             TieError: if one is not what it was.
         """
-        found = zip(rule.sources(), self.places, strict=True)
-        return tuple(self.read_source(source, name, place, rule) for (source, name), place in found)
+        read, places = [], self.places
+        for i, (source, name) in enumerate(rule.given):  # plainly: this runs at every call
+            read.append(self.read_source(source, name, places[i], rule))  # type: ignore[arg-type]
+        return read
 
     def read_source(self, source: nn.Module, name: str, place: Whereabouts, rule: Linked) -> Tensor:
         """The tensor of one source, if it is there and what it was.
