@@ -31,7 +31,7 @@ def lint(session: nox.Session) -> None:
     session.run("codespell", *(["--write-changes"] if fix else []))
     for schema, files in files_with_a_schema():
         session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *files)
-    session.run("pre-commit", "validate-config")
+    session.run("pre-commit", "validate-config", ".pre-commit-config.yaml")
     session.run("zizmor", "--offline", "--no-progress", "--quiet", str(GITHUB))
 
 
