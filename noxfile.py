@@ -53,5 +53,5 @@ def paths(files: Iterable[Path]) -> list[str]:
 @nox.session(tags=["ci"])
 def types(session: nox.Session) -> None:
     """The library's own types, by mypy in strict mode."""
-    session.install(*CONSTRAINTS, "-e", ".[lint]")
+    session.install(*CONSTRAINTS, "-e", ".[lint,demo]")
     session.run("mypy")
