@@ -6,6 +6,7 @@ model. They are never written again: a change that needs that needs another layo
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 import tiedparam as tp
+from tests.support import ROOT
+from tiedparam.files.header import LAYOUT_VERSION
 
 FOLDER = Path(__file__).parent / "layout_2"
 
@@ -68,3 +71,9 @@ def test_the_same_bytes_are_written_today(case, tmp_path):
 def test_every_file_has_its_case():
     names = {path.name.removesuffix(".safetensors") for path in FOLDER.iterdir()}
     assert names == {name for case in CASES for name in (case, f"{case}.dense")}
+
+
+def test_the_changelog_has_every_layout_and_the_last_one_is_written():
+    page = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    layouts = re.findall(r"^\| (\d+) \| .* \|$", page, re.MULTILINE)
+    assert list(map(int, layouts)) == list(range(1, LAYOUT_VERSION + 1))

@@ -24,8 +24,9 @@ import torch
 import tiedparam as tp
 from tests.support import ROOT
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-PAGES_WITH_CODE = [page for page in PAGES if page.name != "benchmarks.md"]  # figures only
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+WITHOUT_CODE = {"benchmarks.md", "CHANGELOG.md"}
+PAGES_WITH_CODE = [page for page in PAGES if page.name not in WITHOUT_CODE]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES_WITH_CODE]
 _FENCE = re.compile(r"^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -71,7 +72,7 @@ def generators(monkeypatch):
 
 def test_the_pages_are_found():
     wanted = {"README.md", "docs/index.md", "docs/rules.md", "docs/writing-a-rule.md"}
-    wanted |= {"docs/checkpoints-and-optimizers.md", "docs/design.md"}
+    wanted |= {"docs/checkpoints-and-optimizers.md", "docs/design.md", "CONTRIBUTING.md"}
     assert wanted <= set(PAGE_NAMES)
 
 

@@ -1,0 +1,57 @@
+"""What is checked, one command each: ``nox --list`` names them, ``nox -s lint types`` runs two.
+
+Each session makes an environment of its own. `.ci/run` runs some of them in the environment that it
+has, by ``nox --no-venv --no-install``. Those with the tag "ci" are the jobs of
+`.github/workflows/tests.yml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "types"]
+nox.options.error_on_missing_interpreters = True
+
+CONSTRAINTS = ("-c", "tests/constraints.txt")
+EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+GITHUB = Path(".github")
+
+
+@nox.session(tags=["ci"])
+def lint(session: nox.Session) -> None:
+    """Style, rooms, spelling, and files for a code host. ``-- --fix`` mends what tools can mend."""
+    session.install(*CONSTRAINTS, *EXTRAS["lint"])  # no torch: none of these imports the library
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []), ".")
+    session.run("ruff", "format", *([] if fix else ["--check"]), ".")
+    session.run("lint-imports", "--no-cache")
+    session.run("codespell", *(["--write-changes"] if fix else []))
+    for schema, files in files_with_a_schema():
+        session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *files)
+    session.run("pre-commit", "validate-config", ".pre-commit-config.yaml")
+    session.run("zizmor", "--offline", "--no-progress", "--quiet", str(GITHUB))
+
+
+def files_with_a_schema() -> Iterator[tuple[str, list[str]]]:
+    """Each schema, and the files that must follow it."""
+    forms = GITHUB / "ISSUE_TEMPLATE"
+    yield "github-workflows", paths(GITHUB.glob("workflows/*.yml"))
+    yield "github-issue-forms", paths(set(forms.glob("*.yml")) - {forms / "config.yml"})
+    yield "github-issue-config", [str(forms / "config.yml")]
+    yield "dependabot", [str(GITHUB / "dependabot.yml")]
+    yield "citation-file-format", ["CITATION.cff"]
+
+
+def paths(files: Iterable[Path]) -> list[str]:
+    """As arguments of a command, in an order that does not change."""
+    return sorted(map(str, files))
+
+
+@nox.session(tags=["ci"])
+def types(session: nox.Session) -> None:
+    """The library's own types, by mypy in strict mode."""
+    session.install(*CONSTRAINTS, "-e", ".[lint,demo]")
+    session.run("mypy")

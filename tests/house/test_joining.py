@@ -1,0 +1,108 @@
+"""What is said to those who join agrees with what there is: versions, sessions, commands."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tiedparam as tp
+from tests.support import ROOT, contract
+from tests.support.cases import cases_of
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def sessions_of(source: str) -> set[str]:
+    """The functions of a noxfile that are sessions."""
+    return {
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef)
+        and any("nox.session" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+
+
+def test_sessions_are_found_however_they_are_written():
+    source = (
+        "@nox.session\ndef a(s): ...\n@nox.session(tags=['ci'])\n@nox.parametrize('x', [1])\n"
+        "def b(s, x): ...\ndef c(): ...\n"
+    )
+    assert sessions_of(source) == {"a", "b"}
+
+
+def test_every_session_is_explained():
+    sessions = sessions_of(text_of("noxfile.py"))
+    assert sessions >= {"lint", "types"}
+    rows = re.findall(r"^\| `(\w+)` \| \S", text_of("CONTRIBUTING.md"), re.MULTILINE)
+    assert sessions <= set(rows)
+
+
+def test_the_commit_hook_has_the_versions_of_the_constraints():
+    pins = re.findall(r'"([\w.-]+==[^"]+)"', text_of(".pre-commit-config.yaml"))
+    assert pins
+    assert set(pins) <= set(text_of("tests/constraints.txt").splitlines())
+
+
+def test_the_citation_names_this_version():
+    assert f"\nversion: {tp.__version__}\n" in text_of("CITATION.cff")
+
+
+def test_the_command_for_versions_works_and_the_form_asks_for_it():
+    (command,) = re.findall(r"^python -c .*$", text_of("CONTRIBUTING.md"), re.MULTILINE)
+    assert command in " ".join(text_of(".github/ISSUE_TEMPLATE/fault.yml").split())
+    _, *arguments = shlex.split(command)
+    printed = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT, check=True, capture_output=True, text=True, timeout=120,
+    ).stdout  # fmt: skip
+    assert printed.split()[-2:] == [torch.__version__, tp.__version__]
+
+
+# A law is one file ------------------------------------------------------------------------
+
+
+def file_of_a_law(page: str) -> str:
+    """The block of a page that is the whole file of a law: it opens with the docstring."""
+    (source,) = re.findall(r'^```python\n(""".*?)^```$', text_of(page), re.MULTILINE | re.DOTALL)
+    return source
+
+
+PAGES_WITH_A_FILE = ["CONTRIBUTING.md", "docs/writing-a-rule.md"]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_A_FILE)
+def test_the_file_of_a_law_imports_only_from_the_room_below(page):
+    imported = {
+        node.module if isinstance(node, ast.ImportFrom) else name.name
+        for node in ast.walk(ast.parse(file_of_a_law(page)))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in node.names
+    }
+    assert {name for name in imported if name.startswith("tiedparam")} == {"tiedparam.laws"}
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("page", PAGES_WITH_A_FILE)
+def test_the_file_of_a_law_keeps_the_contract(page, tmp_path, monkeypatch):
+    name = "law_of_" + re.sub(r"\W", "_", page)
+    (tmp_path / f"{name}.py").write_text(file_of_a_law(page), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(tp.available_rules())
+    importlib.import_module(name)
+    (law,) = set(tp.available_rules()) - before
+    cases = cases_of({law: tp.available_rules()[law]})
+    assert len(cases) > 1
+    for statement in [*contract.EVERY, *contract.FREE]:
+        statement(cases[0])
+    for case in cases[1:]:
+        contract.law_holds_after_registration(case)
+        contract.registration_is_the_least_squares_projection(case)
