@@ -9,8 +9,9 @@ from math import gcd, prod
 import torch
 from torch import Tensor
 
+from tiedparam.laws.distance import halved_difference
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.rule import Reduction, Rule, halved_difference
+from tiedparam.laws.rule import Reduction, Rule
 from tiedparam.util.errors import Reason
 
 

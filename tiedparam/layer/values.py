@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.compute.frozen import refuse_if_frozen
-from tiedparam.laws.rule import relative_distance
+from tiedparam.laws.distance import relative_distance
 from tiedparam.tie.lookup import tie_of, ties_in
 from tiedparam.tie.offloaded import why_offloaded
 from tiedparam.tie.record import Tie

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tiedparam.laws.rule import relative_distance
+from tiedparam.laws.distance import relative_distance
 from tiedparam.state.entries import (
     RESIDUAL_TO_WARN,
     SIGNATURE,
