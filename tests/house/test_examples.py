@@ -68,6 +68,7 @@ def run(name: str, text: str) -> None:
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.REPORT_NDIFF)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # as Python does, unless asked
         runner.run(parsed, out=report.write)
     assert not runner.failures, report.getvalue()
 
