@@ -26,7 +26,7 @@ from tiedparam.state import optimizer_laws
 MODULES = ("tiedparam", "tiedparam.laws", "tiedparam.rules")
 """Where public names stand, in their ``__all__``."""
 
-LONGEST = 12
+LONGEST = 9
 """Lines of an example."""
 
 
@@ -101,6 +101,15 @@ def test_no_example_is_left_out():
     files = (ROOT / "tiedparam").rglob("*.py")
     shown = sum(len(re.findall(r"^ *Example::?$", file.read_text("utf-8"), re.M)) for file in files)
     assert shown == len(PUBLIC), "an example of what has no public name: nobody runs it"
+
+
+@pytest.mark.usefixtures("scratch")
+def test_the_rule_that_the_docs_add_has_an_example_too():
+    page = (ROOT / "docs" / "writing-a-rule.md").read_text(encoding="utf-8")
+    (file,) = re.findall(r'^```python\n("""Circulant matrices.*?)^```$', page, re.M | re.S)
+    module = {"__name__": "tiedparam.rules.circulant"}
+    exec(file, module)
+    run("circulant", example_of(module["Circulant"]))
 
 
 def documented(docstring):
