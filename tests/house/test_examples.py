@@ -98,18 +98,21 @@ def test_the_docstring_ends_with_an_example_that_runs(name):
 
 
 def test_no_example_is_left_out():
-    files = (ROOT / "tiedparam").rglob("*.py")
-    shown = sum(len(re.findall(r"^ *Example::?$", file.read_text("utf-8"), re.M)) for file in files)
+    text = "".join(file.read_text("utf-8") for file in (ROOT / "tiedparam").rglob("*.py"))
+    shown = len(re.findall(r"^ *Example::?$", text, re.MULTILINE))
     assert shown == len(PUBLIC), "an example of what has no public name: nobody runs it"
 
 
 @pytest.mark.usefixtures("scratch")
-def test_the_rule_that_the_docs_add_has_an_example_too():
-    page = (ROOT / "docs" / "writing-a-rule.md").read_text(encoding="utf-8")
-    (file,) = re.findall(r'^```python\n("""Circulant matrices.*?)^```$', page, re.M | re.S)
-    module = {"__name__": "tiedparam.rules.circulant"}
-    exec(file, module)
-    run("circulant", example_of(module["Circulant"]))
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/writing-a-rule.md"])
+def test_the_law_in_a_file_of_the_docs_has_one_too(page):
+    (file,) = re.findall(
+        r'^```python\n(""".*?)^```$', (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    before = set(tp.available_rules())
+    exec(file, {"__name__": "tiedparam.rules.of_the_docs"})
+    (law,) = set(tp.available_rules()) - before
+    run(law, example_of(tp.available_rules()[law]))
 
 
 def documented(docstring):
