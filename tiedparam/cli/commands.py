@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,13 @@ from tiedparam.files.export import export_dense
 from tiedparam.files.save import save
 from tiedparam.formats.checkpoint_files import files_of
 from tiedparam.laws.registry import available_rules
-from tiedparam.laws.rule import Rule
 from tiedparam.model.plan import Plan
 from tiedparam.model.plan_file import read_plan, write_plan
 from tiedparam.model.report import report
 from tiedparam.model.scan import scan
 from tiedparam.model.tie_model import tie_model
 from tiedparam.tie.lookup import is_tied
-from tiedparam.util.errors import Reason, TieError
-from tiedparam.util.table import Column, Table, TableReport
+from tiedparam.util.errors import TieError
 
 _PICTURE = Path("tiedparam-demo.png")
 
@@ -60,44 +57,6 @@ def add_all(commands: Any) -> None:
 # rules -------------------------------------------------------------------------------------
 
 
-def _meaning(rule: type[Rule]) -> str:
-    """The first line of its docstring, without the marks of reStructuredText."""
-    return (inspect.getdoc(rule) or "").split("\n")[0].replace("``", "")
-
-
-class _RuleTable(TableReport[type[Rule]]):
-    """The registered rules."""
-
-    def table(self) -> Table[type[Rule]]:
-        """One row for every rule."""
-        columns: list[Column[type[Rule]]] = [
-            Column("rule", "rule", lambda rule: rule.name),
-            Column("law", "law", lambda rule: rule.law),
-            Column("options", "options", _options_text),
-            Column("meaning", "meaning", _meaning),
-        ]
-        return Table(columns, available_rules().values())
-
-    def remarks(self) -> list[Reason]:
-        """None."""
-        return []
-
-    def to_data(self) -> dict[str, Any]:
-        """Rows."""
-        return {"kind": "rules", "rows": self.rows()}
-
-
-def _options_text(rule: type[Rule]) -> str:
-    shown = []
-    for parameter in inspect.signature(rule).parameters.values():
-        if parameter.default is inspect.Parameter.empty:
-            shown.append(f"{parameter.name}=")
-        else:
-            value = getattr(parameter.default, "__name__", repr(parameter.default))
-            shown.append(f"{parameter.name}={value}")
-    return ", ".join(shown)
-
-
 def _add_rules(commands: Any) -> None:
     text = "List the laws. What they mean in detail is in docs/rules.md."
     parser = add_command(commands, "rules", _run_rules, text, "", "--import my_rules", "--json")
@@ -106,7 +65,7 @@ def _add_rules(commands: Any) -> None:
 
 
 def _run_rules(arguments: argparse.Namespace) -> None:
-    print_report(_RuleTable(), arguments.json)
+    print_report(available_rules(), arguments.json)
 
 
 # scan --------------------------------------------------------------------------------------

@@ -51,12 +51,15 @@ class frozen(ContextDecorator):  # noqa: N801 — used like a function, as torch
             were written all the same in a way that torch does not show (``.data``, NumPy):
             outputs of the block may come from old values.
 
-    Example::
-
-        model.eval()
-        with tiedparam.frozen(model), torch.inference_mode():
-            for images in loader:
-                model(images)
+    Example:
+        >>> model = tp.register_tie(nn.Linear(4, 4), "flip_sym").eval()
+        >>> with tp.frozen(model), torch.inference_mode():
+        ...     outputs = model(torch.ones(2, 4))  # as fast as a dense layer
+        ...     try:
+        ...         tp.init_(model, nn.init.zeros_)
+        ...     except tp.TieError as error:
+        ...         print(error.fact, error.remedy)
+        'weight' would keep an old weight. Do it outside of the block.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -48,6 +48,13 @@ def export_dense(
         TieError: if the state is not made of plain tensors with values, or ``max_shard_size`` is
             not a size, or too small. Nothing was written.
         OSError: if a file cannot be written.
+
+    Example:
+        >>> model = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+        >>> [path.name for path in tp.export_dense(model, "dense.safetensors")]
+        ['dense.safetensors']
+        >>> torch.equal(tp.load("dense.safetensors", nn.Linear(4, 4)).weight, model.weight)
+        True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -64,6 +64,12 @@ def load(path: PathLike, model: Model, *, functions: Functions | None = None) ->
     Warns:
         TieWarning: if a dense weight was projected by more than rounding, or if the file holds
             one tensor where the model has several.
+
+    Example:
+        >>> tp.save(tp.register_tie(nn.Linear(4, 4), "flip_sym"), "tied.safetensors")
+        >>> model = tp.load("tied.safetensors", nn.Linear(4, 4))  # tied as the file says
+        >>> print(tp.get_tie(model))
+        flip_sym
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load(path, model) takes an nn.Module, not {type(model).__name__}")

@@ -34,6 +34,13 @@ def save(model: nn.Module, path: PathLike) -> None:
             source outside of the model, a rule without a registered name. Nothing was written
             then.
         OSError: if the file cannot be written.
+
+    Example:
+        >>> model = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+        >>> tp.save(model, "tied.safetensors")
+        >>> fresh = tp.load("tied.safetensors", nn.Linear(4, 4))
+        >>> tp.is_tied(fresh), torch.equal(fresh.weight, model.weight)
+        (True, True)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save takes a model and a path, in this order, not {type(model).__name__}")

@@ -9,8 +9,9 @@ from math import gcd, prod
 import torch
 from torch import Tensor
 
+from tiedparam.laws.distance import halved_difference
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.rule import Reduction, Rule, halved_difference
+from tiedparam.laws.rule import Reduction, Rule
 from tiedparam.util.errors import Reason
 
 
@@ -22,6 +23,11 @@ class Blocks:
         outputs: the output axis, split; the product is the number of outputs.
         rest: the input axis and the kernel axes, none of them split.
         shared: axes of ``(*outputs, *rest)`` along which all entries are equal.
+
+    Example:
+        >>> from tiedparam.laws import Blocks
+        >>> Blocks(outputs=(2, 3), rest=(4,), shared=(1,)).shape  # 2 runs of 3 equal rows
+        (2, 3, 4)
     """
 
     outputs: tuple[int, ...]
@@ -54,6 +60,16 @@ class Broadcast(Rule):
     Args:
         compute: the form of `tiedparam.compute.forms` that computes the layer: ``"auto"`` picks
             the fastest; ``"dense"``, ``"reduced"`` or ``"windows"`` force one, for measuring.
+
+    Example:
+        >>> from tiedparam.laws import Blocks, Broadcast
+        >>> class EqualInputs(Broadcast):
+        ...     law = "W[o, c] = w[o]"
+        ...     def blocks(self):
+        ...         outputs, inputs = self.bound_layout.canonical_shape
+        ...         return Blocks((outputs,), (inputs,), shared=(1,))
+        >>> tp.get_tie(tp.register_tie(nn.Linear(4, 3), EqualInputs)).free_shapes()
+        ((3, 1),)
     """
 
     complex_valued = True

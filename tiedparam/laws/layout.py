@@ -24,6 +24,13 @@ class Layout:
             that stores ``W[in, out]``.
         layer_groups: the groups of the layer that holds the tensor. A bias has none of its own,
             and a law may want to treat it as its layer's filters are treated.
+
+    Example:
+        >>> layout = tp.Layout((4, 6, 3), transposed=True)  # of ConvTranspose1d(4, 6, 3)
+        >>> layout.canonical_shape
+        (6, 4, 3)
+        >>> layout.canonical(torch.zeros(4, 6, 3)).shape
+        torch.Size([6, 4, 3])
     """
 
     shape: tuple[int, ...]

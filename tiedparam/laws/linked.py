@@ -37,16 +37,15 @@ class Linked(Rule):
         source_name: which of its tensors; by default the one with the tied tensor's name. A list
             for several sources, or one name for all.
 
-    Example::
-
-        @tiedparam.register_rule("sum_of_two")
-        class SumOfTwo(Linked):
-            law = "W = A.W + B.W"
-
-            def forward(self, a, b):
-                return a + b
-
-        tiedparam.register_tie(model.c, "sum_of_two", source=[model.a, model.b])
+    Example:
+        >>> from tiedparam.laws import Linked
+        >>> class SumOfTwo(Linked):
+        ...     law = "W = A.W + B.W"
+        ...     def forward(self, a, b):
+        ...         return a + b
+        >>> a, b, c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        >>> torch.equal(tp.register_tie(c, SumOfTwo, source=[a, b]).weight, a.weight + b.weight)
+        True
     """
 
     complex_valued = True

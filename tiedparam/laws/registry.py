@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tiedparam.laws.rule import Rule
+from tiedparam.laws.rule_table import RuleTable
 from tiedparam.util.errors import TieError, nearest
 
 _RULES: dict[str, type[Rule]] = {}
@@ -28,11 +29,16 @@ def register_rule(name: str) -> Callable[[R], R]:
             `Rule.examples` or `Rule.variants` was overridden without ``@classmethod``.
         TieError: if another rule has that name already.
 
-    Example::
-
-        @tiedparam.register_rule("circulant")
-        class Circulant(tiedparam.Rule):
-            ...
+    Example:
+        >>> @tp.register_rule("one_number")
+        ... class OneNumber(tp.Rule):
+        ...     law = "W[i] = w"
+        ...     def free_shapes(self): return ((1,),)
+        ...     def forward(self, w): return w.expand(self.bound_layout.shape)
+        ...     def symmetries(self, weight): yield weight.roll(1)
+        >>> layer = tp.register_tie(nn.Linear(4, 3), "one_number", "bias")
+        >>> layer.parametrizations.bias.original0.shape
+        torch.Size([1])
     """
     if not isinstance(name, str):
         raise TypeError("register_rule takes the rule's name: @tiedparam.register_rule('my_rule')")
@@ -62,9 +68,22 @@ def _place(rule: type[Rule]) -> tuple[str, str]:
     return rule.__module__, rule.__qualname__
 
 
-def available_rules() -> dict[str, type[Rule]]:
-    """All registered rules by name, in the order of their names."""
-    return dict(sorted(_RULES.items()))
+def available_rules() -> RuleTable:
+    """All registered rules by name, in the order of their names; printed, a table of them.
+
+    Returns:
+        A new dictionary, with `rows`, `to_markdown` and `to_json` besides.
+
+    Example:
+        >>> print(tp.available_rules())
+        rule            law...options...meaning
+        --------------  ---...
+        channel_shared  W[o, c, x] = w[o, x]...over='in', compute='auto'...The same filter...
+        ...
+        >>> tp.available_rules()["flip_sym"].law
+        'W[i, j, x] = W[j, i, flip(x)]'
+    """
+    return RuleTable(sorted(_RULES.items()))
 
 
 def find_rule(name: str) -> type[Rule]:

@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tiedparam.laws.distance import halved_difference, relative_distance
 from tiedparam.laws.layout import Layout
 from tiedparam.util.errors import Reason, TieError
+from tiedparam.util.own_members import OwnMembers
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,12 @@ class Example:
         options: the rule's options; a source may be named by its path in the model.
         path: where the layer to tie lies in the model; ``""`` is the model itself.
         tensor_name: which tensor of that layer to tie.
+
+    Example:
+        >>> example = tp.Example(lambda: nn.Linear(8, 6), {"groups": 3})
+        >>> layer = tp.register_tie(example.build(), "row_repeat", **example.options)
+        >>> print(tp.get_tie(layer))
+        row_repeat(groups=3)
     """
 
     build: Callable[[], nn.Module]
@@ -40,6 +48,11 @@ class Reduction:
         run: so many consecutive outputs of a group are equal; one is computed and spread.
         shared_banks: the groups share their filters.
         entries: how many the weight of the smaller layer has.
+
+    Example:
+        >>> layer = tp.register_tie(nn.Conv1d(4, 6, 3), "channel_shared", over="in")
+        >>> tp.get_tie(layer).reduction()
+        Reduction(summed=True, run=1, shared_banks=False, entries=18)
     """
 
     summed: bool
@@ -48,7 +61,7 @@ class Reduction:
     entries: int
 
 
-class Rule(nn.Module):
+class Rule(nn.Module, metaclass=OwnMembers):
     """A law that ties the entries of one tensor: ``weight = forward(*free)``.
 
     A rule is an ordinary parametrization module. `register_tie` binds it to one tensor
@@ -69,6 +82,15 @@ class Rule(nn.Module):
         all(torch.equal(S, W) for S in rule.symmetries(W))
         all(torch.equal(a, b) for a, b in zip(rule.right_inverse(W), free))
         rule.project(rule.project(A)) == rule.project(A)   # and nearest to A
+
+    Example:
+        >>> class ConstantRows(tp.Rule):
+        ...     law = "W[o, c] = w[o]"
+        ...     def free_shapes(self): return (self.bound_layout.shape[:1],)
+        ...     def forward(self, w): return w[:, None].expand(self.bound_layout.shape)
+        ...     def symmetries(self, weight): yield weight.roll(1, 1)
+        >>> tp.get_tie(tp.register_tie(nn.Linear(4, 3), ConstantRows)).extra_repr()
+        'ConstantRows: W[o, c] = w[o]; 3 of 12 values'
     """
 
     name: ClassVar[str] = ""
@@ -89,6 +111,7 @@ class Rule(nn.Module):
     """The form in which a layer is to be computed; see `reduction`."""
 
     def __init__(self) -> None:
+        """Take the options, which the docstring of the class explains."""
         super().__init__()
         self.layout = None
 
@@ -350,6 +373,7 @@ class Rule(nn.Module):
         return False
 
     def __str__(self) -> str:
+        """The name and the options, as messages show them."""
         options = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
         return (
             f"{self.name or type(self).__name__}({options})"
@@ -357,29 +381,12 @@ class Rule(nn.Module):
             else (self.name or type(self).__name__)
         )
 
+    def __dir__(self) -> list[str]:
+        """All names, those of every layer too; the class lists only what rules add."""
+        return sorted({*super().__dir__(), *dir(nn.Module)})
+
     def extra_repr(self) -> str:
         """What ``repr(layer)`` shows of the tie: the law, and stored of dense values."""
         if self.layout is None:
             return f"{self}: {self.law}"
         return f"{self}: {self.law}; {self.free_count} of {prod(self.layout.shape)} values"
-
-
-def halved_difference(left: Tensor, right: Tensor) -> Tensor:
-    """``(left − right) / 2``, which cannot overflow; 0 where they are equal infinities."""
-    return torch.where(left == right, 0, left / 2 - right / 2)
-
-
-def relative_distance(weight: Tensor, lawful: Tensor) -> float:
-    """``‖weight − lawful‖ / ‖weight‖`` in float32 or wider; 0 if they are equal."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    values, lawful = weight.to(wide), lawful.to(wide)
-    distance = torch.linalg.vector_norm(values - lawful)
-    norm = torch.linalg.vector_norm(values)
-    if not (1e-15 < norm < 1e15 and distance.isfinite()):  # squares may have left the range
-        scale = torch.maximum(values.abs().amax(), lawful.abs().amax())
-        if not (scale.isfinite() and scale > 0):
-            scale = torch.ones_like(scale)
-        # halves: the difference of large values cannot overflow
-        distance = torch.linalg.vector_norm(halved_difference(values, lawful) / scale)
-        norm = torch.linalg.vector_norm(values / 2 / scale)
-    return float(distance / norm) if distance else 0.0

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedparam.laws.rule import Rule, relative_distance
+from tiedparam.laws.distance import relative_distance
+from tiedparam.laws.rule import Rule
 from tiedparam.layer.concerns import why_distant
 from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.torch_private import has_values

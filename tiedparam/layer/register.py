@@ -101,6 +101,13 @@ def register_tie(
             than 128 entries and copies, which replace the weight by definition, are left out.
         TieWarning: if decay that the optimizer adds to the gradient becomes weaker, with by how
             much and the way out.
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(4, 4), "flip_sym", init="rescale")
+        >>> torch.equal(layer.weight, layer.weight.t())
+        True
+        >>> layer.parametrizations.weight.original0.numel()  # of 16
+        10
     """
     check_arguments(layer, tensor_name, init, root)
     check_max_residual(max_residual)

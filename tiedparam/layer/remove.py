@@ -57,6 +57,12 @@ def remove_tie(
     Warns:
         TieWarning: if decay that the optimizer adds to the gradient becomes stronger.
         TieWarning: if the source of a copy was resized: the tensor then has that size.
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+        >>> weight = layer.weight.detach()
+        >>> type(tp.remove_tie(layer)) is nn.Linear, torch.equal(layer.weight, weight)
+        (True, True)
     """
     tie = find_tie(layer, tensor_name)
     where = describe(layer, tensor_name)

@@ -41,6 +41,14 @@ def residual(
 
     Raises:
         TieError: if the tensor cannot carry the rule.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = nn.init.eye_(layer.weight)
+        >>> tp.residual(layer, "flip_sym")
+        0.0
+        >>> round(tp.residual(layer, "row_repeat"), 3)
+        0.707
     """
     check_arguments(layer, tensor_name, "project", root)
     made = make_rule(rule, options)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.compute.frozen import refuse_if_frozen
-from tiedparam.laws.rule import relative_distance
+from tiedparam.laws.distance import relative_distance
 from tiedparam.tie.lookup import tie_of, ties_in
 from tiedparam.tie.offloaded import why_offloaded
 from tiedparam.tie.record import Tie
@@ -50,6 +50,12 @@ def assign_(
             another shape or dtype, or (without ``project``) breaks the law, by how much the
             message says; or if the values are elsewhere (accelerate's offloading), so that the
             write would be lost.
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(2, 2), "flip_sym")
+        >>> _ = tp.assign_(layer, torch.tensor([[1.0, 2.0], [0.0, 3.0]]), project=True)
+        >>> layer.weight.tolist()
+        [[1.0, 1.0], [1.0, 3.0]]
     """
     tie = tie_of(layer, tensor_name)
     place = f"cannot assign to {tie.describe()}"
@@ -165,6 +171,12 @@ def init_(
     Raises:
         TieError: if the tensor is not tied, if ``init_fn`` does not fill its tensor, or if the
             values are elsewhere (accelerate's offloading), so that the write would be lost.
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+        >>> _ = tp.init_(layer, nn.init.zeros_)
+        >>> torch.equal(layer.weight, torch.zeros(4, 4))
+        True
     """
     tie = tie_of(layer, tensor_name)
     refuse_if_frozen(layer, "initialising")

@@ -49,6 +49,13 @@ def draw_orbits(layer: nn.Module, tensor_name: str = "weight", *, corner: int = 
 
     Raises:
         TieError: if the tensor is not tied, or matplotlib is not installed.
+
+    Example:
+        >>> figure = tp.draw_orbits(tp.register_tie(nn.Linear(4, 4), "flip_sym"))
+        >>> figure.savefig("orbits.png")
+        >>> print(figure.axes[0].get_title())
+        flip_sym: W[i, j, x] = W[j, i, flip(x)]
+        4×4, 10 of 16 values stored
     """
     tie = tie_of(layer, tensor_name)
     refuse_exchanged(tie.values)
@@ -90,6 +97,12 @@ def draw_weights(
 
     Raises:
         TieError: if a layer has no such tensor, or matplotlib is not installed.
+
+    Example:
+        >>> dense, tied = nn.Linear(4, 4), tp.register_tie(nn.Linear(4, 4), "flip_sym")
+        >>> figure = tp.draw_weights([dense, tied], ["dense", "tied"])
+        >>> [axes.get_title() for axes in figure.axes[:2]]
+        ['dense', 'tied']
     """
     if isinstance(weights, (nn.Module, Tensor)):
         weights = [weights]
@@ -141,6 +154,12 @@ def draw_residuals(report: ScanReport) -> Figure:
 
     Raises:
         TieError: if there is nothing to draw, or matplotlib is not installed.
+
+    Example:
+        >>> figure = tp.draw_residuals(tp.scan(nn.Linear(8, 8), ["flip_sym", "row_repeat"]))
+        >>> figure.savefig("residuals.png")
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['weight', 'bias']
     """
     candidates, rows, title = _clearest(report)
     kinds = sorted({_kind(c) for c in candidates})
@@ -175,6 +194,12 @@ def draw_scan(report: ScanReport) -> Figure:
 
     Raises:
         TieError: if there is nothing to draw, or matplotlib is not installed.
+
+    Example:
+        >>> figure = tp.draw_scan(tp.scan(nn.Linear(8, 8), ["flip_sym", "row_repeat"]))
+        >>> figure.savefig("scan.png")
+        >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]
+        ['flip_sym', 'row_repeat(groups=1)']
     """
     candidates, rows, title = _clearest(report)
     columns = sorted({_kind(c) for c in candidates})

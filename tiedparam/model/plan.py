@@ -38,6 +38,12 @@ class PlanEntry:
         options: the rule's options; a source is given as its path in the model, or a module.
         tensor_name: which tensor of the layers.
         init: as in `register_tie`; None takes that of `tie_model`.
+
+    Example:
+        >>> entry = tp.PlanEntry("layer*.conv2", "channel_shared", {"over": "out"})
+        >>> conv = nn.Conv2d(2, 2, 3)
+        >>> entry.matches("layer1.0.conv2", conv), entry.matches("layer1.0.conv1", conv)
+        (True, False)
     """
 
     pattern: Pattern
@@ -106,7 +112,13 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Entries in order; for every tensor the first that fits wins."""
+    """Entries in order; for every tensor the first that fits wins.
+
+    Example:
+        >>> plan = tp.Plan.of({"layer*": "flip_sym", nn.Linear: ("row_repeat", {"groups": 2})})
+        >>> [(entry.pattern_text(), entry.rule) for entry in plan.entries]
+        [("'layer*'", 'flip_sym'), ('Linear', 'row_repeat')]
+    """
 
     entries: tuple[PlanEntry, ...]
 

@@ -52,6 +52,16 @@ def write_plan(
         TieError: if the plan holds something that has no name, or the suffix is another.
             Nothing was written then.
         OSError: if the file cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> tp.write_plan({nn.Conv2d: ("channel_shared", {"over": "in"})}, "plan.toml")
+        >>> print(Path("plan.toml").read_text())
+        [[tie]]
+        type = "Conv2d"
+        rule = "channel_shared"
+        options = { over = "in" }
+        <BLANKLINE>
     """
     path = Path(path)
     kind = _kind(path)
@@ -75,6 +85,12 @@ def read_plan(path: str | os.PathLike[str], *, functions: Functions | None = Non
         TieError: naming the file, the entry and what is wrong: not TOML or JSON, an unknown
             key, rule, layer type or function (with the nearest known names), a wrong type.
         OSError: if the file cannot be read.
+
+    Example:
+        >>> tp.write_plan({"layer*.conv2": ("channel_shared", {"over": "in"})}, "plan.json")
+        >>> (entry,) = tp.read_plan("plan.json").entries
+        >>> entry.pattern, entry.rule, dict(entry.options)
+        ('layer*.conv2', 'channel_shared', {'over': 'in'})
     """
     return plan_from_data(read_data(path), f"'{path}'", functions)
 

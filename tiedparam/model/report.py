@@ -111,6 +111,14 @@ class Report(TableReport[TieRow]):
     Attributes:
         ties: one row for every tied tensor, in the model's order.
         totals: sums over the whole model.
+
+    Example:
+        >>> model = nn.Sequential(tp.register_tie(nn.Linear(4, 4), "flip_sym"), nn.Linear(4, 2))
+        >>> found = tp.report(model)
+        >>> found.rows()[0]["free_values"], found.rows()[0]["dense_values"]
+        (10, 16)
+        >>> print(found.notes()[0])
+        Values of the model: 24 of 30 dense (80.0%).
     """
 
     ties: tuple[TieRow, ...]
@@ -166,6 +174,12 @@ class TieReport(Report):
     Attributes:
         skipped: what could not be tied and was left alone (``on_unfit="skip"``).
         dry_run: whether everything was put back, so that nothing is tied.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> seen = tp.tie_model(model, {nn.Linear: "flip_sym"}, dry_run=True, on_unfit="skip")
+        >>> [row.layer for row in seen.ties], len(seen.skipped), tp.is_tied(model)
+        (['0'], 1, False)
     """
 
     skipped: tuple[Skipped, ...] = ()
@@ -215,6 +229,16 @@ def report(
 
     Raises:
         TieError: if a copy's source was exchanged for another module.
+
+    Example:
+        >>> model = nn.Sequential(tp.register_tie(nn.Linear(4, 4), "flip_sym"), nn.Linear(4, 2))
+        >>> print(tp.report(model))
+        tensor    rule      shape  dense  free...
+        --------  --------  -----  -----  ----...
+        0.weight  flip_sym  4×4       16    10...
+        <BLANKLINE>
+        Values of the model: 24 of 30 dense (80.0%).
+        ...
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report takes an nn.Module, not {type(model).__name__}")

@@ -67,6 +67,12 @@ def scan(
         TieError: if the model has no values to look at (meta device), a rule is unknown, or a
             source was given.
         TypeError: for arguments of a wrong type.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        >>> _ = nn.init.eye_(model[1].weight)
+        >>> print(tp.scan(model, ["flip_sym"]).headline())
+        1 of 2 tensors looks tied: 1.weight (flip_sym).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"scan takes an nn.Module, not {type(model).__name__}")

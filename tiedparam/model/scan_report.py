@@ -131,6 +131,15 @@ class ScanReport(TableReport[Candidate]):
         candidates: every tensor with every rule that fits it, in the model's order.
         not_looked_at: tensors that were left out, and why.
         pairs: how much of the search for copies was done.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        >>> _ = nn.init.eye_(model[1].weight)
+        >>> seen = tp.scan(model, ["flip_sym", "row_repeat"])
+        >>> [(found.layer, found.rule) for found in seen.found()]
+        [('1', 'flip_sym')]
+        >>> len(tp.tie_model(model, seen.plan()).ties)
+        1
     """
 
     candidates: tuple[Candidate, ...]

@@ -82,6 +82,12 @@ def tie_model(
     Warns:
         TieWarning: one for all ties that free nothing, or keep next to nothing of their weight, as
             `register_tie` warns of each.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        >>> done = tp.tie_model(model, {"*": "flip_sym"})
+        >>> [(row.layer, row.free_values) for row in done.ties]
+        [('0', 10), ('2', 10)]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"tie_model takes an nn.Module, not {type(model).__name__}")
@@ -158,6 +164,11 @@ def untie_model(model: Model, *, optimizer: Optimizer | Iterable[Optimizer] | No
 
     Raises:
         TieError: listing all reasons, if something cannot be untied. Nothing was changed then.
+
+    Example:
+        >>> model = nn.Sequential(tp.register_tie(nn.Linear(4, 4), "flip_sym"))
+        >>> tp.is_tied(tp.untie_model(model)), [name for name, _ in model.named_parameters()]
+        (False, ['0.weight', '0.bias'])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"untie_model takes an nn.Module, not {type(model).__name__}")

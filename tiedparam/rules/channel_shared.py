@@ -49,6 +49,11 @@ class ChannelShared(Broadcast):
 
     Source: "same filter for each channel", the PyTorch forum; the projection is the orbit
     mean (Ravanbakhsh et al. 2017).
+
+    Example:
+        >>> conv = tp.register_tie(nn.Conv2d(3, 4, 5), "channel_shared", over="in")
+        >>> torch.equal(conv.weight[:, 0], conv.weight[:, 2]), tp.get_tie(conv).free_shapes()
+        (True, ((4, 1, 5, 5),))
     """
 
     law = "W[o, c, x] = w[o, x]  (over='in'; also 'out', 'all', 'groups')"

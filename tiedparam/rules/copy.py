@@ -36,6 +36,14 @@ class Copy(Linked):
     the ties would form a cycle.
 
     Source: "weight of a layer as a function of another layer's", the PyTorch forum.
+
+    Example:
+        >>> encoder, decoder = nn.Linear(5, 3), nn.Linear(3, 5)
+        >>> _ = tp.register_tie(decoder, "copy", source=encoder, fn=torch.t)
+        >>> torch.equal(decoder.weight, encoder.weight.t())
+        True
+        >>> [name for name, _ in decoder.named_parameters()]
+        ['bias']
     """
 
     law = "W = fn(source.W)"

@@ -42,6 +42,13 @@ class FlipSym(Rule):
     * ``weight``: the layer's own, ``O == C`` in every group.
 
     Multiplicity 2, and 1 on the centre's diagonal.
+
+    Example:
+        >>> conv = tp.register_tie(nn.Conv2d(2, 2, 3), "flip_sym")
+        >>> torch.equal(conv.weight, conv.weight.transpose(0, 1).flip(2, 3))
+        True
+        >>> tp.get_tie(conv).free_count  # of 36
+        19
     """
 
     law = "W[i, j, x] = W[j, i, flip(x)]"

@@ -49,6 +49,12 @@ class Repeat(Broadcast):
 
     Source: ``repeat_interleave`` and ``tile`` of torch, as patterns of a weight; the projection
     is the orbit mean (Ravanbakhsh et al. 2017).
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(4, 6), "repeat", "bias", outputs=2, order="tile")
+        >>> _ = tp.assign_(layer, torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0, 3.0]), "bias")
+        >>> layer.parametrizations.bias.original0.tolist()
+        [1.0, 2.0, 3.0]
     """
 
     law = "W[o] = w[o // r]  (order='block'; also 'tile')"

@@ -32,6 +32,12 @@ class RowRepeat(Broadcast):
 
     Source: "linear layer in which all rows are the same", the PyTorch forum; the
     projection is the orbit mean (Ravanbakhsh et al. 2017).
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(2, 4), "row_repeat", groups=2)
+        >>> _ = tp.assign_(layer, torch.arange(8.0).reshape(4, 2), project=True)
+        >>> layer.weight.tolist()
+        [[1.0, 2.0], [1.0, 2.0], [5.0, 6.0], [5.0, 6.0]]
     """
 
     law = "W[o] = w[o // (out/groups)]"

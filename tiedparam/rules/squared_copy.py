@@ -24,6 +24,12 @@ class SquaredCopy(Linked):
     differ use ``copy`` with ``fn=``.
 
     Source: "conv_2.weight = conv_1.weight ** 2", the PyTorch forum.
+
+    Example:
+        >>> conv_1, conv_2 = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+        >>> _ = tp.register_tie(conv_2, "squared_copy", source=conv_1)
+        >>> torch.equal(conv_2.weight, conv_1.weight.square())
+        True
     """
 
     law = "W = source.W²"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tiedparam.laws.rule import relative_distance
+from tiedparam.laws.distance import relative_distance
 from tiedparam.state.entries import (
     RESIDUAL_TO_WARN,
     SIGNATURE,
@@ -47,6 +47,13 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
 
     Raises:
         TieError: if the source of a copy was exchanged, or has lost its tensor.
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+        >>> {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+        {'bias': (4,), 'parametrizations.weight.original0': (5, 2)}
+        >>> {name: tuple(tensor.shape) for name, tensor in tp.dense_state_dict(layer).items()}
+        {'weight': (4, 4), 'bias': (4,)}
     """
     if has_fsdp1(model):  # its layers hold parts, and state_dict gathers them
         return untie_state_dict(model, model.state_dict())
@@ -73,6 +80,12 @@ def untie_state_dict(model: nn.Module, tied: Mapping[str, Tensor]) -> OrderedDic
     Raises:
         TieError: if free values are missing or misshapen, or a copy's source is not in the
             model.
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+        >>> dense = tp.untie_state_dict(layer, layer.state_dict())
+        >>> nn.Linear(4, 4).load_state_dict(dense)
+        <All keys matched successfully>
     """
     return untie_with(model, tied, _Expander(model, tied).weight)
 
@@ -96,6 +109,12 @@ def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict
 
     Warns:
         TieWarning: naming the layers whose residual exceeds 1e-3.
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+        >>> tied = tp.tie_state_dict(layer, tp.dense_state_dict(layer))
+        >>> layer.load_state_dict(tied)
+        <All keys matched successfully>
     """
     problems: list[Reason] = []
     projected: list[tuple[str, float]] = []

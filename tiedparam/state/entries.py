@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiedparam.laws.rule import relative_distance
+from tiedparam.laws.distance import relative_distance
 from tiedparam.tie.record import Tie
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.errors import Reason, quoted, shown_shape, some_of, warn

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedparam.laws.rule import relative_distance
+from tiedparam.laws.distance import relative_distance
 from tiedparam.state.entries import (
     RESIDUAL_TO_WARN,
     SIGNATURE,

@@ -112,8 +112,13 @@ def register_optimizer(
 
     Example:
         >>> class Signs(torch.optim.Optimizer):  # steps by the sign of an averaged gradient
-        ...     def step(self, closure=None): ...
-        >>> tiedparam.register_optimizer(Signs, {"mean": "gradient"}, coupled_decay=())
+        ...     def __init__(self, parameters): super().__init__(parameters, {})
+        >>> tp.register_optimizer(Signs, {"mean": "gradient"}, coupled_decay=())
+        >>> layer = nn.Linear(4, 4, bias=False)
+        >>> optimizer = Signs(layer.parameters())
+        >>> _ = tp.register_tie(layer, "flip_sym", optimizer=optimizer)
+        >>> [tuple(value.shape) for value in optimizer.param_groups[0]["params"]]
+        [(5, 2)]
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise TypeError(f"register_optimizer takes a class of optimizers, not {optimizer_class!r}")

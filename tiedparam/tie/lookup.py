@@ -22,11 +22,11 @@ def is_tied(module: nn.Module, tensor_name: str | None = None, *, recurse: bool 
         tensor_name: ask for this tensor of this very layer.
         recurse: whether layers inside the module count too, or only its own tensors.
 
-    Example::
-
-        is_tied(model)  # any layer of it
-        [layer for layer in model.modules() if is_tied(layer, recurse=False)]
-        is_tied(model.conv, "bias")
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        >>> _ = tp.register_tie(model[0], "flip_sym")
+        >>> tp.is_tied(model), tp.is_tied(model, recurse=False), tp.is_tied(model[0], "bias")
+        (True, False, False)
     """
     if tensor_name is None:
         return any(ties_in(part) for part in (module.modules() if recurse else (module,)))
@@ -38,6 +38,11 @@ def get_tie(layer: nn.Module, tensor_name: str = "weight") -> Rule:
 
     Raises:
         TieError: if the tensor is not tied.
+
+    Example:
+        >>> rule = tp.get_tie(tp.register_tie(nn.Linear(4, 4), "flip_sym"))
+        >>> rule.law, rule.free_count
+        ('W[i, j, x] = W[j, i, flip(x)]', 10)
     """
     return tie_of(layer, tensor_name).rule
 

@@ -28,6 +28,12 @@ class Owner:
         shape: the shape of the dense tensor, which is what the values mean; they are stored in
             another one.
         rule: the rule that ties it.
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
+        >>> found = tp.owner(layer.parametrizations.weight.original0)
+        >>> found.layer is layer, found.tensor_name, found.shape, str(found.rule)
+        (True, 'weight', (4, 4), 'flip_sym')
     """
 
     layer: nn.Module
@@ -67,12 +73,12 @@ def owner(parameter: nn.Parameter) -> Owner | None:
         TypeError: if it is not a Parameter.
 
     Example:
-        >>> layer = tiedparam.register_tie(nn.Linear(4, 4), "flip_sym")
+        >>> layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
         >>> for value in layer.parameters():
-        ...     found = tiedparam.owner(value)
+        ...     found = tp.owner(value)
         ...     print(tuple(value.shape), found.shape if found else "not tied")
         (4,) not tied
-        (10, 1) (4, 4)
+        (5, 2) (4, 4)
     """
     if not isinstance(parameter, nn.Parameter):
         raise TypeError(f"owner takes a Parameter, not {type(parameter).__name__}")

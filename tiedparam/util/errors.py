@@ -21,6 +21,11 @@ class Reason(NamedTuple):
     Attributes:
         fact: what is so, as a sentence; it may begin with a small letter, after a colon.
         remedy: what to do about it, as a sentence; empty where nothing can be done.
+
+    Example:
+        >>> from tiedparam.laws import Reason
+        >>> print(Reason("the weight is not square.", "Tie a square layer."))
+        the weight is not square. Tie a square layer.
     """
 
     fact: str
@@ -39,12 +44,12 @@ class TieError(RuntimeError):
     where the fact names the place itself it is not said twice. It loses its middle where it would
     be longer than `LONGEST_MESSAGE`, whatever a model, a plan or a file is called.
 
-    Example::
-
-        try:
-            tiedparam.register_tie(model.conv, "flip_sym")
-        except tiedparam.TieError as error:
-            print(error.fact)  # out_channels (64) must equal in_channels (32).
+    Example:
+        >>> try:
+        ...     tp.register_tie(nn.Conv2d(4, 8, 3), "flip_sym")
+        ... except tp.TieError as error:
+        ...     print(error.fact, error.remedy)
+        out_channels (8) must equal in_channels (4). Tie a square layer, or use 'channel_shared'.
     """
 
     # The parts are the arguments, and there is no __init__: in one torch.compile would find no
@@ -118,6 +123,14 @@ class TieWarning(UserWarning):
 
     A loaded weight was projected by more than rounding, say; a tie frees nothing, or keeps almost
     nothing of the weight; decay acts otherwise than before.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     layer = tp.register_tie(nn.Conv1d(64, 64, 7, groups=64), "channel_shared")
+        >>> print(caught[0].message)
+        the tie of 'weight' of Conv1d(...) by ... frees nothing: 448 of 448 values are stored. ...
     """
 
     @property

@@ -1,0 +1,55 @@
+"""The rules as a table: what ``print(available_rules())`` and ``tiedparam rules`` show."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from tiedparam.laws.rule import Rule
+from tiedparam.util.errors import Reason
+from tiedparam.util.table import Column, Table, TableReport
+
+
+class RuleTable(TableReport[type[Rule]], dict[str, type[Rule]]):
+    """Rules by their names: a dictionary that reads as a table, in notebooks too."""
+
+    def table(self) -> Table[type[Rule]]:
+        """One row for every rule."""
+        return Table(_COLUMNS, self.values())
+
+    def remarks(self) -> list[Reason]:
+        """None."""
+        return []
+
+    def to_data(self) -> dict[str, Any]:
+        """Rows."""
+        return {"kind": "rules", "rows": self.rows()}
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _options(rule: type[Rule]) -> str:
+    """What ``register_tie`` takes for it, with the defaults: ``source=, source_name=None``."""
+    shown = []
+    for parameter in inspect.signature(rule).parameters.values():
+        if parameter.default is inspect.Parameter.empty:
+            shown.append(f"{parameter.name}=")
+        else:
+            value = getattr(parameter.default, "__name__", repr(parameter.default))
+            shown.append(f"{parameter.name}={value}")
+    return ", ".join(shown)
+
+
+def _meaning(rule: type[Rule]) -> str:
+    """The first line of its own docstring, without marks, and without the law beside it."""
+    first = inspect.cleandoc(rule.__doc__ or "").split("\n")[0].replace("``", "")
+    return first.replace(f": {rule.law}", "")
+
+
+_COLUMNS: list[Column[type[Rule]]] = [
+    Column("rule", "rule", lambda rule: rule.name),
+    Column("law", "law", lambda rule: rule.law),
+    Column("options", "options", _options),
+    Column("meaning", "meaning", _meaning),
+]
