@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from tiedparam.laws import Reason
-from tiedparam.laws.broadcast import Blocks, Broadcast
+from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
 
-_LAWS = {"block": "W[o] = w[o // r]", "tile": "W[o] = w[o mod (O/r)]"}
+Order = Literal["block", "tile"]
+_LAWS: dict[Order, str] = {"block": "W[o] = w[o // r]", "tile": "W[o] = w[o mod (O/r)]"}
 
 
-def repeated(shape: Sequence[int], copies: int, order: str) -> Blocks:
+def repeated(shape: Sequence[int], copies: int, order: Order) -> Blocks:
     """The canonical ``shape`` with ``copies`` equal outputs each: neighbours, or whole tiles."""
     outputs, *rest = shape
     if order == "block":
@@ -59,7 +60,7 @@ class Repeat(Broadcast):
 
     law = "W[o] = w[o // r]  (order='block'; also 'tile')"
 
-    def __init__(self, outputs: int, *, order: str = "block", compute: str = "auto") -> None:
+    def __init__(self, outputs: int, *, order: Order = "block", compute: Compute = "auto") -> None:
         super().__init__(compute)
         self.outputs = outputs
         self.order = order
