@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def _by_name(
 ) -> dict[str, Tensor]:
     """What was given, by the names of the Parameters that it is for."""
     if isinstance(given, Mapping):
-        named = dict(given)
+        named: dict[Any, Any] = dict(given)
         for name in named:
             if name not in stored:
                 known = f"The free values are {', '.join(map(quoted, stored)) or 'none'}."

@@ -57,11 +57,11 @@ class ChannelShared(Broadcast):
         (True, ((4, 1, 5, 5),))
     """
 
-    law = "W[o, c, x] = w[o, x]  (over='in'; also 'out', 'all', 'groups')"
+    law: str = "W[o, c, x] = w[o, x]  (over='in'; also 'out', 'all', 'groups')"
 
     def __init__(self, over: Over = "in", compute: Compute = "auto") -> None:
         super().__init__(compute)
-        self.over = over
+        self.over: Over = over
         self.law = _LAWS.get(over, type(self).law) if isinstance(over, str) else type(self).law
 
     def options(self) -> dict[str, Any]:

@@ -58,13 +58,15 @@ class Repeat(Broadcast):
         [1.0, 2.0, 3.0]
     """
 
-    law = "W[o] = w[o // r]  (order='block'; also 'tile')"
+    law: str = "W[o] = w[o // r]  (order='block'; also 'tile')"
 
     def __init__(self, outputs: int, *, order: Order = "block", compute: Compute = "auto") -> None:
         super().__init__(compute)
         self.outputs = outputs
-        self.order = order
-        self.law = _LAWS.get(order, type(self).law) if isinstance(order, str) else type(self).law
+        self.order: Order = order
+        self.law: str = (
+            _LAWS.get(order, type(self).law) if isinstance(order, str) else type(self).law
+        )
 
     def options(self) -> dict[str, Any]:
         """``outputs``, and ``order`` where it is not ``"block"``."""
