@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -115,6 +118,14 @@ def test_help_shows_the_signature_and_the_text():
     )
 
 
+def test_the_script_that_type_checkers_read_does_what_it_says():
+    done = subprocess.run(
+        [sys.executable, "tests/house/users_script.py"], cwd=ROOT, check=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "(3, 3) parametrizations.weight.original0 torch.Size([2, 8])" in done.stdout
+
+
 # Closed sets -----------------------------------------------------------------------------------
 
 
@@ -147,6 +158,7 @@ def test_the_options_with_closed_sets_are_found():
     computing = {rule.name: values for rule, option, values in OPTIONS if option == "compute"}
     assert set(computing) == {"channel_shared", "repeat", "row_repeat"}
     assert set(computing.values()) == {typing.get_args(laws.Compute)}
+    assert literals_of(laws.Broadcast.__init__) == {"compute": typing.get_args(laws.Compute)}
 
 
 @pytest.mark.parametrize(("option", "name"), [*OTHERS, ("over", "channel_shared")])
