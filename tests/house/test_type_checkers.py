@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -47,7 +48,7 @@ def mistaken(right: str, wrong: str) -> tuple[str, int]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The script, with each mistake alone and with the five together."""
+    """The script, with each mistake alone and with the five together; and laws of users."""
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "right.py").write_text(SCRIPT, encoding="utf-8")
     for number, (right, wrong) in enumerate((MISTAKES | MORE).values()):
@@ -57,6 +58,7 @@ def folder(tmp_path_factory) -> Path:
     for right, wrong in MISTAKES.values():
         text = text.replace(right, wrong, 1)
     (folder / "five.py").write_text(text, encoding="utf-8")
+    shutil.copy(ROOT / "tests" / "house" / "users_rules.py", folder)
     return folder
 
 
