@@ -34,8 +34,8 @@ def free_values(layer: nn.Module, tensor_name: str = "weight") -> dict[str, nn.P
         TieError: if the tensor is not tied.
 
     Example:
-        >>> linear = tiedparam.register_tie(torch.nn.Linear(3, 4), "row_repeat")
-        >>> {name: value.shape for name, value in tiedparam.free_values(linear).items()}
+        >>> layer = tp.register_tie(nn.Linear(3, 4), "row_repeat")
+        >>> {name: value.shape for name, value in tp.free_values(layer).items()}
         {'parametrizations.weight.original0': torch.Size([1, 3])}
     """
     tie = tie_of(layer, tensor_name)
