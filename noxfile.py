@@ -52,6 +52,9 @@ def paths(files: Iterable[Path]) -> list[str]:
 
 @nox.session(tags=["ci"])
 def types(session: nox.Session) -> None:
-    """The library's own types, by mypy in strict mode."""
-    session.install(*CONSTRAINTS, "-e", ".[lint,demo]")
+    """The library's own types, by mypy in strict mode; mypy and pyright on what users write."""
+    testing = ("pytest", "pytest-timeout", "hypothesis")  # not all that the other tests need
+    session.install(*CONSTRAINTS, "-e", ".[lint,demo]", *testing)
     session.run("mypy")
+    required = {"TIEDPARAM_TYPE_CHECKERS": "required"}
+    session.run("python", "-m", "pytest", "-q", "tests/house/test_type_checkers.py", env=required)

@@ -19,11 +19,11 @@ def main() -> None:
     assert tp.__version__ == importlib.metadata.version("tiedparam")
     assert files("tiedparam").joinpath("py.typed").is_file()
     count = 0
-    for name, rule_class in tp.available_rules().items():
+    for rule_class in tp.available_rules().values():
         for example in rule_class.examples():
             model = example.build()
             layer = model.get_submodule(example.path)
-            tp.register_tie(layer, name, example.tensor_name, root=model, **example.options)
+            tp.register_tie(layer, rule_class, example.tensor_name, root=model, **example.options)
             rule = tp.get_tie(layer, example.tensor_name)
             optimizer = torch.optim.Adam(model.parameters())
             loss = getattr(layer, example.tensor_name).square().sum()

@@ -12,6 +12,7 @@ from tiedparam.compute.frozen import frozen
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import available_rules, register_rule
 from tiedparam.laws.rule import Example, Rule
+from tiedparam.layer.free_values import free_values
 from tiedparam.layer.register import register_tie
 from tiedparam.layer.remove import remove_tie
 from tiedparam.layer.residual import residual
@@ -55,6 +56,7 @@ __all__ = [
     "draw_scan",
     "draw_weights",
     "export_dense",
+    "free_values",
     "frozen",
     "get_tie",
     "init_",

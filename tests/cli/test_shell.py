@@ -9,13 +9,13 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 import warnings
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import tomllib
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import re
+import typing
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import tiedparam as tp
 from tests.support.unchanged import snapshot, unchanged
+from tiedparam.layer import rule_options
 
 
 class WrongShape(tp.Rule):
@@ -694,3 +697,12 @@ def test_a_layer_that_holds_tied_layers_is_not_tied_itself_for_the_library():
     tp.register_tie(attention, "row_repeat", "in_proj_weight", groups=3)  # and can be tied
     assert [row.layer for row in tp.report(attention).ties] == ["", "out_proj"]
     tp.untie_model(attention)
+
+
+def test_register_tie_takes_by_name_what_it_declares():
+    parameters = inspect.signature(tp.register_tie).parameters.values()
+    own = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert list(rule_options.TieArguments.__annotations__) == own
+    hints = typing.get_type_hints(tp.register_tie)
+    fields = typing.get_type_hints(rule_options.TieArguments)
+    assert {name: hints[name] for name in own} == fields

@@ -6,11 +6,11 @@ from __future__ import annotations
 import copy
 import json
 import re
-import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
+import tomllib
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

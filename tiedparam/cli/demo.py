@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
 
 from tiedparam.cli.demo_picture import Drawn, draw
+from tiedparam.laws.registry import find_rule
 from tiedparam.layer.register import register_tie
 from tiedparam.layer.residual import residual
 from tiedparam.model.pictures import needed
@@ -50,11 +51,13 @@ class TieLine:
 
     def apply(self, model: nn.Module) -> None:
         """Tie the layer of ``model``."""
-        register_tie(model.get_submodule(self.layer), self.rule, root=model, **self.options)
+        rule = find_rule(self.rule)
+        register_tie(model.get_submodule(self.layer), rule, root=model, **self.options)
 
     def residual(self, model: nn.Module) -> float:
         """How far the layer of ``model`` is from the law."""
-        return residual(model.get_submodule(self.layer), self.rule, root=model, **self.options)
+        rule = find_rule(self.rule)
+        return residual(model.get_submodule(self.layer), rule, root=model, **self.options)
 
     def __str__(self) -> str:
         options = "".join(f", {name}={json.dumps(value)}" for name, value in self.options.items())

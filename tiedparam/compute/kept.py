@@ -51,7 +51,7 @@ class Memory:
     __slots__ = ("checked", "frozen", "kept")
 
     def __init__(self, checked: bool) -> None:
-        self.checked = checked
+        self.checked: bool = checked
         self.kept: tuple[tuple[Any, ...], Tensor] | None = None
         self.frozen: FrozenWeight | None = None
 
@@ -162,8 +162,12 @@ class FrozenWeight:
         self.where = where
         self.holders = 0
         self.tie = tie
-        self.origins = list(tensors_behind(tie.layer, tie.tensor_name))
-        self.lists = lists_behind(tie.layer, tie.tensor_name)
+        self.origins: list[tuple[dict[str, Any], str, Tensor]] = list(
+            tensors_behind(tie.layer, tie.tensor_name)
+        )
+        self.lists: list[tuple[nn.Module, nn.Module, Any]] = lists_behind(
+            tie.layer, tie.tensor_name
+        )
         for _, _, tensor in self.origins:
             if is_sharded(tensor):
                 raise TieError(
@@ -171,7 +175,7 @@ class FrozenWeight:
                     "it is sharded.",
                     "Freeze the model before fully_shard.",
                 )
-        self.weight = self._compute()
+        self.weight: Tensor = self._compute()
         self.hooks: list[Any] = []
 
     def _compute(self) -> Tensor:

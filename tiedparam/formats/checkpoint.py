@@ -43,7 +43,7 @@ class StoredCheckpoint(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: PathLike, key: str | None = None) -> None:
-        self.path = file_of(Path(path))
+        self.path: Path = file_of(Path(path))
         self.metadata: dict[str, str] = {}
         self.module_metadata: dict[str, Any] = {}
         self._parts: dict[str, Mapping[str, Tensor]] = {}

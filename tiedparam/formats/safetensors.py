@@ -91,7 +91,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
     def __init__(self, path: PathLike) -> None:
         _refuse_big_endian()
-        self.path = Path(path)
+        self.path: Path = Path(path)
         with self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:

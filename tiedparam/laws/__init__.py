@@ -4,7 +4,7 @@ Knows tensors, layouts and what a layer holds; no ties, files or optimizers.
 Public: `Rule` is the contract, `Broadcast` and `Linked` are kinds of law to derive from.
 """
 
-from tiedparam.laws.broadcast import Blocks, Broadcast
+from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked
 from tiedparam.laws.registry import available_rules, register_rule
@@ -14,6 +14,7 @@ from tiedparam.util.errors import Reason
 __all__ = [
     "Blocks",
     "Broadcast",
+    "Compute",
     "Example",
     "Layout",
     "Linked",

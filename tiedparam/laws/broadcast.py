@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd, prod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from tiedparam.laws.distance import halved_difference
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Reduction, Rule
 from tiedparam.util.errors import Reason
+
+Compute = Literal["auto", "dense", "reduced", "windows"]
+"""The forms that `tiedparam.compute.forms` knows, and ``"auto"`` for the fastest."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Broadcast(Rule):
     gains_from_cache = False  # expanding is a view
     _sizes: _Sizes
 
-    def __init__(self, compute: str = "auto") -> None:
+    def __init__(self, compute: Compute = "auto") -> None:
         super().__init__()
         self.compute = compute
 

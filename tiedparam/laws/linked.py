@@ -173,7 +173,7 @@ class Linked(Rule):
         """Fit the rule to one tensor; of any dtype, since nothing is averaged."""
         reason = self.reason_against(layout)
         if reason is None:
-            self.layout = layout
+            self.layout: Layout | None = layout
         return reason
 
     def extra_repr(self) -> str:

@@ -134,7 +134,8 @@ class Rule(nn.Module, metaclass=OwnMembers):
         """Shapes of the free values for the bound layout; none may be empty."""
         raise NotImplementedError(f"{type(self).__name__} must say the shapes of its free values")
 
-    def forward(self, *free: Tensor) -> Tensor:
+    # Any: a law may give its free values names of its own, also for type checkers
+    def forward(self, *free: Any, **named: Any) -> Tensor:
         """Expand the free values to the weight. Stateless, linear-time."""
         raise NotImplementedError(f"{type(self).__name__} must expand its free values")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -19,7 +21,7 @@ from tiedparam.util.torch_private import (
     submodules_of,
 )
 
-INITS = ("project", "rescale", "exact")
+Init = Literal["project", "rescale", "exact"]
 """What ``init=`` may be."""
 REMOVE_THE_TIE = "Call remove_tie first."
 """What to do about a tensor that is tied already."""
@@ -50,8 +52,9 @@ def check_init(init: object) -> None:
     Raises:
         TieError: if it is not.
     """
-    if init not in INITS:
-        known = ", ".join(map(repr, INITS))
+    inits = get_args(Init)
+    if init not in inits:
+        known = ", ".join(map(repr, inits))
         raise TieError(f"init={init!r}", f"init={init!r} is unknown.", f"Choose one of {known}.")
 
 

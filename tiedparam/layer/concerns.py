@@ -149,7 +149,7 @@ class Concerns:
     """Those of a whole model, for one warning."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count: int = 0
         self._facts: list[str] = []
 
     def note(self, concern: Concern) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tiedparam.laws.distance import relative_distance
 from tiedparam.laws.rule import Rule
+from tiedparam.layer.checks import Init
 from tiedparam.layer.concerns import why_distant
 from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.torch_private import has_values
@@ -32,7 +33,7 @@ class InitialValues:
 
 
 def initial_values(
-    rule: Rule, weight: nn.Parameter, init: str, max_residual: float | None
+    rule: Rule, weight: nn.Parameter, init: Init, max_residual: float | None
 ) -> InitialValues | Reason:
     """Free values for ``weight`` by ``init``, or the reason why there are none.
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from tiedparam.compute.forms import computing_of
 from tiedparam.compute.frozen import refuse_if_frozen
@@ -22,8 +23,8 @@ from tiedparam.compute.kept import memory_for
 from tiedparam.laws.layout import declare_shape
 from tiedparam.laws.registry import make_rule
 from tiedparam.laws.rule import Rule
-from tiedparam.layer import host
-from tiedparam.layer.checks import check_arguments, why_refused, why_untieable
+from tiedparam.layer import host, rule_options
+from tiedparam.layer.checks import Init, check_arguments, why_refused, why_untieable
 from tiedparam.layer.concerns import Concern, check_max_residual, concern_of
 from tiedparam.layer.initial_values import InitialValues, initial_values
 from tiedparam.layer.moves import planned_moves
@@ -46,13 +47,74 @@ from tiedparam.util.torch_private import effective
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
+# begin: by python docs/make_signatures.py
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["channel_shared"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.ChannelSharedTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["copy"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.CopyTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["flip_sym"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.TieArguments],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["repeat"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.RepeatTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["row_repeat"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.RowRepeatTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["squared_copy"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.SquaredCopyTie],
+) -> Layer: ...
+# end
+@overload
+def register_tie(
+    layer: Layer, rule: Rule, tensor_name: str = ..., **options: Unpack[rule_options.TieArguments]
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: type[Rule],
+    tensor_name: str = ...,
+    *,
+    init: Init = ...,
+    max_residual: float | None = ...,
+    cache: bool = ...,
+    optimizer: Optimizer | Iterable[Optimizer] | None = ...,
+    root: nn.Module | None = ...,
+    **options: Any,
+) -> Layer: ...
 @never_compiled
 def register_tie(
     layer: Layer,
     rule: str | type[Rule] | Rule,
     tensor_name: str = "weight",
     *,
-    init: str = "project",
+    init: Init = "project",
     max_residual: float | None = None,
     cache: bool = False,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
@@ -135,7 +197,7 @@ class Settings:
         concerned: called with a tie that was probably not intended, while it can still be undone.
     """
 
-    init: str = "project"
+    init: Init = "project"
     max_residual: float | None = None
     cache: bool = False
     optimizers: Sequence[Optimizer] = ()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from tiedparam.laws.registry import make_rule
 from tiedparam.laws.rule import Rule
+from tiedparam.layer import rule_options
 from tiedparam.layer.checks import check_arguments, why_no_values
 from tiedparam.tie.binding import bind
 from tiedparam.tie.target import Target
@@ -17,6 +19,74 @@ from tiedparam.util.errors import TieError, raise_if
 from tiedparam.util.torch_private import has_values
 
 
+# begin: by python docs/make_signatures.py
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["channel_shared"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Unpack[rule_options.ChannelSharedOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["copy"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Unpack[rule_options.CopyOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["flip_sym"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["repeat"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Unpack[rule_options.RepeatOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["row_repeat"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Unpack[rule_options.RowRepeatOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["squared_copy"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Unpack[rule_options.SquaredCopyOptions],
+) -> float: ...
+# end
+@overload
+def residual(
+    layer: nn.Module, rule: Rule, tensor_name: str = ..., *, root: nn.Module | None = ...
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: type[Rule],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Any,
+) -> float: ...
 def residual(
     layer: nn.Module,
     rule: str | type[Rule] | Rule,

@@ -34,7 +34,7 @@ from tiedparam.util.torch_private import (
     parameters_of,
 )
 
-inside = threading.local()
+inside: threading.local = threading.local()
 """.call: the layer whose forward this thread runs, and its arguments."""
 
 

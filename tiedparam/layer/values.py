@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from tiedparam.compute.frozen import refuse_if_frozen
 from tiedparam.laws.distance import relative_distance
+from tiedparam.layer.free_values import FreeValues, assign_free_values, why_without_numbers
 from tiedparam.tie.lookup import tie_of, ties_in
 from tiedparam.tie.offloaded import why_offloaded
 from tiedparam.tie.record import Tie
@@ -28,17 +29,36 @@ from tiedparam.util.torch_private import (
     submodules_of,
 )
 
+Layer = TypeVar("Layer", bound=nn.Module)
 
+
+@overload
 def assign_(
-    layer: nn.Module, value: Tensor, tensor_name: str = "weight", *, project: bool = False
-) -> nn.Module:
-    """Set the effective weight: ``layer.weight = value`` with a say in what may change.
+    layer: Layer, value: Tensor, tensor_name: str = ..., *, project: bool = ...
+) -> Layer: ...
+@overload
+def assign_(layer: Layer, *, free: FreeValues, tensor_name: str = ...) -> Layer: ...
+def assign_(
+    layer: Layer,
+    value: Tensor | None = None,
+    tensor_name: str = "weight",
+    *,
+    project: bool = False,
+    free: FreeValues | None = None,
+) -> Layer:
+    """Set the effective weight, or the free values that it is computed from.
+
+    With a weight it is ``layer.weight = value``, with a say in what may change.
 
     Args:
         layer: the tied layer.
         value: a tensor of the weight's shape and dtype, on any device.
         tensor_name: which tensor.
         project: take the nearest lawful weight instead of raising if ``value`` breaks the law.
+        free: instead of ``value``, the free values: the tensor itself where there is one, several
+            in the order of `free_values`, or some of them by the names that they have there. Of
+            their own shapes and dtype, on any device; another parametrization may be stacked on
+            the tie.
 
     Returns:
         The layer. The free values keep their identity; only their contents change. Assigning
@@ -48,8 +68,9 @@ def assign_(
     Raises:
         TieError: if the tensor is not tied, is a copy and ``value`` is not what it copies, has
             another shape or dtype, or (without ``project``) breaks the law, by how much the
-            message says; or if the values are elsewhere (accelerate's offloading), so that the
-            write would be lost.
+            message says; if there are other free values than those given; or if the values are
+            elsewhere (accelerate's offloading), so that the write would be lost.
+        TypeError: for arguments of a wrong type, and unless either ``value`` or ``free`` is given.
 
     Example:
         >>> layer = tp.register_tie(nn.Linear(2, 2), "flip_sym")
@@ -57,10 +78,15 @@ def assign_(
         >>> layer.weight.tolist()
         [[1.0, 1.0], [1.0, 3.0]]
     """
+    if (value is None) == (free is None) or (project and free is not None):
+        raise TypeError("assign_ takes a weight, with or without project=, or the values of free=")
     tie = tie_of(layer, tensor_name)
     place = f"cannot assign to {tie.describe()}"
     refuse_if_frozen(layer, "assigning")
     raise_if(place, why_offloaded(layer))
+    if free is not None:
+        assign_free_values(tie, free, place)
+        return layer
     if not isinstance(value, Tensor):
         raise TypeError(f"assign_ takes a tensor, not {type(value).__name__}")
     rule, stored = tie.rule, tie.free
@@ -112,25 +138,15 @@ def _why_not_taken(tie: Tie, value: Tensor) -> Reason | None:
 def _why_other_than(present: Tensor, value: Tensor, tie: Tie) -> Reason | None:
     """Why a value does not fit the tensor that is there."""
     if value.shape != present.shape or value.dtype != present.dtype:
-        sizes = {shape: number for number, shape in enumerate(tie.rule.free_shapes())}
         return Reason(
             f"the value is {value.dtype} {tuple(value.shape)}, and the tensor {present.dtype} "
             f"{tuple(present.shape)}.",
-            _meant(value, present, tie.tensor_name, sizes),
+            _meant(value, present, tie.rule.free_shapes()),
         )
-    if has_values(value) and not has_values(present):
-        return Reason("it is on the meta device, where numbers are lost.", "Call to_empty first.")
-    if has_values(present) and not has_values(value):
-        return Reason(
-            "the value is on the meta device and has no numbers.",
-            "Give it some first, or move the layer with to('meta').",
-        )
-    return None
+    return why_without_numbers(present, value)
 
 
-def _meant(
-    value: Tensor, present: Tensor, tensor_name: str, free: Mapping[tuple[int, ...], int]
-) -> str:
+def _meant(value: Tensor, present: Tensor, free: Sequence[tuple[int, ...]]) -> str:
     """The call that was meant, as far as shape and dtype of the value tell."""
     cast = "" if value.dtype == present.dtype else f".to({present.dtype})"
     shape = tuple(present.shape)
@@ -139,8 +155,8 @@ def _meant(
     if _stretches(value.shape, shape):  # one row for all, say, which many laws keep
         return f"To repeat the value call tiedparam.assign_(layer, value{cast}.expand{shape})."
     if tuple(value.shape) in free:
-        parameter = f"layer.parametrizations.{tensor_name}.original{free[tuple(value.shape)]}"
-        return f"To set the free values call {parameter}.copy_(value) under torch.no_grad()."
+        given = f"value{cast}" if len(free) == 1 else f"{{name: value{cast}}}"
+        return f"To set free values call tiedparam.assign_(layer, free={given})."
     return "Convert the value first."
 
 
@@ -150,9 +166,7 @@ def _stretches(shape: torch.Size, goal: tuple[int, ...]) -> bool:
     )
 
 
-def init_(
-    layer: nn.Module, init_fn: Callable[[Tensor], Any], tensor_name: str = "weight"
-) -> nn.Module:
+def init_(layer: Layer, init_fn: Callable[[Tensor], Any], tensor_name: str = "weight") -> Layer:
     """Initialise a tied tensor as if it were dense, keeping one representative per orbit.
 
     A projection would shrink an i.i.d. initialisation by the square root of the

@@ -16,12 +16,17 @@ from torch import nn
 
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
+from tiedparam.layer.checks import Init
+from tiedparam.layer.rule_options import KnownName
 from tiedparam.util.errors import TieError
 
 Predicate = Callable[[str, nn.Module], bool]
 Pattern = str | type[nn.Module] | Predicate
-RuleName = str | type[Rule]
+RuleName = KnownName | str | type[Rule]  # the known ones, so that editors complete them
 Value = RuleName | tuple[RuleName, Mapping[str, Any]]
+PlanMapping = Mapping[Any, Value | list[Value]]
+"""From a `Pattern` to what is tied there. Not typed as such: the keys of a mapping are invariant,
+so that type checkers would refuse ``plan = {"conv": "flip_sym"}``, whose keys are strings alone."""
 
 OWN_OPTIONS = ("tensor_name", "init")
 """What may stand among a value's options and is `register_tie`'s argument, not the rule's."""
@@ -50,7 +55,7 @@ class PlanEntry:
     rule: RuleName
     options: Mapping[str, Any] = field(default_factory=dict)
     tensor_name: str = "weight"
-    init: str | None = None
+    init: Init | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.pattern, (str, type)) or callable(self.pattern)):
@@ -123,7 +128,7 @@ class Plan:
     entries: tuple[PlanEntry, ...]
 
     @classmethod
-    def of(cls, plan: Plan | Mapping[Pattern, Value | list[Value]]) -> Plan:
+    def of(cls, plan: Plan | PlanMapping) -> Plan:
         """A plan from ``{pattern: value}``.
 
         A value is a rule's name or class, a pair of that and its options, or a list of such

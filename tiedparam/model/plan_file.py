@@ -21,11 +21,11 @@ import json
 import math
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import tomllib
 from torch import nn
 
 from tiedparam.formats.atomic import whole_files
@@ -34,13 +34,11 @@ from tiedparam.laws.functions import Functions, as_functions, function_name, wit
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import check_init
-from tiedparam.model.plan import OWN_OPTIONS, Pattern, Plan, PlanEntry, Value
+from tiedparam.model.plan import OWN_OPTIONS, Plan, PlanEntry, PlanMapping
 from tiedparam.util.errors import LONGEST_MESSAGE, TieError, nearest, shortened, within
 
 
-def write_plan(
-    plan: Plan | Mapping[Pattern, Value | list[Value]], path: str | os.PathLike[str]
-) -> None:
+def write_plan(plan: Plan | PlanMapping, path: str | os.PathLike[str]) -> None:
     """Write a plan to a TOML or JSON file, by its suffix. An existing file is replaced.
 
     Args:

@@ -23,7 +23,7 @@ from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import why_refused
 from tiedparam.model import cost
 from tiedparam.model.near_copies import Sources, sample
-from tiedparam.model.plan import PlanEntry
+from tiedparam.model.plan import PlanEntry, Value
 from tiedparam.model.random_tensor import Moments, RandomResidual
 from tiedparam.model.reasons import Skipped
 from tiedparam.model.scan_report import Candidate, Pairs, ScanReport
@@ -32,12 +32,10 @@ from tiedparam.tie.binding import bind
 from tiedparam.util.errors import Reason, TieError, key_of
 from tiedparam.util.progress import progress as progress_bar
 
-RuleChoice = str | type[Rule] | tuple[str | type[Rule], Mapping[str, Any]]
-
 
 def scan(
     model: nn.Module,
-    rules: Iterable[RuleChoice] | None = None,
+    rules: Iterable[Value] | None = None,
     *,
     pairs: int = 2,
     example: Any = None,
@@ -103,7 +101,7 @@ class _Choice:
         return self.rule.variants(layout) if self.options is None else [self.options]
 
 
-def _chosen_rules(rules: Iterable[RuleChoice] | None) -> list[_Choice]:
+def _chosen_rules(rules: Iterable[Value] | None) -> list[_Choice]:
     if rules is None:
         return [_Choice(rule, None) for rule in available_rules().values()]
     if isinstance(rules, (str, type)):

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from tiedparam.laws.registry import make_rule
 from tiedparam.laws.rule import Rule
-from tiedparam.layer.checks import check_init
+from tiedparam.layer.checks import Init, check_init
 from tiedparam.layer.host import stock_class
 from tiedparam.model.plan import Plan, PlanEntry
 from tiedparam.model.reasons import SeveralTiesError, Skipped
@@ -28,7 +28,7 @@ class Selected:
     layer: nn.Module
     entry: PlanEntry
     rule: Rule
-    init: str
+    init: Init
 
     def skipped(self, why: Reason) -> Skipped:
         """The tensor left as it is."""
@@ -36,7 +36,7 @@ class Selected:
 
 
 def select(
-    model: nn.Module, plan: Plan, default_init: str, *, skip: bool
+    model: nn.Module, plan: Plan, default_init: Init, *, skip: bool
 ) -> tuple[list[Selected], list[Skipped]]:
     """The ties that a plan asks for, in the model's order; and the entries that select nothing.
 
@@ -86,7 +86,7 @@ def select(
     return ties, absent
 
 
-def _checked(entry: PlanEntry, default_init: str) -> tuple[type[Rule], str]:
+def _checked(entry: PlanEntry, default_init: Init) -> tuple[type[Rule], Init]:
     kind = entry.rule_class()
     make_rule(kind, dict(entry.options))
     init = entry.init if entry.init is not None else default_init

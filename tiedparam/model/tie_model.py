@@ -8,18 +8,19 @@ anything, all of it is put back, to the object, before the one error is raised.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from torch import nn
 from torch.optim import Optimizer
 
+from tiedparam.layer.checks import Init
 from tiedparam.layer.concerns import Concerns, check_max_residual
 from tiedparam.layer.register import Settings, tie_one
 from tiedparam.layer.remove import remove_tie
 from tiedparam.layer.rollback import rolled_back_on_error
-from tiedparam.model.plan import Pattern, Plan, Value
+from tiedparam.model.plan import Plan, PlanMapping
 from tiedparam.model.reasons import SeveralTiesError, Skipped
 from tiedparam.model.report import TieReport, tie_rows, totals_of
 from tiedparam.model.selection import Selected, select, sources_first
@@ -34,20 +35,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 LEAVE_UNFIT = "Correct the plan, or pass on_unfit='skip' to leave these as they are."
 """What to do about tensors that cannot carry their rule."""
-_ON_UNFIT = ("error", "skip")
+OnUnfit = Literal["error", "skip"]
+"""What becomes of tensors that cannot carry their rule."""
 
 
 @never_compiled
 def tie_model(
     model: nn.Module,
-    plan: Plan | Mapping[Pattern, Value | list[Value]],
+    plan: Plan | PlanMapping,
     *,
-    init: str = "project",
+    init: Init = "project",
     max_residual: float | None = None,
     cache: bool = False,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     dry_run: bool = False,
-    on_unfit: str = "error",
+    on_unfit: OnUnfit = "error",
 ) -> TieReport:
     """Tie the tensors of a model that a plan selects. All or nothing.
 
@@ -91,7 +93,7 @@ def tie_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"tie_model takes an nn.Module, not {type(model).__name__}")
-    if on_unfit not in _ON_UNFIT:
+    if on_unfit not in get_args(OnUnfit):
         raise TieError(
             "on_unfit=", f"on_unfit={on_unfit!r} is unknown.", "Choose 'error' or 'skip'."
         )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from tiedparam.laws import Reason
-from tiedparam.laws.broadcast import Blocks, Broadcast
+from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
 
-_LAWS = {
+Over = Literal["in", "out", "all", "groups"]
+_LAWS: dict[Over, str] = {
     "in": "W[o, c, x] = w[o, x]",
     "out": "W[o, c, x] = w[c, x]",
     "all": "W[o, c, x] = w[x]",
@@ -56,11 +57,11 @@ class ChannelShared(Broadcast):
         (True, ((4, 1, 5, 5),))
     """
 
-    law = "W[o, c, x] = w[o, x]  (over='in'; also 'out', 'all', 'groups')"
+    law: str = "W[o, c, x] = w[o, x]  (over='in'; also 'out', 'all', 'groups')"
 
-    def __init__(self, over: str = "in", compute: str = "auto") -> None:
+    def __init__(self, over: Over = "in", compute: Compute = "auto") -> None:
         super().__init__(compute)
-        self.over = over
+        self.over: Over = over
         self.law = _LAWS.get(over, type(self).law) if isinstance(over, str) else type(self).law
 
     def options(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Copy(Linked):
     """
 
     law = "W = fn(source.W)"
-    functions = ("fn",)
+    functions: ClassVar[tuple[str, ...]] = ("fn",)
 
     def __init__(
         self,

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from tiedparam.laws import Reason
-from tiedparam.laws.broadcast import Blocks, Broadcast
+from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
 
-_LAWS = {"block": "W[o] = w[o // r]", "tile": "W[o] = w[o mod (O/r)]"}
+Order = Literal["block", "tile"]
+_LAWS: dict[Order, str] = {"block": "W[o] = w[o // r]", "tile": "W[o] = w[o mod (O/r)]"}
 
 
-def repeated(shape: Sequence[int], copies: int, order: str) -> Blocks:
+def repeated(shape: Sequence[int], copies: int, order: Order) -> Blocks:
     """The canonical ``shape`` with ``copies`` equal outputs each: neighbours, or whole tiles."""
     outputs, *rest = shape
     if order == "block":
@@ -57,13 +58,15 @@ class Repeat(Broadcast):
         [1.0, 2.0, 3.0]
     """
 
-    law = "W[o] = w[o // r]  (order='block'; also 'tile')"
+    law: str = "W[o] = w[o // r]  (order='block'; also 'tile')"
 
-    def __init__(self, outputs: int, *, order: str = "block", compute: str = "auto") -> None:
+    def __init__(self, outputs: int, *, order: Order = "block", compute: Compute = "auto") -> None:
         super().__init__(compute)
         self.outputs = outputs
-        self.order = order
-        self.law = _LAWS.get(order, type(self).law) if isinstance(order, str) else type(self).law
+        self.order: Order = order
+        self.law: str = (
+            _LAWS.get(order, type(self).law) if isinstance(order, str) else type(self).law
+        )
 
     def options(self) -> dict[str, Any]:
         """``outputs``, and ``order`` where it is not ``"block"``."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from tiedparam.laws import Reason
-from tiedparam.laws.broadcast import Blocks, Broadcast
+from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
@@ -42,7 +42,7 @@ class RowRepeat(Broadcast):
 
     law = "W[o] = w[o // (out/groups)]"
 
-    def __init__(self, groups: int = 1, compute: str = "auto") -> None:
+    def __init__(self, groups: int = 1, compute: Compute = "auto") -> None:
         super().__init__(compute)
         self.groups = groups
 

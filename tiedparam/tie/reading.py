@@ -87,8 +87,10 @@ class Reading:
         watches: Iterable[SourceWatch] = (),
     ) -> None:
         self._values = weakref.ref(values)
-        self.places, self.shapes, self.watches = tuple(places), tuple(shapes), list(watches)
-        self.is_leaving = False
+        self.places: tuple[Whereabouts, ...] = tuple(places)
+        self.shapes: tuple[tuple[int, ...], ...] = tuple(shapes)
+        self.watches: list[SourceWatch] = list(watches)
+        self.is_leaving: bool = False
         for watch in self.watches:
             weakref.finalize(values, watch.leave).atexit = False
 

@@ -172,7 +172,9 @@ class Tie:
     def __init__(
         self, layer: nn.Module, tensor_name: str, values: parametrize.ParametrizationList
     ) -> None:
-        self.layer, self.tensor_name, self.values = layer, tensor_name, values
+        self.layer: nn.Module = layer
+        self.tensor_name: str = tensor_name
+        self.values: parametrize.ParametrizationList = values
 
     @property
     def rule(self) -> Rule:

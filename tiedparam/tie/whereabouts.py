@@ -45,8 +45,9 @@ class Whereabouts:
         to_values: tuple[str, ...] = (),
     ) -> None:
         self._common_root = weakref.ref(common_root) if common_root is not None else None
-        self.is_known = common_root is not None
-        self.to_source, self.to_values = to_source, to_values
+        self.is_known: bool = common_root is not None
+        self.to_source: tuple[str, ...] = to_source
+        self.to_values: tuple[str, ...] = to_values
         self.in_unit = False
         self._warned = False
 

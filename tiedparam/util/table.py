@@ -66,8 +66,8 @@ class Table(Generic[Record]):
     """
 
     def __init__(self, columns: Sequence[Column[Record]], records: Iterable[Record]) -> None:
-        self.columns = list(columns)
-        self.records = list(records)
+        self.columns: list[Column[Record]] = list(columns)
+        self.records: list[Record] = list(records)
 
     def text(self) -> str:
         """Aligned columns, numbers to the right."""

@@ -313,10 +313,10 @@ def keep_out_dynamo(function: Callable[..., Any]) -> None:
 
 # Tensors and operators -------------------------------------------------------------------------
 
-without_torch_function = torch._C.DisableTorchFunctionSubclass
+without_torch_function: Callable[[], Any] = torch._C.DisableTorchFunctionSubclass
 """A context in which subclasses of Tensor are treated as plain ones."""
 
-GET_BASE = Tensor._base.__get__  # type: ignore[union-attr]
+GET_BASE: Any = Tensor._base.__get__  # type: ignore[union-attr]
 """What reading ``tensor._base`` is to ``__torch_function__``."""
 
 
@@ -350,7 +350,7 @@ def declared_writes(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return found
 
 
-has_hooks_on_all_modules = torch_module._has_any_global_hook
+has_hooks_on_all_modules: Callable[[], Any] = torch_module._has_any_global_hook
 """Whether torch calls hooks with every module; torch's own, as every call asks it."""
 
 

@@ -1,0 +1,91 @@
+"""The options of the rules as type checkers and editors know them. Nothing here runs.
+
+The part between the marks is written from the constructors of the rules, and so are the overloads
+of `register_tie` and `residual` that use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, TypedDict
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import Required
+
+from tiedparam.layer.checks import Init
+
+
+class TieArguments(TypedDict, total=False):
+    """What `register_tie` itself takes by name, whatever the rule."""
+
+    init: Init
+    max_residual: float | None
+    cache: bool
+    optimizer: Optimizer | Iterable[Optimizer] | None
+    root: nn.Module | None
+
+
+# begin: by python docs/make_signatures.py
+KnownName = Literal["channel_shared", "copy", "flip_sym", "repeat", "row_repeat", "squared_copy"]
+"""The names of the library's own rules."""
+
+
+class ChannelSharedOptions(TypedDict, total=False):
+    """The options of ``channel_shared``."""
+
+    over: Literal["in", "out", "all", "groups"]
+    compute: Literal["auto", "dense", "reduced", "windows"]
+
+
+class ChannelSharedTie(TieArguments, ChannelSharedOptions, total=False):
+    """All that `register_tie` takes by name for ``channel_shared``."""
+
+
+class CopyOptions(TypedDict, total=False):
+    """The options of ``copy``."""
+
+    source: Required[nn.Module | str | Tensor | Sequence[nn.Module | str | Tensor]]
+    source_name: str | Sequence[str | None] | None
+    fn: Callable[..., Tensor] | str
+
+
+class CopyTie(TieArguments, CopyOptions, total=False):
+    """All that `register_tie` takes by name for ``copy``."""
+
+
+class RepeatOptions(TypedDict, total=False):
+    """The options of ``repeat``."""
+
+    outputs: Required[int]
+    order: Literal["block", "tile"]
+    compute: Literal["auto", "dense", "reduced", "windows"]
+
+
+class RepeatTie(TieArguments, RepeatOptions, total=False):
+    """All that `register_tie` takes by name for ``repeat``."""
+
+
+class RowRepeatOptions(TypedDict, total=False):
+    """The options of ``row_repeat``."""
+
+    groups: int
+    compute: Literal["auto", "dense", "reduced", "windows"]
+
+
+class RowRepeatTie(TieArguments, RowRepeatOptions, total=False):
+    """All that `register_tie` takes by name for ``row_repeat``."""
+
+
+class SquaredCopyOptions(TypedDict, total=False):
+    """The options of ``squared_copy``."""
+
+    source: Required[nn.Module | str | Tensor | Sequence[nn.Module | str | Tensor]]
+    source_name: str | Sequence[str | None] | None
+
+
+class SquaredCopyTie(TieArguments, SquaredCopyOptions, total=False):
+    """All that `register_tie` takes by name for ``squared_copy``."""
+
+
+# end
