@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiedparam as tp
-from tests.support import ROOT
+from tests.support import ROOT, tomllib
 from tests.support.shell import call, good, refused, run, usage
 from tiedparam.cli import arguments as _arguments
 from tiedparam.cli import commands as _commands

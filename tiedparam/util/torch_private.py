@@ -1,7 +1,7 @@
 """What torch does not promise, one function for each fact: ruff (SLF) keeps it out of other files.
 
-All of it was seen in torch 2.13.0. Each fact has a test in ``tests/util/test_torch_private.py``,
-which fails first where another version differs.
+All of it was seen in torch 2.6 to 2.15. Each fact has a test in
+``tests/util/test_torch_private.py``, which fails first where another version differs.
 """
 
 from __future__ import annotations
@@ -350,10 +350,6 @@ def declared_writes(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return found
 
 
-has_hooks_on_all_modules: Callable[[], Any] = torch_module._has_any_global_hook
-"""Whether torch calls hooks with every module; torch's own, as every call asks it."""
-
-
 def hooks_on_all_modules() -> tuple[Any, ...]:
     """The hooks that torch calls with every module."""
     return (
@@ -362,6 +358,10 @@ def hooks_on_all_modules() -> tuple[Any, ...]:
         *torch_module._global_backward_hooks.values(),
         *torch_module._global_backward_pre_hooks.values(),
     )
+
+
+has_hooks_on_all_modules: Callable[[], Any] = getattr(torch_module, "_has_any_global_hook", hooks_on_all_modules)
+"""Whether torch calls hooks with every module; torch's own since 2.8, as every call asks it."""
 
 
 # How stock layers compute ----------------------------------------------------------------------
