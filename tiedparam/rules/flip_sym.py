@@ -244,7 +244,7 @@ def _symmetric(packed: Tensor, c: int, unrecorded: bool) -> Tensor:
         tile = look_up(_unpacked, triangle, size, size * size, unrecorded).reshape(n, size, size)
         row = [
             earlier[:, start - before : stop - before]
-            for (_, before), (_, earlier) in zip(_tiles(c)[:number], pieces, strict=False)
+            for (_, before), (_, earlier) in zip(_tiles(c)[:number], pieces[:number], strict=True)
         ]
         row.append(tile)
         if stop < c:

@@ -229,6 +229,13 @@ def is_traced_or_transformed() -> bool:
 
 innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 """The transform of ``torch.func`` at work, or None; torch's own, as every call asks it."""
+if torch.__version__ < (2, 7):  # whose compiler cannot ask
+
+    def innermost_transform() -> Any:
+        """The transform of ``torch.func`` at work; None in compiled code."""
+        if torch.compiler.is_compiling():
+            return None
+        return torch._C._functorch.peek_interpreter_stack()
 
 
 def may_carry_tangents() -> bool:
