@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import (
 
 from tiedparam.util.sharded import computed, is_sharded
 
-# The tables of a module -----------------------------------------------------------------------
+# Modules, their tables and the methods that torch calls by private names ----------------------
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -141,20 +141,24 @@ def has_kept_accumulator(parameter: Tensor) -> bool:
     return "tiedparam" in marks()
 
 
-# Classes of layers -----------------------------------------------------------------------------
-
-AnyConvolution = _ConvNd
-"""What all convolutions derive from, transposed ones included; they have ``.transposed``."""
-
-
-def is_read_by_attention(kind: type[nn.Module]) -> bool:
-    """Whether ``nn.MultiheadAttention`` reads the weight of such a layer and never calls it."""
-    return issubclass(kind, NonDynamicallyQuantizableLinear)
+def load_into(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> None:
+    """What ``load_state_dict`` calls for each module."""
+    stock._load_from_state_dict(module, *arguments)
 
 
-def is_quantized(layer: nn.Module) -> bool:
-    """Whether torch's eager quantization packed a layer's weight, so that it is not a Parameter."""
-    return hasattr(layer, "_packed_params") and hasattr(layer, "weight")
+def save_from(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> None:
+    """What ``state_dict`` calls for each module."""
+    stock._save_to_state_dict(module, *arguments)
+
+
+def apply_to(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> nn.Module:
+    """What ``to``, ``half``, ``cuda`` and the like call for each module."""
+    return cast(nn.Module, stock._apply(module, *arguments))
+
+
+def replicate_for_data_parallel(stock: type[nn.Module], module: nn.Module) -> nn.Module:
+    """What `nn.DataParallel` calls for each module."""
+    return cast(nn.Module, stock._replicate_for_data_parallel(module))
 
 
 # State dicts -----------------------------------------------------------------------------------
@@ -186,29 +190,6 @@ def set_state_version(module: nn.Module, version: int) -> None:
     module._version = version
 
 
-# Methods of a module that torch calls by private names -------------------------------------------
-
-
-def load_into(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> None:
-    """What ``load_state_dict`` calls for each module."""
-    stock._load_from_state_dict(module, *arguments)
-
-
-def save_from(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> None:
-    """What ``state_dict`` calls for each module."""
-    stock._save_to_state_dict(module, *arguments)
-
-
-def apply_to(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> nn.Module:
-    """What ``to``, ``half``, ``cuda`` and the like call for each module."""
-    return cast(nn.Module, stock._apply(module, *arguments))
-
-
-def replicate_for_data_parallel(stock: type[nn.Module], module: nn.Module) -> nn.Module:
-    """What `nn.DataParallel` calls for each module."""
-    return cast(nn.Module, stock._replicate_for_data_parallel(module))
-
-
 # What is happening now -------------------------------------------------------------------------
 
 
@@ -229,7 +210,7 @@ def is_traced_or_transformed() -> bool:
 
 innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 """The transform of ``torch.func`` at work, or None; torch's own, as every call asks it."""
-if torch.__version__ < (2, 7):  # whose compiler cannot ask
+if torch.__version__ < "2.7":  # whose compiler cannot ask
 
     def innermost_transform() -> Any:
         """The transform of ``torch.func`` at work; None in compiled code."""
@@ -371,7 +352,20 @@ has_hooks_on_all_modules: Callable[[], Any] = getattr(torch_module, "_has_any_gl
 """Whether torch calls hooks with every module; torch's own since 2.8, as every call asks it."""
 
 
-# How stock layers compute ----------------------------------------------------------------------
+# Stock layers ----------------------------------------------------------------------------------
+
+AnyConvolution = _ConvNd
+"""What all convolutions derive from, transposed ones included; they have ``.transposed``."""
+
+
+def is_read_by_attention(kind: type[nn.Module]) -> bool:
+    """Whether ``nn.MultiheadAttention`` reads the weight of such a layer and never calls it."""
+    return issubclass(kind, NonDynamicallyQuantizableLinear)
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether torch's eager quantization packed a layer's weight, so that it is not a Parameter."""
+    return hasattr(layer, "_packed_params") and hasattr(layer, "weight")
 
 
 def steps_of_forward(kind: type[nn.Module]) -> tuple[str, ...]:
