@@ -266,7 +266,7 @@ def test_s14_compile(kind):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_s14_export(kind):
     tied, dense = twins(kind)
-    program = torch.export.export(tied, (torch.randn(3, 5, 4),))
+    program = torch.export.export(tied, (torch.randn(3, 5, 4),), strict=False)
     x = torch.randn(3, 5, 4)
     assert_same(program.module(), dense, x)
     assert f"parametrizations.{NAME}.original0" in program.state_dict

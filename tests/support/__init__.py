@@ -3,12 +3,19 @@
 import sys
 from pathlib import Path
 
+import torch
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = ["ROOT", "tomllib"]
+__all__ = ["ROOT", "older_than", "tomllib"]
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
+
+
+def older_than(version: str) -> bool:
+    """Whether this torch is older: then it lacks what a test is about, or does it otherwise."""
+    return torch.__version__ < version
