@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import tomllib
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -194,6 +194,10 @@ def test_loading_and_assigning_after_compile_are_seen():
 @pytest.mark.parametrize("strict", [True, False])
 def test_export_of_every_rule(strict):
     model = tie_all(Net()).eval()
+    if strict and older_than("2.9"):  # which copies each layer alone to learn its output's shape
+        with pytest.raises(Exception, match="without its source"):
+            torch.export.export(model, (images(3),), strict=True)
+        return
     batch = torch.export.Dim("batch", min=1, max=64)
     size = torch.export.Dim("size", min=4, max=32)
     program = torch.export.export(

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tomllib
 from torch import nn
 
 from tiedparam.formats.atomic import whole_files

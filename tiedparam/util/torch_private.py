@@ -70,8 +70,7 @@ def stand_in(
 
 def has_gradient_hooks(parameter: nn.Parameter) -> bool:
     """Whether hooks are called with the parameter's gradient."""
-    after = getattr(parameter, "_post_accumulate_grad_hooks", None)
-    return bool(parameter._backward_hooks or after)
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", 0))
 
 
 def load_pre_hooks_of(optimizer: Optimizer) -> Mapping[int, Callable[..., Any]]:
@@ -214,9 +213,9 @@ if torch.__version__ < "2.7":  # whose compiler cannot ask
 
     def innermost_transform() -> Any:
         """The transform of ``torch.func`` at work; None in compiled code."""
-        if torch.compiler.is_compiling():
-            return None
-        return torch._C._functorch.peek_interpreter_stack()
+        return (
+            None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
+        )
 
 
 def may_carry_tangents() -> bool:
@@ -348,7 +347,9 @@ def hooks_on_all_modules() -> tuple[Any, ...]:
     )
 
 
-has_hooks_on_all_modules: Callable[[], Any] = getattr(torch_module, "_has_any_global_hook", hooks_on_all_modules)
+has_hooks_on_all_modules: Callable[[], Any] = getattr(
+    torch_module, "_has_any_global_hook", hooks_on_all_modules
+)
 """Whether torch calls hooks with every module; torch's own since 2.8, as every call asks it."""
 
 
@@ -384,10 +385,8 @@ def output_padding_of(
     layer: Any, input: Tensor, output_size: list[int] | None, axes: int
 ) -> list[int]:
     """The ``output_padding`` of a transposed convolution, which an ``output_size`` may change."""
-    padding: list[int] = layer._output_padding(
-        input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
-    )
-    return padding
+    own = (layer.stride, layer.padding, layer.kernel_size)
+    return cast("list[int]", layer._output_padding(input, output_size, *own, axes, layer.dilation))
 
 
 def padding_of(layer: Any) -> list[int]:
