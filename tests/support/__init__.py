@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 if sys.version_info >= (3, 11):
@@ -10,7 +11,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["ROOT", "older_than", "tomllib"]
+__all__ = ["ROOT", "older_than", "tomllib", "with_fsdp2"]
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
@@ -19,3 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def older_than(version: str) -> bool:
     """Whether this torch is older: then it lacks what a test is about, or does it otherwise."""
     return torch.__version__ < version
+
+
+with_fsdp2 = pytest.mark.skipif(
+    older_than("2.7"), reason="fully_shard of torch 2.6 computes on accelerators only"
+)
