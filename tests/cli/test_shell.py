@@ -617,6 +617,7 @@ def test_rules_are_the_registry(capsys):
 def test_warnings_are_one_line(files, capsys, monkeypatch):
     def warn(arguments):
         warnings.warn("first\nsecond", tp.TieWarning, stacklevel=1)
+        warnings.warn("torch will drop something", FutureWarning, stacklevel=1)
 
     monkeypatch.setattr(_commands, "_run_report", warn)
     code, out, err = call(capsys, "report", "model.pt")

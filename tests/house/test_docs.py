@@ -22,10 +22,10 @@ import pytest
 import torch
 
 import tiedparam as tp
-from tests.support import ROOT, older_than, tomllib
+from tests.support import ROOT, older_than, peers
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-WITHOUT_CODE = {"benchmarks.md", "CHANGELOG.md"}
+WITHOUT_CODE = {"benchmarks.md", "CHANGELOG.md", "versions.md"}
 PAGES_WITH_CODE = [page for page in PAGES if page.name not in WITHOUT_CODE]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES_WITH_CODE]
 SINCE = {  # from which torch on a page's outputs are these
@@ -54,13 +54,6 @@ def blocks_of(page: Path) -> list[Block]:
     ]
 
 
-def peers() -> set[str]:
-    """The packages that pages may use and an environment may lack."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needed = project["optional-dependencies"]["ecosystem"]
-    return {re.match(r"[\w-]+", requirement)[0] for requirement in needed}
-
-
 def run_block(block: Block, page: Path, namespace: dict) -> str:
     """Run one python block and return what a reader would see."""
     # blank lines in front, so that a traceback shows the line of the page
@@ -68,6 +61,9 @@ def run_block(block: Block, page: Path, namespace: dict) -> str:
     seen = io.StringIO()
     with contextlib.redirect_stdout(seen), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("error")
+        warnings.filterwarnings(
+            "ignore", "Guards may run slower on Python 3.13.0"
+        )  # torch's advice
         warnings.simplefilter("always", tp.TieWarning)
         try:
             exec(code, namespace)
@@ -201,6 +197,22 @@ def test_a_rule_without_a_row_is_noticed(generators):
     # and nothing but the two commands is needed to enrol it
     assert "| `forgotten` | `W[i] = w` | – |" in tables.table()
     assert "1 of 6 values stored" in dict(pictures.pictures())["forgotten.svg"]
+
+
+# The table of versions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/versions.md"])
+def test_the_table_of_versions_is_up_to_date(name, generators, pytestconfig):
+    if pytestconfig.getoption("record", None):
+        pytest.skip("this run makes the record")
+    tables, _ = generators
+    assert name in tables.VERSION_PAGES
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert page == tables.with_version_table(page), (
+        f"the table of versions in {name} is not what docs/tested says; "
+        f"run '{tables.COMMAND}' and commit the result"
+    )
 
 
 # The table of optimizers -------------------------------------------------------------------

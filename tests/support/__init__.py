@@ -1,5 +1,6 @@
 """What tests of several rooms share; no test stands here."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["ROOT", "older_than", "tomllib", "with_fsdp2"]
+__all__ = ["ROOT", "older_than", "peers", "tomllib", "with_fsdp2"]
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
@@ -25,3 +26,10 @@ def older_than(version: str) -> bool:
 with_fsdp2 = pytest.mark.skipif(
     older_than("2.7"), reason="fully_shard of torch 2.6 computes on accelerators only"
 )
+
+
+def peers() -> set[str]:
+    """The packages that pages may use and an environment may lack."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = project["optional-dependencies"]["ecosystem"]
+    return {re.match(r"[\w-]+", requirement)[0] for requirement in needed}
