@@ -76,6 +76,15 @@ def test_every_pair_has_its_record_and_nothing_else_has(pytestconfig):
         assert "changes" not in run["commit"]
 
 
+def test_a_run_of_a_part_is_not_noted(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-p", "tests.support.record", "--record", tmp_path]
+    command += ["-p", "no:cacheprovider", "-q", "-k", "interrupt_is_one_line", "tests/cli"]
+    run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=200)
+    assert "1 passed" in run.stdout
+    assert "not recorded: only a part of the tests was asked for" in run.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_declared_is_what_was_run():
     pythons, torches = (list(values) for values in zip(*pairs_in_the_noxfile(), strict=True))
     project = tomllib.loads(text_of("pyproject.toml"))["project"]

@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="FOLDER", help="note this run of all tests there")
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     """Write the file, from the counts that the last line shows."""
     folder = config.getoption("record")
     if folder is None:
@@ -32,8 +32,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     counts = {kind: len(reports) for kind, reports in terminalreporter.stats.items()}
     if config.option.keyword or config.option.markexpr or config.args != config.getini("testpaths"):
         terminalreporter.write_line("not recorded: only a part of the tests was asked for")
-    elif counts.get("failed") or counts.get("error"):
-        terminalreporter.write_line("not recorded: there were failures")
+    elif exitstatus != pytest.ExitCode.OK:
+        terminalreporter.write_line("not recorded: not everything passed")
     else:
         path = ROOT / folder / f"{_python()}-{_torch()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
