@@ -19,6 +19,35 @@ CONSTRAINTS = ("-c", "tests/constraints.txt")
 EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
 GITHUB = Path(".github")
 
+PAIRS = [
+    ("3.10", "2.6.0"),
+    ("3.11", "2.7.1"),
+    ("3.12", "2.8.0"),
+    ("3.12", "2.10.0"),
+    ("3.11", "2.13.0"),
+    ("3.11", "2.14.1"),
+    ("3.13", "2.15.0"),
+]
+"""Python and torch: the oldest, the newest, and each Python at least once."""
+
+PINNED = "2.13.0"
+"""The torch of tests/constraints.txt, which also pins everything else."""
+
+OLDEST_WITH_PEERS = (2, 10)
+"""Beside an older torch the present libraries of the extra `ecosystem` do not import."""
+
+
+@nox.session(tags=["ci"])
+@nox.parametrize("python,torch", PAIRS)
+def tests(session: nox.Session, torch: str) -> None:
+    """All tests, noted in docs/tested if nothing fails. Arguments go to pytest: a part of them."""
+    pins = CONSTRAINTS if torch == PINNED else ()
+    peers = tuple(map(int, torch.split(".")[:2])) >= OLDEST_WITH_PEERS
+    extras = "test,ecosystem" if peers else "test"
+    session.install(*pins, f"torch=={torch}", "-e", f".[{extras}]")
+    record = ("-p", "tests.support.record", "--record", "docs/tested")
+    session.run("pytest", "-n", "2", *(session.posargs or record))
+
 
 @nox.session(tags=["ci"])
 def lint(session: nox.Session) -> None:
@@ -58,3 +87,19 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
     required = {"TIEDPARAM_TYPE_CHECKERS": "required"}
     session.run("python", "-m", "pytest", "-q", "tests/house/test_type_checkers.py", env=required)
+
+
+@nox.session(tags=["ci"])
+def docs(session: nox.Session) -> None:
+    """The pages: their code, outputs, tables, pictures, links and examples."""
+    session.install(*CONSTRAINTS, "-e", ".[test,ecosystem]")
+    pages = ("docs", "examples", "joining", "typed_surface")
+    session.run("pytest", *(f"tests/house/test_{page}.py" for page in pages))
+
+
+@nox.session(tags=["ci"])
+def benchmarks(session: nox.Session) -> None:
+    """Every benchmark on small shapes: that it works and agrees with the dense layer."""
+    session.install(*CONSTRAINTS, "-e", ".[bench]")
+    results = session.create_tmp()
+    session.run("python", "-m", "benchmarks", "--quick", "--out", results)

@@ -171,7 +171,7 @@ def surroundings(device: str, threads: int) -> dict[str, Any]:
             "tiedparam": tiedparam.__version__,
         },
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
 
 

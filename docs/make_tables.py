@@ -1,4 +1,6 @@
-"""Write the tables of rules and of optimizers into the documents: ``python docs/make_tables.py``.
+"""Write the tables of rules, optimizers and versions into the documents.
+
+``python docs/make_tables.py`` does it.
 
 Every row comes from a registry, so a new rule has its row without an edit here. A rule whose
 options change its law has one row for each law among its examples. The formulas of `FORMULAS`
@@ -8,6 +10,7 @@ are the only thing written by hand; `tests/house/test_docs.py` checks them again
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/rules.md")
 COMMAND = "python docs/make_tables.py"
 OPTIMIZER_PAGE = "docs/checkpoints-and-optimizers.md"
+VERSION_PAGES = ("README.md", "docs/versions.md")
+RECORDS = ROOT / "docs" / "tested"
+"""What the session `tests` of noxfile.py writes: a file for each pair of Python and torch."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,39 @@ def with_optimizer_table(page: str) -> str:
     return _filled(page, "optimizers", optimizer_table())
 
 
+def records() -> list[dict[str, Any]]:
+    """The runs of all tests, from the oldest torch to the newest."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in RECORDS.glob("*.json")]
+    return sorted(found, key=lambda run: _numbers(run["torch"]) + _numbers(run["python"]))
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
+
+
+def version_table() -> str:
+    """The runs in Markdown: which pairs were tested, and what came of it."""
+    lines = [
+        "| torch | Python | passed | skipped | libraries beside it | date | commit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in records():
+        figures = f"{run['passed']:,} | {run['skipped']:,} | {len(run['peers']) or 'none'}"
+        lines.append(
+            f"| {run['torch']} | {run['python']} | {figures} | {run['date']} | `{run['commit']}` |"
+        )
+    return "\n".join(lines)
+
+
+def with_version_table(page: str) -> str:
+    """The text of a page with its table of versions brought up to date.
+
+    Raises:
+        ValueError: if the page has no place for it.
+    """
+    return _filled(page, "versions", version_table())
+
+
 def _filled(page: str, what: str, content: str) -> str:
     begin, end = (f"<!-- table of {what}: {edge} -->" for edge in ("begin", "end"))
     pattern = re.compile(re.escape(begin) + r"\n.*?" + re.escape(end), re.DOTALL)
@@ -209,6 +248,10 @@ def main() -> None:
     page = ROOT / OPTIMIZER_PAGE
     page.write_text(with_optimizer_table(page.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"wrote the table of optimizers in {OPTIMIZER_PAGE}")
+    for name in VERSION_PAGES:
+        page = ROOT / name
+        page.write_text(with_version_table(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"wrote the table of versions in {name}")
 
 
 if __name__ == "__main__":

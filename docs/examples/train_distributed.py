@@ -86,7 +86,9 @@ def main() -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1).div(16).to(device)
+    images = (
+        torch.tensor(digits.images, dtype=torch.get_default_dtype()).unsqueeze(1).div(16).to(device)
+    )
     labels = torch.tensor(digits.target).to(device)
     net = tied_net().to(device)
     model = wrap(net, options.wrap, device)

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import tomllib
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import tiedparam as tp
-from tests.support import ROOT
+from tests.support import ROOT, tomllib
 from tests.support.shell import call, good, refused, run, usage
 from tiedparam.cli import arguments as _arguments
 from tiedparam.cli import commands as _commands
@@ -618,6 +617,7 @@ def test_rules_are_the_registry(capsys):
 def test_warnings_are_one_line(files, capsys, monkeypatch):
     def warn(arguments):
         warnings.warn("first\nsecond", tp.TieWarning, stacklevel=1)
+        warnings.warn("torch will drop something", FutureWarning, stacklevel=1)
 
     monkeypatch.setattr(_commands, "_run_report", warn)
     code, out, err = call(capsys, "report", "model.pt")

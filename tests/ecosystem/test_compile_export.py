@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
+from tests.support import older_than
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -165,8 +166,11 @@ def test_a_layer_compiled_by_itself_and_untied_says_so_or_computes_right():
     with torch.no_grad():
         layer.weight.add_(1)
     torch.testing.assert_close(loose(x), layer(x))
-    with pytest.raises(RuntimeError, match="no compiled frames"):
-        strict(x)
+    if older_than("2.11"):
+        torch.testing.assert_close(strict(x), layer(x))
+    else:
+        with pytest.raises(RuntimeError, match="no compiled frames"):
+            strict(x)
     again = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(again(x), layer(x))
 
@@ -190,6 +194,10 @@ def test_loading_and_assigning_after_compile_are_seen():
 @pytest.mark.parametrize("strict", [True, False])
 def test_export_of_every_rule(strict):
     model = tie_all(Net()).eval()
+    if strict and older_than("2.9"):  # which copies each layer alone to learn its output's shape
+        with pytest.raises(Exception, match="without its source"):
+            torch.export.export(model, (images(3),), strict=True)
+        return
     batch = torch.export.Dim("batch", min=1, max=64)
     size = torch.export.Dim("size", min=4, max=32)
     program = torch.export.export(
@@ -209,7 +217,7 @@ def test_export_of_every_rule(strict):
 @pytest.mark.feature("Compile and export", "training an exported program: the law holds")
 def test_an_exported_program_trains_under_the_law():
     model = tie_all(Net())
-    program = copy.deepcopy(torch.export.export(model, (images(),)).module())
+    program = copy.deepcopy(torch.export.export(model, (images(),), strict=False).module())
     optimizer = torch.optim.SGD(program.parameters(), lr=0.1)
     program(images()).square().mean().backward()
     optimizer.step()
@@ -222,7 +230,7 @@ def test_an_exported_program_trains_under_the_law():
 
 def test_s33_an_export_computes_the_weight_and_bakes_in_no_constant():
     model = tie_all(Net())
-    program = torch.export.export(model, (images(),))
+    program = torch.export.export(model, (images(),), strict=False)
     assert not program.constants
     module = copy.deepcopy(program.module())
     x = images()

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 import tiedparam as tp
-from tests.support import ROOT
+from tests.support import ROOT, older_than, with_fsdp2
 from tests.support import distributed_worker as worker
 from tiedparam.laws import Linked
 
@@ -239,7 +239,9 @@ def dense_twin() -> nn.Module:
 
 
 @pytest.mark.feature("Distributed", "structured compute under DDP and FSDP2")
-@pytest.mark.parametrize("how", ["ddp", "layers", "root"])
+@pytest.mark.parametrize(
+    "how", ["ddp", *(pytest.param(how, marks=with_fsdp2) for how in ("layers", "root"))]
+)
 def test_forward_compute_under_a_wrapper_equals_the_dense_layer(ranks, how):
     results = ranks(worker.structured_outputs, how=how)
     ((x, y),) = worker.batches(1)
@@ -327,6 +329,7 @@ def test_models_beside_ddp_can_be_tied(ranks):
 
 @pytest.mark.feature("Distributed", "FSDP2 (`fully_shard`), a unit for each layer")
 @pytest.mark.parametrize("reshard", [True, False])
+@with_fsdp2
 def test_fsdp2_per_layer_trains_as_one_process(ranks, reshard):
     results = ranks(worker.fsdp_training, how="layers", reshard_after_forward=reshard)
     assert_as_one_process(results, *alone())
@@ -334,11 +337,13 @@ def test_fsdp2_per_layer_trains_as_one_process(ranks, reshard):
 
 
 @pytest.mark.feature("Distributed", "FSDP2, the root only")
+@with_fsdp2
 def test_fsdp2_of_the_root_trains_as_one_process(ranks):
     assert_as_one_process(ranks(worker.fsdp_training, how="root"), *alone())
 
 
 @pytest.mark.feature("Distributed", "FSDP2 with `MixedPrecisionPolicy`, bfloat16")
+@with_fsdp2
 def test_fsdp2_mixed_precision_trains_as_one_process(ranks):
     model = worker.tie(worker.build(dtype=torch.float32))
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -358,6 +363,8 @@ def test_fsdp2_mixed_precision_trains_as_one_process(ranks):
                 parameter.sub_(1e-2 * (first.float() + second.float()) / 2)
     results = ranks(worker.fsdp_mixed_precision)
     tolerance = {"rtol": 1e-5, "atol": 1e-6}
+    if older_than("2.9"):  # which rounds its gradients once more, those of untied layers too
+        tolerance = {"rtol": 1e-3, "atol": 5e-4}
     assert_as_one_process_in_float32(results, model, losses, tolerance)
     for result in results:
         mid = result["seen"]["mid"]
@@ -376,6 +383,7 @@ def assert_as_one_process_in_float32(results, model, losses, tolerance) -> None:
 
 
 @pytest.mark.feature("Distributed", "FSDP2 from the meta device: `to_empty`, `reset_parameters`")
+@with_fsdp2
 def test_fsdp2_from_meta_starts_by_resetting(ranks):
     results = ranks(worker.fsdp_from_meta, start="reset")
     assert_ranks_agree(results)
@@ -403,6 +411,7 @@ def test_fsdp2_layers_are_initialised_alike_on_all_ranks(ranks):
 
 
 @pytest.mark.feature("Distributed", "FSDP2 from the meta device, then a dense checkpoint")
+@with_fsdp2
 def test_fsdp2_from_meta_starts_from_a_dense_checkpoint(ranks):
     results = ranks(worker.fsdp_from_meta, start="checkpoint")
     assert_as_one_process(results, *alone())
@@ -413,6 +422,7 @@ def test_fsdp2_from_meta_starts_from_a_dense_checkpoint(ranks):
 
 
 @pytest.mark.parametrize("how", ["layers", "root"])
+@with_fsdp2
 def test_fsdp2_free_values_lead_back_to_their_layers(ranks, how):
     model = worker.tie(worker.build())
     values = dict(model.named_parameters())
@@ -468,6 +478,7 @@ def test_sharded_layers_are_neither_copied_nor_pickled(ranks):
     refused="the new parameters would not be sharded: tie before `fully_shard`",
 )
 @pytest.mark.parametrize("how", ["layers", "root"])
+@with_fsdp2
 def test_s35_tying_after_fully_shard_is_refused(ranks, how):
     results = ranks(worker.late_ties_under_fsdp, how=how)
     refusals = all_refused(results)
@@ -485,6 +496,7 @@ def test_s35_layers_beside_a_sharded_one_can_be_tied(ranks):
 
 
 @pytest.mark.feature("Distributed", "copies in one FSDP2 unit with their source")
+@with_fsdp2
 def test_s31_copies_in_one_unit_train_as_one_process(ranks):
     # the unit holds code, square and decode; nothing else is asked of `layers` here
     results = ranks(worker.fsdp_training, how="layers")
@@ -500,6 +512,7 @@ def test_s31_copies_in_one_unit_train_as_one_process(ranks):
     "copies and their source in different FSDP2 units",
     refused="one of the two is sharded while the other is gathered: `fully_shard([enc, dec])`",
 )
+@with_fsdp2
 def test_s31_copies_in_another_unit_are_refused_before_the_first_step(ranks):
     for result in ranks(worker.copies_apart):
         assert_refused(
@@ -513,6 +526,7 @@ def test_s31_copies_in_another_unit_are_refused_before_the_first_step(ranks):
 
 
 @pytest.mark.feature("Distributed", "a copy in a unit within its source's unit")
+@with_fsdp2
 def test_s31_a_source_in_the_outer_unit_trains_as_one_process(ranks):
     results = ranks(worker.source_in_the_outer_unit)
     torch.manual_seed(0)
@@ -555,6 +569,7 @@ def one_rank():
 
 @pytest.mark.filterwarnings("ignore:DTensor random operators")
 @pytest.mark.parametrize("apart", [False, True], ids=["one unit", "apart"])
+@with_fsdp2
 def test_s31_own_values_beside_a_sharded_source_are_read_and_set(one_rank, apart):
     alone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tp.register_tie(alone[1], Shifted, source="0", root=alone)
@@ -675,6 +690,7 @@ def test_dense_checkpoints_load_into_a_sharded_model(ranks):
 
 @pytest.mark.feature("Distributed", "`torch.distributed.checkpoint`: saved on two ranks, one loads")
 @pytest.mark.parametrize("how", ["layers", "root"])
+@with_fsdp2
 def test_a_checkpoint_of_two_ranks_loads_in_one_process(ranks, tmp_path, how):
     results = ranks(worker.save_training, folder=str(tmp_path), how=how)
     model = worker.tie(worker.build(9))
@@ -700,6 +716,7 @@ def test_a_checkpoint_of_two_ranks_loads_in_one_process(ranks, tmp_path, how):
 
 @pytest.mark.feature("Distributed", "`torch.distributed.checkpoint`: saved by one, two ranks load")
 @pytest.mark.parametrize("how", ["layers", "root"])
+@with_fsdp2
 def test_a_checkpoint_of_one_process_loads_on_two_ranks(ranks, tmp_path, how):
     model = worker.tie(worker.build())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -722,10 +739,15 @@ EXAMPLE = ROOT / "docs" / "examples" / "train_distributed.py"
 
 
 def torchrun(folder: Path, processes: int, wrap: str) -> tuple[list[float], dict]:
-    """Run the example as its docs say. Returns the printed losses and what it saved."""
+    """Run the example as its docs say, in float64. Returns the printed losses and what it saved."""
+    script = folder / "in_float64.py"  # where the order of a sum is no excuse
+    script.write_text(
+        "import runpy, torch\ntorch.set_default_dtype(torch.float64)\n"
+        f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')\n"
+    )
     saved = folder / f"{wrap}{processes}.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(EXAMPLE)]
+    command += ["--nproc-per-node", str(processes), str(script)]
     command += ["--wrap", wrap, "--epochs", "2", "--save", str(saved)]
     environment = {
         **os.environ,
@@ -754,12 +776,12 @@ def test_the_torchrun_example_does_not_depend_on_the_number_of_processes(tmp_pat
     losses, dense = torchrun(tmp_path, 1, "ddp")
     assert len(losses) == 2
     assert losses[1] < losses[0] < 2.31  # below that of a guess, and falling
-    for wrap in ("ddp", "fsdp"):
+    for wrap in ("ddp",) if older_than("2.7") else ("ddp", "fsdp"):
         again, dense_again = torchrun(tmp_path, 2, wrap)
-        assert_close(again, losses, rtol=1e-3, atol=1e-4)
+        assert_close(again, losses, rtol=0, atol=1.5e-5)  # five digits are printed
         assert list(dense_again) == list(dense)
         for key, value in dense.items():
-            assert_close(dense_again[key], value, rtol=1e-2, atol=1e-3)
+            assert_close(dense_again[key], value, rtol=1e-6, atol=1e-8)
         # a dense checkpoint that obeys the laws, for a model that knows nothing of ties
         mix, blur = dense_again["mix.weight"], dense_again["blur.weight"]
         assert torch.equal(mix, mix.transpose(0, 1).flip(2, 3))

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.pipelining import SplitPoint, pipeline
 
 import tiedparam as tp
+from tests.support import older_than
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -29,7 +30,20 @@ def stages(model):
 
 @pytest.mark.slow
 @pytest.mark.feature("Distributed", "torch's pipelining, with ties inside of a stage")
-@pytest.mark.parametrize("rule", ["flip_sym", "row_repeat", "channel_shared"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(
+            "flip_sym",
+            marks=pytest.mark.skipif(
+                older_than("2.7"),
+                reason="pipelining of torch 2.6 cannot cut this graph, and says so",
+            ),
+        ),
+        "row_repeat",
+        "channel_shared",
+    ],
+)
 def test_s52_a_tie_inside_of_a_stage(rule):
     model = Pair()
     tp.register_tie(model.second, rule, init="rescale")

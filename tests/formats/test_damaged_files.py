@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
+from tests.support import older_than
 from tests.support.tensors import bits
 from tiedparam.cli.model_from_file import open_model
 from tiedparam.formats.checkpoint import StoredCheckpoint
@@ -282,7 +283,12 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("case", UNUSUAL)
 def test_an_unusual_archive_gives_what_torch_gives(case, tmp_path):
-    assert_as_torch(UNUSUAL[case](tmp_path))
+    path = UNUSUAL[case](tmp_path)
+    if older_than("2.10") and case.startswith(("a short record", "a long record")):
+        # it takes these, and what lies behind a short one in memory
+        assert "cannot read" in message_of(lambda: StoredCheckpoint(path))
+    else:
+        assert_as_torch(path)
 
 
 def test_a_record_that_calls_itself_a_folder_or_empty_is_refused(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
+from tests.support import older_than
 from tiedparam.cli.model_from_file import open_model
 
 LIBRARY = Path(tp.__file__).parent
@@ -195,6 +196,8 @@ def same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_results_are_the_same_under_default_devices_and_dtypes(context, job, tmp_path):
+    if job is trained and "meta" in context and older_than("2.9"):
+        pytest.skip("Adam of this torch counts its steps on the default device, and reads them")
     expected = job(make_model_on_the_cpu(), tmp_path)
     model = make_model_on_the_cpu()
     with CONTEXTS[context]():

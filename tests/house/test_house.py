@@ -7,9 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import tomllib
-
-from tests.support import ROOT
+from tests.support import ROOT, tomllib
 
 LIBRARY = ROOT / "tiedparam"
 FILES = sorted(LIBRARY.rglob("*.py"))

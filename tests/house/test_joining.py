@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import tiedparam as tp
-from tests.support import ROOT, contract
+from tests.support import ROOT, contract, tomllib
 from tests.support.cases import cases_of
 
 
@@ -41,9 +42,67 @@ def test_sessions_are_found_however_they_are_written():
 
 def test_every_session_is_explained():
     sessions = sessions_of(text_of("noxfile.py"))
-    assert sessions >= {"lint", "types"}
+    assert sessions >= {"lint", "types", "tests"}
     rows = re.findall(r"^\| `(\w+)` \| \S", text_of("CONTRIBUTING.md"), re.MULTILINE)
-    assert sessions <= set(rows)
+    assert sessions == set(rows)
+
+
+# Versions ---------------------------------------------------------------------------------
+
+
+def pairs_in_the_noxfile() -> list[tuple[str, str]]:
+    """Python and torch of the session `tests`."""
+    (value,) = (
+        node.value
+        for node in ast.parse(text_of("noxfile.py")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAIRS"
+    )
+    return ast.literal_eval(value)
+
+
+def two(version: str) -> str:
+    """``3.11.7`` → ``3.11``."""
+    return ".".join(version.split(".")[:2])
+
+
+def test_every_pair_has_its_record_and_nothing_else_has(pytestconfig):
+    if pytestconfig.getoption("record", None):
+        pytest.skip("this run makes the record")
+    records = [json.loads(path.read_text()) for path in (ROOT / "docs" / "tested").iterdir()]
+    tested = [(two(run["python"]), run["torch"].partition("+")[0]) for run in records]
+    assert sorted(tested) == sorted(pairs_in_the_noxfile())
+    for run in records:
+        assert run["passed"] > 5_000
+        assert "changes" not in run["commit"]
+
+
+def test_a_run_of_a_part_is_not_noted(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-p", "tests.support.record", "--record", tmp_path]
+    command += ["-p", "no:cacheprovider", "-q", "-k", "interrupt_is_one_line", "tests/cli"]
+    run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=200)
+    assert "1 passed" in run.stdout
+    assert "not recorded: only a part of the tests was asked for" in run.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_declared_is_what_was_run():
+    pythons, torches = (list(values) for values in zip(*pairs_in_the_noxfile(), strict=True))
+    project = tomllib.loads(text_of("pyproject.toml"))["project"]
+    (torch_range,) = (need for need in project["dependencies"] if need.startswith("torch"))
+    assert torch_range == f"torch>={min(map(two, torches), key=numbers)},<3"
+    assert project["requires-python"] == f">={min(pythons, key=numbers)}"
+    classifier = "Programming Language :: Python :: 3."
+    minors = [c.removeprefix(classifier) for c in project["classifiers"] if classifier in c]
+    assert [f"3.{minor}" for minor in minors] == sorted(set(pythons), key=numbers)
+    oldest, *_, newest = sorted(map(two, torches), key=numbers)
+    first, *_, last = sorted(pythons, key=numbers)
+    said = f"Python {first} to {last} and torch {oldest} to {newest}"
+    for page in ("README.md", "docs/versions.md"):
+        assert said in text_of(page)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def test_the_commit_hook_has_the_versions_of_the_constraints():

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
+from tests.support import older_than
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
 SHAPES = [
@@ -259,6 +260,8 @@ def test_s14_compile(kind):
         dense.load_state_dict(tp.dense_state_dict(tied))
         assert_same(compiled, dense, x)  # the weight is part of the graph, not a constant
         tp.remove_tie(tied, NAME)
+        if older_than("2.7"):  # which cannot trace how a stock layer collects its tensors
+            tied(x)
         assert_same(torch.compile(tied, backend="aot_eager", fullgraph=True), dense, x)
 
 
@@ -266,7 +269,7 @@ def test_s14_compile(kind):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_s14_export(kind):
     tied, dense = twins(kind)
-    program = torch.export.export(tied, (torch.randn(3, 5, 4),))
+    program = torch.export.export(tied, (torch.randn(3, 5, 4),), strict=False)
     x = torch.randn(3, 5, 4)
     assert_same(program.module(), dense, x)
     assert f"parametrizations.{NAME}.original0" in program.state_dict

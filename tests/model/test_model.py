@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
+from tests.support import tomllib
 from tests.support.models import Block, ResNet, images, train
 from tests.support.unchanged import everything
 from tiedparam.model import tie_model as _model

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import tiedparam as tp
+from tests.support import older_than
 from tests.support.rule_of_two_tensors import TwoHalves
 
 
@@ -457,6 +458,8 @@ def test_no_damage_to_a_checkpoint_breaks_a_law(data):
     strict = data.draw(st.booleans(), "strict")
     try:
         net.load_state_dict(state, strict=strict)
+    except IndexError:  # an empty number of batches, which torch before 2.9 does not look at
+        assert older_than("2.9")
     except RuntimeError as error:
         # torch's complaint of unexpected keys is not one of a tied tensor
         message = "\n".join(line for line in str(error).splitlines() if "Unexpected" not in line)

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import tiedparam as tp
+from tests.support import older_than
 from tests.support.optimizer_cases import VARIANTS, Odd, lawful_layer, snapshot, tie
 from tests.support.rule_of_two_tensors import TwoHalves
 
@@ -213,7 +214,10 @@ def test_s19_a_group_whose_other_values_are_away_waits_for_them_as_it_is():
     "decoupled",
     [
         lambda p: torch.optim.AdamW(p, weight_decay=0.5),
-        lambda p: torch.optim.Adam(p, weight_decay=0.5, decoupled_weight_decay=True),
+        pytest.param(
+            lambda p: torch.optim.Adam(p, weight_decay=0.5, decoupled_weight_decay=True),
+            marks=pytest.mark.skipif(older_than("2.7"), reason="Adam has that option since 2.7"),
+        ),
         lambda p: torch.optim.NAdam(p, weight_decay=0.5, decoupled_weight_decay=True),
         lambda p: torch.optim.Adam(p),
         lambda p: torch.optim.Rprop(p),

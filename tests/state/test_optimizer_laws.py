@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
+from tests.support import older_than
 from tests.support.optimizer_cases import (
     MULTIPLICITY,
     TIES,
@@ -27,7 +28,9 @@ from tests.support.optimizer_cases import (
 )
 from tiedparam.state import optimizer_laws
 
-REFUSED = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon, torch.optim.SparseAdam)
+MUON = () if older_than("2.9") else (torch.optim.Muon,)
+REFUSED = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.SparseAdam, *MUON)
+with_muon = pytest.mark.skipif(not MUON, reason="torch.optim has Muon since 2.9")
 SCALE_FREE = [n for n, v in VARIANTS.items() if optimizer_laws._LAWS[v.kind].normalized]
 DECAYING = [name for name, v in VARIANTS.items() if v.decay is not None]
 
@@ -255,12 +258,14 @@ def test_s41_an_optimizer_whose_update_is_not_known_is_refused(kind, reason, ste
     refused="it orthogonalizes the matrix, and the free values are not that matrix. A `TieWarning` "
     "if it is built from them",
 )
+@with_muon
 @pytest.mark.parametrize("steps", [0, 1])
 def test_s41_muon_is_refused_before_and_after_its_first_step(steps):
     layer, optimizer, closure = square(torch.optim.Muon, steps=steps)
     check_refused(layer, optimizer, closure, "Muon orthogonalizes the weight matrix")
 
 
+@with_muon
 def test_s41_muon_that_was_built_from_free_values_says_so_and_is_not_untied():
     layer = tp.register_tie(nn.Linear(4, 4, bias=False), "flip_sym")
     muon = torch.optim.Muon(layer.parameters())
@@ -276,6 +281,7 @@ def test_s41_muon_that_was_built_from_free_values_says_so_and_is_not_untied():
     assert snapshot(layer, muon) == before
 
 
+@with_muon
 def test_s41_muon_that_does_not_hold_the_weight_is_no_hindrance():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
     muon = torch.optim.Muon(model[0].parameters())
@@ -284,6 +290,7 @@ def test_s41_muon_that_does_not_hold_the_weight_is_no_hindrance():
     assert tp.owner(adamw.param_groups[0]["params"][0]).layer is model[1]
 
 
+@with_muon
 def test_a_copy_leaves_muon_and_comes_back_to_it():
     """Nothing is moved: the state of a copy is dropped, and each matrix is updated by itself."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiedparam as tp
+from tests.support import with_fsdp2
 from tiedparam import TieError
 from tiedparam.tie.lookup import tie_of
 
@@ -150,6 +151,7 @@ def one_rank():
 
 
 @pytest.mark.parametrize("rule", ["flip_sym", "row_repeat"])
+@with_fsdp2
 def test_s39_hooks_are_obeyed_on_sharded_layers(one_rank, rule):
     layer = tp.register_tie(nn.Linear(4, 4), rule, init="rescale")
     wanted, bias = layer.weight.detach() * 3, layer.bias.detach().clone()

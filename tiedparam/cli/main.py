@@ -114,5 +114,7 @@ def _warnings_in_one_line() -> Iterator[None]:
         print(f"warning: {in_one_line(message)}", file=sys.stderr)
 
     with warnings.catch_warnings():
+        # that torch will drop something is advice to programmers, not to those who run a command
+        warnings.simplefilter("ignore", FutureWarning)
         warnings.showwarning = show
         yield

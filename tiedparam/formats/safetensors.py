@@ -35,7 +35,6 @@ DTYPES = {
     "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
     "U16": torch.uint16,
     "I16": torch.int16,
     "F16": torch.float16,
@@ -49,6 +48,8 @@ DTYPES = {
     "C64": torch.complex64,
 }
 """The names of the format, and torch's."""
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 CHECKSUM = "tiedparam.crc32"
 """The metadata's key for the checksum."""

@@ -56,6 +56,20 @@ class Expansion:
         weight: Tensor = _Expand.apply(free, self)
         return weight.view(self.shape)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Expansion:
+        return self  # nothing in it changes
+
+
+@functools.lru_cache(_SHAPES)
+def shared_expansion(
+    expand: Callable[[Tensor, Any], Tensor],
+    fold: Callable[[Tensor, Any], Tensor],
+    sizes: Any,
+    shape: tuple[int, ...],
+) -> Expansion:
+    """One for all layers of a shape: torch 2.6 compiles them anew for another object."""
+    return Expansion(expand, fold, sizes, shape)
+
 
 def look_up(
     expand: Callable[[Tensor, Any], Tensor],

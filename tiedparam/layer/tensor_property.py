@@ -25,6 +25,7 @@ from tiedparam.tie.sources import overlooking_sources, refuse_separate_source
 from tiedparam.tie.write_guard import guard
 from tiedparam.util.callers import caller
 from tiedparam.util.errors import TieError, describe
+from tiedparam.util.never_compiled import never_compiled
 from tiedparam.util.parametrized import parametrization_list
 from tiedparam.util.sharded import is_sharded
 from tiedparam.util.torch_private import (
@@ -97,6 +98,7 @@ def _for_others(
     return guard(weight, layer, name)
 
 
+@never_compiled  # torch 2.8 cannot trace the error that goes on
 def _despite(
     error: TieError, layer: nn.Module, name: str, reader: FrameType, *, computing: bool
 ) -> Tensor:

@@ -21,11 +21,11 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tomllib
 from torch import nn
 
 from tiedparam.formats.atomic import whole_files
@@ -36,6 +36,11 @@ from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import check_init
 from tiedparam.model.plan import OWN_OPTIONS, Plan, PlanEntry, PlanMapping
 from tiedparam.util.errors import LONGEST_MESSAGE, TieError, nearest, shortened, within
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def write_plan(plan: Plan | PlanMapping, path: str | os.PathLike[str]) -> None:

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from tiedparam.laws import Reason
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.matrices import is_unrecorded, transposed
-from tiedparam.laws.pairs import TABLE_ENTRIES, Expansion, fold_pairs, look_up
+from tiedparam.laws.pairs import (
+    TABLE_ENTRIES,
+    Expansion,
+    fold_pairs,
+    look_up,
+    shared_expansion,
+)
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example, Rule
 
@@ -114,7 +120,7 @@ class FlipSym(Rule):
         """Fit the rule to one tensor, and choose how to expand its weight."""
         reason = super().bind(layout, dtype)
         if reason is None:
-            self._expansion = Expansion(_expand, _fold, self._sizes(), layout.shape)
+            self._expansion = shared_expansion(_expand, _fold, self._sizes(), layout.shape)
         return reason
 
     def _sizes(self) -> Sizes:
@@ -244,7 +250,7 @@ def _symmetric(packed: Tensor, c: int, unrecorded: bool) -> Tensor:
         tile = look_up(_unpacked, triangle, size, size * size, unrecorded).reshape(n, size, size)
         row = [
             earlier[:, start - before : stop - before]
-            for (_, before), (_, earlier) in zip(_tiles(c)[:number], pieces, strict=False)
+            for (_, before), (_, earlier) in zip(_tiles(c)[:number], pieces[:number], strict=True)
         ]
         row.append(tile)
         if stop < c:

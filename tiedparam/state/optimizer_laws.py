@@ -279,14 +279,6 @@ _TORCHS_OWN: dict[type[Optimizer], OptimizerLaw] = {
         refused=Reason("LBFGS holds one history for all of its parameters, which cannot follow."),
         joint=True,
     ),
-    optim.Muon: OptimizerLaw(
-        refused=Reason(
-            "Muon orthogonalizes the weight matrix, and the free values are not that matrix.",
-            "Build Muon after tying, from the matrices that are not tied (tiedparam.owner tells "
-            "which), and another optimizer from the free values.",
-        ),
-        even_fresh=True,
-    ),
     optim.SparseAdam: OptimizerLaw(
         refused=Reason(
             "SparseAdam takes sparse gradients only, and those of a tied weight are dense.",
@@ -295,4 +287,13 @@ _TORCHS_OWN: dict[type[Optimizer], OptimizerLaw] = {
         even_fresh=True,
     ),
 }
+if hasattr(optim, "Muon"):  # since torch 2.9
+    _TORCHS_OWN[optim.Muon] = OptimizerLaw(
+        refused=Reason(
+            "Muon orthogonalizes the weight matrix, and the free values are not that matrix.",
+            "Build Muon after tying, from the matrices that are not tied (tiedparam.owner tells "
+            "which), and another optimizer from the free values.",
+        ),
+        even_fresh=True,
+    )
 _LAWS.update(_TORCHS_OWN)

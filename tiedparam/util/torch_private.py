@@ -1,7 +1,7 @@
 """What torch does not promise, one function for each fact: ruff (SLF) keeps it out of other files.
 
-All of it was seen in torch 2.13.0. Each fact has a test in ``tests/util/test_torch_private.py``,
-which fails first where another version differs.
+All of it was seen in torch 2.6 to 2.15. Each fact has a test in
+``tests/util/test_torch_private.py``, which fails first where another version differs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import (
 
 from tiedparam.util.sharded import computed, is_sharded
 
-# The tables of a module -----------------------------------------------------------------------
+# Modules, their tables and the methods that torch calls by private names ----------------------
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -70,8 +70,7 @@ def stand_in(
 
 def has_gradient_hooks(parameter: nn.Parameter) -> bool:
     """Whether hooks are called with the parameter's gradient."""
-    after = getattr(parameter, "_post_accumulate_grad_hooks", None)
-    return bool(parameter._backward_hooks or after)
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", 0))
 
 
 def load_pre_hooks_of(optimizer: Optimizer) -> Mapping[int, Callable[..., Any]]:
@@ -141,20 +140,24 @@ def has_kept_accumulator(parameter: Tensor) -> bool:
     return "tiedparam" in marks()
 
 
-# Classes of layers -----------------------------------------------------------------------------
-
-AnyConvolution = _ConvNd
-"""What all convolutions derive from, transposed ones included; they have ``.transposed``."""
-
-
-def is_read_by_attention(kind: type[nn.Module]) -> bool:
-    """Whether ``nn.MultiheadAttention`` reads the weight of such a layer and never calls it."""
-    return issubclass(kind, NonDynamicallyQuantizableLinear)
+def load_into(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> None:
+    """What ``load_state_dict`` calls for each module."""
+    stock._load_from_state_dict(module, *arguments)
 
 
-def is_quantized(layer: nn.Module) -> bool:
-    """Whether torch's eager quantization packed a layer's weight, so that it is not a Parameter."""
-    return hasattr(layer, "_packed_params") and hasattr(layer, "weight")
+def save_from(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> None:
+    """What ``state_dict`` calls for each module."""
+    stock._save_to_state_dict(module, *arguments)
+
+
+def apply_to(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> nn.Module:
+    """What ``to``, ``half``, ``cuda`` and the like call for each module."""
+    return cast(nn.Module, stock._apply(module, *arguments))
+
+
+def replicate_for_data_parallel(stock: type[nn.Module], module: nn.Module) -> nn.Module:
+    """What `nn.DataParallel` calls for each module."""
+    return cast(nn.Module, stock._replicate_for_data_parallel(module))
 
 
 # State dicts -----------------------------------------------------------------------------------
@@ -186,29 +189,6 @@ def set_state_version(module: nn.Module, version: int) -> None:
     module._version = version
 
 
-# Methods of a module that torch calls by private names -------------------------------------------
-
-
-def load_into(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> None:
-    """What ``load_state_dict`` calls for each module."""
-    stock._load_from_state_dict(module, *arguments)
-
-
-def save_from(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> None:
-    """What ``state_dict`` calls for each module."""
-    stock._save_to_state_dict(module, *arguments)
-
-
-def apply_to(stock: type[nn.Module], module: nn.Module, *arguments: Any) -> nn.Module:
-    """What ``to``, ``half``, ``cuda`` and the like call for each module."""
-    return cast(nn.Module, stock._apply(module, *arguments))
-
-
-def replicate_for_data_parallel(stock: type[nn.Module], module: nn.Module) -> nn.Module:
-    """What `nn.DataParallel` calls for each module."""
-    return cast(nn.Module, stock._replicate_for_data_parallel(module))
-
-
 # What is happening now -------------------------------------------------------------------------
 
 
@@ -229,6 +209,13 @@ def is_traced_or_transformed() -> bool:
 
 innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 """The transform of ``torch.func`` at work, or None; torch's own, as every call asks it."""
+if torch.__version__ < "2.7":  # whose compiler cannot ask
+
+    def innermost_transform() -> Any:
+        """The transform of ``torch.func`` at work; None in compiled code."""
+        return (
+            None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
+        )
 
 
 def may_carry_tangents() -> bool:
@@ -350,10 +337,6 @@ def declared_writes(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return found
 
 
-has_hooks_on_all_modules: Callable[[], Any] = torch_module._has_any_global_hook
-"""Whether torch calls hooks with every module; torch's own, as every call asks it."""
-
-
 def hooks_on_all_modules() -> tuple[Any, ...]:
     """The hooks that torch calls with every module."""
     return (
@@ -364,7 +347,26 @@ def hooks_on_all_modules() -> tuple[Any, ...]:
     )
 
 
-# How stock layers compute ----------------------------------------------------------------------
+has_hooks_on_all_modules: Callable[[], Any] = getattr(
+    torch_module, "_has_any_global_hook", hooks_on_all_modules
+)
+"""Whether torch calls hooks with every module; torch's own since 2.8, as every call asks it."""
+
+
+# Stock layers ----------------------------------------------------------------------------------
+
+AnyConvolution = _ConvNd
+"""What all convolutions derive from, transposed ones included; they have ``.transposed``."""
+
+
+def is_read_by_attention(kind: type[nn.Module]) -> bool:
+    """Whether ``nn.MultiheadAttention`` reads the weight of such a layer and never calls it."""
+    return issubclass(kind, NonDynamicallyQuantizableLinear)
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether torch's eager quantization packed a layer's weight, so that it is not a Parameter."""
+    return hasattr(layer, "_packed_params") and hasattr(layer, "weight")
 
 
 def steps_of_forward(kind: type[nn.Module]) -> tuple[str, ...]:
@@ -383,10 +385,8 @@ def output_padding_of(
     layer: Any, input: Tensor, output_size: list[int] | None, axes: int
 ) -> list[int]:
     """The ``output_padding`` of a transposed convolution, which an ``output_size`` may change."""
-    padding: list[int] = layer._output_padding(
-        input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
-    )
-    return padding
+    own = (layer.stride, layer.padding, layer.kernel_size)
+    return cast("list[int]", layer._output_padding(input, output_size, *own, axes, layer.dilation))
 
 
 def padding_of(layer: Any) -> list[int]:
