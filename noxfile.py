@@ -38,7 +38,7 @@ OLDEST_WITH_PEERS = (2, 10)
 
 
 @nox.session(tags=["ci"])
-@nox.parametrize("python,torch", PAIRS)
+@nox.parametrize("python,torch", PAIRS, ids=map("-".join, PAIRS))
 def tests(session: nox.Session, torch: str) -> None:
     """All tests, noted in docs/tested if nothing fails. Arguments go to pytest: a part of them."""
     pins = CONSTRAINTS if torch == PINNED else ()
