@@ -364,7 +364,7 @@ def test_fsdp2_mixed_precision_trains_as_one_process(ranks):
     results = ranks(worker.fsdp_mixed_precision)
     tolerance = {"rtol": 1e-5, "atol": 1e-6}
     if older_than("2.9"):  # which rounds its gradients once more, those of untied layers too
-        tolerance = {"rtol": 1e-3, "atol": 5e-4}
+        tolerance = {"rtol": 1e-3, "atol": 2e-3}
     assert_as_one_process_in_float32(results, model, losses, tolerance)
     for result in results:
         mid = result["seen"]["mid"]

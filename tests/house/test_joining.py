@@ -78,7 +78,7 @@ def test_every_pair_has_its_record_and_nothing_else_has(pytestconfig):
 
 def test_a_run_of_a_part_is_not_noted(tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "tests.support.record", "--record", tmp_path]
-    command += ["-p", "no:cacheprovider", "-q", "-k", "interrupt_is_one_line", "tests/cli"]
+    command += ["-p", "no:cacheprovider", "-q", "-n", "1", "-k", "interrupt_is_one", "tests/cli"]
     run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=200)
     assert "1 passed" in run.stdout
     assert "not recorded: only a part of the tests was asked for" in run.stdout

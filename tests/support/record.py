@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     """Write the file, from the counts that the last line shows."""
     folder = config.getoption("record")
-    if folder is None:
+    if folder is None or hasattr(config, "workerinput"):  # one of xdist's workers
         return
     counts = {kind: len(reports) for kind, reports in terminalreporter.stats.items()}
     if config.option.keyword or config.option.markexpr or config.args != config.getini("testpaths"):
