@@ -15,7 +15,7 @@ import pytest
 from torch import nn
 
 import tiedparam as tp
-from tests.support import ROOT
+from tests.support import ROOT, tomllib
 from tiedparam import laws, rules
 
 SHIPPED = {
@@ -64,6 +64,14 @@ def test_a_new_law_is_noticed(name, signatures, monkeypatch):
         assert '    turns: Required[int]\n    way: Literal["left", 1]\n' in written
 
 
+def test_however_many_laws_there_are_no_line_is_too_long(signatures, monkeypatch):
+    many = {f"{name}_{number}": rule for name, rule in SHIPPED.items() for number in range(9)}
+    monkeypatch.setattr(signatures, "shipped_rules", lambda: many)
+    limit = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["line-length"]
+    for write in signatures.CONTENTS.values():
+        assert max(map(len, write().splitlines())) <= limit
+
+
 def test_a_type_that_cannot_be_written_is_told(signatures):
     assert signatures.annotation(tuple) == "tuple"
     with pytest.raises(TypeError, match=r"does not know how to write the type <class '.*Conv2d'>"):
@@ -103,6 +111,13 @@ def test_help_shows_the_signature_and_the_text():
     assert str(inspect.signature(tp.register_tie)).startswith(
         "(layer: 'Layer', rule: 'str | type[Rule] | Rule', tensor_name: 'str' = 'weight', *, "
     )
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_help_explains_every_option(name):
+    *_, arguments = inspect.getdoc(SHIPPED[name]).partition("\nArgs:\n")
+    explained = re.findall(r"^    (\w+): \S", arguments, re.MULTILINE)
+    assert explained == list(inspect.signature(SHIPPED[name]).parameters)
 
 
 @pytest.mark.parametrize(
