@@ -41,7 +41,8 @@ _INTRODUCTION = """\
 
 Each row is a test that CI runs with the real thing, in the versions of `tests/constraints.txt`.
 *Works* means equal to the dense stock layer that holds the same weight, up to rounding. *Refused*
-means an error with nothing changed; it names the way, unless it is torch's own. This page is
+means an error with nothing changed; it names the way, unless it is torch's own. What an older torch
+does otherwise is in [versions.md](versions.md#what-an-older-torch-does-otherwise). This page is
 written by `{command}` from the marks on the tests.
 
 ```python

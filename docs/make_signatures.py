@@ -50,8 +50,8 @@ def rules_imports() -> str:
 
 def options_classes() -> str:
     """For each rule with options: these, and these with all that `register_tie` takes itself."""
-    names = ", ".join(f'"{name}"' for name in shipped_rules())
-    parts = [f'KnownName = Literal[{names}]\n"""The names of the library\'s own rules."""']
+    names = "".join(f'    "{name}",\n' for name in shipped_rules())  # a line each: never too long
+    parts = [f'KnownName = Literal[\n{names}]\n"""The names of the library\'s own rules."""']
     for name, rule in shipped_rules().items():
         fields = list(option_fields(rule))
         if fields:

@@ -730,6 +730,9 @@ def test_a_form_that_a_layer_has_not_is_refused(layer, inputs):
     with pytest.raises(tp.TieError, match="compute='reduced' is not a form.*computes densely"):
         tp.register_tie(layer, "row_repeat", compute="reduced")
     assert not tp.is_tied(layer)
+    if layer.bias is not None:
+        with pytest.raises(tp.TieError, match="for the bias of a .*, which computes densely"):
+            tp.register_tie(layer, "row_repeat", "bias", compute="another")
     layer, dense = twins(layer, "row_repeat")
     assert tie_of(layer).computing is None
     x = torch.randn(inputs, 5, 3)

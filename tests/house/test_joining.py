@@ -111,6 +111,17 @@ def test_the_commit_hook_has_the_versions_of_the_constraints():
     assert set(pins) <= set(text_of("tests/constraints.txt").splitlines())
 
 
+def test_workflows_run_nox_in_the_python_of_the_constraints():
+    (pinned,) = re.findall(r"on Python (\S+?)\.? ", text_of("tests/constraints.txt"))
+    for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
+        lines = [line.strip() for line in workflow.read_text(encoding="utf-8").splitlines()]
+        starts = [at for at, line in enumerate(lines) if line.startswith("python-version:")]
+        assert starts
+        for at in starts:  # of several versions in a block the last is `python`
+            last = at + 2 if lines[at].endswith("|") else at
+            assert lines[last].split()[-1].strip('"') == pinned
+
+
 def test_the_citation_names_this_version():
     assert f"\nversion: {tp.__version__}\n" in text_of("CITATION.cff")
 

@@ -15,7 +15,7 @@ import pytest
 from torch import nn
 
 import tiedparam as tp
-from tests.support import ROOT
+from tests.support import ROOT, tomllib
 from tiedparam import laws, rules
 
 SHIPPED = {
@@ -64,6 +64,14 @@ def test_a_new_law_is_noticed(name, signatures, monkeypatch):
         assert '    turns: Required[int]\n    way: Literal["left", 1]\n' in written
 
 
+def test_however_many_laws_there_are_no_line_is_too_long(signatures, monkeypatch):
+    many = {f"{name}_{number}": rule for name, rule in SHIPPED.items() for number in range(9)}
+    monkeypatch.setattr(signatures, "shipped_rules", lambda: many)
+    limit = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["line-length"]
+    for write in signatures.CONTENTS.values():
+        assert max(map(len, write().splitlines())) <= limit
+
+
 def test_a_type_that_cannot_be_written_is_told(signatures):
     assert signatures.annotation(tuple) == "tuple"
     with pytest.raises(TypeError, match=r"does not know how to write the type <class '.*Conv2d'>"):
@@ -105,6 +113,13 @@ def test_help_shows_the_signature_and_the_text():
     )
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_help_explains_every_option(name):
+    *_, arguments = inspect.getdoc(SHIPPED[name]).partition("\nArgs:\n")
+    explained = re.findall(r"^    (\w+): \S", arguments, re.MULTILINE)
+    assert explained == list(inspect.signature(SHIPPED[name]).parameters)
+
+
 @pytest.mark.parametrize(
     ("script", "said"),
     [
@@ -138,33 +153,51 @@ OPTIONS = [
     for rule in SHIPPED.values()
     for option, values in literals_of(rule.__init__).items()
 ]
-LAYERS = {
-    "compute": lambda: nn.Conv1d(6, 12, 3, groups=6),  # which has every form
-    "over": lambda: nn.Conv1d(6, 12, 3, groups=3),
-    "order": lambda: nn.Linear(3, 4),
-}
-OTHERS = {("compute", "channel_shared"): {"over": "groups"}, ("order", "repeat"): {"outputs": 2}}
-"""Further options with which every value has a meaning."""
 
 
 def test_the_options_with_closed_sets_are_found():
-    assert {option for _, option, _ in OPTIONS} == set(LAYERS)
+    assert {option for _, option, _ in OPTIONS} >= {"compute", "over", "order"}
     computing = {rule.name: values for rule, option, values in OPTIONS if option == "compute"}
-    assert set(computing) == {"channel_shared", "repeat", "row_repeat"}
+    assert set(computing) >= {"channel_shared", "repeat", "row_repeat"}
     assert set(computing.values()) == {typing.get_args(laws.Compute)}
     assert literals_of(laws.Broadcast.__init__) == {"compute": typing.get_args(laws.Compute)}
 
 
-@pytest.mark.parametrize(("option", "name"), [*OTHERS, ("over", "channel_shared")])
-def test_the_values_that_are_typed_are_those_that_are_taken(option, name):
-    others = OTHERS.get((option, name), {})
-    values = literals_of(SHIPPED[name].__init__)[option]
-    for value in values:
-        layer = tp.register_tie(LAYERS[option](), SHIPPED[name], **others, **{option: value})
-        assert tp.is_tied(layer)
-    with pytest.raises(tp.TieError, match=f"{option}='another'") as raised:
-        tp.register_tie(LAYERS[option](), SHIPPED[name], **others, **{option: "another"})
-    assert set(re.findall(r"'(\w+)'", raised.value.remedy)) == set(values)
+def required_options(rule) -> set[str]:
+    """Those without a default."""
+    options = inspect.signature(rule).parameters.values()
+    return {option.name for option in options if option.default is option.empty}
+
+
+def refusal(rule, example, **option) -> tp.TieError | None:
+    """What is said against an example with this option."""
+    model = example.build()
+    layer = model.get_submodule(example.path)
+    try:
+        tp.register_tie(layer, rule, example.tensor_name, root=model, **example.options | option)
+    except tp.TieError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    ("rule", "option", "values"), OPTIONS, ids=[f"{rule.name}-{name}" for rule, name, _ in OPTIONS]
+)
+def test_the_values_that_are_typed_are_those_that_are_taken(rule, option, values):
+    examples = [*rule.examples()]
+    if option == "compute":  # a layer that has every form, with the least and with other options
+        least = {k: v for k, v in examples[0].options.items() if k in required_options(rule)}
+        every = [least, *(example.options for example in examples)]
+        examples += [tp.Example(lambda: nn.Conv1d(6, 12, 3, groups=6), each) for each in every]
+    taken, told = set(), set()
+    for example in examples:
+        taken |= {value for value in values if refusal(rule, example, **{option: value}) is None}
+        against = refusal(rule, example, **{option: "another"})
+        if f"{option}='another' is" in against.fact:
+            told |= set(re.findall(r"'(\w+)'", against.remedy))
+    assert taken == told <= set(values)
+    if (rule.name, option) != ("row_repeat", "compute"):  # has no windows
+        assert taken == set(values)
 
 
 def test_the_values_of_init_and_on_unfit_are_those_that_are_taken():

@@ -66,23 +66,21 @@ def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | 
         TieError: if the rule asks for a form that the layer does not have.
     """
     reduction = rule.reduction() if tensor_name == "weight" else None
-    if reduction is None:
+    stock = parametrize.type_before_parametrizations(layer)
+    if reduction is None or len(rule.bound_layout.shape) < 2 or not has_forms(stock):
+        if rule.compute not in ("auto", "dense"):
+            why = f"for the {tensor_name} of a {stock.__name__}, which computes densely."
+            raise _no_such_form(layer, tensor_name, rule, why, "Leave it out.")
         return None
     layout = rule.bound_layout
-    stock = parametrize.type_before_parametrizations(layer)
-    if len(layout.shape) < 2 or not has_forms(stock):
-        if rule.compute not in ("auto", "dense"):
-            raise _no_such_form(
-                layer, rule, f"on a {stock.__name__}, which computes densely.", "Leave it out."
-            )
-        return None
     convolution = not issubclass(stock, nn.Linear)
     offered = ["dense", "reduced"]
     if _has_windows(reduction, layout, convolution):
         offered.append("windows")
     if rule.compute not in ("auto", *offered):
         names = ", ".join(map(repr, offered))
-        raise _no_such_form(layer, rule, "on this layer.", f"Choose 'auto' or one of {names}.")
+        remedy = f"Choose 'auto' or one of {names}."
+        raise _no_such_form(layer, tensor_name, rule, "on this layer.", remedy)
     form = rule.compute
     if form == "auto":
         form = choose_form(reduction, layout, convolution=convolution)
@@ -99,9 +97,11 @@ def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | 
     )
 
 
-def _no_such_form(layer: nn.Module, rule: Rule, why: str, remedy: str) -> TieError:
+def _no_such_form(
+    layer: nn.Module, tensor_name: str, rule: Rule, why: str, remedy: str
+) -> TieError:
     fact = f"compute={rule.compute!r} is not a form of '{rule}' {why}"
-    return TieError(describe(layer, "weight"), fact, remedy)
+    return TieError(describe(layer, tensor_name), fact, remedy)
 
 
 def choose_form(reduction: Reduction, layout: Layout, *, convolution: bool) -> str:

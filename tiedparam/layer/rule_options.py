@@ -27,7 +27,14 @@ class TieArguments(TypedDict, total=False):
 
 
 # begin: by python docs/make_signatures.py
-KnownName = Literal["channel_shared", "copy", "flip_sym", "repeat", "row_repeat", "squared_copy"]
+KnownName = Literal[
+    "channel_shared",
+    "copy",
+    "flip_sym",
+    "repeat",
+    "row_repeat",
+    "squared_copy",
+]
 """The names of the library's own rules."""
 
 

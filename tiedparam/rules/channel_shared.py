@@ -26,14 +26,14 @@ _LAWS: dict[Over, str] = {
 class ChannelShared(Broadcast):
     """The same filter for every channel, ``x`` a kernel position.
 
-    ====================  ==============================  =======================
-    ``over``              law                             free values
-    ====================  ==============================  =======================
-    ``"in"``              ``W[o, c, x] = w[o, x]``        ``(O, 1, *kernel)``
-    ``"out"``             ``W[o, c, x] = w[c, x]``        ``(1, C/g, *kernel)``
-    ``"all"``             ``W[o, c, x] = w[x]``           ``(1, 1, *kernel)``
-    ``"groups"``          ``W[k·m+r, c, x] = w[r, c, x]``  ``(O/g, C/g, *kernel)``
-    ====================  ==============================  =======================
+    ============  =================================  =======================
+    ``over``      law                                free values
+    ============  =================================  =======================
+    ``"in"``      ``W[o, c, x] = w[o, x]``           ``(O, 1, *kernel)``
+    ``"out"``     ``W[o, c, x] = w[c, x]``           ``(1, C/g, *kernel)``
+    ``"all"``     ``W[o, c, x] = w[x]``              ``(1, 1, *kernel)``
+    ``"groups"``  ``W[k·m + r, c, x] = w[r, c, x]``  ``(O/g, C/g, *kernel)``
+    ============  =================================  =======================
 
     ``"in"`` applies one kernel per output to every input channel, which equals summing
     the channels first. ``"groups"`` filters independent streams (the groups of a grouped
@@ -42,6 +42,8 @@ class ChannelShared(Broadcast):
 
     Args:
         over: which channels share: ``"in"``, ``"out"``, ``"all"`` or ``"groups"``.
+        compute: how the layer computes: ``"auto"``, the fastest way that it has; ``"dense"``,
+            ``"reduced"`` or ``"windows"`` force one, for measuring.
 
     ``O`` outputs, ``C`` inputs, ``g`` groups; ``c`` runs within a group; ``weight`` has the
     layer's own shape, and the law is stated for the canonical layout. The bias is left alone; that

@@ -44,6 +44,8 @@ class Repeat(Broadcast):
         outputs: ``r``, how often every output stands; it must divide the number of outputs ``O``.
         order: ``"block"``, equal outputs side by side, or ``"tile"``, the whole row of outputs
             again and again.
+        compute: how the layer computes: ``"auto"``, the fastest way that it has; ``"dense"``,
+            ``"reduced"`` or ``"windows"`` force one, for measuring.
 
     Shapes: ``free``: ``(O/r, *rest)``; ``weight``: ``(O, *rest)``, in the canonical layout.
     Each stored value has ``r`` copies and receives the sum of their gradients.

@@ -25,6 +25,8 @@ class RowRepeat(Broadcast):
 
     Args:
         groups: how many different rows there are; it must divide the number of outputs.
+        compute: how the layer computes: ``"auto"``, the fastest way that it has; ``"dense"``
+            or ``"reduced"`` force one, for measuring.
 
     Shapes: ``free``: ``(groups, *rest)``; ``weight``: ``(out, *rest)``, in the canonical
     layout. Each stored value has ``out/groups`` copies and receives the *sum* of their
