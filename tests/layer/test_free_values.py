@@ -238,6 +238,14 @@ REFUSED = {
         lambda: {FIRST: torch.ones(1, 3), "weight": torch.ones(1, 3)},
         r"no free value 'weight'",
     ),
+    "sparse": (
+        lambda: [torch.ones(1, 3), torch.ones(1, 3).to_sparse()],
+        r"the value is torch\.sparse_coo\. Convert the value first: value\.to_dense\(\)\.",
+    ),
+    "nested": (
+        lambda: [torch.ones(1, 3), torch.nested.nested_tensor([torch.ones(3)])],
+        r"the value is a nested tensor\.",
+    ),
     "meta": (
         lambda: [torch.ones(1, 3), torch.ones(1, 3, device="meta")],
         "the value is on the meta device and has no numbers",
@@ -252,6 +260,14 @@ def test_what_does_not_fit_changes_nothing(case):
     before = snapshot(layer)
     with pytest.raises(tp.TieError, match=message):
         tp.assign_(layer, free=values())
+    assert unchanged(before, snapshot(layer))
+
+
+def test_a_sparse_weight_is_told_how_to_become_a_dense_one():
+    layer = rows()
+    before = snapshot(layer)
+    with pytest.raises(tp.TieError, match=r"value\.to_dense\(\)"):
+        tp.assign_(layer, torch.ones(4, 3).to_sparse())
     assert unchanged(before, snapshot(layer))
 
 
@@ -275,9 +291,10 @@ def test_nothing_is_written_while_the_model_is_frozen():
         {},
         {"value": torch.ones(4, 3), "free": torch.ones(1, 3)},
         {"free": [1.0]},
+        {"free": [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]},
         {"free": torch.ones(1, 3), "project": True},
     ],
-    ids=["neither", "both", "number", "project"],
+    ids=["neither", "both", "number", "rows", "project"],
 )
 def test_arguments_of_a_wrong_kind(arguments):
     with pytest.raises(TypeError, match=r"assign_ takes a weight|a free value is a tensor"):

@@ -74,6 +74,7 @@ def _by_name(
                 raise TieError(place, fact, nearest(name, stored) or known)
     else:
         listed = [given] if isinstance(given, Tensor) else list(given)
+        _refuse_other_than_tensors(listed)  # the rows of an array would be counted as values
         if len(listed) != len(stored):
             counted = "1 was" if len(listed) == 1 else f"{len(listed)} were"
             shapes = ", ".join(str(tuple(value.shape)) for value in stored.values())
@@ -83,10 +84,14 @@ def _by_name(
             fact = f"it has {len(stored)} free values, and {counted} given."
             raise TieError(place, fact, remedy)
         named = dict(zip(stored, listed, strict=True))
-    for value in named.values():
+    _refuse_other_than_tensors(named.values())
+    return named
+
+
+def _refuse_other_than_tensors(values: Iterable[object]) -> None:
+    for value in values:
         if not isinstance(value, Tensor):
             raise TypeError(f"a free value is a tensor, not {type(value).__name__}")
-    return named
 
 
 def _why_other_than(present: Tensor, value: Tensor, name: str) -> Reason | None:
@@ -94,6 +99,9 @@ def _why_other_than(present: Tensor, value: Tensor, name: str) -> Reason | None:
     if is_traceable_wrapper_subclass(value) and not is_sharded(value):
         fact = f"the value is a {type(value).__name__}, and the free values are plain numbers."
         return Reason(fact, "Give it as an ordinary tensor.")
+    reason = why_not_dense(value)
+    if reason is not None:
+        return reason
     if value.shape != present.shape or value.dtype != present.dtype:
         remedy = "Convert the value first; a weight is given as value=, not as free=."
         if value.numel() == present.numel():
@@ -106,6 +114,15 @@ def _why_other_than(present: Tensor, value: Tensor, name: str) -> Reason | None:
             remedy,
         )
     return why_without_numbers(present, value)
+
+
+def why_not_dense(value: Tensor) -> Reason | None:
+    """Why nothing is copied from a sparse or nested tensor: torch would raise midway."""
+    if value.is_nested:
+        return Reason("the value is a nested tensor.", "Give it as an ordinary tensor.")
+    if value.layout is not torch.strided:
+        return Reason(f"the value is {value.layout}.", "Convert the value first: value.to_dense().")
+    return None
 
 
 def why_without_numbers(present: Tensor, value: Tensor) -> Reason | None:

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from tiedparam.compute.frozen import refuse_if_frozen
 from tiedparam.laws.distance import relative_distance
-from tiedparam.layer.free_values import FreeValues, assign_free_values, why_without_numbers
+from tiedparam.layer.free_values import (
+    FreeValues,
+    assign_free_values,
+    why_not_dense,
+    why_without_numbers,
+)
 from tiedparam.tie.lookup import tie_of, ties_in
 from tiedparam.tie.offloaded import why_offloaded
 from tiedparam.tie.record import Tie
@@ -132,7 +137,7 @@ def _why_not_taken(tie: Tie, value: Tensor) -> Reason | None:
             f"the value is a {type(value).__name__}, and the free values are plain numbers.",
             "To quantize the layer call remove_tie first.",
         )
-    return None
+    return why_not_dense(value)
 
 
 def _why_other_than(present: Tensor, value: Tensor, tie: Tie) -> Reason | None:
