@@ -289,15 +289,17 @@ def test_nothing_is_written_while_the_model_is_frozen():
     "arguments",
     [
         {},
+        {"free": 3.0},
         {"value": torch.ones(4, 3), "free": torch.ones(1, 3)},
         {"free": [1.0]},
         {"free": [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]},
         {"free": torch.ones(1, 3), "project": True},
     ],
-    ids=["neither", "both", "number", "rows", "project"],
+    ids=["neither", "one number", "both", "number", "rows", "project"],
 )
 def test_arguments_of_a_wrong_kind(arguments):
-    with pytest.raises(TypeError, match=r"assign_ takes a weight|a free value is a tensor"):
+    said = r"assign_ takes a weight|a free value is a tensor|free= takes tensors, .* not float"
+    with pytest.raises(TypeError, match=said):
         tp.assign_(rows(), **arguments)
 
 
