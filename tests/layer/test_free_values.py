@@ -104,6 +104,14 @@ def test_there_must_be_a_tie():
         tp.free_values(nn.Linear(3, 4))
 
 
+def test_who_asks_the_model_or_another_tensor_hears_what_is_tied():
+    model = nn.Sequential(nn.Linear(2, 2), tp.register_tie(nn.Linear(3, 4), "row_repeat"))
+    with pytest.raises(tp.TieError, match=r"is not tied\. Tied in it: '1\.weight'\.$"):
+        tp.free_values(model)
+    with pytest.raises(tp.TieError, match=r"is not tied\. Tied in it: 'weight'\.$"):
+        tp.free_values(model[1], "bias")
+
+
 # Giving them ---------------------------------------------------------------------------------
 
 
