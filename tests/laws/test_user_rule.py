@@ -190,6 +190,9 @@ def test_registered_rules_are_found():
     assert tp.available_rules()["circulant"] is Circulant
     assert Circulant.name == "circulant"
     assert list(tp.available_rules()) == sorted(tp.available_rules())
+    with pytest.raises(KeyError, match=r"no rule 'flip_symm'\. Did you mean 'flip_sym'\?"):
+        tp.available_rules()["flip_symm"]
+    assert tp.available_rules().get("flip_symm") is None
     with pytest.raises(tp.TieError, match="'circulant'"):
         tp.register_tie(nn.Linear(3, 3), "circulent")
 

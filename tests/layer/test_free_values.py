@@ -104,6 +104,14 @@ def test_there_must_be_a_tie():
         tp.free_values(nn.Linear(3, 4))
 
 
+def test_who_asks_the_model_or_another_tensor_hears_what_is_tied():
+    model = nn.Sequential(nn.Linear(2, 2), tp.register_tie(nn.Linear(3, 4), "row_repeat"))
+    with pytest.raises(tp.TieError, match=r"is not tied\. Tied in it: '1\.weight'\.$"):
+        tp.free_values(model)
+    with pytest.raises(tp.TieError, match=r"is not tied\. Tied in it: 'weight'\.$"):
+        tp.free_values(model[1], "bias")
+
+
 # Giving them ---------------------------------------------------------------------------------
 
 
@@ -289,15 +297,17 @@ def test_nothing_is_written_while_the_model_is_frozen():
     "arguments",
     [
         {},
+        {"free": 3.0},
         {"value": torch.ones(4, 3), "free": torch.ones(1, 3)},
         {"free": [1.0]},
         {"free": [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]},
         {"free": torch.ones(1, 3), "project": True},
     ],
-    ids=["neither", "both", "number", "rows", "project"],
+    ids=["neither", "one number", "both", "number", "rows", "project"],
 )
 def test_arguments_of_a_wrong_kind(arguments):
-    with pytest.raises(TypeError, match=r"assign_ takes a weight|a free value is a tensor"):
+    said = r"assign_ takes a weight|a free value is a tensor|free= takes tensors, .* not float"
+    with pytest.raises(TypeError, match=said):
         tp.assign_(rows(), **arguments)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiedparam.laws.registry import IMPORT_ITS_MODULE
+from tiedparam.laws.rule_table import IMPORT_ITS_MODULE
 from tiedparam.layer.checks import REMOVE_THE_TIE
 from tiedparam.layer.concerns import CHOOSE_A_NEARER_LAW, LOOK_FIRST, TO_TIE_AGAIN
 from tiedparam.layer.initial_values import TAKE_THE_NEAREST

@@ -7,15 +7,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tiedparam.laws.rule import Rule
-from tiedparam.laws.rule_table import RuleTable
-from tiedparam.util.errors import TieError, nearest
+from tiedparam.laws.rule_table import RuleTable, why_unknown
+from tiedparam.util.errors import TieError
 
 _RULES: dict[str, type[Rule]] = {}
 
 R = TypeVar("R", bound=type[Rule])
-
-IMPORT_ITS_MODULE = "If it is a rule of your own, import its module first."
-"""What to do about a rule that is not known."""
 
 
 def register_rule(name: str) -> Callable[[R], R]:
@@ -72,7 +69,8 @@ def available_rules() -> RuleTable:
     """All registered rules by name, in the order of their names; printed, a table of them.
 
     Returns:
-        A new dictionary, with `rows`, `to_markdown` and `to_json` besides.
+        A new dictionary, with `rows`, `to_markdown` and `to_json` besides. For a name that it
+        does not have, the ``KeyError`` says which are near.
 
     Example:
         >>> print(tp.available_rules())
@@ -94,8 +92,7 @@ def find_rule(name: str) -> type[Rule]:
     """
     if name in _RULES:
         return _RULES[name]
-    hint = nearest(name, _RULES) or f"Known rules: {', '.join(available_rules())}."
-    raise TieError(f"'{name}'", f"there is no rule '{name}'. {hint}", IMPORT_ITS_MODULE)
+    raise TieError(f"'{name}'", *why_unknown(name, _RULES))
 
 
 def make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:

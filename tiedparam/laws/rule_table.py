@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 from tiedparam.laws.rule import Rule
-from tiedparam.util.errors import Reason
+from tiedparam.util.errors import Reason, nearest
 from tiedparam.util.table import Column, Table, TableReport
+
+IMPORT_ITS_MODULE = "If it is a rule of your own, import its module first."
+"""What to do about a rule that is not known."""
+
+
+def why_unknown(name: object, known: Iterable[str]) -> Reason:
+    """That there is no such rule, and which names are near."""
+    hint = nearest(name, known) or f"Known rules: {', '.join(sorted(known))}."
+    return Reason(f"there is no rule '{name}'. {hint}", IMPORT_ITS_MODULE)
 
 
 class RuleTable(TableReport[type[Rule]], dict[str, type[Rule]]):
@@ -24,6 +34,9 @@ class RuleTable(TableReport[type[Rule]], dict[str, type[Rule]]):
     def to_data(self) -> dict[str, Any]:
         """Rows."""
         return {"kind": "rules", "rows": self.rows()}
+
+    def __missing__(self, name: object) -> NoReturn:
+        raise KeyError(str(why_unknown(name, self)))
 
     def __repr__(self) -> str:
         return str(self)

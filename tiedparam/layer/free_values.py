@@ -73,6 +73,8 @@ def _by_name(
                 fact = f"there is no free value {quoted(name)}."
                 raise TieError(place, fact, nearest(name, stored) or known)
     else:
+        if not isinstance(given, Iterable):
+            raise TypeError(f"free= takes tensors, one or several, not {type(given).__name__}")
         listed = [given] if isinstance(given, Tensor) else list(given)
         _refuse_other_than_tensors(listed)  # the rows of an array would be counted as values
         if len(listed) != len(stored):
@@ -81,7 +83,8 @@ def _by_name(
             remedy = f"Give them in this order: {shapes}." if stored else ""
             if not stored:
                 remedy = "Its numbers are those of its source; assign to the source."
-            fact = f"it has {len(stored)} free values, and {counted} given."
+            plural = "" if len(stored) == 1 else "s"
+            fact = f"it has {len(stored)} free value{plural}, and {counted} given."
             raise TieError(place, fact, remedy)
         named = dict(zip(stored, listed, strict=True))
     _refuse_other_than_tensors(named.values())

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
-from tiedparam.util.errors import TieError, describe
+from tiedparam.util.errors import TieError, describe, some_of
 from tiedparam.util.parametrized import parametrization_list, parametrization_lists
 from tiedparam.util.torch_private import WRAPPED, parameters_of
 
@@ -64,7 +64,9 @@ def tie_of(layer: nn.Module, tensor_name: str = "weight") -> Tie:
     tie = find_tie(layer, tensor_name)
     if tie is None:
         where = describe(layer, tensor_name)
-        raise TieError(where, f"{where} is not tied.", "Tie it with register_tie first.")
+        tied = [f"'{key}{other.tensor_name}'" for key, other in named_ties_in(layer)]
+        remedy = f"Tied in it: {some_of(tied)}." if tied else "Tie it with register_tie first."
+        raise TieError(where, f"{where} is not tied.", remedy)
     return tie
 
 
