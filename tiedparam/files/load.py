@@ -20,8 +20,8 @@ from tiedparam.files.header import Header
 from tiedparam.formats.atomic import PathLike
 from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.laws.functions import Functions, as_functions
-from tiedparam.layer.register import Settings, tie_one
 from tiedparam.layer.rollback import rolled_back_on_error
+from tiedparam.layer.tie_one import Settings, tie_one
 from tiedparam.state.optimizer_guard import watch_free_values
 from tiedparam.tie.lookup import is_tied, named_ties_in, tie_of
 from tiedparam.tie.offloaded import TO_BRING_BACK, is_offloaded

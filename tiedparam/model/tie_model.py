@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from tiedparam.layer.checks import Init
 from tiedparam.layer.concerns import Concerns, check_max_residual
-from tiedparam.layer.register import Settings, tie_one
 from tiedparam.layer.remove import remove_tie
 from tiedparam.layer.rollback import rolled_back_on_error
+from tiedparam.layer.tie_one import Settings, tie_one
 from tiedparam.model.plan import Plan, PlanMapping
 from tiedparam.model.reasons import SeveralTiesError, Skipped
 from tiedparam.model.report import TieReport, tie_rows, totals_of
