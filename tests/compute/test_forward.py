@@ -352,6 +352,15 @@ def test_vmap_over_stacked_models():
         torch.testing.assert_close(layer(x), y)
 
 
+def test_compiled_code_knows_the_memory_format_and_where_none_can_be_asked():
+    layer = tp.register_tie(nn.Conv2d(4, 4, 3), "channel_shared", compute="reduced")
+    x = torch.randn(2, 4, 6, 5).to(memory_format=torch.channels_last)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert compiled(x).is_contiguous(memory_format=torch.channels_last)
+    each = torch.compile(torch.func.vmap(lambda y: layer(y)), backend="eager", fullgraph=True)
+    torch.testing.assert_close(each(x[None])[0], layer(x))
+
+
 def test_other_readers_see_an_ordinary_weight():
     layer, dense = twins(nn.Linear(64, 64), "row_repeat", groups=2)
     weight = layer.weight

@@ -9,12 +9,13 @@ import re
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import tiedparam as tp
-from tests.support import ROOT, contract, tomllib
+from tests.support import ROOT, contract, record, tomllib
 from tests.support.cases import cases_of
 
 
@@ -82,6 +83,21 @@ def test_a_run_of_a_part_is_not_noted(tmp_path):
     run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=200)
     assert "1 passed" in run.stdout
     assert "not recorded: only a part of the tests was asked for" in run.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_outside_of_git_nothing_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)  # as a source distribution is
+    said, paths = [], ["tests"]
+    reporter = SimpleNamespace(stats={}, write_line=said.append)
+    config = SimpleNamespace(
+        getoption=lambda name: "docs/tested",
+        getini=lambda name: paths,
+        option=SimpleNamespace(keyword="", markexpr=""),
+        args=paths,
+    )
+    record.pytest_terminal_summary(reporter, pytest.ExitCode.OK, config)
+    assert said == ["not recorded: there is no commit to name outside of git"]
     assert not list(tmp_path.iterdir())
 
 

@@ -34,6 +34,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         terminalreporter.write_line("not recorded: only a part of the tests was asked for")
     elif exitstatus != pytest.ExitCode.OK:
         terminalreporter.write_line("not recorded: not everything passed")
+    elif not (ROOT / ".git").exists():  # an sdist's folder; a repository around it is another one
+        terminalreporter.write_line("not recorded: there is no commit to name outside of git")
     else:
         path = ROOT / folder / f"{_python()}-{_torch()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

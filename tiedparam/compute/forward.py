@@ -34,8 +34,8 @@ from tiedparam.tie.interposed import is_bare
 from tiedparam.util.torch_private import (
     convolution_of,
     effective,
-    innermost_transform,
     is_traced,
+    is_transformed,
     lists_in_tables,
     output_padding_of,
     padding_of,
@@ -279,7 +279,7 @@ def _spread(y: Tensor, run: int, bias: Tensor | None, axes: int) -> Tensor:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    if innermost_transform() is not None:
+    if is_transformed():
         return False  # vmap cannot say; the format is then nobody's promise
     if x.dim() == 4:
         return _strided_as(x, torch.channels_last)

@@ -207,15 +207,14 @@ def is_traced_or_transformed() -> bool:
     )
 
 
-innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-"""The transform of ``torch.func`` at work, or None; torch's own, as every call asks it."""
-if torch.__version__ < "2.7":  # whose compiler cannot ask
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work, in compiled code as well."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
-    def innermost_transform() -> Any:
-        """The transform of ``torch.func`` at work; None in compiled code."""
-        return (
-            None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
-        )
+
+# its compiler cannot trace the question, or takes the answer for yes; a constant is what it was
+# while the code was traced, and torch traces it anew inside of another transform
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def may_carry_tangents() -> bool:
