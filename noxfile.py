@@ -25,7 +25,6 @@ PAIRS = [
     ("3.12", "2.8.0"),
     ("3.12", "2.10.0"),
     ("3.11", "2.13.0"),
-    ("3.11", "2.14.1"),
     ("3.13", "2.15.0"),
 ]
 """Python and torch: the oldest, the newest, and each Python at least once."""
