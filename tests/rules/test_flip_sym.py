@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 
@@ -471,3 +472,15 @@ def test_has_no_options():
     message = assert_refused(nn.Conv2d(4, 4, 3), "flip_sym", error=TypeError, groups=2)
     assert "flip_sym" in message
     assert "groups" in message
+
+
+def test_layers_of_a_shape_and_their_copies_share_one_expansion():
+    """torch 2.6 compiles anew for another object; see test_s32 in tests/layer/test_host.py."""
+    first, second, other = (
+        tp.register_tie(nn.Linear(n, n), "flip_sym", init="rescale") for n in (4, 4, 5)
+    )
+    expansions = [
+        tp.get_tie(layer)._expansion for layer in (first, second, copy.deepcopy(first), other)
+    ]
+    assert expansions[0] is expansions[1] is expansions[2]
+    assert expansions[3] is not expansions[0]

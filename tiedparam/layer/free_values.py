@@ -38,7 +38,10 @@ def free_values(layer: nn.Module, tensor_name: str = "weight") -> dict[str, nn.P
         >>> {name: value.shape for name, value in tp.free_values(layer).items()}
         {'parametrizations.weight.original0': torch.Size([1, 3])}
     """
-    tie = tie_of(layer, tensor_name)
+    return _named(tie_of(layer, tensor_name))
+
+
+def _named(tie: Tie) -> dict[str, nn.Parameter]:
     return dict(zip(tie.keys(), tie.free, strict=True))
 
 
@@ -49,7 +52,7 @@ def assign_free_values(tie: Tie, given: FreeValues, place: str) -> None:
         TieError: if one of them does not fit. Nothing was changed then.
         TypeError: if one of them is not a tensor.
     """
-    stored = dict(zip(tie.keys(), tie.free, strict=True))
+    stored = _named(tie)
     values = {name: unguard(value) for name, value in _by_name(stored, given, place).items()}
     for name, value in values.items():
         raise_if(place, _why_other_than(stored[name], value, name))
