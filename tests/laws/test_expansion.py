@@ -41,7 +41,7 @@ def bounds(request, monkeypatch):
 def formula(rule, free):
     """The plain formula, recorded operation by operation."""
     expansion = rule._expansion
-    return expansion.expand(free, expansion.sizes).reshape(expansion.shape)
+    return expansion.expand(free).reshape(expansion.shape)
 
 
 @pytest.mark.parametrize("build", LAYERS)

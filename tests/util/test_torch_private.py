@@ -22,6 +22,12 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiedparam.util import torch_private
+from tiedparam.util.torch_modes import (
+    is_traced,
+    is_traced_or_transformed,
+    is_transformed,
+    may_carry_tangents,
+)
 from tiedparam.util.torch_private import (
     GET_BASE,
     TABLES,
@@ -48,15 +54,11 @@ from tiedparam.util.torch_private import (
     is_read_by_attention,
     is_scheduled,
     is_traceable_wrapper_subclass,
-    is_traced,
-    is_traced_or_transformed,
-    is_transformed,
     is_watched,
     keep_out_dynamo,
     lists_in_tables,
     load_into,
     load_pre_hooks_of,
-    may_carry_tangents,
     metadata_of,
     operator_name,
     original_key,

@@ -31,11 +31,10 @@ from tiedparam.compute.windows import (
 )
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.interposed import is_bare
+from tiedparam.util.torch_modes import is_traced, is_transformed
 from tiedparam.util.torch_private import (
     convolution_of,
     effective,
-    is_traced,
-    is_transformed,
     lists_in_tables,
     output_padding_of,
     padding_of,

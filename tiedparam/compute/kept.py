@@ -28,11 +28,11 @@ from tiedparam.util.bits import same_bits
 from tiedparam.util.errors import TieError
 from tiedparam.util.parametrized import parametrization_list
 from tiedparam.util.sharded import is_sharded
+from tiedparam.util.torch_modes import may_carry_tangents
 from tiedparam.util.torch_private import (
     buffers_of,
     has_values,
     lists_in_tables,
-    may_carry_tangents,
     parameters_of,
     submodules_of,
 )

@@ -1,12 +1,13 @@
 """What a law is, and the kinds of law to derive from.
 
 Knows tensors, layouts and what a layer holds; no ties, files or optimizers.
-Public: `Rule` is the contract, `Broadcast` and `Linked` are kinds of law to derive from.
+Public: `Rule` is the contract; `Orbits`, `Broadcast` and `Linked` are kinds of law to derive from.
 """
 
 from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked
+from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import available_rules, register_rule
 from tiedparam.laws.rule import Example, Reduction, Rule
 from tiedparam.util.errors import Reason
@@ -18,6 +19,7 @@ __all__ = [
     "Example",
     "Layout",
     "Linked",
+    "Orbits",
     "Reason",
     "Reduction",
     "Rule",

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tiedparam.laws.distance import halved_difference
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.rule import Reduction, Rule
+from tiedparam.laws.orbits import Orbits
+from tiedparam.laws.rule import Reduction
 from tiedparam.util.errors import Reason
 
 Compute = Literal["auto", "dense", "reduced", "windows"]
@@ -55,7 +56,7 @@ class _Sizes:
     smaller_layout: Layout | None
 
 
-class Broadcast(Rule):
+class Broadcast(Orbits):
     """A base, repeated along the shared axes of a blocked view of the canonical weight.
 
     A subclass states `blocks`: the canonical weight ``V[o, c, x]`` viewed with its axes
@@ -76,7 +77,6 @@ class Broadcast(Rule):
         ((3, 1),)
     """
 
-    complex_valued = True
     gains_from_cache = False  # expanding is a view
     _sizes: _Sizes
 

@@ -48,6 +48,7 @@ class Linked(Rule):
         True
     """
 
+    family = "copies"
     complex_valued = True
     gains_from_cache = False  # comparing the source's numbers takes as long as computing with them
     reads_layers = True

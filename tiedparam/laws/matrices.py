@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tiedparam.util.torch_private import is_traced_or_transformed, may_carry_tangents
+from tiedparam.util.torch_modes import is_traced_or_transformed, may_carry_tangents
 
 _FEW = 1024  # entries: below, the shuffle's fixed cost is the larger one
 

@@ -1,11 +1,9 @@
 """Laws that pair entries: expanded fast in eager mode, by plain operations in a trace.
 
-A law gives two formulas, ``expand`` (free values → weight) and ``fold``, its adjoint (the sum
-over each orbit). They are each other's derivative. Recorded operation by operation they would
-cost several times as much, so in eager mode
+A law gives two formulas, that of the expansion (free values → weight) and that of its adjoint (the
+sum over each orbit). In eager mode
 
-* a large weight is made by one autograd function, whose backward is ``fold``, whose backward
-  is ``expand``;
+* a large weight is made by one node of the graph (`LinearMap`);
 * a small weight, or a small part of a large one, is one look-up, since there the number of
   operations is all that counts. The table is made once for all weights of a shape, and belongs
   to no layer and no checkpoint. `TABLE_ENTRIES` bounds it, so that it stays far below what a
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.matrices import is_eager
 
 TABLE_ENTRIES = 147_456
@@ -31,30 +30,37 @@ _SHAPES = 16  # whose tables are kept: 10 MB at most, and as much for their adjo
 
 
 @dataclass(frozen=True)
-class Expansion:
-    """A linear map from free values to a weight, and its adjoint.
+class Expansion(LinearMap):
+    """A linear map from free values to a weight, by formulas.
 
     Attributes:
-        expand: ``(free, sizes) → weight``, differentiable.
-        fold: ``(weight, sizes) → free``, called without gradients only.
+        formula: ``(free, sizes) → weight``, differentiable.
+        adjoint: ``(weight, sizes) → free``, called without gradients only.
         sizes: what both need to know.
         shape: the weight's shape.
     """
 
-    expand: Callable[[Tensor, Any], Tensor]
-    fold: Callable[[Tensor, Any], Tensor]
+    formula: Callable[[Tensor, Any], Tensor]
+    adjoint: Callable[[Tensor, Any], Tensor]
     sizes: Any
     shape: tuple[int, ...]
 
     def __call__(self, free: Tensor) -> Tensor:
         """Expand, by the way that is fastest here."""
         if not is_eager(free):
-            return self.expand(free, self.sizes).reshape(self.shape)
+            return self.expand(free).reshape(self.shape)
         if prod(self.shape) <= TABLE_ENTRIES:
-            places = _places(self.expand, self.sizes, free.numel())
+            places = _places(self.formula, self.sizes, free.numel())
             return free.view(-1).index_select(0, places).view(self.shape)
-        weight: Tensor = _Expand.apply(free, self)
-        return weight.view(self.shape)
+        return self.recorded(free).view(self.shape)
+
+    def expand(self, free: Tensor) -> Tensor:
+        """By the formula."""
+        return self.formula(free, self.sizes)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """By the formula of the adjoint."""
+        return self.adjoint(weight, self.sizes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Expansion:
         return self  # nothing in it changes
@@ -118,27 +124,3 @@ def _members(
             for which in ("amin", "amax")
         )
         return first.to(torch.int32), last.to(torch.int32), first == last
-
-
-class _Expand(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, free: Tensor, expansion: Expansion) -> Tensor:
-        ctx.expansion, ctx.shape = expansion, free.shape
-        return expansion.expand(free, expansion.sizes)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        folded: Tensor = _Fold.apply(gradient, ctx.expansion)
-        return folded.view(ctx.shape), None
-
-
-class _Fold(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, expansion: Expansion) -> Tensor:
-        ctx.expansion = expansion
-        return expansion.fold(weight.contiguous(), expansion.sizes)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        weight: Tensor = _Expand.apply(gradient.contiguous(), ctx.expansion)
-        return weight, None

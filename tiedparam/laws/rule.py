@@ -95,6 +95,8 @@ class Rule(nn.Module, metaclass=OwnMembers):
 
     name: ClassVar[str] = ""
     """The registered name; set by `register_rule`."""
+    family: ClassVar[str] = "of your own"
+    """Under which heading tables show it."""
     law: str = ""
     """The equation in one line, as tables and ``repr`` show it."""
     complex_valued: ClassVar[bool] = False
@@ -138,6 +140,10 @@ class Rule(nn.Module, metaclass=OwnMembers):
     def forward(self, *free: Any, **named: Any) -> Tensor:
         """Expand the free values to the weight. Stateless, linear-time."""
         raise NotImplementedError(f"{type(self).__name__} must expand its free values")
+
+    def spread(self, *free: Tensor) -> Tensor:
+        """The linear part of `forward`: zeros where it puts fixed numbers."""
+        return self.forward(*free)
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The law stated without `forward`: tensors that must equal ``weight`` to the bit."""

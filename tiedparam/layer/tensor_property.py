@@ -28,10 +28,10 @@ from tiedparam.util.errors import TieError, describe
 from tiedparam.util.never_compiled import never_compiled
 from tiedparam.util.parametrized import parametrization_list
 from tiedparam.util.sharded import is_sharded
+from tiedparam.util.torch_modes import is_traced_or_transformed
 from tiedparam.util.torch_private import (
     effective,
     is_parametrized,
-    is_traced_or_transformed,
     parameters_of,
 )
 

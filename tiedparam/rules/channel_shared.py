@@ -59,6 +59,7 @@ class ChannelShared(Broadcast):
         (True, ((4, 1, 5, 5),))
     """
 
+    family = "repetition"
     law: str = "W[o, c, x] = w[o, x]  (over='in'; also 'out', 'all', 'groups')"
 
     def __init__(self, over: Over = "in", compute: Compute = "auto") -> None:

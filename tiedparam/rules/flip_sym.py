@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tiedparam.laws import Reason
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.matrices import is_unrecorded, transposed
+from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.pairs import (
     TABLE_ENTRIES,
     Expansion,
@@ -19,19 +20,11 @@ from tiedparam.laws.pairs import (
     shared_expansion,
 )
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example, Rule
-
-CACHED_ENTRIES = 65_536
-"""From so many entries on ``cache=True`` keeps the weight: 256 × 256, or 86 × 86 channels, 3×3.
-
-Comparing the free values takes as long as computing the weight up to about 10,000 entries, and
-little more than half as long at this bound, a quarter from 300,000 on. In between it gains, but in
-a convolution it cannot be felt.
-"""
+from tiedparam.laws.rule import Example
 
 
 @register_rule("flip_sym")
-class FlipSym(Rule):
+class FlipSym(Orbits):
     """A kernel that is its own flip-transpose: ``W[i, j, x] = W[j, i, flip(x)]``.
 
     ``flip`` mirrors a kernel position along every spatial axis; ``i, j`` are channels of
@@ -57,7 +50,9 @@ class FlipSym(Rule):
         19
     """
 
+    family = "symmetries"
     law = "W[i, j, x] = W[j, i, flip(x)]"
+    complex_valued = False
     _expansion: Expansion
 
     def check(self, layout: Layout) -> Reason | None:
@@ -73,14 +68,6 @@ class FlipSym(Rule):
                 "Tie a square layer, or use 'channel_shared'.",
             )
         return None
-
-    @property
-    def gains_from_cache(self) -> bool:
-        """Whether the weight has so many entries that comparing is much faster than computing.
-
-        ``python -m benchmarks --case cache`` repeats the measurement.
-        """
-        return prod(self.bound_layout.shape) >= CACHED_ENTRIES
 
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """One matrix, so that optimizers which spare vectors from decay treat it as a weight."""

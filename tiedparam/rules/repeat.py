@@ -60,6 +60,7 @@ class Repeat(Broadcast):
         [1.0, 2.0, 3.0]
     """
 
+    family = "repetition"
     law: str = "W[o] = w[o // r]  (order='block'; also 'tile')"
 
     def __init__(self, outputs: int, *, order: Order = "block", compute: Compute = "auto") -> None:

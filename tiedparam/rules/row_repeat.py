@@ -42,6 +42,7 @@ class RowRepeat(Broadcast):
         [[1.0, 2.0], [1.0, 2.0], [5.0, 6.0], [5.0, 6.0]]
     """
 
+    family = "repetition"
     law = "W[o] = w[o // (out/groups)]"
 
     def __init__(self, groups: int = 1, compute: Compute = "auto") -> None:

@@ -68,40 +68,40 @@ def maps_to_dense(rule: Rule) -> Maps:
     def expanded(free: Sequence[Tensor], power: int, *, unsigned: bool) -> list[Tensor]:
         counts = rule.multiplicities()
         parts = [t / m.to(t.device, t.dtype) ** power for t, m in zip(free, counts, strict=True)]
-        value = rule(*parts)
+        value = rule.spread(*parts)
         return [_dense(value * _signs(rule, value) if unsigned else value)]
 
     return {
         "gradient": lambda free: expanded(free, 1, unsigned=False),
         "gradient magnitude": lambda free: expanded(free, 1, unsigned=True),
         "squared gradient": lambda free: expanded(free, 2, unsigned=True),
-        "weight": lambda free: expanded(free, 0, unsigned=False),
+        "weight": lambda free: [_dense(rule(*free))],
         "weight magnitude": lambda free: expanded(free, 0, unsigned=True),
         "zeros": lambda free: [_dense(torch.zeros_like(rule(*free)))],
     }
 
 
 def has_orbits(rule: Rule) -> bool:
-    """Whether every entry of the weight is one free value, or minus it, or always zero."""
+    """Whether every entry of the weight is one free value, or minus it, or a fixed number."""
     if rule.reads_layers:
         return False
     with torch.no_grad():
         labels = rule.orbit_labels().flatten()
         free = _random_free_values(rule, 1)[0]
-        weight = rule(*free).flatten()
+        weight = rule.spread(*free).flatten()
     values = torch.cat([value.flatten() for value in free])
     index = (labels.abs() - 1).clamp(0, len(values) - 1)
     return torch.equal(weight, torch.where(labels == 0, 0, values[index] * labels.sign()))
 
 
 def is_linear(rule: Rule) -> bool:
-    """Whether the rule's ``forward`` is linear, tried on random values."""
+    """Whether the rule is linear up to fixed entries, tried on random values."""
     if rule.reads_layers:
         return False  # nor is that of most laws that have values of their own besides
     left, right = _random_free_values(rule, 2)
     with torch.no_grad():
-        both = rule(*(a + 2 * b for a, b in zip(left, right, strict=True)))
-        return torch.allclose(both, rule(*left) + 2 * rule(*right))
+        both = rule.spread(*(a + 2 * b for a, b in zip(left, right, strict=True)))
+        return torch.allclose(both, rule.spread(*left) + 2 * rule.spread(*right))
 
 
 def _random_free_values(rule: Rule, count: int) -> list[list[Tensor]]:
@@ -116,8 +116,8 @@ def _random_free_values(rule: Rule, count: int) -> list[list[Tensor]]:
 
 
 def _signs(rule: Rule, like: Tensor) -> Tensor:
-    """``B1``: 1 for every entry, −1 where a signed orbit subtracts."""
-    return rule.forward(*(like.new_ones(shape) for shape in rule.free_shapes()))
+    """``B1``: 1 for every entry, −1 where a signed orbit subtracts, 0 where one is fixed."""
+    return rule.spread(*(like.new_ones(shape) for shape in rule.free_shapes()))
 
 
 def _dense(value: Tensor) -> Tensor:

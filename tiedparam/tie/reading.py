@@ -25,7 +25,8 @@ from tiedparam.tie.wrapped import refuse_other_unit
 from tiedparam.util.errors import TieError, describe_layer
 from tiedparam.util.parametrized import tensor_of
 from tiedparam.util.sharded import gathered, is_sharded
-from tiedparam.util.torch_private import effective, is_managed_by_fsdp, is_traced
+from tiedparam.util.torch_modes import is_traced
+from tiedparam.util.torch_private import effective, is_managed_by_fsdp
 
 if TYPE_CHECKING:
     from tiedparam.laws.linked import Linked

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -187,39 +186,6 @@ def state_version_of(module: nn.Module) -> int:
 def set_state_version(module: nn.Module, version: int) -> None:
     """Let a module note this version in state dicts, whatever its class does."""
     module._version = version
-
-
-# What is happening now -------------------------------------------------------------------------
-
-
-def is_traced() -> bool:
-    """Whether ``torch.jit.trace`` or an exporter records operations, and warns of comparisons."""
-    return torch._C._get_tracing_state() is not None
-
-
-def is_traced_or_transformed() -> bool:
-    """Whether torch.compile, ``jit.trace``, ``torch.func`` or a dispatch mode is at work."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` is at work, in compiled code as well."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# its compiler cannot trace the question, or takes the answer for yes; a constant is what it was
-# while the code was traced, and torch traces it anew inside of another transform
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def may_carry_tangents() -> bool:
-    """Whether ``forward_ad.dual_level``, which counts from 0, was entered; −1 is outside."""
-    return forward_ad._current_level >= 0
 
 
 def version_of(tensor: Tensor) -> int:

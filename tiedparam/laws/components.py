@@ -1,0 +1,77 @@
+"""Which entries an orbit has: the connected components of signed equalities.
+
+An equality says that one entry is another, or minus it. So the graph has two nodes for each
+entry, it and its negative, and an entry that is connected with its own negative is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def of_equalities(images: Sequence[Tensor], count: int) -> Tensor:
+    """The first member of the orbit of each entry, from 1; negative if it is minus that, or 0.
+
+    Args:
+        images: for each symmetry the number of the entry that each entry equals, from 1, negative
+            where it is minus that entry, 0 where nothing is said.
+        count: how many entries there are.
+    """
+    node = _smallest_nodes(images, count).view(count, 2)
+    first = node[:, 0] // 2 + 1
+    signed = torch.where(node[:, 0] % 2 == 1, -first, first)
+    return torch.where(node[:, 0] == node[:, 1], 0, signed)
+
+
+def of_group(images: Sequence[Tensor], count: int) -> Tensor:
+    """`of_equalities`, in one pass: the symmetries are all elements of a group."""
+    beyond = count + 1
+    positive = torch.arange(1, count + 1)
+    negative = torch.full((count,), beyond)
+    for image in images:
+        positive = torch.where((image > 0) & (image < positive), image, positive)
+        negative = torch.where((image < 0) & (-image < negative), -image, negative)
+    signed = torch.where(positive <= negative, positive, -negative)
+    return torch.where(positive == negative, 0, signed)
+
+
+def _smallest_nodes(images: Sequence[Tensor], count: int) -> Tensor:
+    """For each node, two for each entry, the smallest one that it is connected with.
+
+    Each node points to a smaller one or to itself. Roots are hung below smaller roots that their
+    members meet, and all pointers are halved, until nothing moves: O(log n) rounds (Zhang, Azad,
+    Buluç 2020, "Parallel algorithms for finding connected components using linear algebra").
+    """
+    left, right = _edges(images, count)
+    parent = torch.arange(2 * count)
+    while True:
+        above = parent[parent]
+        of_left, of_right = above[left], above[right]
+        smaller = torch.minimum(of_left, of_right)
+        moved = above.clone()
+        for node in (parent[left], parent[right], left, right):
+            moved.scatter_reduce_(0, node, smaller, "amin")
+        if torch.equal(moved, parent):
+            return parent
+        parent = moved
+        keep = of_left != of_right  # edges within one tree have nothing more to say
+        if not bool(keep.all()):
+            left, right = left[keep], right[keep]
+
+
+def _edges(images: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """The equalities as pairs of nodes: entry ``e`` is node ``2e``, its negative ``2e + 1``."""
+    entry = torch.arange(count)
+    lefts, rights = [], []
+    for image in images:
+        said = (image != 0) & (image != entry + 1)
+        left, number = 2 * entry[said], image[said]
+        right = 2 * (number.abs() - 1) + (number < 0)
+        lefts += [left, left + 1]
+        rights += [right, right ^ 1]
+    if not lefts:
+        return entry[:0], entry[:0]
+    return torch.cat(lefts), torch.cat(rights)

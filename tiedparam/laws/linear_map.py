@@ -1,0 +1,59 @@
+"""A linear map and its adjoint, as one node of the graph each.
+
+They are each other's derivative. Recorded operation by operation they would cost several times as
+much, and their gradients would be scattered where they can be gathered.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LinearMap(ABC):
+    """From free values to a weight, up to a constant weight, and back by the adjoint."""
+
+    @abstractmethod
+    def expand(self, free: Tensor) -> Tensor:
+        """The weight; no gradient is recorded."""
+
+    @abstractmethod
+    def fold(self, weight: Tensor) -> Tensor:
+        """The sum over each orbit; ``weight`` is contiguous, and no gradient is recorded."""
+
+    @property
+    def linear(self) -> LinearMap:
+        """Without the constant."""
+        return self
+
+    def recorded(self, free: Tensor) -> Tensor:
+        """`expand`, whose gradient is `fold`, whose gradient is `expand`."""
+        weight: Tensor = _Expand.apply(free, self)
+        return weight
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, free: Tensor, linear_map: LinearMap) -> Tensor:
+        ctx.map, ctx.shape = linear_map, free.shape
+        return linear_map.expand(free)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        folded: Tensor = _Fold.apply(gradient, ctx.map)
+        return folded.view(ctx.shape), None
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, linear_map: LinearMap) -> Tensor:
+        ctx.map = linear_map
+        return linear_map.fold(weight.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        weight: Tensor = _Expand.apply(gradient.contiguous(), ctx.map.linear)
+        return weight, None

@@ -1,0 +1,124 @@
+"""What the symmetries of a law say: which entries are one value, which are fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tiedparam.laws import components
+from tiedparam.util.errors import Reason
+from tiedparam.util.torch_modes import plain_numbers
+
+Symmetries = Callable[[Tensor], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The orbits of one weight, or of one of its cells.
+
+    Attributes:
+        labels: for each entry the number of its orbit, from 1 in the order of first occurrence;
+            negative where the entry is minus the orbit's first member, 0 where it is fixed. int32.
+        count: how many orbits there are.
+        fixed: for each entry the number that it is fixed to, in float64, or 0; None if all are 0.
+    """
+
+    labels: Tensor
+    count: int
+    fixed: Tensor | None
+
+
+def find_pattern(
+    symmetries: Symmetries, shape: tuple[int, ...], *, group: bool
+) -> Pattern | Reason:
+    """Run the symmetries on numbers, from which every equality can be read.
+
+    The numbers 1, 2, … show which entry another one equals, and its sign. What stays the same
+    when all numbers change their signs is fixed.
+
+    Args:
+        symmetries: the law, as `Rule.symmetries` states it.
+        shape: the weight's shape.
+        group: whether they are all elements of a group.
+
+    Returns:
+        The pattern; or why there is none.
+    """
+    with plain_numbers():
+        count = prod(shape)
+        numbers = torch.arange(1, count + 1, dtype=torch.float64)
+        images, fixed = [], []
+        weight = numbers.view(shape)
+        for image, negative in zip(symmetries(weight), symmetries(-weight), strict=True):
+            if image.shape != weight.shape:
+                return _misstated(
+                    f"they give {tuple(image.shape)} for a weight of {tuple(weight.shape)}"
+                )
+            image, negative = image.flatten(), negative.flatten()
+            constant = image == negative
+            entry = torch.where(constant, 0.0, image)
+            known = (entry == entry.round()) & (entry.abs() <= count) & (entry != 0)
+            if not bool(torch.where(constant, True, known & (image == -negative)).all()):
+                return _misstated("an entry of theirs is computed from several, or scaled")
+            images.append(entry.to(torch.int64))
+            fixed.append(torch.where(constant, image, torch.nan))
+        one_pass = group and not any(bool((~values.isnan()).any()) for values in fixed)
+        first = (components.of_group if one_pass else components.of_equalities)(images, count)
+        return _numbered(first, fixed)
+
+
+def _misstated(fact: str) -> Reason:
+    return Reason(
+        f"its symmetries state no equalities of entries: {fact}.",
+        "Let them give every entry as another one, as minus another one, or as a fixed number; or "
+        "derive the law from tiedparam.Rule.",
+    )
+
+
+def _numbered(first: Tensor, fixed: list[Tensor]) -> Pattern | Reason:
+    """The orbits by numbers, without those that are fixed."""
+    value = _fixed_orbits(first, fixed)
+    if isinstance(value, Reason):
+        return value
+    entry = torch.arange(1, len(first) + 1)
+    free = value.isnan()
+    is_first = (first == entry) & free
+    number = is_first.cumsum(0)
+    at = (first.abs() - 1).clamp(min=0)
+    labels = torch.where(free, number[at] * first.sign(), 0).to(torch.int32)
+    constants = torch.where(free, 0.0, value)
+    return Pattern(labels, int(number[-1]), constants if bool(constants.any()) else None)
+
+
+def _fixed_orbits(first: Tensor, fixed: list[Tensor]) -> Tensor | Reason:
+    """For each entry the number that its orbit is fixed to, or NaN."""
+    count = len(first)
+    # what an orbit meets: itself and its negative at 0, and the fixed numbers of its members
+    least, most = torch.full((count,), torch.inf), torch.full((count,), -torch.inf)
+    least, most = least.double(), most.double()
+    at, sign = (first.abs() - 1).clamp(min=0), first.sign().double()
+    for values in fixed:
+        said = ~values.isnan()
+        zero = said & (first == 0)
+        if bool((values[zero] != 0).any()):
+            return _contradiction(0.0, float(values[zero].abs().max()))
+        said &= first != 0
+        place, number = at[said], values[said] * sign[said]
+        least.scatter_reduce_(0, place, number, "amin")
+        most.scatter_reduce_(0, place, number, "amax")
+    if bool((most > least).any()):
+        where = (most > least).nonzero()[0, 0]
+        return _contradiction(float(least[where]), float(most[where]))
+    value = torch.where(least == most, least, torch.nan)[at] * sign
+    return torch.where(first == 0, 0.0, value + 0.0)  # never −0.0
+
+
+def _contradiction(one: float, other: float) -> Reason:
+    return Reason(
+        f"it fixes one entry to {one:g} and to {other:g}.",
+        "Leave out one of the laws, or correct the fixed numbers.",
+    )

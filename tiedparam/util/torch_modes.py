@@ -1,0 +1,71 @@
+"""What torch is doing at this moment: tracing, transforming, faking.
+
+Private parts of torch, as `torch_private` has them for modules and tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` or an exporter records operations, and warns of comparisons."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_traced_or_transformed() -> bool:
+    """Whether torch.compile, ``jit.trace``, ``torch.func`` or a dispatch mode is at work."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work, in compiled code as well."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# its compiler cannot trace the question, or takes the answer for yes; a constant is what it was
+# while the code was traced, and torch traces it anew inside of another transform
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def may_carry_tangents() -> bool:
+    """Whether ``forward_ad.dual_level``, which counts from 0, was entered; −1 is outside."""
+    return forward_ad._current_level >= 0
+
+
+@contextmanager
+def plain_numbers() -> Iterator[None]:
+    """Compute on the CPU with real numbers and without gradients, whatever mode is at work.
+
+    Fake tensors, the meta device as default and inference mode would give numbers that do not
+    exist, or that could never be used in training.
+    """
+    real = _python_dispatch._disable_current_modes()
+    with real, torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        yield
+
+
+def beside(table: Tensor, tensor: Tensor) -> Tensor:
+    """A table of numbers as an operation with ``tensor`` takes it: fake beside a fake one.
+
+    Whoever traces keeps the numbers, and makes them fake by himself.
+    """
+    if torch.compiler.is_compiling():
+        return table
+    mode: Any = getattr(tensor, "fake_mode", None)
+    if mode is None or mode.allow_non_fake_inputs:
+        return table
+    fake: Tensor = mode.from_tensor(table, static_shapes=True)
+    return fake
