@@ -29,8 +29,8 @@ def of_equalities(images: Sequence[Tensor], count: int) -> Tensor:
 def of_group(images: Sequence[Tensor], count: int) -> Tensor:
     """`of_equalities`, in one pass: the symmetries are all elements of a group."""
     beyond = count + 1
-    positive = torch.arange(1, count + 1)
-    negative = torch.full((count,), beyond)
+    positive = torch.arange(1, count + 1, device="cpu")
+    negative = torch.full((count,), beyond, device="cpu")
     for image in images:
         positive = torch.where((image > 0) & (image < positive), image, positive)
         negative = torch.where((image < 0) & (-image < negative), -image, negative)
@@ -46,7 +46,7 @@ def _smallest_nodes(images: Sequence[Tensor], count: int) -> Tensor:
     Buluç 2020, "Parallel algorithms for finding connected components using linear algebra").
     """
     left, right = _edges(images, count)
-    parent = torch.arange(2 * count)
+    parent = torch.arange(2 * count, device="cpu")
     while True:
         above = parent[parent]
         of_left, of_right = above[left], above[right]
@@ -64,7 +64,7 @@ def _smallest_nodes(images: Sequence[Tensor], count: int) -> Tensor:
 
 def _edges(images: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
     """The equalities as pairs of nodes: entry ``e`` is node ``2e``, its negative ``2e + 1``."""
-    entry = torch.arange(count)
+    entry = torch.arange(count, device="cpu")
     lefts, rights = [], []
     for image in images:
         said = (image != 0) & (image != entry + 1)

@@ -63,7 +63,11 @@ class EntryTable(LinearMap):
             self._constants: Tensor | None = None
             apart = labels == 0
             if bool(apart.any()):
-                given = torch.zeros(len(labels)) if pattern.fixed is None else pattern.fixed
+                given = (
+                    torch.zeros(len(labels), device="cpu")
+                    if pattern.fixed is None
+                    else pattern.fixed
+                )
                 self._constants, which = given[apart].double().unique(return_inverse=True)
                 places[apart] = (columns + which).to(places.dtype)
             self._places = places.contiguous()
@@ -128,8 +132,8 @@ class EntryTable(LinearMap):
     def first_entries(self) -> Tensor:
         """The first member of each orbit, which is never a negative one; in int64."""
         with plain_numbers():
-            entry = torch.arange(len(self.pattern.labels))
-            first = torch.full((self.pattern.count + 1,), len(entry))
+            entry = torch.arange(len(self.pattern.labels), device="cpu")
+            first = torch.full((self.pattern.count + 1,), len(entry), device="cpu")
             first.scatter_reduce_(0, self.pattern.labels.abs().long(), entry, "amin")
             return first[1:]
 
@@ -155,7 +159,7 @@ class EntryTable(LinearMap):
             groups, orbits = [], []
             for size in filled.unique().tolist():
                 orbit = (filled == size).nonzero()[:, 0]
-                member = torch.arange(size)[:, None]
+                member = torch.arange(size, device="cpu")[:, None]
                 place = start[orbit] + torch.minimum(member, sizes[orbit] - 1)
                 entries, absent = by_orbit[place], member >= sizes[orbit]
                 signs = labels[entries].sign().to(torch.int8)

@@ -159,7 +159,7 @@ class Orbits(Rule):
             return reason
         found = self._found(layout)
         if isinstance(found, Reason):
-            self.layout = None
+            self.layout: Layout | None = None
             return found
         self._table = found
         return None
@@ -202,5 +202,5 @@ def _labels(table: EntryTable) -> Tensor:
     """The labels of all cells."""
     with plain_numbers():
         labels = table.pattern.labels.long()
-        before = torch.arange(table.cells)[:, None] * table.pattern.count
+        before = torch.arange(table.cells, device="cpu")[:, None] * table.pattern.count
         return (labels + labels.sign() * before).view(table.shape)

@@ -50,7 +50,7 @@ def find_pattern(
     """
     with plain_numbers():
         count = prod(shape)
-        numbers = torch.arange(1, count + 1, dtype=torch.float64)
+        numbers = torch.arange(1, count + 1, dtype=torch.float64, device="cpu")
         images, fixed = [], []
         weight = numbers.view(shape)
         for image, negative in zip(symmetries(weight), symmetries(-weight), strict=True):
@@ -84,7 +84,7 @@ def _numbered(first: Tensor, fixed: list[Tensor]) -> Pattern | Reason:
     value = _fixed_orbits(first, fixed)
     if isinstance(value, Reason):
         return value
-    entry = torch.arange(1, len(first) + 1)
+    entry = torch.arange(1, len(first) + 1, device="cpu")
     free = value.isnan()
     is_first = (first == entry) & free
     number = is_first.cumsum(0)
@@ -98,8 +98,8 @@ def _fixed_orbits(first: Tensor, fixed: list[Tensor]) -> Tensor | Reason:
     """For each entry the number that its orbit is fixed to, or NaN."""
     count = len(first)
     # what an orbit meets: itself and its negative at 0, and the fixed numbers of its members
-    least, most = torch.full((count,), torch.inf), torch.full((count,), -torch.inf)
-    least, most = least.double(), most.double()
+    least = torch.full((count,), torch.inf, dtype=torch.float64, device="cpu")
+    most = -least
     at, sign = (first.abs() - 1).clamp(min=0), first.sign().double()
     for values in fixed:
         said = ~values.isnan()
