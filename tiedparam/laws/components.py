@@ -41,25 +41,22 @@ def of_group(images: Sequence[Tensor], count: int) -> Tensor:
 def _smallest_nodes(images: Sequence[Tensor], count: int) -> Tensor:
     """For each node, two for each entry, the smallest one that it is connected with.
 
-    Each node points to a smaller one or to itself. Roots are hung below smaller roots that their
-    members meet, and all pointers are halved, until nothing moves: O(log n) rounds (Zhang, Azad,
-    Buluç 2020, "Parallel algorithms for finding connected components using linear algebra").
+    Each node points to a smaller one or to itself. Nodes and what they point to are hung below the
+    smallest that their neighbours reach in two steps, until nothing moves, which takes O(log n)
+    rounds (Zhang, Azad, Buluç 2020, "FastSV: a distributed-memory connected component algorithm
+    with fast convergence").
     """
     left, right = _edges(images, count)
     parent = torch.arange(2 * count, device="cpu")
     while True:
         above = parent[parent]
-        of_left, of_right = above[left], above[right]
-        smaller = torch.minimum(of_left, of_right)
+        smaller = torch.minimum(above[left], above[right])
         moved = above.clone()
         for node in (parent[left], parent[right], left, right):
             moved.scatter_reduce_(0, node, smaller, "amin")
         if torch.equal(moved, parent):
             return parent
         parent = moved
-        keep = of_left != of_right  # edges within one tree have nothing more to say
-        if not bool(keep.all()):
-            left, right = left[keep], right[keep]
 
 
 def _edges(images: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:

@@ -54,10 +54,12 @@ class EntryTable(LinearMap):
     """
 
     def __init__(self, pattern: Pattern, cells: int, shape: tuple[int, ...]) -> None:
-        self.pattern, self.cells, self.shape = pattern, cells, shape
+        self.pattern: Pattern = pattern
+        self.cells: int = cells
+        self.shape: tuple[int, ...] = shape
         with plain_numbers():
             labels = pattern.labels
-            self._signed = bool((labels < 0).any())
+            self._signed: bool = bool((labels < 0).any())
             columns = pattern.count * (2 if self._signed else 1)
             places = torch.where(labels < 0, pattern.count - labels, labels) - 1
             self._constants: Tensor | None = None
@@ -70,8 +72,8 @@ class EntryTable(LinearMap):
                 )
                 self._constants, which = given[apart].double().unique(return_inverse=True)
                 places[apart] = (columns + which).to(places.dtype)
-            self._places = places.contiguous()
-        self._linear = self if pattern.fixed is None else self._without_constants()
+            self._places: Tensor = places.contiguous()
+        self._linear: EntryTable = self if pattern.fixed is None else self._without_constants()
         self._moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._members: dict[torch.device, tuple[list[_Members], Tensor | None]] = {}
 

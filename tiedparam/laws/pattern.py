@@ -38,7 +38,7 @@ def find_pattern(
     """Run the symmetries on numbers, from which every equality can be read.
 
     The numbers 1, 2, … show which entry another one equals, and its sign. What stays the same
-    when all numbers change their signs is fixed.
+    when all numbers change their signs is fixed. Random numbers show that nothing else is stated.
 
     Args:
         symmetries: the law, as `Rule.symmetries` states it.
@@ -49,26 +49,28 @@ def find_pattern(
         The pattern; or why there is none.
     """
     with plain_numbers():
-        count = prod(shape)
-        numbers = torch.arange(1, count + 1, dtype=torch.float64, device="cpu")
+        numbers = torch.arange(1, prod(shape) + 1, dtype=torch.float64, device="cpu")
+        # others, by which a sum that happens to be a number of an entry is told apart
+        random = torch.Generator("cpu").manual_seed(0)
+        others = torch.rand(numbers.shape, dtype=torch.float64, device="cpu", generator=random)
         images, fixed = [], []
-        weight = numbers.view(shape)
-        for image, negative in zip(symmetries(weight), symmetries(-weight), strict=True):
-            if image.shape != weight.shape:
-                return _misstated(
-                    f"they give {tuple(image.shape)} for a weight of {tuple(weight.shape)}"
-                )
-            image, negative = image.flatten(), negative.flatten()
+        probes = (numbers, -numbers, others)
+        for three in zip(*(symmetries(probe.view(shape)) for probe in probes), strict=True):
+            wrong = next((image.shape for image in three if tuple(image.shape) != shape), None)
+            if wrong is not None:
+                return _misstated(f"they give {tuple(wrong)} for a weight of {shape}")
+            image, negative, other = (each.to(torch.float64).flatten() for each in three)
             constant = image == negative
-            entry = torch.where(constant, 0.0, image)
-            known = (entry == entry.round()) & (entry.abs() <= count) & (entry != 0)
-            if not bool(torch.where(constant, True, known & (image == -negative)).all()):
+            number = torch.where(constant, 0.0, image)
+            at = (number.abs() - 1).nan_to_num().clamp(0, len(numbers) - 1).to(torch.int64)
+            expected = torch.where(constant, image, others[at] * number.sign())
+            if not torch.equal(other, expected) or not torch.equal(number.trunc(), number):
                 return _misstated("an entry of theirs is computed from several, or scaled")
-            images.append(entry.to(torch.int64))
+            images.append(number.to(torch.int64))
             fixed.append(torch.where(constant, image, torch.nan))
         one_pass = group and not any(bool((~values.isnan()).any()) for values in fixed)
-        first = (components.of_group if one_pass else components.of_equalities)(images, count)
-        return _numbered(first, fixed)
+        components_of = components.of_group if one_pass else components.of_equalities
+        return _numbered(components_of(images, len(numbers)), fixed)
 
 
 def _misstated(fact: str) -> Reason:
