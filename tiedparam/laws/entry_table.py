@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tiedparam.laws.linear_map import LinearMap
+from tiedparam.laws.matrices import is_unrecorded, transposed
 from tiedparam.laws.pattern import Pattern
 from tiedparam.util.torch_modes import (
     beside,
@@ -22,26 +23,42 @@ from tiedparam.util.torch_modes import (
     plain_numbers,
 )
 
+_ROWS = 16
+"""From so many cells on, the entries of all cells are gathered as rows, which turns the weight."""
+_ONE_BY_ONE = 8
+"""Up to so many members of an orbit are added one after the other; of larger orbits, all are
+gathered and summed."""
 _SIZES = 3
-"""So many sizes of orbits are gathered apart; if there are more, they are filled up to powers of
-two, which adds less than as many members again."""
+"""So many sizes of large orbits are gathered apart; if there are more, they are filled up to
+powers of two, which adds less than as many members again."""
 
 
 @dataclass(frozen=True)
 class _Members:
-    """The orbits of about one size.
+    """Members that are gathered at once.
 
     Attributes:
         entries: ``(size, orbits)`` flattened, the entries of each orbit.
-        signs: ``(size, orbits)``, or None if all are members as they are.
-        absent: ``(size, orbits)``, where there is no member any more; None if all are there.
-        size: how many members each orbit has.
+        orbits: which orbits these are; None if all.
+        signs: of ``entries``, or None if all are members as they are.
+        absent: where in ``entries`` there is no member any more; None if all are there.
+        size: how many members of each orbit.
     """
 
     entries: Tensor
+    orbits: Tensor | None
     signs: Tensor | None
     absent: Tensor | None
     size: int
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """The sums of these members; ``values`` has an entry in each row."""
+        found = values.index_select(0, self.entries)
+        if self.signs is not None:
+            found *= self.signs.view(-1, *(1,) * (values.dim() - 1))
+        if self.absent is not None:
+            found.index_fill_(0, self.absent, 0)  # not by a product, which makes NaN of infinity
+        return found if self.size == 1 else found.view(self.size, -1, *values.shape[1:]).sum(0)
 
 
 class EntryTable(LinearMap):
@@ -75,7 +92,7 @@ class EntryTable(LinearMap):
             self._places: Tensor = places.contiguous()
         self._linear: EntryTable = self if pattern.fixed is None else self._without_constants()
         self._moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._members: dict[torch.device, tuple[list[_Members], Tensor | None]] = {}
+        self._members: dict[torch.device, list[_Members]] = {}
 
     def _without_constants(self) -> EntryTable:
         return EntryTable(replace(self.pattern, fixed=None), self.cells, self.shape)
@@ -113,17 +130,25 @@ class EntryTable(LinearMap):
         """The sums over the orbits of each cell, members in the order of their entries."""
         if weight.device not in self._members:
             self._members[weight.device] = self._gathered(weight.device)
-        weight, (groups, order) = weight.view(self.cells, -1), self._members[weight.device]
-        sums = []
-        for group in groups:
-            orbits = len(group.entries) // group.size
-            values = weight.index_select(1, group.entries).view(self.cells, group.size, orbits)
-            if group.signs is not None:
-                values *= group.signs
-            if group.absent is not None:
-                values.masked_fill_(group.absent, 0)
-            sums.append(values.sum(1) if group.size > 1 else values[:, 0])
-        return sums[0] if order is None else torch.cat(sums, 1).index_select(1, order)
+        members, weight = self._members[weight.device], weight.view(self.cells, -1)
+        if self.cells < _ROWS:
+            return torch.stack([self._sums(cell, members) for cell in weight])
+        return _turned(self._sums(_turned(weight), members))
+
+    def _sums(self, values: Tensor, members: list[_Members]) -> Tensor:
+        """The sums over the orbits, of one entry in each row."""
+        first, *others = members
+        sums = first.gathered(values)
+        if first.orbits is not None:
+            sums = sums.new_zeros(self.pattern.count, *values.shape[1:]).index_copy_(
+                0, first.orbits, sums
+            )
+        for more in others:
+            found = more.gathered(values)
+            sums = (
+                sums.add_(found) if more.orbits is None else sums.index_add_(0, more.orbits, found)
+            )
+        return sums
 
     def sizes(self) -> Tensor:
         """How many members each orbit has, in int64."""
@@ -149,30 +174,45 @@ class EntryTable(LinearMap):
             self._moved[device, dtype] = table.to(device, dtype)
         return self._moved[device, dtype]
 
-    def _gathered(self, device: torch.device) -> tuple[list[_Members], Tensor | None]:
-        """The orbits by their sizes; and the places of all orbits in what is gathered."""
+    def _gathered(self, device: torch.device) -> list[_Members]:
+        """All members of all orbits: of small ones one by one, of large ones by their sizes."""
         with plain_numbers():
-            labels, sizes = self.pattern.labels, self.sizes()
-            by_orbit = labels.abs().argsort(stable=True)
-            start = (labels == 0).sum() + sizes.cumsum(0) - sizes
-            filled = sizes
-            if len(sizes.unique()) > _SIZES:
-                filled = 2 ** torch.log2(sizes.double()).ceil().long()
-            groups, orbits = [], []
-            for size in filled.unique().tolist():
-                orbit = (filled == size).nonzero()[:, 0]
-                member = torch.arange(size, device="cpu")[:, None]
-                place = start[orbit] + torch.minimum(member, sizes[orbit] - 1)
-                entries, absent = by_orbit[place], member >= sizes[orbit]
-                signs = labels[entries].sign().to(torch.int8)
-                groups.append(
-                    _Members(
-                        entries.flatten().to(device, torch.int32),
-                        signs.to(device) if bool((signs < 0).any()) else None,
-                        absent.to(device) if bool(absent.any()) else None,
-                        size,
-                    )
-                )
-                orbits.append(orbit)
-            order = torch.cat(orbits).argsort().to(device, torch.int32)
-            return groups, None if len(groups) == 1 else order
+            sizes, found = self.sizes(), []
+            small = sizes <= _ONE_BY_ONE
+            for member in range(int(sizes[small].max()) if bool(small.any()) else 0):
+                there = small & (sizes > member)
+                # filling up costs less than adding in places, where most are there
+                if 2 * int(there.sum()) >= len(sizes):
+                    there = torch.ones_like(there)
+                found.append(self._chosen(there, member, member + 1, device))
+            large = sizes[~small]
+            if len(large.unique()) > _SIZES:
+                large = 2 ** torch.log2(large.double()).ceil().long()
+            filled = sizes.clone()
+            filled[~small] = large
+            for size in large.unique().tolist():
+                found.append(self._chosen(~small & (filled == size), 0, size, device))
+            return found
+
+    def _chosen(self, which: Tensor, start: int, stop: int, device: torch.device) -> _Members:
+        """The members from ``start`` to ``stop`` of some orbits."""
+        labels, sizes = self.pattern.labels, self.sizes()
+        by_orbit = labels.abs().argsort(stable=True)
+        first = (labels == 0).sum() + sizes.cumsum(0) - sizes
+        orbits = which.nonzero()[:, 0]
+        member = torch.arange(start, stop, device="cpu")[:, None]
+        entries = by_orbit[first[orbits] + torch.minimum(member, sizes[orbits] - 1)]
+        absent = (member >= sizes[orbits]).flatten().nonzero()[:, 0]
+        entries = entries.flatten()
+        signs = labels[entries].sign().to(torch.int8)
+        return _Members(
+            entries.to(device, torch.int32),
+            None if bool(which.all()) else orbits.to(device),
+            signs.to(device) if bool((signs < 0).any()) else None,
+            absent.to(device) if len(absent) else None,
+            stop - start,
+        )
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    return transposed(matrix[None], is_unrecorded(matrix))[0]
