@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tiedparam as tp
 from benchmarks import contenders as made
-from benchmarks import memory, models
+from benchmarks import expansions, memory, models
 from benchmarks.goals import Goal
 from benchmarks.measuring import Contender, Run, Setting, summarize
 from tiedparam.compute import forward
@@ -229,6 +229,13 @@ def _compare_expansions(run: Run, shapes: str, found: list[Contender]) -> None:
             c.forward(weight), list(c.weights), cotangent
         )
     run.note(shapes, "expansion", run.time(calls))
+
+
+case(
+    "expansion",
+    "Every law: the expansion alone, and its adjoint, against a clone of the weight",
+    expansions.GOALS,
+)(expansions.measure)
 
 
 _STAGE_GOALS = tuple(
