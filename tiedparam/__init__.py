@@ -24,6 +24,7 @@ from tiedparam.tie.owner import Owner, owner
 from tiedparam.util.errors import TieError, TieWarning
 
 if TYPE_CHECKING:
+    from tiedparam import testing as testing
     from tiedparam.files.export import export_dense
     from tiedparam.files.load import load
     from tiedparam.files.save import save
@@ -104,6 +105,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return import_module("tiedparam.testing")
     if name not in _LATER:
         raise AttributeError(f"module 'tiedparam' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_LATER[name]), name)
@@ -111,7 +114,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "testing"})
 
 
 import_module("tiedparam.rules")  # last: a rule's file may import tiedparam itself

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import tiedparam as tp
-from tests.support.cases import FIRST_CASES, Caller, assert_lawful, sample_input, stock_twin
+from tests.support.cases import FIRST_CASES, Caller, assert_lawful, sample_input
 
 every_rule = pytest.mark.parametrize("case", FIRST_CASES, ids=str)
 
@@ -98,7 +98,7 @@ def test_assigning_under_a_transform_raises_and_changes_nothing():
 def free_and_dense(case, exponent: int):
     """A loss as a function of the free values, and of the effective weight."""
     host = case.tied(torch.float64)
-    twin, inputs = stock_twin(case, host), sample_input(host.layer)
+    twin, inputs = case.twin_of(host), sample_input(host.layer)
     caller = Caller(host)
     names = [name for name, _ in caller.named_parameters()]
     values = tuple(p.detach().clone() for p in caller.parameters())
@@ -164,7 +164,7 @@ def test_second_derivatives_are_the_folded_ones_of_the_dense_layer(rule):
 @every_rule
 def test_forward_mode_through_a_dual_input(case):
     host = case.tied(torch.float64)
-    twin = stock_twin(case, host)
+    twin = case.twin_of(host)
     inputs = sample_input(host.layer)
     if not inputs[0].is_floating_point():
         pytest.skip("indices have no tangent")
@@ -233,7 +233,7 @@ def test_the_gradient_of_a_weight_that_was_read():
 @every_rule
 def test_autocast_keeps_float32_values_and_gradients(case, dtype):
     host = case.tied()
-    twin = stock_twin(case, host)
+    twin = case.twin_of(host)
     inputs = sample_input(host.layer)
     with torch.autocast("cpu", dtype):
         output, expected = host.layer(*inputs), twin(*inputs)
@@ -285,7 +285,7 @@ def test_casting_a_model(case):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         host = case.tied()
         host.model.to(dtype)
-        twin = stock_twin(case, host)
+        twin = case.twin_of(host)
         inputs = sample_input(host.layer)
         output = host.layer(*inputs)
         assert output.dtype is dtype

@@ -14,9 +14,11 @@ import dataclasses
 import importlib
 import io
 import re
+import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -99,7 +101,9 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
     kinds = [block.kind for block in blocks]
     assert "python" in kinds, f"{page} shows no code"
     assert set(kinds) <= {"python", "text", "sh"}, "only these kinds are checked"
-    namespace = {"__name__": "docs_page"}
+    module = ModuleType("docs_page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # the compiler looks it up
+    namespace = vars(module)
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         if block.kind == "text":
             continue

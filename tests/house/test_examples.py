@@ -23,7 +23,7 @@ import tiedparam as tp
 from tests.support import ROOT
 from tiedparam.state import optimizer_laws
 
-MODULES = ("tiedparam", "tiedparam.laws", "tiedparam.rules")
+MODULES = ("tiedparam", "tiedparam.laws", "tiedparam.rules", "tiedparam.testing")
 """Where public names stand, in their ``__all__``."""
 
 LONGEST = 9

@@ -20,7 +20,7 @@ def names_for_type_checkers() -> dict[str, str]:
 
 
 def test_type_checkers_and_python_find_the_same_names():
-    assert names_for_type_checkers() == tp._LATER
+    assert names_for_type_checkers() == {**tp._LATER, "testing": "tiedparam"}
     assert len(tp._LATER) > 10
     for name in tp.__all__:
         assert getattr(tp, name) is not None
@@ -36,10 +36,22 @@ def test_what_there_is_not_is_said_as_by_any_module():
 def test_an_import_enters_neither_whole_models_nor_files():
     code = (
         "import sys, tiedparam as tp; rooms = lambda: {m.split('.')[1] for m in sys.modules if "
-        "m.startswith('tiedparam.')}; print(sorted({'model', 'files', 'cli'} & rooms())); "
-        "tp.tie_model; from tiedparam import save; print(sorted({'model', 'files'} & rooms()))"
+        "m.startswith('tiedparam.')}; "
+        "print(sorted({'model', 'files', 'cli', 'testing'} & rooms())); tp.tie_model; "
+        "from tiedparam import save; print(sorted({'model', 'files'} & rooms()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.split("\n")[:2] == ["[]", "['files', 'model']"]
+
+
+def test_the_contract_is_there_when_it_is_first_asked_for_and_needs_no_test_library():
+    code = (
+        "import sys, tiedparam as tp; print('testing' in dir(tp), tp.testing.check_rule.__name__, "
+        "sorted({'pytest', 'hypothesis', 'safetensors', 'numpy.testing'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout == "True check_rule []\n"
