@@ -1,4 +1,4 @@
-"""Two laws as users write them, by which the room for such laws and the contract are tested."""
+"""Laws as users write them, by which the contract and what is said of such laws are tested."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
+from tiedparam.laws import Linked, Orbits
 
 
 class Circulant(tp.Rule):
@@ -65,3 +66,88 @@ class OddKernel(tp.Rule):
             tp.Example(lambda: nn.Conv2d(4, 2, (3, 2), groups=2)),
             tp.Example(lambda: nn.ConvTranspose2d(2, 2, 2)),
         )
+
+
+class Mirrored(tp.Rule):
+    """What a user would write."""
+
+    law = "W[o, c] = W[o, n-1-c]"
+
+    def check(self, layout):
+        even = layout.shape[-1] % 2 == 0
+        return None if even else "its last axis is odd. Choose a layer with 2n inputs."
+
+    def free_shapes(self):
+        *rest, last = self.bound_layout.shape
+        return ((*rest, last // 2),)
+
+    def forward(self, half):
+        return torch.cat([half, half.flip(-1)], -1)
+
+    def symmetries(self, weight):
+        yield weight.flip(-1)
+
+    @classmethod
+    def examples(cls):
+        return [tp.Example(lambda: nn.Linear(4, 3)), tp.Example(lambda: nn.Conv1d(2, 3, 2))]
+
+
+class Skew(Orbits):
+    """Signs, and zeros on the diagonal."""
+
+    law = "W[i, j] = -W[j, i]"
+    states_whole_group = True
+
+    def symmetries(self, weight):
+        yield -weight.t()
+
+    @classmethod
+    def examples(cls):
+        return [tp.Example(lambda: nn.Linear(4, 4)), tp.Example(lambda: nn.Linear(3, 3))]
+
+
+class Lower(Orbits):
+    """Zeros alone."""
+
+    law = "W[i, j] = 0 for j > i"
+
+    def symmetries(self, weight):
+        yield weight.tril()
+
+    @classmethod
+    def examples(cls):
+        return [tp.Example(lambda: nn.Linear(4, 3))]
+
+
+class Centred(Orbits):
+    """Numbers that are given: the law is affine, and 0 does not obey it."""
+
+    law = "W[o, c, k // 2] = 0.1"
+
+    def cell(self):
+        return (1, 1, *self.bound_layout.kernel)
+
+    def symmetries(self, weight):
+        given = weight.clone()
+        given[..., weight.shape[-1] // 2] = 0.1
+        yield given
+
+    @classmethod
+    def examples(cls):
+        return [tp.Example(lambda: nn.ConvTranspose1d(4, 2, 3, groups=2))]
+
+
+class SquaredTotal(Linked):
+    """Reads two layers, and has no values of its own."""
+
+    law = "W = A.W² + B.W²"
+
+    def forward(self, a, b):
+        return a.square() + b.square()
+
+    @classmethod
+    def examples(cls):
+        def build():
+            return nn.ModuleDict({name: nn.Linear(3, 3) for name in "abc"})
+
+        return [tp.Example(build, {"source": ["a", "b"]}, path="c")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -16,6 +18,15 @@ def remember_order(layer: nn.Module) -> None:
     """Note the order of the parameters before the first tie moves one away."""
     if _ORDER not in layer.__dict__:
         layer.__dict__[_ORDER] = tuple(parameters_of(layer))
+
+
+def in_order(layer: nn.Module, table: dict[str, nn.Parameter | None]) -> dict[str, Any]:
+    """A table of all parameters in the order that they had before the ties.
+
+    A layer that goes through them to initialise them then draws as the stock one does.
+    """
+    order = layer.__dict__.get(_ORDER, ())
+    return {name: table[name] for name in (*order, *table) if name in table}
 
 
 def insert_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:

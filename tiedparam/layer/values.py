@@ -16,6 +16,7 @@ from tiedparam.layer.free_values import (
     why_not_dense,
     why_without_numbers,
 )
+from tiedparam.layer.parameter_order import in_order
 from tiedparam.tie.lookup import tie_of, ties_in
 from tiedparam.tie.offloaded import why_offloaded
 from tiedparam.tie.record import Tie
@@ -248,7 +249,7 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     with torch.no_grad():
         for name in parametrization_lists(layer):
             parameters[name] = nn.Parameter(_empty_dense(layer, name))
-    dense_layer = stand_in(layer, stock_class, parameters, modules)
+    dense_layer = stand_in(layer, stock_class, in_order(layer, parameters), modules)
     stock_class.reset_parameters(dense_layer)  # type: ignore[attr-defined]
     parameters = parameters_of(dense_layer)
     for tie in ties_in(layer):

@@ -107,7 +107,11 @@ class Case:
         """A fresh model that is not tied."""
         torch.default_generator.manual_seed(seed)
         model = self.example.build().to(dtype)
-        return Host(model, model.get_submodule(self.example.path), self.example.tensor_name)
+        host = Host(model, model.get_submodule(self.example.path), self.example.tensor_name)
+        weight: Tensor = getattr(host.layer, host.tensor_name)
+        if not weight.is_meta and weight.numel() > 1 and weight.unique().numel() == 1:
+            nn.init.normal_(weight)  # a fresh norm's ones obey most laws
+        return host
 
     def tie(self, host: Host, **arguments: Any) -> Host:
         """Tie the tensor of a host."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.rule import Rule
 from tiedparam.testing.cases import Case, expansion_of
 from tiedparam.testing.judge import hold
@@ -172,3 +173,44 @@ def compare(labels: list[int], partition: Partition, by: str) -> None:
             "independent",
         )
         hold(turn == turned, f"entry {entry} has the label {label}, with the wrong sign by {by}")
+
+
+@states(
+    "laws with values",
+    "Leave out forward(), which is derived; or correct it: tie.derived_labels() says what the "
+    "symmetries give, and orbit_labels() what it does.",
+)
+def forward_of_its_own_is_the_derived_one(case: Case) -> None:
+    """A law that derives from `laws.Orbits` expands as its symmetries say.
+
+    With a `forward` of its own it may number its free values otherwise. Without one they are
+    numbered by the first entry of each in the tensor's own order, where the sign is plus: files
+    rely on that.
+    """
+    rule = case.tied().rule
+    if not isinstance(rule, Orbits):
+        return
+    labels, derived = (
+        each.flatten().tolist() for each in (rule.orbit_labels(), rule.derived_labels())
+    )
+    orbits = [(abs(label), 1 if label > 0 else -1) if label else None for label in derived]
+    compare(labels, Partition(orbits, {}), "what is derived")
+    equalities = equalities_of(rule)
+    hold(equalities is not None, "symmetries() makes other numbers than ± entries and fixed ones")
+    if rule.is_derived and equalities is not None:
+        numbered = numbered_by_occurrence(closed(equalities, len(labels)))
+        hold(labels == numbered, f"the labels are {labels}, and in order they are {numbered}")
+
+
+def numbered_by_occurrence(partition: Partition) -> list[int]:
+    """Labels from 1, in the order in which orbits are met, with plus where they are met first."""
+    numbers: dict[int, tuple[int, int]] = {}
+    labels = []
+    for place in partition.orbits:
+        if place is None:
+            labels.append(0)
+            continue
+        orbit, sign = place
+        number, first = numbers.setdefault(orbit, (len(numbers) + 1, sign))
+        labels.append(number * first * sign)
+    return labels

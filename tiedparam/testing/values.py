@@ -217,23 +217,29 @@ def optimizer_state_is_as_small_as_the_free_values(case: Case) -> None:
 def labels_number_the_orbits(case: Case) -> None:
     """Each entry is one free value, minus one, or fixed; `orbit_labels` says which."""
     rule = case.tied().rule
-    labels, expansion = rule.orbit_labels(), expansion_of(rule)
-    shape = rule.bound_layout.shape
+    expansion, free = expansion_of(rule), drawn_free(rule)
+    weight = expansion.matrix @ flat(free) + expansion.constant
+    equal(rule(*free).flatten(), weight, "forward is not linear: its weight")
+    labels, shape = rule.orbit_labels(), rule.bound_layout.shape
     hold(tuple(labels.shape) == shape, f"orbit_labels is {tuple(labels.shape)}, not {shape}")
     hold(labels.abs().max() <= rule.free_count, "a label is larger than the number of values")
     reached = labels.flatten().nonzero()[:, 0]
     chosen = labels.flatten()[reached]
     expected = torch.zeros_like(expansion.matrix)
     expected[reached, chosen.abs() - 1] = chosen.sign().double()
-    equal(expansion.matrix, expected, "the matrix of forward")  # disjoint signed orbits
-    equal(
-        expansion.constant[reached],
-        torch.zeros(len(reached), dtype=torch.float64),
-        "what free values of 0 are expanded to, where they reach,",
-    )
-    free = drawn_free(rule)
-    weight = expansion.matrix @ flat(free) + expansion.constant
-    equal(rule(*free).flatten(), weight, "the weight of other free values")
+    # disjoint signed orbits
+    equal(expansion.matrix, expected, "forward is not what orbit_labels says: its matrix")
+    zeros = torch.zeros(len(reached), dtype=torch.float64)
+    equal(expansion.constant[reached], zeros, "what free values of 0 give, where they reach,")
+
+
+@states("laws with values", "Let spread() be forward() with 0 in the place of what is fixed.")
+def spread_is_the_linear_part(case: Case) -> None:
+    """`spread` expands free values as `forward` does, with zeros where that has fixed numbers."""
+    rule = case.tied().rule
+    free, expansion = drawn_free(rule), expansion_of(rule)
+    expected = (expansion.matrix @ flat(free)).reshape(rule.bound_layout.shape)
+    equal(rule.spread(*free), expected, "spread()")
 
 
 @states("laws with values", "Let forward() write what is fixed instead of multiplying by 0.")
