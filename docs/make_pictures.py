@@ -37,6 +37,15 @@ CASES: dict[str, dict[str, Case]] = {
         "flip_sym-even": (lambda: nn.Conv2d(2, 2, 2), "", {}),
         "flip_sym-linear": (lambda: nn.Linear(5, 5), "", {}),
     },
+    "kernel_symmetry": {
+        "kernel_symmetry-d4": (lambda: nn.Conv2d(2, 1, 5), "", {"group": "d4"}),
+        "kernel_symmetry-hv": (lambda: nn.Conv2d(2, 1, (3, 5)), "", {"group": "hv"}),
+        "kernel_symmetry-c4-sign": (
+            lambda: nn.Conv2d(2, 1, 4),
+            "",
+            {"group": "c4", "sign": -1},
+        ),
+    },
     "row_repeat": {
         "row_repeat": (lambda: nn.Linear(6, 4), "", {}),
         "row_repeat-groups": (lambda: nn.Linear(6, 4), "", {"groups": 2}),

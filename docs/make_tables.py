@@ -79,6 +79,11 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
         "`O/outputs` × the values of one row",
         lambda r: prod(_canonical(r)) // r.outputs,
     ),
+    "kernel_symmetry": (
+        "`O·(C/g)` × those of one kernel `a×b`: `a·⌈b/2⌉`, `⌈a/2⌉·b`, `⌈a/2⌉·⌈b/2⌉`, `⌈P/2⌉`, "
+        "`⌈a²/4⌉`, `m(m+1)/2` with `m = ⌈a/2⌉`",
+        lambda r: prod(_canonical(r)[:2]) * _of_kernel(r),
+    ),
     "copy": ("0", lambda r: 0),
     "squared_copy": ("0", lambda r: 0),
 }
@@ -237,6 +242,18 @@ def _positions(rule: tp.Rule) -> int:
 
 def _odd(rule: tp.Rule) -> int:
     return _positions(rule) % 2
+
+
+def _of_kernel(rule: Any) -> int:
+    """The free values of one kernel under `kernel_symmetry`."""
+    up = rule.sign == 1
+    *_, b = rule.bound_layout.kernel
+    a = _positions(rule) // b
+    half_a, half_b, half = ((n + up) // 2 for n in (a, b, a * b))
+    of_group = {"h": a * half_b, "v": half_a * b, "hv": half_a * half_b, "point": half}
+    of_group["c4"] = (a * a + 3 * up * (a % 2)) // 4
+    of_group["d4"] = half_a * (half_a + (1 if up else -1)) // 2
+    return of_group[rule.group]
 
 
 def main() -> None:

@@ -194,7 +194,7 @@ def test_the_values_that_are_typed_are_those_that_are_taken(rule, option, values
         taken |= {value for value in values if refusal(rule, example, **{option: value}) is None}
         against = refusal(rule, example, **{option: "another"})
         if f"{option}='another' is" in against.fact:
-            told |= set(re.findall(r"'(\w+)'", against.remedy))
+            told |= {ast.literal_eval(word) for word in re.findall(r"'\w+'|-?\d+", against.remedy)}
     assert taken == told <= set(values)
     if (rule.name, option) != ("row_repeat", "compute"):  # has no windows
         assert taken == set(values)

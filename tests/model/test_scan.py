@@ -62,12 +62,13 @@ def test_every_tensor_and_rule_that_fits_is_there():
                         assert row.relative is row.z_score is row.p_value is None
                         continue
                     values = parameter.detach().double()
-                    centred = (values - values.mean()).norm() / values.norm()
+                    spread = float((values - values.mean()).norm() / values.norm()) ** 2
                     degrees = parameter.numel() - 1
-                    assert row.expected == pytest.approx(
-                        centred.item() * math.sqrt((degrees + 1 - made.free_count) / degrees),
-                        rel=1e-5,
-                    )
+                    # what a law with signs or zeros takes from equal entries
+                    equal = made.residual(torch.ones_like(values)) ** 2
+                    random = spread * (degrees + 1 - made.free_count - equal) / degrees
+                    expected_square = random + (1 - spread) * equal
+                    assert row.expected == pytest.approx(math.sqrt(expected_square), rel=1e-5)
     assert set(found) == expected
     assert len(expected) > 30
     assert {c.layer for c in report.candidates} == {

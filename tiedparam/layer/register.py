@@ -51,6 +51,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["kernel_symmetry"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.KernelSymmetryTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["repeat"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.RepeatTie],

@@ -31,6 +31,7 @@ KnownName = Literal[
     "channel_shared",
     "copy",
     "flip_sym",
+    "kernel_symmetry",
     "repeat",
     "row_repeat",
     "squared_copy",
@@ -59,6 +60,17 @@ class CopyOptions(TypedDict, total=False):
 
 class CopyTie(TieArguments, CopyOptions, total=False):
     """All that `register_tie` takes by name for ``copy``."""
+
+
+class KernelSymmetryOptions(TypedDict, total=False):
+    """The options of ``kernel_symmetry``."""
+
+    group: Literal["h", "v", "hv", "point", "c4", "d4"]
+    sign: Literal[1, -1]
+
+
+class KernelSymmetryTie(TieArguments, KernelSymmetryOptions, total=False):
+    """All that `register_tie` takes by name for ``kernel_symmetry``."""
 
 
 class RepeatOptions(TypedDict, total=False):

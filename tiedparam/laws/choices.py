@@ -1,0 +1,24 @@
+"""What is wrong with the value of an option, for laws that take one of a few."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from tiedparam.util.errors import Reason
+
+
+def why_unknown(option: str, value: object, choices: Any) -> Reason | None:
+    """Why an option cannot have this value, or None.
+
+    Args:
+        option: its name.
+        value: what was given.
+        choices: the ``Literal`` of what it can be.
+    """
+    known = get_args(choices)
+    # by type as well: True and 1.0 equal 1, and files would not keep the difference
+    if any(type(value) is type(each) and value == each for each in known):
+        return None
+    return Reason(
+        f"{option}={value!r} is unknown.", f"Choose one of {', '.join(map(repr, known))}."
+    )
