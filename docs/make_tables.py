@@ -79,6 +79,9 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
         "`O/outputs` × the values of one row",
         lambda r: prod(_canonical(r)) // r.outputs,
     ),
+    "circulant": ("`n`", lambda r: _canonical(r)[0]),
+    "toeplitz": ("`O + C − 1`", lambda r: sum(_canonical(r)) - 1),
+    "hankel": ("`O + C − 1`", lambda r: sum(_canonical(r)) - 1),
     "copy": ("0", lambda r: 0),
     "squared_copy": ("0", lambda r: 0),
 }

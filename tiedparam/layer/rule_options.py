@@ -29,11 +29,14 @@ class TieArguments(TypedDict, total=False):
 # begin: by python docs/make_signatures.py
 KnownName = Literal[
     "channel_shared",
+    "circulant",
     "copy",
     "flip_sym",
+    "hankel",
     "repeat",
     "row_repeat",
     "squared_copy",
+    "toeplitz",
 ]
 """The names of the library's own rules."""
 
