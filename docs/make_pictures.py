@@ -64,6 +64,8 @@ CASES: dict[str, dict[str, Case]] = {
         f"repeat-{order}": (lambda: nn.Linear(4, 6), "", {"outputs": 2, "order": order})
         for order in ("block", "tile")
     },
+    "toeplitz": {"toeplitz": (lambda: nn.Linear(5, 4), "", {})},
+    "hankel": {"hankel": (lambda: nn.Linear(5, 4), "", {})},
     "copy": {
         "copy": (
             lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)),

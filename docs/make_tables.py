@@ -84,6 +84,9 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
         "`⌈a²/4⌉`, `m(m+1)/2` with `m = ⌈a/2⌉`",
         lambda r: prod(_canonical(r)[:2]) * _of_kernel(r),
     ),
+    "circulant": ("`n`", lambda r: _canonical(r)[0]),
+    "toeplitz": ("`O + C − 1`", lambda r: sum(_canonical(r)) - 1),
+    "hankel": ("`O + C − 1`", lambda r: sum(_canonical(r)) - 1),
     "copy": ("0", lambda r: 0),
     "squared_copy": ("0", lambda r: 0),
 }

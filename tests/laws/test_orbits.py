@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import jvp, vmap
 
 import tiedparam as tp
-from tests.support.cases import assert_refused
+from tests.support.cases import assert_refused, same_bits
 from tiedparam.laws import Example, Layout, Orbits, components, shared_tables
 from tiedparam.laws.cells import consecutive_cells
 
@@ -95,11 +95,6 @@ LAYERS = [
     (lambda: nn.Linear(7, 9), Toeplitz),
 ]
 laws = pytest.mark.parametrize(("build", "law"), LAYERS, ids=lambda v: getattr(v, "__name__", None))
-
-
-def same_bits(left, right):
-    """The sign of zero counts."""
-    return torch.equal(left, right) and torch.equal(left.signbit(), right.signbit())
 
 
 def tied(build, law, dtype=torch.float64, **options):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
@@ -45,6 +45,7 @@ __all__ = [
     "first_ones_fast",
     "law_holds_after_100_steps_of",
     "layer_id",
+    "same_bits",
     "sample_input",
 ]
 
@@ -58,6 +59,16 @@ CASES = [case for rule in tp.available_rules().values() for case in cases_of(rul
 CASES_WITH_FREE_VALUES = [case for case in CASES if not case.reads_layers]
 CASES_OF_COPIES = [case for case in CASES if case.is_copy]
 FIRST_CASES = [case for case in CASES if case.is_first]
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Equal to the bit: the sign of zero counts. Not by the library's own comparison."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    one, other = (
+        each.detach().clone(memory_format=torch.contiguous_format) for each in (left, right)
+    )
+    return torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
 
 
 def layer_id(value: Any) -> str | None:

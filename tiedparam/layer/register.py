@@ -37,6 +37,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["circulant"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.TieArguments],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["copy"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.CopyTie],
@@ -45,6 +52,13 @@ def register_tie(
 def register_tie(
     layer: Layer,
     rule: Literal["flip_sym"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.TieArguments],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["hankel"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.TieArguments],
 ) -> Layer: ...
@@ -75,6 +89,13 @@ def register_tie(
     rule: Literal["squared_copy"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.SquaredCopyTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["toeplitz"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.TieArguments],
 ) -> Layer: ...
 # end
 @overload

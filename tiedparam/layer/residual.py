@@ -32,6 +32,14 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["circulant"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["copy"],
     tensor_name: str = ...,
     *,
@@ -42,6 +50,14 @@ def residual(
 def residual(
     layer: nn.Module,
     rule: Literal["flip_sym"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["hankel"],
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
@@ -81,6 +97,14 @@ def residual(
     *,
     root: nn.Module | None = ...,
     **options: Unpack[rule_options.SquaredCopyOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["toeplitz"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
 ) -> float: ...
 # end
 @overload

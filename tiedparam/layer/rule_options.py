@@ -29,12 +29,15 @@ class TieArguments(TypedDict, total=False):
 # begin: by python docs/make_signatures.py
 KnownName = Literal[
     "channel_shared",
+    "circulant",
     "copy",
     "flip_sym",
+    "hankel",
     "kernel_symmetry",
     "repeat",
     "row_repeat",
     "squared_copy",
+    "toeplitz",
 ]
 """The names of the library's own rules."""
 

@@ -7,20 +7,26 @@ the list, so a new law is one file and a run of that.
 
 # begin: by python docs/make_signatures.py
 from tiedparam.rules.channel_shared import ChannelShared
+from tiedparam.rules.circulant import Circulant
 from tiedparam.rules.copy import Copy
 from tiedparam.rules.flip_sym import FlipSym
+from tiedparam.rules.hankel import Hankel
 from tiedparam.rules.kernel_symmetry import KernelSymmetry
 from tiedparam.rules.repeat import Repeat
 from tiedparam.rules.row_repeat import RowRepeat
 from tiedparam.rules.squared_copy import SquaredCopy
+from tiedparam.rules.toeplitz import Toeplitz
 
 __all__ = [
     "ChannelShared",
+    "Circulant",
     "Copy",
     "FlipSym",
+    "Hankel",
     "KernelSymmetry",
     "Repeat",
     "RowRepeat",
     "SquaredCopy",
+    "Toeplitz",
 ]
 # end
