@@ -49,6 +49,15 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["group_conv"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Unpack[rule_options.GroupConvOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["kernel_symmetry"],
     tensor_name: str = ...,
     *,

@@ -9,6 +9,7 @@ the list, so a new law is one file and a run of that.
 from tiedparam.rules.channel_shared import ChannelShared
 from tiedparam.rules.copy import Copy
 from tiedparam.rules.flip_sym import FlipSym
+from tiedparam.rules.group_conv import GroupConv
 from tiedparam.rules.kernel_symmetry import KernelSymmetry
 from tiedparam.rules.repeat import Repeat
 from tiedparam.rules.row_repeat import RowRepeat
@@ -18,6 +19,7 @@ __all__ = [
     "ChannelShared",
     "Copy",
     "FlipSym",
+    "GroupConv",
     "KernelSymmetry",
     "Repeat",
     "RowRepeat",
