@@ -46,6 +46,11 @@ CASES: dict[str, dict[str, Case]] = {
             {"group": "c4", "sign": -1},
         ),
     },
+    "group_conv": {
+        "group_conv-lift": (lambda: nn.Conv2d(1, 4, 3), "", {"lift": True}),
+        "group_conv-p4m": (lambda: nn.Conv2d(1, 8, 2), "", {"group": "p4m", "lift": True}),
+        "group_conv-p4": (lambda: nn.Conv2d(4, 4, 2), "", {}),
+    },
     "row_repeat": {
         "row_repeat": (lambda: nn.Linear(6, 4), "", {}),
         "row_repeat-groups": (lambda: nn.Linear(6, 4), "", {"groups": 2}),

@@ -79,6 +79,10 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
         "`O/outputs` × the values of one row",
         lambda r: prod(_canonical(r)) // r.outputs,
     ),
+    "group_conv": (
+        "a fourth of the entries, with `p4m` an eighth",
+        lambda r: prod(_canonical(r)) // (8 if r.group == "p4m" else 4),
+    ),
     "kernel_symmetry": (
         "`O·(C/g)` × those of one kernel `a×b`: `a·⌈b/2⌉`, `⌈a/2⌉·b`, `⌈a/2⌉·⌈b/2⌉`, `⌈P/2⌉`, "
         "`⌈a²/4⌉`, `m(m+1)/2` with `m = ⌈a/2⌉`",

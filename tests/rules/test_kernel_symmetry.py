@@ -11,30 +11,31 @@ from torch import Tensor, nn
 
 import tiedparam as tp
 from tests.support.cases import assert_refused, canonical_entries
+from tests.support.plane_groups import (
+    DIAGONAL,
+    LEFT_RIGHT,
+    QUARTER,
+    UP_DOWN,
+    Matrix,
+    identity,
+    image,
+    times,
+)  # fmt: skip
 from tests.support.tensors import stored
 
-Matrix = tuple[tuple[int, ...], ...]
-
-H, V, DIAGONAL = ((1, 0), (0, -1)), ((-1, 0), (0, 1)), ((0, 1), (1, 0))
-TURN = ((0, 1), (-1, 0))
-
-
-def times(left: Matrix, right: Matrix) -> Matrix:
-    """A product of matrices."""
-    columns = list(zip(*right, strict=True))
-    return tuple(
-        tuple(sum(a * b for a, b in zip(row, column, strict=True)) for column in columns)
-        for row in left
-    )
-
-
-GENERATORS = {"h": [H], "v": [V], "hv": [H, V], "c4": [TURN], "d4": [H, DIAGONAL]}
+GENERATORS = {
+    "h": [LEFT_RIGHT],
+    "v": [UP_DOWN],
+    "hv": [LEFT_RIGHT, UP_DOWN],
+    "c4": [QUARTER],
+    "d4": [LEFT_RIGHT, DIAGONAL],
+}
 """Matrices on (row, column) about the centre. Each generator gets the sign; products follow."""
 
 
 def group_with_signs(group: str, dims: int, sign: int) -> dict[Matrix, int]:
     """All products of the generators, each with the product of their signs."""
-    one = tuple(tuple(int(i == j) for j in range(dims)) for i in range(dims))
+    one = identity(dims)
     minus = tuple(tuple(-n for n in row) for row in one)
     generators = GENERATORS.get(group, [minus])
     found, new = {one: 1}, [one]
@@ -48,13 +49,6 @@ def group_with_signs(group: str, dims: int, sign: int) -> dict[Matrix, int]:
                 found[product] = sign * found[element]
                 new.append(product)
     return found
-
-
-def image(element: Matrix, position: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """Where a position goes, about the kernel's centre."""
-    centred = [2 * x - (size - 1) for x, size in zip(position, kernel, strict=True)]
-    moved = [sum(a * c for a, c in zip(row, centred, strict=True)) for row in element]
-    return tuple((c + size - 1) // 2 for c, size in zip(moved, kernel, strict=True))
 
 
 def burnside(group: str, sign: int, kernel: tuple[int, ...]) -> int:

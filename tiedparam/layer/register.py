@@ -58,6 +58,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["group_conv"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.GroupConvTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["hankel"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.TieArguments],

@@ -57,6 +57,15 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["group_conv"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Unpack[rule_options.GroupConvOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["hankel"],
     tensor_name: str = ...,
     *,

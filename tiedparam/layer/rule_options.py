@@ -32,6 +32,7 @@ KnownName = Literal[
     "circulant",
     "copy",
     "flip_sym",
+    "group_conv",
     "hankel",
     "kernel_symmetry",
     "repeat",
@@ -63,6 +64,17 @@ class CopyOptions(TypedDict, total=False):
 
 class CopyTie(TieArguments, CopyOptions, total=False):
     """All that `register_tie` takes by name for ``copy``."""
+
+
+class GroupConvOptions(TypedDict, total=False):
+    """The options of ``group_conv``."""
+
+    group: Literal["p4", "p4m"]
+    lift: bool
+
+
+class GroupConvTie(TieArguments, GroupConvOptions, total=False):
+    """All that `register_tie` takes by name for ``group_conv``."""
 
 
 class KernelSymmetryOptions(TypedDict, total=False):

@@ -10,6 +10,7 @@ from tiedparam.rules.channel_shared import ChannelShared
 from tiedparam.rules.circulant import Circulant
 from tiedparam.rules.copy import Copy
 from tiedparam.rules.flip_sym import FlipSym
+from tiedparam.rules.group_conv import GroupConv
 from tiedparam.rules.hankel import Hankel
 from tiedparam.rules.kernel_symmetry import KernelSymmetry
 from tiedparam.rules.repeat import Repeat
@@ -22,6 +23,7 @@ __all__ = [
     "Circulant",
     "Copy",
     "FlipSym",
+    "GroupConv",
     "Hankel",
     "KernelSymmetry",
     "Repeat",
