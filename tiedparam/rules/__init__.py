@@ -8,8 +8,12 @@ the list, so a new law is one file and a run of that.
 # begin: by python docs/make_signatures.py
 from tiedparam.rules.channel_shared import ChannelShared
 from tiedparam.rules.copy import Copy
+from tiedparam.rules.fixed import Fixed
 from tiedparam.rules.flip_sym import FlipSym
+from tiedparam.rules.index import Index
 from tiedparam.rules.kernel_symmetry import KernelSymmetry
+from tiedparam.rules.masked import Masked
+from tiedparam.rules.orbit import Orbit
 from tiedparam.rules.repeat import Repeat
 from tiedparam.rules.row_repeat import RowRepeat
 from tiedparam.rules.squared_copy import SquaredCopy
@@ -17,8 +21,12 @@ from tiedparam.rules.squared_copy import SquaredCopy
 __all__ = [
     "ChannelShared",
     "Copy",
+    "Fixed",
     "FlipSym",
+    "Index",
     "KernelSymmetry",
+    "Masked",
+    "Orbit",
     "Repeat",
     "RowRepeat",
     "SquaredCopy",
