@@ -45,6 +45,7 @@ class Coded(Orbits):
     fault: Reason | None = None
 
     _shared: EntryTable | None = None
+    _shapes: tuple[tuple[int, ...], ...] = ()
     _seen: tuple[tuple[weakref.ref[Any], int, int | None], ...] = ()
 
     def __init__(self) -> None:
@@ -151,15 +152,21 @@ class Coded(Orbits):
     @_table.setter
     def _table(self, table: EntryTable) -> None:
         self._shared = table
+        self._shapes = super().free_shapes()
+
+    def free_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """As `Orbits` says. They are known without the data, so that it can be loaded."""
+        return self._shapes
 
     def _is_as_checked(self) -> bool:
         held: Any = self._buffers.values()
         if len(self._seen) != len(held):
             return False
         for tensor, (seen, pointer, version) in zip(held, self._seen, strict=True):
-            if tensor is not seen() or tensor.data_ptr() != pointer:
+            known: Any = seen()
+            if known is not tensor or known.data_ptr() != pointer:
                 return False
-            if version is not None and version != version_of(tensor):
+            if version is not None and version != version_of(known):
                 return False
         return True
 
@@ -182,7 +189,8 @@ class Coded(Orbits):
         how = "on the meta device" if is_lost else "overwritten, such as by to_empty()"
         return Reason(
             f"its data ({', '.join(data)}) is {how}.",
-            "Load a state dict or a file of the tied model, which holds it; or tie later.",
+            "Load a state dict or a file of the tied model, which has it; or tie the layer once it "
+            "has memory.",
         )
 
     # Binding ------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def law_key(rule: Rule) -> Hashable:
 
 
 _OF_EVERY_RULE = frozenset(vars(nn.Module())) | {
-    "layout", "compute", "law", "_table", "_shared", "_seen",
+    "layout", "compute", "law", "_table", "_shared", "_shapes", "_seen",
 }  # fmt: skip
 """What is no part of a law, or says nothing that its other attributes do not."""
 

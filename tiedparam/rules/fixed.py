@@ -164,7 +164,7 @@ class Fixed(Coded):
         return flags.view(self.coded_shape)
 
     @property
-    def mask(self) -> Tensor:
+    def fixed_entries(self) -> Tensor:
         """Which entries are fixed: truth values of the tensor's shape, on the CPU."""
         return spread_over(self._mask_given(), self.bound_layout.shape)
 
@@ -174,7 +174,7 @@ class Fixed(Coded):
         numbers = torch.zeros(self.coded_shape, dtype=weight.dtype, device="cpu")
         numbers[mask] = self.value if values is None else values.detach().cpu().to(weight.dtype)
         numbers = spread_over(numbers, tuple(weight.shape)).to(weight.device)
-        yield torch.where(self.mask.to(weight.device), numbers, weight)
+        yield torch.where(self.fixed_entries.to(weight.device), numbers, weight)
 
     @property
     def is_derived(self) -> bool:
@@ -184,7 +184,7 @@ class Fixed(Coded):
     def find_pattern(self) -> Pattern:
         """Read off the mask. Stored numbers are counted, and `forward` puts them in."""
         with plain_numbers():
-            mask, free = self._mask_given(), ~self.mask
+            mask, free = self._mask_given(), ~self.fixed_entries
             if self._buffers.get("values") is None:
                 fixed = torch.where(mask, float(self.value), 0.0).double()
             else:

@@ -149,7 +149,7 @@ class Masked(Coded):
         return None
 
     @property
-    def mask(self) -> Tensor:
+    def free_entries(self) -> Tensor:
         """Which entries are free: truth values of the tensor's shape, on the CPU."""
         layout = self.bound_layout
         with plain_numbers():
@@ -173,11 +173,11 @@ class Masked(Coded):
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The weight with zeros off the mask."""
-        yield torch.where(self.mask.to(weight.device), weight, torch.zeros_like(weight))
+        yield torch.where(self.free_entries.to(weight.device), weight, torch.zeros_like(weight))
 
     def find_pattern(self) -> Pattern:
         """Read off the mask."""
-        return numbered(self.mask)
+        return numbered(self.free_entries)
 
     @classmethod
     def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
