@@ -132,7 +132,7 @@ def test_a_model_that_reads_other_layers_is_refused(tmp_path):
 def test_sources_that_are_malformed_are_refused(sources):
     tie = StoredTie("3", "weight", "sum", sources, [3, 3], 1, False, False, None)
     with pytest.raises(tp.TieError, match="rule 'sum': its source is not named"):
-        tie.make({})
+        tie.make({}, {})
 
 
 def test_a_chain_of_laws_that_read_two_layers_may_be_long_but_not_too_long():

@@ -182,10 +182,11 @@ def _dense_form(
     """
     ties = {tie.key: tie for tie in header.ties}
     known: dict[str, torch.dtype] = {}
+    of_laws = tuple(tie.path_of_rule for tie in header.ties)
     result = {
         name: torch.empty(value.shape, dtype=value.dtype, device="meta")
         for name, value in stored.items()
-        if _FREE.fullmatch(name) is None
+        if _FREE.fullmatch(name) is None and not name.startswith(of_laws)
     }
     aliases, twins = {}, {}
     for alias, kept in header.aliases.items():

@@ -17,6 +17,7 @@ from tiedparam.files.placeholder import placeholder
 from tiedparam.files.stored_tie import StoredTie
 from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.formats.checkpoint_files import index_beside
+from tiedparam.laws.coded import data_of
 from tiedparam.laws.functions import Functions
 from tiedparam.laws.rule import Rule
 from tiedparam.state.dictionaries import tie_state_dict
@@ -60,7 +61,7 @@ def entries_for(
     """
     where = f"'{stored.path}'"
     entries = _with_aliases(stored, header)
-    slots = _slots(model, new, functions)
+    slots = _slots(model, stored, header, new, functions)
     refuse(where, _misfits(entries, slots), DOES_NOT_FIT)
     for key in [prefix + tie.tensor_name for prefix, tie in named_ties_in(model)]:
         if key in entries:  # widened before it is projected, not after
@@ -117,7 +118,11 @@ class _Slot:
 
 
 def _slots(
-    model: nn.Module, new: list[tuple[StoredTie, Rule]], functions: Functions
+    model: nn.Module,
+    file: StoredCheckpoint,
+    header: Header,
+    new: list[tuple[StoredTie, Rule]],
+    functions: Functions,
 ) -> dict[str, _Slot]:
     """All names that the model will take, the ties that will be made included."""
     slots = {
@@ -130,11 +135,14 @@ def _slots(
         slots[prefix + name] = _Slot(place.shape, place.dtype, (id(tie.layer), name), dense=True)
     for stored, _ in new:
         slot = slots.pop(stored.key)
-        probe = stored.make(functions)
+        data = stored.data_in(file, header.aliases)
+        probe = stored.make(functions, data)
         bind(probe, Target(model.get_submodule(stored.layer), stored.tensor, model))
         for number, shape in enumerate(probe.free_shapes()):
             key = original_key(stored.layer, stored.tensor, number)
             slots[key] = _Slot(shape, slot.dtype, (slot.tensor, number))
+        for name, value in data_of(probe).items():
+            slots[stored.path_of_rule + name] = _Slot(value.shape, value.dtype, (slot.tensor, name))
     return slots
 
 

@@ -5,7 +5,9 @@ All reasons are listed at once.
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam.files.compatible_entries import DOES_NOT_FIT
@@ -41,12 +43,13 @@ def ties_to_make(
     """
     new, problems = [], []
     for tie in header.ties:
-        reason = _misfit(tie, model, functions)
+        data = tie.data_in(stored, header.aliases)
+        reason = _misfit(tie, model, functions, data)
         if reason is not None:
             fact = f"{quoted(tie.key)} was saved tied by {quoted(tie.rule)}: {reason.fact}"
             problems.append(Reason(fact, reason.remedy))
         elif not is_tied(model.get_submodule(tie.layer), tie.tensor):
-            new.append((tie, tie.make(functions)))
+            new.append((tie, tie.make(functions, data)))
     for prefix, present in named_ties_in(model):
         name, rule = present.tensor_name, str(present.rule)
         written = signatures_of(stored.module_metadata.get(prefix[:-1], {})).get(name)
@@ -63,7 +66,9 @@ def ties_to_make(
 _ANOTHER_MODEL = "Build the model that was saved."
 
 
-def _misfit(tie: StoredTie, model: nn.Module, functions: Functions) -> Reason | None:
+def _misfit(
+    tie: StoredTie, model: nn.Module, functions: Functions, data: Mapping[str, Tensor]
+) -> Reason | None:
     """Why a tie cannot be made, or is another one than what is tied already; or None."""
     layer = _submodule(model, tie.layer)
     if layer is None:
@@ -72,9 +77,9 @@ def _misfit(tie: StoredTie, model: nn.Module, functions: Functions) -> Reason | 
         present = find_tie(layer, tie.tensor)
         if present is not None:
             # the model's own code has brought the function
-            rule = tie.make({**functions_in(present.rule), **functions})
+            rule = tie.make({**functions_in(present.rule), **functions}, data)
             return _why_another_tie(tie, rule, present, model)
-        return _why_not_made(tie, tie.make(functions), layer, model)
+        return _why_not_made(tie, tie.make(functions, data), layer, model)
     except TieError as error:
         return within("", error).reason
 

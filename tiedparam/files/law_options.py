@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiedparam.laws.coded import Coded
 from tiedparam.laws.functions import Function, Functions, function_name, with_functions
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.util.bits import same_bits
-from tiedparam.util.errors import TieError, within
+from tiedparam.util.errors import TieError, raise_if, within
 from tiedparam.util.torch_private import effective
 
 # Writing -------------------------------------------------------------------------------------
@@ -84,27 +85,35 @@ def _as_json(name: str, value: Any) -> Any:
 # Reading -------------------------------------------------------------------------------------
 
 
-def made(name: str, options: Mapping[str, Any], functions: Functions) -> Rule:
+def made(
+    name: str, options: Mapping[str, Any], functions: Functions, data: Mapping[str, Tensor]
+) -> Rule:
     """A fresh rule, not bound yet; its sources are paths.
 
     Args:
         name: the rule's registered name.
         options: as `written` gives them.
         functions: what a copy's function may be, beside those that all files may name.
+        data: the tensors that the file has for the law itself, by their names in the rule; empty
+            if the rule is only to be compared.
 
     Raises:
-        TieError: if the rule, one of its options or a function is not known.
+        TieError: if the rule, one of its options or a function is not known, or the data is not
+            that of the law.
     """
     kind, place, options = find_rule(name), f"rule '{name}'", dict(options)
     if kind.reads_layers and not sources_in(options):
         raise TieError(place, "its source is not named.", "Fetch or save it again.")
     options = with_functions(options, kind.functions, functions)
     try:
-        return kind(**options)
+        rule = kind(**options)
     except TieError as error:
         raise within(place, error) from error
     except Exception as error:  # a rule may be anybody's
         raise TieError(place, f"{str(error).removesuffix('.')}.", "") from error
+    if data and isinstance(rule, Coded):
+        raise_if(place, rule.take(data))
+    return rule
 
 
 def sources_in(options: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -7,8 +7,11 @@ from dataclasses import dataclass, fields
 from math import inf, isfinite, prod
 from typing import Any
 
+from torch import Tensor
+
 from tiedparam.files.law_options import functions_in, made, same_law, same_weights, written
 from tiedparam.formats.safetensors import are_sizes
+from tiedparam.laws.coded import data_of
 from tiedparam.laws.functions import Functions
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Rule
@@ -52,9 +55,26 @@ class StoredTie:
         """The layout that the rule was bound to."""
         return Layout(tuple(self.shape), self.groups, self.transposed)
 
-    def make(self, functions: Functions) -> Rule:
+    def make(self, functions: Functions, data: Mapping[str, Tensor]) -> Rule:
         """A fresh rule, not bound yet; see `tiedparam.files.law_options.made`."""
-        return made(self.rule, self.options, functions)
+        return made(self.rule, self.options, functions, data)
+
+    @property
+    def path_of_rule(self) -> str:
+        """What the keys begin with under which a file has tensors of the law itself."""
+        return key_of(self.layer, f"parametrizations.{self.tensor}.0.")
+
+    def data_in(
+        self, stored: Mapping[str, Tensor], aliases: Mapping[str, str]
+    ) -> dict[str, Tensor]:
+        """The tensors that a file has for the law itself, by their names in the rule."""
+        places = dict(zip(stored, stored, strict=True)) | dict(aliases)
+        path = self.path_of_rule
+        return {
+            key[len(path) :]: stored[place]
+            for key, place in places.items()
+            if key.startswith(path) and place in stored
+        }
 
     @classmethod
     def of(cls, tie: Tie, path: str, paths: Mapping[int, str]) -> StoredTie:
@@ -120,7 +140,7 @@ class StoredTie:
 
 def _refuse_changed(rule: Rule, stored: StoredTie) -> None:
     """Raise unless what is stored makes a rule that gives the same weight, to the bit."""
-    again = stored.make(functions_in(rule))
+    again = stored.make(functions_in(rule), data_of(rule))
     if not (same_weights(rule, again) and same_law(rule, again)):
         raise TieError(
             "options()",

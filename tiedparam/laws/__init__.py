@@ -1,10 +1,12 @@
 """What a law is, and the kinds of law to derive from.
 
 Knows tensors, layouts and what a layer holds; no ties, files or optimizers.
-Public: `Rule` is the contract; `Orbits`, `Broadcast` and `Linked` are kinds of law to derive from.
+Public: `Rule` is the contract; `Orbits`, `Broadcast`, `Coded` and `Linked` are kinds of law to
+derive from.
 """
 
 from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
+from tiedparam.laws.coded import Coded
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked
 from tiedparam.laws.orbits import Orbits
@@ -15,6 +17,7 @@ from tiedparam.util.errors import Reason
 __all__ = [
     "Blocks",
     "Broadcast",
+    "Coded",
     "Compute",
     "Example",
     "Layout",

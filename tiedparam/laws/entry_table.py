@@ -105,21 +105,27 @@ class EntryTable(LinearMap):
         """Zeros in the place of the fixed numbers."""
         return self._linear
 
-    def __call__(self, free: Tensor) -> Tensor:
+    def __call__(self, free: Tensor, *constants: Tensor) -> Tensor:
         """The weight. Recorded as plain operations where torch traces or transforms them."""
         if is_traced_or_transformed() or may_carry_tangents():
-            return self.expand(free).view(self.shape)
-        return self.recorded(free).view(self.shape)
+            return self.expand(free, *constants).view(self.shape)
+        return self.recorded(free, *constants).view(self.shape)
 
-    def expand(self, free: Tensor) -> Tensor:
-        """``(cells, values of a cell)`` → ``(cells, entries of a cell)``."""
+    def expand(self, free: Tensor, *constants: Tensor) -> Tensor:
+        """``(cells, values of a cell)`` → ``(cells, entries of a cell)``.
+
+        Args:
+            free: the free values.
+            *constants: a vector of numbers in the place of those that entries are fixed to: the
+                first for the smallest, and so on.
+        """
         free = free.reshape(self.cells, self.pattern.count)
         columns = [free, -free] if self._signed else [free]
         if self._constants is not None and self.pattern.fixed is None:
             columns.append(free.new_zeros(self.cells, 1))
         elif self._constants is not None:
-            constants = self._on(self._constants, free.device, free.dtype)
-            columns.append(beside(constants, free).expand(self.cells, -1))
+            known = constants or (self._on(self._constants, free.device, free.dtype),)
+            columns.append(beside(known[0], free).expand(self.cells, -1))
         joined = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
         places = beside(self._on(self._places, free.device, torch.int32), free)
         if self.cells == 1:
@@ -182,8 +188,8 @@ class EntryTable(LinearMap):
             for member in range(int(sizes[small].max()) if bool(small.any()) else 0):
                 there = small & (sizes > member)
                 # filling up costs less than adding in places, where most are there
-                if 2 * int(there.sum()) >= len(sizes):
-                    there = torch.ones_like(there)
+                if 2 * int(there.sum()) >= int(small.sum()):
+                    there = small
                 found.append(self._chosen(there, member, member + 1, device))
             large = sizes[~small]
             if len(large.unique()) > _SIZES:

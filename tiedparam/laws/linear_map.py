@@ -18,7 +18,7 @@ class LinearMap(ABC):
 
     @abstractmethod
     def expand(self, free: Tensor) -> Tensor:
-        """The weight; no gradient is recorded."""
+        """The weight; no gradient is recorded. Some maps take the numbers of the constant, too."""
 
     @abstractmethod
     def fold(self, weight: Tensor) -> Tensor:
@@ -29,22 +29,22 @@ class LinearMap(ABC):
         """Without the constant."""
         return self
 
-    def recorded(self, free: Tensor) -> Tensor:
+    def recorded(self, free: Tensor, *constants: Tensor) -> Tensor:
         """`expand`, whose gradient is `fold`, whose gradient is `expand`."""
-        weight: Tensor = _Expand.apply(free, self)
+        weight: Tensor = _Expand.apply(free, self, *constants)
         return weight
 
 
 class _Expand(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, free: Tensor, linear_map: LinearMap) -> Tensor:
-        ctx.map, ctx.shape = linear_map, free.shape
-        return linear_map.expand(free)
+    def forward(ctx: Any, free: Tensor, linear_map: LinearMap, *constants: Tensor) -> Tensor:
+        ctx.map, ctx.shape, ctx.others = linear_map, free.shape, (None,) * (1 + len(constants))
+        return linear_map.expand(free, *constants)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         folded: Tensor = _Fold.apply(gradient, ctx.map)
-        return folded.view(ctx.shape), None
+        return folded.view(ctx.shape), *ctx.others
 
 
 class _Fold(torch.autograd.Function):

@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from tiedparam.laws.cells import consecutive_cells, why_no_cell
 from tiedparam.laws.entry_table import EntryTable
 from tiedparam.laws.layout import Layout
+from tiedparam.laws.pattern import Pattern, find_pattern
 from tiedparam.laws.rule import Rule
 from tiedparam.laws.shared_tables import find_table, law_key
 from tiedparam.util.errors import Reason, TieError
@@ -173,9 +175,18 @@ class Orbits(Rule):
         cells = consecutive_cells(cell, layout)
         key = (law_key(self), layout, cells.layout)
         of_cell = self.for_layout(cells.layout)
-        return find_table(key, of_cell.symmetries, cells, layout, group=self.states_whole_group)
+        return find_table(key, of_cell.find_pattern, cells, layout)
 
-    def for_layout(self, layout: Layout) -> Orbits:
+    def find_pattern(self) -> Pattern | Reason:
+        """The orbits of the weight, or of one cell, that the rule is bound to.
+
+        A subclass whose pattern is written down already may give it: any order of the free values
+        is right, and any of their entries may be minus them.
+        """
+        shape = self.bound_layout.shape
+        return find_pattern(self.symmetries, shape, group=self.states_whole_group)
+
+    def for_layout(self, layout: Layout) -> Self:
         """The rule as if it were bound to another layout, to ask for its symmetries."""
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)

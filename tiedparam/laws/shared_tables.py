@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from threading import Lock
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from tiedparam.laws.cells import Cells
 from tiedparam.laws.entry_table import EntryTable
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.pattern import Symmetries, find_pattern
+from tiedparam.laws.pattern import Pattern
 from tiedparam.laws.rule import Rule
+from tiedparam.util.bits import checksum_of
 from tiedparam.util.errors import Reason
 
 _KEPT = 32
@@ -26,23 +26,22 @@ _writing = Lock()
 
 
 def find_table(
-    key: Hashable, symmetries: Symmetries, cells: Cells, layout: Layout, *, group: bool
+    key: Hashable, find: Callable[[], Pattern | Reason], cells: Cells, layout: Layout
 ) -> EntryTable | Reason:
-    """The table of a law, or why its symmetries give none.
+    """The table of a law, or why there is none.
 
     Args:
         key: law, options and layout.
-        symmetries: those of one cell.
+        find: finds the pattern of one cell.
         cells: the cells of the weight.
         layout: that of the weight.
-        group: whether the symmetries are all elements of a group.
     """
     with _writing:
         known = _tables.get(key)
         if known is not None:
             _tables.move_to_end(key)
             return known
-    pattern = find_pattern(symmetries, cells.layout.shape, group=group)
+    pattern = find()
     if isinstance(pattern, Reason):
         return pattern
     if pattern.count == 0:
@@ -64,15 +63,15 @@ def law_key(rule: Rule) -> Hashable:
     By the attributes of the rule and not by its `options`, which a user may have left out.
     """
     held = {name: value for name, value in vars(rule).items() if name not in _OF_EVERY_RULE}
-    return (
-        type(rule),
-        _frozen(held),
-        _frozen(dict(rule.named_buffers(recurse=False))),
-        _frozen(dict(rule.named_children())),
-    )
+    # a law that is data has a checksum of it among its attributes
+    buffers = {} if "checksum" in held else dict(rule.named_buffers(recurse=False))
+    return type(rule), _frozen(held), _frozen(buffers), _frozen(dict(rule.named_children()))
 
 
-_OF_EVERY_RULE = frozenset(vars(nn.Module())) | {"layout", "compute", "law", "_table"}
+_OF_EVERY_RULE = frozenset(vars(nn.Module())) | {
+    "layout", "compute", "law", "_table", "_shared", "_shapes", "_seen",
+}  # fmt: skip
+"""What is no part of a law, or says nothing that its other attributes do not."""
 
 
 def _frozen(value: Any) -> Hashable:
@@ -95,9 +94,7 @@ def _frozen(value: Any) -> Hashable:
 
 
 def _contents(tensor: Tensor) -> Hashable:
-    """Shape, dtype and a checksum of the numbers."""
+    """A checksum, of shape and dtype too."""
     if tensor.is_meta:
         return object()
-    numbers = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-    digest = hashlib.sha256(bytes(numbers.untyped_storage())[: numbers.numel()]).digest()
-    return Tensor, tuple(tensor.shape), tensor.dtype, digest
+    return Tensor, checksum_of({"": tensor})

@@ -51,6 +51,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["fixed"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.FixedTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["flip_sym"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.TieArguments],
@@ -72,9 +79,30 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["index"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.IndexTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["kernel_symmetry"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.KernelSymmetryTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["masked"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.MaskedTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["orbit"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.OrbitTie],
 ) -> Layer: ...
 @overload
 def register_tie(

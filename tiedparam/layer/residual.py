@@ -49,6 +49,15 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["fixed"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Unpack[rule_options.FixedOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["flip_sym"],
     tensor_name: str = ...,
     *,
@@ -74,11 +83,38 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["index"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Unpack[rule_options.IndexOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["kernel_symmetry"],
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
     **options: Unpack[rule_options.KernelSymmetryOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["masked"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Unpack[rule_options.MaskedOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["orbit"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Unpack[rule_options.OrbitOptions],
 ) -> float: ...
 @overload
 def residual(

@@ -31,10 +31,14 @@ KnownName = Literal[
     "channel_shared",
     "circulant",
     "copy",
+    "fixed",
     "flip_sym",
     "group_conv",
     "hankel",
+    "index",
     "kernel_symmetry",
+    "masked",
+    "orbit",
     "repeat",
     "row_repeat",
     "squared_copy",
@@ -66,6 +70,17 @@ class CopyTie(TieArguments, CopyOptions, total=False):
     """All that `register_tie` takes by name for ``copy``."""
 
 
+class FixedOptions(TypedDict, total=False):
+    """The options of ``fixed``."""
+
+    mask: Required[Tensor | str]
+    value: float | Tensor | str | None
+
+
+class FixedTie(TieArguments, FixedOptions, total=False):
+    """All that `register_tie` takes by name for ``fixed``."""
+
+
 class GroupConvOptions(TypedDict, total=False):
     """The options of ``group_conv``."""
 
@@ -77,6 +92,17 @@ class GroupConvTie(TieArguments, GroupConvOptions, total=False):
     """All that `register_tie` takes by name for ``group_conv``."""
 
 
+class IndexOptions(TypedDict, total=False):
+    """The options of ``index``."""
+
+    index: Required[Tensor | str]
+    signs: Tensor | None
+
+
+class IndexTie(TieArguments, IndexOptions, total=False):
+    """All that `register_tie` takes by name for ``index``."""
+
+
 class KernelSymmetryOptions(TypedDict, total=False):
     """The options of ``kernel_symmetry``."""
 
@@ -86,6 +112,30 @@ class KernelSymmetryOptions(TypedDict, total=False):
 
 class KernelSymmetryTie(TieArguments, KernelSymmetryOptions, total=False):
     """All that `register_tie` takes by name for ``kernel_symmetry``."""
+
+
+class MaskedOptions(TypedDict, total=False):
+    """The options of ``masked``."""
+
+    pattern: Literal["lower", "upper", "block_diagonal", "banded"] | None
+    mask: Tensor | str | None
+    blocks: int | None
+    width: int | Sequence[int] | None
+
+
+class MaskedTie(TieArguments, MaskedOptions, total=False):
+    """All that `register_tie` takes by name for ``masked``."""
+
+
+class OrbitOptions(TypedDict, total=False):
+    """The options of ``orbit``."""
+
+    generators: Required[Sequence[Sequence[Sequence[int] | Tensor | None]] | str]
+    signs: Sequence[int] | None
+
+
+class OrbitTie(TieArguments, OrbitOptions, total=False):
+    """All that `register_tie` takes by name for ``orbit``."""
 
 
 class RepeatOptions(TypedDict, total=False):

@@ -9,10 +9,14 @@ the list, so a new law is one file and a run of that.
 from tiedparam.rules.channel_shared import ChannelShared
 from tiedparam.rules.circulant import Circulant
 from tiedparam.rules.copy import Copy
+from tiedparam.rules.fixed import Fixed
 from tiedparam.rules.flip_sym import FlipSym
 from tiedparam.rules.group_conv import GroupConv
 from tiedparam.rules.hankel import Hankel
+from tiedparam.rules.index import Index
 from tiedparam.rules.kernel_symmetry import KernelSymmetry
+from tiedparam.rules.masked import Masked
+from tiedparam.rules.orbit import Orbit
 from tiedparam.rules.repeat import Repeat
 from tiedparam.rules.row_repeat import RowRepeat
 from tiedparam.rules.squared_copy import SquaredCopy
@@ -22,10 +26,14 @@ __all__ = [
     "ChannelShared",
     "Circulant",
     "Copy",
+    "Fixed",
     "FlipSym",
     "GroupConv",
     "Hankel",
+    "Index",
     "KernelSymmetry",
+    "Masked",
+    "Orbit",
     "Repeat",
     "RowRepeat",
     "SquaredCopy",

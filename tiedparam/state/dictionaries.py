@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tiedparam.laws.coded import Coded
 from tiedparam.laws.distance import relative_distance
 from tiedparam.state.entries import (
     RESIDUAL_TO_WARN,
@@ -166,6 +167,7 @@ def _tie_entry(
     if not residual <= RESIDUAL_TO_WARN:
         projected.append((key, residual))
     result.update(zip(keys, free, strict=True))
+    result.update(tie.data(prefix))
     return None
 
 
@@ -269,6 +271,10 @@ class _Expander:
         free = [self._entry(key) for key in tie.keys(prefix)]
         if tie.rule.reads_layers:
             return self.law(tie, self.sources(tie), *free)
+        if isinstance(tie.rule, Coded):
+            data = {key: self._entries.get(key, own) for key, own in tie.data(prefix).items()}
+            named = {key.rpartition(".")[2]: gathered(value) for key, value in data.items()}
+            return computed(tie.rule.with_data(named).forward, free)
         return computed(tie.rule.forward, free)
 
     def _source(self, layer: nn.Module, name: str) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiedparam.laws.coded import Coded
 from tiedparam.laws.distance import relative_distance
 from tiedparam.tie.record import Tie
 from tiedparam.tie.write_guard import unguard
@@ -31,6 +32,9 @@ def why_unfit(tie: Tie, key: str, value: Any) -> Reason | None:
         )
     if not isinstance(value, Tensor):
         return Reason(f"'{key}' is a {type(value).__name__}, not a tensor.")
+    stale = tie.rule.why_stale() if isinstance(tie.rule, Coded) else None
+    if stale is not None:
+        return Reason(f"'{key}' is dense, and the law has no pattern: {stale.fact}", stale.remedy)
     if value.is_complex() and any(not parameter.is_complex() for parameter in tie.free):
         return Reason(f"'{key}' is complex in the checkpoint, and real here.")
     shape = tie.rule.bound_layout.shape
@@ -72,7 +76,29 @@ def why_unfit_free(
             return Reason(f"'{k}' is a {type(entry).__name__}, not a tensor.")
         if tuple(entry.shape) != tuple(shape):
             return _another_size(k, entry, tuple(shape))
-    return None
+    return why_other_data(tie, prefix, state_dict)
+
+
+def why_other_data(tie: Tie, prefix: str, state_dict: Mapping[str, Any]) -> Reason | None:
+    """Why the data in a state dict is not that of the tie's law, or None; it may be missing."""
+    if not isinstance(tie.rule, Coded):
+        return None
+    here = tie.data(prefix)
+    there = {key: state_dict[key] for key in here if key in state_dict}
+    for key, entry in there.items():
+        if not isinstance(entry, Tensor):
+            return Reason(f"'{key}' is a {type(entry).__name__}, not a tensor.")
+        if entry.dtype.is_floating_point != here[key].dtype.is_floating_point:
+            return Reason(f"'{key}' is {entry.dtype} there and {here[key].dtype} here.")
+        if entry.shape != here[key].shape:
+            return _another_size(key, entry, tuple(here[key].shape))
+    if not there:
+        return None
+    complete = {key.rpartition(".")[2]: whole(value) for key, value in {**here, **there}.items()}
+    reason = tie.rule.why_other_data(complete)
+    if reason is None:
+        return None
+    return Reason(f"'{prefix}{tie.tensor_name}': {reason.fact}", reason.remedy)
 
 
 def _another_size(key: str, entry: Tensor, shape: tuple[int, ...]) -> Reason:

@@ -24,6 +24,7 @@ from tiedparam.state.entries import (
     both_forms,
     disagreement,
     warn_projected,
+    why_other_data,
     why_unfit,
     why_unfit_free,
 )
@@ -64,9 +65,12 @@ def accept(
                 _project(tie, keys, key, as_float(value), state_dict)
         elif any(k in state_dict for k in keys):
             reason = why_unfit_free(tie, prefix, state_dict, signatures)
+        else:
+            reason = why_other_data(tie, prefix, state_dict)
         if reason is not None:
             error_msgs.append(str(reason))
             state_dict.update(zip(keys, tie.free, strict=True))
+            state_dict.update(tie.data(prefix))
 
 
 def _why_not_loaded(
@@ -79,6 +83,8 @@ def _why_not_loaded(
             "the result with torch.distributed.checkpoint.state_dict.set_model_state_dict.",
         )
     reason = why_unfit(tie, key, value)
+    if reason is None:
+        reason = why_other_data(tie, key.removesuffix(tie.tensor_name), state_dict)
     if reason is None and not _are_its_own(tie, keys, state_dict):
         return both_forms(
             key,
@@ -109,6 +115,8 @@ def _project(
         warn_projected([(key, residual)])
     with torch.no_grad():
         state_dict.update(zip(keys, tie.rule.right_inverse(value), strict=True))
+    for name, own in tie.data(key.removesuffix(tie.tensor_name)).items():
+        state_dict[name] = own.to(value.device) if has_values(value) else own
 
 
 def sign(layer: nn.Module, destination: Any, prefix: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tiedparam.laws.coded import Coded
 from tiedparam.laws.linked import Source
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.computed_source import why_computed
@@ -31,6 +32,8 @@ def bind(rule: Rule, target: Target) -> Reason | None:
         reason = find_sources(rule, target) or _why_unreadable(rule, target)
         if reason is not None:
             return reason
+    if isinstance(rule, Coded):
+        return rule.bind_tensor(weight, target.layout)
     reason = rule.bind(target.layout, weight.dtype)
     if reason is None and rule.reads_layers:
         reason = _why_misfit(rule, weight)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tiedparam.laws.coded import data_of
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.marks import carry_marks
 from tiedparam.tie.reading import Reading
@@ -196,6 +197,15 @@ class Tie:
         numbers = range(self.values.ntensors if count is None else count)
         path = prefix.removesuffix(".")
         return [original_key(path, self.tensor_name, number) for number in numbers]
+
+    def data(self, prefix: str = "") -> dict[str, Tensor]:
+        """What the law holds that is data, by the keys that a state dict has for it.
+
+        Args:
+            prefix: what the keys of the layer begin with.
+        """
+        path = f"{prefix}parametrizations.{self.tensor_name}.0."
+        return {path + name: value for name, value in data_of(self.rule).items()}
 
     def weight(self) -> Tensor:
         """The tensor that the layer computes with."""

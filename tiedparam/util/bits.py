@@ -1,6 +1,10 @@
-"""Whether two tensors hold the same numbers, to the bit."""
+"""The bits of tensors: whether two hold the same, and a checksum of them."""
 
 from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -34,3 +38,22 @@ def _as_integers(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         size = 8  # the widest integers are compared fastest
         left, right = left.reshape(-1), right.reshape(-1)
     return left.view(_INTEGERS[size]), right.view(_INTEGERS[size])
+
+
+def checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits that stand for names, shapes, dtypes and bits; in order of the names.
+
+    The tensors have values; they may lie on any device.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(_content(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _content(tensor: Tensor) -> bytes:
+    """The bytes, as contiguous memory has them."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return ctypes.string_at(plain.data_ptr(), plain.numel() * plain.element_size())

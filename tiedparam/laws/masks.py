@@ -1,0 +1,58 @@
+"""Masks that users give: of the tensor's own shape, or of its first axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiedparam.laws.pattern import Pattern
+from tiedparam.util.errors import Reason
+from tiedparam.util.torch_modes import plain_numbers
+from tiedparam.util.torch_private import has_values
+
+
+def given_mask(mask: Any) -> Tensor | Reason:
+    """A mask as it was given, on the CPU; or why it is none."""
+    if not isinstance(mask, Tensor):
+        return Reason(f"mask is a {type(mask).__name__}.", "Give a tensor of truth values.")
+    if mask.dtype != torch.bool:
+        return Reason(
+            f"mask is {mask.dtype} {tuple(mask.shape)}, and not torch.bool.", "Give mask != 0."
+        )
+    if not has_values(mask):
+        return Reason(f"mask {tuple(mask.shape)} has no values.", "Make it on a real device.")
+    with plain_numbers():
+        plain: Tensor = mask.detach().cpu()
+        if not bool(plain.any()):
+            return Reason(
+                f"mask {tuple(mask.shape)} is False at all of its {mask.numel()} places.",
+                "Give one that is True somewhere.",
+            )
+        return plain
+
+
+def why_not_over(mask: tuple[int, ...], shape: tuple[int, ...]) -> Reason | None:
+    """Why a mask of one shape says nothing of a tensor of another, or None."""
+    if len(mask) <= len(shape) and all(
+        own in (1, size) for own, size in zip(mask, shape, strict=False)
+    ):
+        return None
+    return Reason(
+        f"mask is {mask}, and the tensor {shape}.",
+        "Give a mask of the tensor's own shape, or of its first axes; 1 stands for any size.",
+    )
+
+
+def spread_over(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A mask of the first axes, repeated along the others."""
+    return mask.view(*mask.shape, *(1,) * (len(shape) - mask.dim())).expand(shape)
+
+
+def numbered(free: Tensor) -> Pattern:
+    """The pattern of a weight that is free where this is True, and fixed elsewhere."""
+    with plain_numbers():
+        free = free.flatten()
+        number = free.cumsum(0, dtype=torch.int32)
+        return Pattern(torch.where(free, number, 0), int(number[-1]), None)
