@@ -56,8 +56,12 @@ class Orbits(Rule):
     states_whole_group: ClassVar[bool] = False
     """Whether `symmetries` yields every element of a group (the identity may be left out): then
     one pass over them is enough."""
+    may_leave_nothing: ClassVar[bool] = False
+    """Whether the law may fix every entry, so that no value is left to train. Else it is refused.
+    """
 
     _table: EntryTable
+    _none: Tensor
 
     # The law ------------------------------------------------------------------------------------
 
@@ -73,13 +77,15 @@ class Orbits(Rule):
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """``(cells, values of a cell)``, so that optimizers see a matrix in what was one."""
         count = self._table.pattern.count
+        if not count:
+            return ()
         if len(self.bound_layout.shape) < 2:
             return ((self._table.cells * count,),)
         return ((self._table.cells, count),)
 
     def forward(self, *free: Tensor) -> Tensor:
         """Look up every entry among the free values."""
-        (values,) = free
+        (values,) = free or (self._none,)
         return self._table(values)
 
     @property
@@ -121,13 +127,15 @@ class Orbits(Rule):
         """`forward` with zeros in the place of fixed numbers."""
         if not self.is_derived:
             return super().spread(*free)
-        (values,) = free
+        (values,) = free or (self._none,)
         return self._table.linear(values)
 
     def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
         """``BᵀW``: the (signed) sum of ``weight`` over each orbit, as free values."""
         if not self.is_derived:
             return super().adjoint(weight)
+        if not self.free_shapes():
+            return ()
         with torch.inference_mode(False), torch.no_grad():
             return self._shaped(self._table.fold(weight.detach().contiguous()))
 
@@ -147,8 +155,7 @@ class Orbits(Rule):
         return self._shaped(cells.index_select(1, beside(first, cells)))
 
     def _shaped(self, values: Tensor) -> tuple[Tensor, ...]:
-        (shape,) = self.free_shapes()
-        return (values.reshape(shape),)
+        return tuple(values.reshape(shape) for shape in self.free_shapes())
 
     # Binding ------------------------------------------------------------------------------------
 
@@ -162,7 +169,16 @@ class Orbits(Rule):
             self.layout: Layout | None = None
             return found
         self._table = found
+        if not found.pattern.count:
+            # where no Parameter tells dtype and device, this does, which a layer moves and casts
+            none = torch.empty(found.cells, 0, dtype=dtype, device="cpu")
+            self.register_buffer("_none", none, persistent=False)
         return None
+
+    def bind_device(self, device: torch.device) -> None:
+        """Compute there also where no free value says where."""
+        if "_none" in self._buffers:
+            self._none = self._none.to(device)
 
     def _found(self, layout: Layout) -> EntryTable | Reason:
         """The table for a weight of this layout, or why there is none."""
@@ -173,14 +189,14 @@ class Orbits(Rule):
         cells = consecutive_cells(cell, layout)
         key = (law_key(self), layout, cells.layout)
         of_cell = self.for_layout(cells.layout)
-        return find_table(key, of_cell.symmetries, cells, layout, group=self.states_whole_group)
-
-    def for_layout(self, layout: Layout) -> Orbits:
-        """The rule as if it were bound to another layout, to ask for its symmetries."""
-        other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.layout = layout
-        return other
+        found = find_table(key, of_cell.symmetries, cells, layout, group=self.states_whole_group)
+        nothing = isinstance(found, EntryTable) and not found.pattern.count
+        if not nothing or self.may_leave_nothing:
+            return found
+        return Reason(
+            "the law fixes every entry, so no value is left to train.",
+            "Leave out the law, or a part of it.",
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the table, which is found again."""

@@ -45,11 +45,6 @@ def find_table(
     pattern = find_pattern(symmetries, cells.layout.shape, group=group)
     if isinstance(pattern, Reason):
         return pattern
-    if pattern.count == 0:
-        return Reason(
-            "the law fixes every entry, so no value is left to train.",
-            "Leave out the law, or a part of it.",
-        )
     table = EntryTable(pattern, cells.count, layout.shape)
     with _writing:
         _tables[key] = table
@@ -64,15 +59,16 @@ def law_key(rule: Rule) -> Hashable:
     By the attributes of the rule and not by its `options`, which a user may have left out.
     """
     held = {name: value for name, value in vars(rule).items() if name not in _OF_EVERY_RULE}
+    buffers = rule.named_buffers(recurse=False)
     return (
         type(rule),
         _frozen(held),
-        _frozen(dict(rule.named_buffers(recurse=False))),
+        _frozen({name: value for name, value in buffers if name not in _OF_EVERY_RULE}),
         _frozen(dict(rule.named_children())),
     )
 
 
-_OF_EVERY_RULE = frozenset(vars(nn.Module())) | {"layout", "compute", "law", "_table"}
+_OF_EVERY_RULE = frozenset(vars(nn.Module())) | {"layout", "compute", "law", "_table", "_none"}
 
 
 def _frozen(value: Any) -> Hashable:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Required
 
+from tiedparam.laws.block import Range
 from tiedparam.layer.checks import Init
 
 
@@ -24,6 +25,8 @@ class TieArguments(TypedDict, total=False):
     cache: bool
     optimizer: Optimizer | Iterable[Optimizer] | None
     root: nn.Module | None
+    rows: Range | None
+    columns: Range | None
 
 
 # begin: by python docs/make_signatures.py
@@ -31,9 +34,11 @@ KnownName = Literal[
     "channel_shared",
     "copy",
     "flip_sym",
+    "joint",
     "repeat",
     "row_repeat",
     "squared_copy",
+    "within",
 ]
 """The names of the library's own rules."""
 
@@ -59,6 +64,16 @@ class CopyOptions(TypedDict, total=False):
 
 class CopyTie(TieArguments, CopyOptions, total=False):
     """All that `register_tie` takes by name for ``copy``."""
+
+
+class JointOptions(TypedDict, total=False):
+    """The options of ``joint``."""
+
+    laws: Required[Sequence[object]]
+
+
+class JointTie(TieArguments, JointOptions, total=False):
+    """All that `register_tie` takes by name for ``joint``."""
 
 
 class RepeatOptions(TypedDict, total=False):
@@ -93,6 +108,16 @@ class SquaredCopyOptions(TypedDict, total=False):
 
 class SquaredCopyTie(TieArguments, SquaredCopyOptions, total=False):
     """All that `register_tie` takes by name for ``squared_copy``."""
+
+
+class WithinOptions(TypedDict, total=False):
+    """The options of ``within``."""
+
+    inner: Required[object]
+
+
+class WithinTie(TieArguments, WithinOptions, total=False):
+    """All that `register_tie` takes by name for ``within``."""
 
 
 # end

@@ -9,16 +9,20 @@ the list, so a new law is one file and a run of that.
 from tiedparam.rules.channel_shared import ChannelShared
 from tiedparam.rules.copy import Copy
 from tiedparam.rules.flip_sym import FlipSym
+from tiedparam.rules.joint import Joint
 from tiedparam.rules.repeat import Repeat
 from tiedparam.rules.row_repeat import RowRepeat
 from tiedparam.rules.squared_copy import SquaredCopy
+from tiedparam.rules.within import Within
 
 __all__ = [
     "ChannelShared",
     "Copy",
     "FlipSym",
+    "Joint",
     "Repeat",
     "RowRepeat",
     "SquaredCopy",
+    "Within",
 ]
 # end
