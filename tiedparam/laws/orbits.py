@@ -60,6 +60,9 @@ class Orbits(Rule):
     """Whether the law may fix every entry, so that no value is left to train. Else it is refused.
     """
 
+    holds_laws: ClassVar[tuple[str, ...]] = ()
+    """The names of options that are laws themselves, which files hold by names and options."""
+
     _table: EntryTable
     _none: Tensor
 

@@ -49,6 +49,7 @@ class Joint(Orbits):
     """
 
     family = "laws together"
+    holds_laws = ("laws",)
     law = "W = S(W), S of every law"
     may_leave_nothing = True
 

@@ -57,6 +57,7 @@ class Within(Orbits):
     """
 
     family = "laws together"
+    holds_laws = ("inner",)
     law: str = "W[rows, columns] = S(W[rows, columns])"
     _block: Block
 
