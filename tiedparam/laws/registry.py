@@ -118,7 +118,7 @@ def make_rule(rule: Any, options: Mapping[str, Any]) -> Rule:
         TieError: if a name is not known, or an instance is bound already.
         TypeError: for anything else.
     """
-    if _is_pair(rule):
+    if is_pair(rule):
         rule, own = rule
         return make_rule(rule, {**own, **options})
     asked = [key for key in PART if key in options and not _takes(rule, key)]
@@ -171,7 +171,7 @@ def rule_class(rule: Any) -> type[Rule]:
     """
     if isinstance(rule, list):
         return rule_class(rule[0]) if len(rule) == 1 else find_rule("joint")
-    if _is_pair(rule):
+    if is_pair(rule):
         return rule_class(rule[0])
     if isinstance(rule, Rule):
         return type(rule)
@@ -206,7 +206,7 @@ def _make_joint(laws: list[Any], options: Mapping[str, Any]) -> Rule:
     return make_rule(laws[0], {}) if len(laws) == 1 else cast(Rule, joint(laws))
 
 
-def _is_pair(rule: Any) -> bool:
+def is_pair(rule: Any) -> bool:
     """Whether it is a law and its options. In a file, a pair is a list."""
     return isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[1], Mapping)
 
