@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from torch import Tensor, nn
 
 import tiedparam as tp
+from tiedparam.laws.registry import PART
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python docs/make_signatures.py"
@@ -78,6 +79,8 @@ def option_fields(rule: type[tp.Rule]) -> Iterator[str]:
     """The options of a rule, as fields of a class."""
     hints = get_type_hints(rule.__init__)
     for name, parameter in inspect.signature(rule).parameters.items():
+        if name in PART:  # every law takes them
+            continue
         text = annotation(hints[name])
         required = parameter.default is inspect.Parameter.empty
         yield f"    {name}: Required[{text}]" if required else f"    {name}: {text}"
@@ -137,6 +140,8 @@ def residual_overloads() -> str:
             "    tensor_name: str = ...,\n"
             "    *,\n"
             "    root: nn.Module | None = ...,\n"
+            "    rows: Range | None = ...,\n"
+            "    columns: Range | None = ...,\n"
             + (f"    **options: Unpack[rule_options.{options}],\n" if options else "")
             + ") -> float: ..."
         )

@@ -13,9 +13,9 @@ from tiedparam.cli.model_from_file import LayerHint
 from tiedparam.cli.wording import in_one_line, in_shell
 from tiedparam.formats.strict_json import read_json
 from tiedparam.laws.functions import Functions, find_function, functions_of
-from tiedparam.laws.registry import find_rule
+from tiedparam.laws.registry import PART, find_rule
 from tiedparam.layer.concerns import check_max_residual
-from tiedparam.model.plan import PlanEntry
+from tiedparam.model.plan import OWN_OPTIONS, PlanEntry
 from tiedparam.model.plan_file import plan_from_data
 from tiedparam.util.errors import TieError
 
@@ -187,9 +187,14 @@ def plan_entry(text: str, known: Functions) -> PlanEntry:
     pattern, found, law = text.partition("=")
     if not (found and pattern and law):
         raise argparse.ArgumentTypeError(f"{text!r} must look like 'layer*=flip_sym'")
-    name, options = _rule_and_options(law)
-    table: dict[str, Any] = {"layers": pattern, "rule": name, "options": options}
-    table |= {key: options.pop(key) for key in ("tensor_name", "init") if key in options}
+    laws, own = _laws(law), dict[str, str]()
+    for _, options in laws:
+        own |= {key: options.pop(key) for key in OWN_OPTIONS if key in options}
+    table: dict[str, Any] = {"layers": pattern, **own}
+    if len(laws) == 1:
+        table |= dict(zip(("rule", "options"), laws[0], strict=True))
+    else:
+        table["rule"] = [list(pair) for pair in laws]
     try:
         (made,) = plan_from_data({"tie": [table]}, repr(text), known).entries
     except TieError as error:
@@ -197,25 +202,35 @@ def plan_entry(text: str, known: Functions) -> PlanEntry:
     return made
 
 
-def rule_choice(text: str, known: Functions) -> str | tuple[str, dict[str, Any]]:
-    """``row_repeat:groups=4``: a rule for `scan`."""
-    name, options = _rule_and_options(text)
+Choice = str | tuple[str, dict[str, Any]]
+
+
+def rule_choice(text: str, known: Functions) -> Choice | list[Choice]:
+    """``row_repeat:groups=4``: a rule for `scan`; ``flip_sym+repeat:outputs=2``: two together."""
+    chosen = list[Choice]()
     try:
-        parameters = inspect.signature(find_rule(name)).parameters
-        for option in options:
-            if option not in parameters:
-                listed = ", ".join(parameters) or "none"
-                raise TieError(
-                    f"'{name}'", f"'{name}' has no option '{option}'.", f"It has {listed}."
-                )
-        if "fn" in options:
-            options["fn"] = find_function(options["fn"], known)
+        for name, options in _laws(text):
+            parameters = inspect.signature(find_rule(name)).parameters
+            for option in options:
+                if option not in (*parameters, *PART):
+                    listed = ", ".join(parameters) or "none"
+                    raise TieError(
+                        f"'{name}'", f"'{name}' has no option '{option}'.", f"It has {listed}."
+                    )
+            if "fn" in options:
+                options["fn"] = find_function(options["fn"], known)
+            chosen.append((name, options) if options else name)
     except TieError as error:
         raise argparse.ArgumentTypeError(error.worded(in_shell)) from error
-    return (name, options) if options else name
+    return chosen if len(chosen) > 1 else chosen[0]
 
 
-_TEXTS = ("source", "source_name", "fn", "tensor_name", "init")  # a layer may be called "0"
+_TEXTS = ("source", "source_name", "fn", *OWN_OPTIONS)  # a layer may be called "0"
+
+
+def _laws(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """``flip_sym+row_repeat:groups=4``: laws that hold together, each with its options."""
+    return [_rule_and_options(law) for law in text.split("+")]
 
 
 def _rule_and_options(text: str) -> tuple[str, dict[str, Any]]:
@@ -227,7 +242,18 @@ def _rule_and_options(text: str) -> tuple[str, dict[str, Any]]:
         if not (found and key):
             raise argparse.ArgumentTypeError(f"{part!r} in {text!r} must look like 'groups=4'")
         try:
-            options[key] = value if key in _TEXTS else read_json(value)
+            options[key] = _value(key, value)
         except ValueError:
             options[key] = value
     return name, options
+
+
+def _value(key: str, text: str) -> Any:
+    """What an option's text means.
+
+    Raises:
+        ValueError: if it is text and nothing else.
+    """
+    if key in PART and ":" in text:  # as in Python: 0:64, 64: and -64:
+        return [int(number) if number else None for number in text.split(":")]
+    return text if key in _TEXTS else read_json(text)

@@ -88,7 +88,8 @@ def _add_scan(commands: Any) -> None:
         "--rule",
         action="append",
         metavar="RULE[:OPTION=VALUE,…]",
-        help="only this law; can be repeated (default: all laws, with all of their variants)",
+        help="only this law, or a+b for two that hold together; can be repeated (default: all "
+        "laws, with all of their variants)",
     )
     parser.add_argument(
         "--pairs",
@@ -148,7 +149,8 @@ def _add_tie(commands: Any) -> None:
         action="append",
         default=[],
         metavar="LAYERS=RULE[:OPTION=VALUE,…]",
-        help="an entry of a plan: a glob over layer names, and a law; goes before --plan",
+        help="an entry of a plan: a glob over layer names, and a law, or a+b for two that hold "
+        "together; goes before --plan",
     )
     parser.add_argument(
         "--init",

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from tiedparam.laws.registry import PART, is_pair
 from tiedparam.model.next_steps import tables_of
 from tiedparam.model.plan import Plan
 
@@ -73,12 +74,21 @@ def _option(table: dict[str, Any]) -> str | None:
     """``layers=rule:key=value,…``; None if a value has one of these signs."""
     if not table or "=" in table["layers"]:
         return None
-    given = {
-        **table.get("options", {}),
-        **{key: table[key] for key in ("tensor_name", "init") if key in table},
-    }
+    laws = table["rule"] if isinstance(table["rule"], list) else [table["rule"]]
+    if len(laws) > 1 and "options" in table:
+        return None  # they would be the last law's
+    *before, last = [law if is_pair(law) else (law, {}) for law in laws]
+    own = {key: table[key] for key in ("tensor_name", "init") if key in table}
+    members = [*before, (last[0], {**last[1], **table.get("options", {}), **own})]
+    spelled = [_law(name, options) for name, options in members]
+    return None if None in spelled else f"{table['layers']}={'+'.join(map(str, spelled))}"
+
+
+def _law(name: Any, given: dict[str, Any]) -> str | None:
+    """``rule:key=value,…``; None if a value has one of these signs."""
     texts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in given.items()}
-    if any("," in text for text in texts.values()):
+    texts |= {key: ":".join(map(str, given[key])) for key in PART if key in given}
+    if not isinstance(name, str) or any({",", "+"} & set(text) for text in texts.values()):
         return None
     options = ",".join(f"{key}={text}" for key, text in texts.items())
-    return f"{table['layers']}={table['rule']}{':' + options if options else ''}"
+    return f"{name}{':' + options if options else ''}"

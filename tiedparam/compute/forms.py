@@ -27,7 +27,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.rule import Reduction, Rule
+from tiedparam.laws.reduction import Reduction
+from tiedparam.laws.rule import Rule
 from tiedparam.tie.interposed import TorchsOwn
 from tiedparam.util.errors import TieError, describe
 from tiedparam.util.torch_private import steps_of_forward

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tiedparam.laws.coded import Coded
 from tiedparam.laws.functions import Function, Functions, function_name, with_functions
+from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.util.bits import same_bits
@@ -45,6 +46,9 @@ def written(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
         if name in options or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         value = getattr(rule, name, parameter.default)
+        if name in _laws_in(kind):
+            options[name] = _written_laws(value, paths)
+            continue
         if name in rule.functions:
             if value is not parameter.default:
                 options[name] = function_name(value)
@@ -55,6 +59,19 @@ def written(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
         if value is not parameter.default:
             options[name] = _as_json(name, value)
     return options
+
+
+def _laws_in(kind: type[Rule]) -> tuple[str, ...]:
+    """The options that are laws themselves."""
+    return kind.holds_laws if issubclass(kind, Orbits) else ()
+
+
+def _written_laws(laws: Any, paths: Mapping[int, str]) -> Any:
+    """A law as its name, or as a list of its name and options; of several a list."""
+    if isinstance(laws, list):
+        return [_written_laws(law, paths) for law in laws]
+    options = written(laws, paths)
+    return [laws.name, options] if options else laws.name
 
 
 def _written_sources(rule: Any, paths: Mapping[int, str]) -> dict[str, Any]:
@@ -105,6 +122,8 @@ def made(
     if kind.reads_layers and not sources_in(options):
         raise TieError(place, "its source is not named.", "Fetch or save it again.")
     options = with_functions(options, kind.functions, functions)
+    for option in _laws_in(kind):
+        options[option] = _made_laws(options.get(option), functions)
     try:
         rule = kind(**options)
     except TieError as error:
@@ -114,6 +133,17 @@ def made(
     if data and isinstance(rule, Coded):
         raise_if(place, rule.take(data))
     return rule
+
+
+def _made_laws(value: Any, functions: Functions) -> Any:
+    """What `_written_laws` has written; what it cannot have written, as it is."""
+    if isinstance(value, str):
+        return made(value, {}, functions)
+    if not isinstance(value, list):
+        return value
+    if len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], dict):
+        return made(value[0], value[1], functions)
+    return [_made_laws(each, functions) for each in value]
 
 
 def sources_in(options: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -154,7 +184,9 @@ def same_weights(rule: Rule, again: Rule) -> bool:
         sources = [_numbers_like(effective(layer, name)) for layer, name in rule.sources()]
         some = sources[0] if sources else torch.empty(0, device="cpu", dtype=torch.float32)
         free = [_numbers_like(some.new_empty(shape)) for shape in rule.free_shapes()]
-        return same_bits(again(*sources, *free), rule(*sources, *free))
+        computed = rule(*sources, *free)
+        # a law without any numbers computes where, and in what dtype, its layer is
+        return same_bits(again(*sources, *free).to(computed), computed)
 
 
 def _numbers_like(tensor: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from tiedparam.laws.coded import Coded
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked
 from tiedparam.laws.orbits import Orbits
+from tiedparam.laws.reduction import Reduction
 from tiedparam.laws.registry import available_rules, register_rule
-from tiedparam.laws.rule import Example, Reduction, Rule
+from tiedparam.laws.rule import Example, Rule
 from tiedparam.util.errors import Reason
 
 __all__ = [

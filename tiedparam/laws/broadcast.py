@@ -13,7 +13,7 @@ from torch import Tensor
 from tiedparam.laws.distance import halved_difference
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
-from tiedparam.laws.rule import Reduction
+from tiedparam.laws.reduction import Reduction
 from tiedparam.util.errors import Reason
 
 Compute = Literal["auto", "dense", "reduced", "windows"]

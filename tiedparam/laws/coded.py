@@ -44,6 +44,7 @@ class Coded(Orbits):
 
     fault: Reason | None = None
 
+    _apart = Orbits._apart | {"_shared", "_shapes", "_seen"}
     _shared: EntryTable | None = None
     _shapes: tuple[tuple[int, ...], ...] = ()
     _seen: tuple[tuple[weakref.ref[Any], int, int | None], ...] = ()
@@ -128,6 +129,10 @@ class Coded(Orbits):
                 "Give the tensor itself, or read the file by tiedparam.load.",
             )
         return self.fault
+
+    def numbers_of_law(self) -> dict[str, Tensor]:
+        """None: the checksum of the codes stands for them."""
+        return {}
 
     def why_not_kept(self) -> Reason | None:
         """What the rule holds beside the data, which a file would lose; or None."""

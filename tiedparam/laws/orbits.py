@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from math import prod
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from tiedparam.laws.cells import consecutive_cells, why_no_cell
@@ -14,7 +15,7 @@ from tiedparam.laws.entry_table import EntryTable
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.pattern import Pattern, find_pattern
 from tiedparam.laws.rule import Rule
-from tiedparam.laws.shared_tables import find_table, law_key
+from tiedparam.laws.shared_tables import find_table, frozen
 from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.torch_modes import beside, plain_numbers
 
@@ -25,6 +26,10 @@ Comparing the free values takes as long as computing the weight up to about 10,0
 little more than half as long at this bound, a quarter from 300,000 on. In between it gains, but in
 a convolution it cannot be felt.
 """
+
+
+_OF_EVERY_RULE = frozenset(vars(nn.Module())) | {"layout", "compute", "law"}
+"""Attributes on which no symmetry depends."""
 
 
 class Orbits(Rule):
@@ -58,8 +63,17 @@ class Orbits(Rule):
     states_whole_group: ClassVar[bool] = False
     """Whether `symmetries` yields every element of a group (the identity may be left out): then
     one pass over them is enough."""
+    may_leave_nothing: ClassVar[bool] = False
+    """Whether the law may fix every entry, so that no value is left to train. Else it is refused.
+    """
 
+    holds_laws: ClassVar[tuple[str, ...]] = ()
+    """The names of options that are laws themselves, which files hold by names and options."""
+
+    _apart: ClassVar[frozenset[str]] = frozenset({"_table", "_none"})
+    """Further attributes on which no symmetry depends."""
     _table: EntryTable
+    _none: Tensor
 
     # The law ------------------------------------------------------------------------------------
 
@@ -75,13 +89,15 @@ class Orbits(Rule):
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """``(cells, values of a cell)``, so that optimizers see a matrix in what was one."""
         count = self._table.pattern.count
+        if not count:
+            return ()
         if len(self.bound_layout.shape) < 2:
             return ((self._table.cells * count,),)
         return ((self._table.cells, count),)
 
     def forward(self, *free: Tensor) -> Tensor:
         """Look up every entry among the free values."""
-        (values,) = free
+        (values,) = free or (self._none,)
         return self._table(values)
 
     @property
@@ -123,13 +139,15 @@ class Orbits(Rule):
         """`forward` with zeros in the place of fixed numbers."""
         if not self.is_derived:
             return super().spread(*free)
-        (values,) = free
+        (values,) = free or (self._none,)
         return self._table.linear(values)
 
     def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
         """``BᵀW``: the (signed) sum of ``weight`` over each orbit, as free values."""
         if not self.is_derived:
             return super().adjoint(weight)
+        if not self.free_shapes():
+            return ()
         with torch.inference_mode(False), torch.no_grad():
             return self._shaped(self._table.fold(weight.detach().contiguous()))
 
@@ -149,8 +167,7 @@ class Orbits(Rule):
         return self._shaped(cells.index_select(1, beside(first, cells)))
 
     def _shaped(self, values: Tensor) -> tuple[Tensor, ...]:
-        (shape,) = self.free_shapes()
-        return (values.reshape(shape),)
+        return tuple(values.reshape(shape) for shape in self.free_shapes())
 
     # Binding ------------------------------------------------------------------------------------
 
@@ -164,7 +181,16 @@ class Orbits(Rule):
             self.layout: Layout | None = None
             return found
         self._table = found
+        if not found.pattern.count:
+            # where no Parameter tells dtype and device, this does, which a layer moves and casts
+            none = torch.empty(found.cells, 0, dtype=dtype, device="cpu")
+            self.register_buffer("_none", none, persistent=False)
         return None
+
+    def bind_device(self, device: torch.device) -> None:
+        """Compute there also where no free value says where."""
+        if "_none" in self._buffers:
+            self._none = self._none.to(device)
 
     def _found(self, layout: Layout) -> EntryTable | Reason:
         """The table for a weight of this layout, or why there is none."""
@@ -173,9 +199,29 @@ class Orbits(Rule):
         if reason is not None:
             return reason
         cells = consecutive_cells(cell, layout)
-        key = (law_key(self), layout, cells.layout)
+        key = (self.law_key(), layout, cells.layout)
         of_cell = self.for_layout(cells.layout)
-        return find_table(key, of_cell.find_pattern, cells, layout)
+        found = find_table(key, of_cell.find_pattern, cells, layout)
+        nothing = isinstance(found, EntryTable) and not found.pattern.count
+        if not nothing or self.may_leave_nothing:
+            return found
+        return Reason(
+            "the law fixes every entry, so no value is left to train.",
+            "Leave out the law, or a part of it.",
+        )
+
+    def law_key(self) -> Hashable:
+        """What the symmetries can depend on, apart from the layout.
+
+        By the attributes of the rule and not by its `options`, which a user may have left out.
+        """
+        found = {**vars(self), **self.numbers_of_law(), **dict(self.named_children())}
+        apart = _OF_EVERY_RULE | self._apart
+        return type(self), frozen({k: value for k, value in found.items() if k not in apart})
+
+    def numbers_of_law(self) -> dict[str, Tensor]:
+        """The buffers on which the symmetries can depend, for which no other attribute stands."""
+        return dict(self.named_buffers(recurse=False))
 
     def find_pattern(self) -> Pattern | Reason:
         """The orbits of the weight, or of one cell, that the rule is bound to.

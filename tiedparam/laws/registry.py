@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 from tiedparam.laws.rule import Rule
 from tiedparam.laws.rule_table import RuleTable, why_unknown
@@ -95,8 +95,40 @@ def find_rule(name: str) -> type[Rule]:
     raise TieError(f"'{name}'", *why_unknown(name, _RULES))
 
 
-def make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:
-    """A fresh rule from a name or a class, or the given one."""
+# What a user states of a law ----------------------------------------------------------------------
+
+Law = str | type[Rule] | Rule | tuple[str | type[Rule], Mapping[str, Any]]
+"""A law in a list of laws. A pair is a name or class and its options."""
+Laws = list[Law] | list[str] | list[type[Rule]] | list[Rule] | list[tuple[str, dict[str, Any]]]
+"""Laws that hold together. Several types, since that of a list is invariant: type checkers would
+refuse a variable that holds a list of strings alone."""
+PART = ("rows", "columns")
+"""The options by which any law takes a part of a tensor."""
+
+
+def make_rule(rule: Any, options: Mapping[str, Any]) -> Rule:
+    """A fresh rule from all that a user may state; an instance is given back.
+
+    Args:
+        rule: a name, a class, an instance, a pair of one and its options, or a list of such laws,
+            which hold together.
+        options: the rule's own, and ``rows`` and ``columns`` for a part of the tensor.
+
+    Raises:
+        TieError: if a name is not known, or an instance is bound already.
+        TypeError: for anything else.
+    """
+    if is_pair(rule):
+        rule, own = rule
+        return make_rule(rule, {**own, **options})
+    asked = [key for key in PART if key in options and not _takes(rule, key)]
+    part = {key: options[key] for key in asked if options[key] is not None}
+    options = {key: value for key, value in options.items() if key not in asked}
+    if part:
+        within: Any = find_rule("within")
+        return cast(Rule, within(make_rule(rule, options), **part))
+    if isinstance(rule, list):
+        return _make_joint(rule, options)
     if isinstance(rule, Rule):
         if options:
             raise TypeError(
@@ -112,7 +144,9 @@ def make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:
     if isinstance(rule, str):
         rule = find_rule(rule)
     if not (isinstance(rule, type) and issubclass(rule, Rule)):
-        raise TypeError(f"rule takes a name, a Rule subclass or a Rule, not {rule!r}")
+        raise TypeError(
+            f"rule takes a name, a Rule subclass, a Rule or a list of these, not {rule!r}"
+        )
     name = rule.name or rule.__name__
     signature = inspect.signature(rule)
     try:
@@ -121,3 +155,64 @@ def make_rule(rule: str | type[Rule] | Rule, options: dict[str, Any]) -> Rule:
         known = ", ".join(f"{option}=" for option in signature.parameters) or "none"
         raise TypeError(f"rule '{name}': {error}. Its options are: {known}.") from error
     return rule(**options)
+
+
+def with_part(options: Mapping[str, Any], rows: Any, columns: Any) -> dict[str, Any]:
+    """A rule's options, and the part of the tensor that it is for, where one was given."""
+    part = {"rows": rows, "columns": columns}
+    return {**options, **{key: given for key, given in part.items() if given is not None}}
+
+
+def rule_class(rule: Any) -> type[Rule]:
+    """The class of the rule that `make_rule` makes, without options for a part of a tensor.
+
+    Raises:
+        TieError: if a name is not known.
+    """
+    if isinstance(rule, list):
+        return rule_class(rule[0]) if len(rule) == 1 else find_rule("joint")
+    if is_pair(rule):
+        return rule_class(rule[0])
+    if isinstance(rule, Rule):
+        return type(rule)
+    kind: type[Rule] = find_rule(rule) if isinstance(rule, str) else rule
+    return kind
+
+
+def stated(rule: Rule) -> Any:
+    """What makes a rule like this one: a law, or the pair of a law and its options."""
+    law, options = rule.statement()
+    return (law, options) if options else law
+
+
+def law_text(law: Any) -> str:
+    """A law as one writes it in a call."""
+    if isinstance(law, list):
+        return f"[{', '.join(map(law_text, law))}]"
+    if isinstance(law, tuple):
+        return f"({law_text(law[0])}, {law[1]!r})"
+    return law.__name__ if isinstance(law, type) else repr(law)
+
+
+def _make_joint(laws: list[Any], options: Mapping[str, Any]) -> Rule:
+    if options:
+        raise TypeError(
+            f"options {sorted(options)} of a list of laws belong to one of them: write it as a "
+            "pair, such as ('row_repeat', {'groups': 2})"
+        )
+    if not laws:
+        raise TypeError("rule is an empty list. Give at least one law")
+    joint: Any = find_rule("joint")
+    return make_rule(laws[0], {}) if len(laws) == 1 else cast(Rule, joint(laws))
+
+
+def is_pair(rule: Any) -> bool:
+    """Whether it is a law and its options. In a file, a pair is a list."""
+    return isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[1], Mapping)
+
+
+def _takes(rule: Any, option: str) -> bool:
+    """Whether it is the law's own option."""
+    if isinstance(rule, str):
+        rule = _RULES.get(rule)
+    return isinstance(rule, type) and option in inspect.signature(rule).parameters

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tiedparam.laws.distance import halved_difference, relative_distance
 from tiedparam.laws.layout import Layout
+from tiedparam.laws.reduction import Reduction
 from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.own_members import OwnMembers
 
@@ -37,28 +38,6 @@ class Example:
     options: dict[str, Any] = field(default_factory=dict)
     path: str = ""
     tensor_name: str = "weight"
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """What a law lets the layer save that computes with its weight.
-
-    Attributes:
-        summed: all inputs of a group share, so they can be summed first.
-        run: so many consecutive outputs of a group are equal; one is computed and spread.
-        shared_banks: the groups share their filters.
-        entries: how many the weight of the smaller layer has.
-
-    Example:
-        >>> layer = tp.register_tie(nn.Conv1d(4, 6, 3), "channel_shared", over="in")
-        >>> tp.get_tie(layer).reduction()
-        Reduction(summed=True, run=1, shared_banks=False, entries=18)
-    """
-
-    summed: bool
-    run: int
-    shared_banks: bool
-    entries: int
 
 
 class Rule(nn.Module, metaclass=OwnMembers):
@@ -132,6 +111,12 @@ class Rule(nn.Module, metaclass=OwnMembers):
         said = self.check(layout)
         return Reason(said) if isinstance(said, str) else said
 
+    def reason_against_dtype(self, dtype: torch.dtype) -> Reason | None:
+        """Why numbers of this dtype cannot carry the rule, or None."""
+        if dtype.is_floating_point or (dtype.is_complex and self.complex_valued):
+            return None
+        return Reason(f"the law has no meaning for {dtype}.", "Convert the layer first (.float()).")
+
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the free values for the bound layout; none may be empty."""
         raise NotImplementedError(f"{type(self).__name__} must say the shapes of its free values")
@@ -183,6 +168,10 @@ class Rule(nn.Module, metaclass=OwnMembers):
     def options(self) -> dict[str, Any]:
         """The options that differ from one use to the next, as ``repr`` shows them."""
         return {}
+
+    def statement(self) -> tuple[Any, dict[str, Any]]:
+        """What one writes to have the rule: its name, class or list of laws, and the options."""
+        return self.name or type(self), self.options()
 
     # What follows from it -------------------------------------------------------------
 
@@ -310,16 +299,25 @@ class Rule(nn.Module, metaclass=OwnMembers):
 
     def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
         """Fit the rule to one tensor. Returns the reason why it does not fit, or None."""
-        if not (dtype.is_floating_point or (dtype.is_complex and self.complex_valued)):
-            return Reason(
-                f"the law has no meaning for {dtype}.", "Convert the layer first (.float())."
-            )
+        reason = self.reason_against_dtype(dtype)
+        if reason is not None:
+            return reason
         if 0 in layout.shape:
             return Reason(f"the tensor {layout.shape} is empty.", "Tie a layer that has weights.")
         reason = self.reason_against(layout)
         if reason is None:
             self.layout = layout
         return reason
+
+    def bind_device(self, device: torch.device) -> None:
+        """Keep what `forward` computes with, apart from the free values, on this device."""
+
+    def for_layout(self, layout: Layout) -> Rule:
+        """The rule as if it were bound to another layout, to ask for its symmetries."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.layout = layout
+        return other
 
     def bind_shape(self, weight: Tensor) -> None:
         """Bind a rule that was given to torch directly, to the canonical layout.
@@ -332,6 +330,7 @@ class Rule(nn.Module, metaclass=OwnMembers):
             if reason is not None:
                 place = f"cannot tie a tensor {tuple(weight.shape)} by '{self}'"
                 raise TieError(place, *reason)
+            self.bind_device(weight.device)
 
     def why_not_kept(self) -> Reason | None:
         """What the rule holds that a file would lose, or None."""

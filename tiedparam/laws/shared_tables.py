@@ -14,7 +14,6 @@ from tiedparam.laws.cells import Cells
 from tiedparam.laws.entry_table import EntryTable
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.pattern import Pattern
-from tiedparam.laws.rule import Rule
 from tiedparam.util.bits import checksum_of
 from tiedparam.util.errors import Reason
 
@@ -44,11 +43,6 @@ def find_table(
     pattern = find()
     if isinstance(pattern, Reason):
         return pattern
-    if pattern.count == 0:
-        return Reason(
-            "the law fixes every entry, so no value is left to train.",
-            "Leave out the law, or a part of it.",
-        )
     table = EntryTable(pattern, cells.count, layout.shape)
     with _writing:
         _tables[key] = table
@@ -57,35 +51,19 @@ def find_table(
     return table
 
 
-def law_key(rule: Rule) -> Hashable:
-    """What a law's symmetries can depend on, apart from its layout.
-
-    By the attributes of the rule and not by its `options`, which a user may have left out.
-    """
-    held = {name: value for name, value in vars(rule).items() if name not in _OF_EVERY_RULE}
-    # a law that is data has a checksum of it among its attributes
-    buffers = {} if "checksum" in held else dict(rule.named_buffers(recurse=False))
-    return type(rule), _frozen(held), _frozen(buffers), _frozen(dict(rule.named_children()))
-
-
-_OF_EVERY_RULE = frozenset(vars(nn.Module())) | {
-    "layout", "compute", "law", "_table", "_shared", "_shapes", "_seen",
-}  # fmt: skip
-"""What is no part of a law, or says nothing that its other attributes do not."""
-
-
-def _frozen(value: Any) -> Hashable:
+def frozen(value: Any) -> Hashable:
     """The same for equal contents; what cannot be compared is like nothing else."""
-    if isinstance(value, Rule):
-        return law_key(value)
+    if isinstance(value, nn.Module):
+        found: Hashable = getattr(value, "law_key", object)()
+        return found
     if isinstance(value, Tensor):
         return _contents(value)
     if isinstance(value, dict):
-        return dict, tuple((_frozen(key), _frozen(each)) for key, each in value.items())
+        return dict, tuple((frozen(key), frozen(each)) for key, each in value.items())
     if isinstance(value, (list, tuple)):
-        return type(value), tuple(_frozen(each) for each in value)
+        return type(value), tuple(frozen(each) for each in value)
     if isinstance(value, (set, frozenset)):
-        return frozenset, frozenset(_frozen(each) for each in value)
+        return frozenset, frozenset(frozen(each) for each in value)
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype)):
         return type(value), value
     if isinstance(value, slice):

@@ -12,12 +12,15 @@ that keeps less than `KEPT` is at least ``0.95 · chance`` away, whatever the la
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
+from tiedparam.laws.registry import law_text
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
 from tiedparam.util.errors import Reason, TieError, shortened, warn
@@ -53,7 +56,7 @@ class Concern:
         rule: the rule that ties it.
         weight: its values before the tie.
         kept: the share of its norm that the nearest lawful weight has; None if the tie frees
-            nothing.
+            nothing, or leaves no value to train.
         residual: how far the weight was from the law, where it keeps too little.
     """
 
@@ -67,7 +70,9 @@ class Concern:
     def fact(self) -> str:
         """The tie, how much it keeps, and the options of its rule that would do better."""
         rule, entries = self.rule, self.weight.numel()
-        if self.kept is None:
+        if rule.free_count == 0:
+            fact = f"leaves nothing to train: the law fixes all {entries:,} values."
+        elif self.kept is None:
             fact = f"frees nothing: {rule.free_count:,} of {entries:,} values are stored."
         else:
             chance = math.sqrt(1 - rule.free_count / entries)
@@ -82,12 +87,14 @@ class Concern:
 
     def advice(self) -> str:
         """What to do, with the call that looks before tying."""
+        if self.rule.free_count == 0:
+            return "Call remove_tie, load the weight again, and tie by fewer of the laws."
         if self.kept is None and not self.others:
             return "Leave it out, or choose another law: tiedparam.scan(model) tries all."
-        name = f"'{self.rule.name}'" if self.rule.name else type(self.rule).__name__
+        law, options = self.rule.statement()
         tensor = [] if self.tensor_name == "weight" else [f"'{self.tensor_name}'"]
-        shown = _shown(self.rule) if self.kept is not None else next(iter(self.others), "")
-        call = ", ".join(["layer", name, *tensor, *([shown] if shown else [])])
+        shown = _shown(options) if self.kept is not None else next(iter(self.others), "")
+        call = ", ".join(["layer", law_text(law), *tensor, *([shown] if shown else [])])
         before = f"how far it is: tiedparam.residual({shortened(call, 160)})."
         if self.kept is None:
             return (
@@ -114,9 +121,9 @@ class Concern:
                 if misfit is not None or other.free_count >= entries or not unlike:
                     continue
                 if self.kept is None:
-                    found[_shown(other)] = f"store {other.free_count:,}"
+                    found[_shown(other.options())] = f"store {other.free_count:,}"
                 elif (kept := _kept(other.residual(self.weight))) > KEPT:
-                    found[_shown(other)] = f"keep {kept:.0%}"
+                    found[_shown(other.options())] = f"keep {kept:.0%}"
         except Exception:  # a user's rule may fail to make its variants
             return {}
         return found
@@ -133,9 +140,9 @@ def concern_of(tie: Tie, where: str, weight: Tensor, *, asked: bool) -> Concern 
     """
     rule, residual = tie.rule, tie.residual_at_tying
     free, entries = rule.free_count, weight.numel()
-    if free == 0:
+    if free == 0 and rule.reads_layers:
         return None  # a copy takes another layer's values: its own are gone by definition
-    if free >= entries:
+    if free == 0 or free >= entries:
         return Concern(where, tie.tensor_name, rule, weight, None)
     if asked or residual is None or entries < ENTRIES or rule.reads_layers:
         return None  # nor is chance known of a law that reads layers
@@ -212,5 +219,5 @@ def _kept(residual: float) -> float:
     return math.sqrt(max(0.0, 1 - residual**2)) if math.isfinite(residual) else 1.0
 
 
-def _shown(rule: Rule) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in rule.options().items())
+def _shown(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tiedparam.laws.registry import law_text
 from tiedparam.model.plan import Plan
 from tiedparam.model.plan_file import plan_to_data
+from tiedparam.model.plan_laws import laws_of
 from tiedparam.util.errors import TieError
 
 SPELLED_OUT = 3
@@ -26,7 +28,8 @@ def in_python(plan: Plan) -> str | None:
         given += [f"'fn': {options['fn']}"] if "fn" in options else []
         own = [f"{key!r}: {table[key]!r}" for key in ("tensor_name", "init") if key in table]
         inside = ", ".join([*given, *own])
-        value = f"({table['rule']!r}, {{{inside}}})" if inside else repr(table["rule"])
+        rule = law_text(laws_of(table["rule"]))
+        value = f"({rule}, {{{inside}}})" if inside else rule
         values.setdefault(table["layers"], []).append(value)
     entries = (
         f"{pattern!r}: {of[0] if len(of) == 1 else '[' + ', '.join(of) + ']'}"

@@ -8,13 +8,13 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from tiedparam.laws.registry import find_rule
+from tiedparam.laws.registry import is_pair, rule_class
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import Init
 from tiedparam.layer.rule_options import KnownName
@@ -23,7 +23,10 @@ from tiedparam.util.errors import TieError
 Predicate = Callable[[str, nn.Module], bool]
 Pattern = str | type[nn.Module] | Predicate
 RuleName = KnownName | str | type[Rule]  # the known ones, so that editors complete them
-Value = RuleName | tuple[RuleName, Mapping[str, Any]]
+Member = RuleName | tuple[RuleName, Mapping[str, Any]]
+"""One law of a list."""
+Value = Member | tuple[list[Any], Mapping[str, Any]]
+""": a law, or laws that hold together."""
 PlanMapping = Mapping[Any, Value | list[Value]]
 """From a `Pattern` to what is tied there. Not typed as such: the keys of a mapping are invariant,
 so that type checkers would refuse ``plan = {"conv": "flip_sym"}``, whose keys are strings alone."""
@@ -39,7 +42,8 @@ class PlanEntry:
     Attributes:
         pattern: a glob over module names (``fnmatch``, so ``*`` also matches dots), a layer
             type, or a function of (name, module).
-        rule: a registered name or a `Rule` subclass.
+        rule: a registered name or a `Rule` subclass; or a list of these and of pairs of one and
+            its options, which hold together.
         options: the rule's options; a source is given as its path in the model, or a module.
         tensor_name: which tensor of the layers.
         init: as in `register_tie`; None takes that of `tie_model`.
@@ -52,7 +56,7 @@ class PlanEntry:
     """
 
     pattern: Pattern
-    rule: RuleName
+    rule: RuleName | list[Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     tensor_name: str = "weight"
     init: Init | None = None
@@ -65,12 +69,7 @@ class PlanEntry:
             )
         if isinstance(self.pattern, type) and not issubclass(self.pattern, nn.Module):
             raise TypeError(f"the pattern {self.pattern.__name__} is not a layer type")
-        is_rule = isinstance(self.rule, type) and issubclass(self.rule, Rule)
-        if not (isinstance(self.rule, str) or is_rule):
-            raise TypeError(
-                f"a plan names a rule or a Rule subclass, not {self.rule!r}. Options stand "
-                "beside it, such as {'layer*': ('row_repeat', {'groups': 2})}"
-            )
+        _refuse_unnamed(self.rule)
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options are a mapping of names to values, not {self.options!r}")
 
@@ -95,12 +94,12 @@ class PlanEntry:
             ) from error
 
     def rule_class(self) -> type[Rule]:
-        """The rule itself.
+        """The class of the rule, or of what holds several laws together.
 
         Raises:
             TieError: if there is none of that name.
         """
-        return find_rule(self.rule) if isinstance(self.rule, str) else self.rule
+        return rule_class(self.rule)
 
     def source_layers(self) -> list[nn.Module]:
         """The sources that are given as layers, and not as paths."""
@@ -132,8 +131,9 @@ class Plan:
         """A plan from ``{pattern: value}``.
 
         A value is a rule's name or class, a pair of that and its options, or a list of such
-        values (to tie several tensors of one layer). Among the options, ``tensor_name`` and
-        ``init`` are `register_tie`'s.
+        values. Those of a list that name the same tensor hold together; others tie another tensor
+        of the layer. Among the options, ``tensor_name`` and ``init`` are `register_tie`'s, and so
+        are ``rows`` and ``columns``.
 
         Raises:
             TypeError: for anything else.
@@ -153,20 +153,54 @@ class Plan:
             )
         return cls(
             tuple(
-                _entry(pattern, value)
+                entry
                 for pattern, values in plan.items()
-                for value in (values if isinstance(values, list) else [values])
+                for entry in _entries(pattern, values if isinstance(values, list) else [values])
             )
         )
 
 
-def _entry(pattern: Pattern, value: Value) -> PlanEntry:
-    rule, options = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
-    if not isinstance(options, Mapping):
-        raise TypeError(f"options are a mapping of names to values, not {options!r}")
-    own = {key: options[key] for key in OWN_OPTIONS if key in options}
-    rest = {key: option for key, option in options.items() if key not in own}
-    return PlanEntry(pattern, rule, rest, **own)
+def _entries(pattern: Pattern, values: list[Any]) -> Iterator[PlanEntry]:
+    """One for each tensor that the values name."""
+    by_tensor: dict[str, list[PlanEntry]] = {}
+    for value in values:
+        rule, options = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
+        if not isinstance(options, Mapping):
+            raise TypeError(f"options are a mapping of names to values, not {options!r}")
+        own = {key: options[key] for key in OWN_OPTIONS if key in options}
+        rest = {key: option for key, option in options.items() if key not in own}
+        entry = PlanEntry(pattern, rule, rest, **own)
+        by_tensor.setdefault(entry.tensor_name, []).append(entry)
+    for entries in by_tensor.values():
+        yield entries[0] if len(entries) == 1 else _together(entries)
+
+
+def _together(entries: list[PlanEntry]) -> PlanEntry:
+    """The entry by which the laws of all these hold, which are for one tensor."""
+    pattern, tensor_name = entries[0].pattern, entries[0].tensor_name
+    inits = {entry.init: None for entry in entries if entry.init is not None}
+    if len(inits) > 1:
+        listed = " and ".join(f"'{init}'" for init in inits)
+        raise TypeError(
+            f"the laws of '{tensor_name}' hold together and have one init, not {listed}"
+        )
+    laws = [(entry.rule, entry.options) if entry.options else entry.rule for entry in entries]
+    return PlanEntry(pattern, laws, {}, tensor_name, next(iter(inits), None))
+
+
+def _refuse_unnamed(rule: Any) -> None:
+    """Raise for what is not a rule by name or class, nor a list of such."""
+    laws = rule if isinstance(rule, list) and rule else [rule]
+    for law in laws:
+        if is_pair(law):
+            _refuse_unnamed(law[0])
+        elif law is not rule:
+            _refuse_unnamed(law)
+        elif not (isinstance(law, str) or (isinstance(law, type) and issubclass(law, Rule))):
+            raise TypeError(
+                f"a plan names a rule or a Rule subclass, not {law!r}. Options stand "
+                "beside it, such as {'layer*': ('row_repeat', {'groups': 2})}"
+            )
 
 
 def _glob(pattern: str) -> re.Pattern[str]:

@@ -12,17 +12,20 @@ An entry is a table of names and options; nothing in a file is executed, importe
     rule = "copy"
     tensor_name = "weight"
     options = { source = "encoder", fn = "torch.t" }
+
+    [[tie]]
+    layers = "mixer"
+    rule = ["flip_sym", ["repeat", { outputs = 2 }]]    # both hold
+    options = { rows = [0, 64], columns = [0, 64] }     # of this part
 """
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,15 @@ from torch import nn
 
 from tiedparam.formats.atomic import whole_files
 from tiedparam.formats.strict_json import read_json
-from tiedparam.laws.functions import Functions, as_functions, function_name, with_functions
-from tiedparam.laws.registry import find_rule
-from tiedparam.laws.rule import Rule
+from tiedparam.laws.functions import Functions, as_functions
 from tiedparam.layer.checks import check_init
-from tiedparam.model.plan import OWN_OPTIONS, Plan, PlanEntry, PlanMapping
+from tiedparam.model.plan import Plan, PlanEntry, PlanMapping
+from tiedparam.model.plan_laws import (
+    law_from_data,
+    options_to_data,
+    refuse_unknown,
+    rule_to_data,
+)
 from tiedparam.util.errors import LONGEST_MESSAGE, TieError, nearest, shortened, within
 
 if sys.version_info >= (3, 11):
@@ -98,11 +105,6 @@ def read_plan(path: str | os.PathLike[str], *, functions: Functions | None = Non
     return plan_from_data(read_data(path), f"'{path}'", functions)
 
 
-def _is_default(kind: type[Rule], option: str) -> bool:
-    parameter = inspect.signature(kind).parameters.get(option)
-    return parameter is not None and parameter.default is None
-
-
 def read_data(path: str | os.PathLike[str]) -> Any:
     """What a TOML or JSON file holds.
 
@@ -158,62 +160,18 @@ def _entry_to_data(entry: PlanEntry) -> dict[str, Any]:
         table["type"] = entry.pattern.__name__
     else:
         raise refuse("a function has no name there.", _USE_A_GLOB)
-    if isinstance(entry.rule, str):
-        table["rule"] = entry.rule
-    elif entry.rule.name and find_rule(entry.rule.name) is entry.rule:
-        table["rule"] = entry.rule.name
-    else:
-        raise refuse(f"the rule {entry.rule.__name__} is not registered.", "Use register_rule.")
+    table["rule"] = rule_to_data(entry.rule, refuse)
     if entry.tensor_name != "weight":
         table["tensor_name"] = entry.tensor_name
     if entry.init is not None:
         table["init"] = entry.init
-    kind = entry.rule_class()
-    options = {
-        key: _option_to_data(key, value, key in kind.functions, refuse)
-        for key, value in entry.options.items()
-        if value is not None or not _is_default(kind, key)
-    }
+    options = options_to_data(entry.rule_class(), entry.options, refuse)
     if options:
         table["options"] = options
     return table
 
 
 _USE_A_GLOB = "Use a glob over module names."
-
-
-def _option_to_data(
-    key: str, value: Any, is_function: bool, refuse: Callable[[str, str], TieError]
-) -> Any:
-    if value is None:
-        raise refuse(
-            f"{key}=None is not its default, and neither format holds a None.", "Leave it out."
-        )
-    if isinstance(value, nn.Module):
-        raise refuse(f"{key}= is a module.", "Give its path in the model.")
-    if is_function and not isinstance(value, str):
-        try:
-            value = function_name(value)
-        except TieError as error:
-            raise refuse(error.fact, error.remedy) from error
-    if not _is_plain(value):
-        # repr refuses whole numbers of thousands of digits
-        shown = repr(value) if isinstance(value, (float, str)) else type(value).__name__
-        raise refuse(
-            f"{key}={shown} cannot be written.",
-            "Files hold strings, finite numbers, truth values and lists of these.",
-        )
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) and not isinstance(item, (list, tuple)) for item in value)
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, str):
-        return not any("\ud800" <= character <= "\udfff" for character in value)
-    return isinstance(value, int) and -(2**63) <= value < 2**63  # what TOML promises to hold
 
 
 _KEYS = ("layers", "type", "rule", "tensor_name", "init", "options")
@@ -234,7 +192,7 @@ def plan_from_data(data: Any, where: str, functions: Functions | None = None) ->
     if not isinstance(data, dict):
         raise TieError(where, f"{where} holds no table 'tie'.", begin)
     # [[layer]] says what a checkpoint file does not show of its layers: a model does
-    _refuse_unknown(data, ("tie", "layer"), where)
+    refuse_unknown(data, ("tie", "layer"), where)
     tables = data.get("tie")
     if not isinstance(tables, list) or not tables:
         raise TieError(where, f"{where} holds no list 'tie'.", begin)
@@ -250,8 +208,8 @@ def plan_from_data(data: Any, where: str, functions: Functions | None = None) ->
 def _entry_from_data(table: Any, where: str, functions: Functions) -> PlanEntry:
     if not isinstance(table, dict):
         raise TieError(where, f"{where} is not a table.", "Begin it with [[tie]].")
-    _refuse_unknown(table, _KEYS, where)
-    for key in ("layers", "type", "rule", "tensor_name", "init"):
+    refuse_unknown(table, _KEYS, where)
+    for key in ("layers", "type", "tensor_name", "init"):
         if key in table and not isinstance(table[key], str):
             raise TieError(where, f"{key} must be a string, not {table[key]!r}.", "")
     if ("layers" in table) == ("type" in table):
@@ -260,46 +218,18 @@ def _entry_from_data(table: Any, where: str, functions: Functions) -> PlanEntry:
         )
     if "rule" not in table:
         raise TieError(where, f"{where} names no rule.", 'Add rule = "...".')
-    options = table.get("options", {})
-    if not isinstance(options, dict):
-        raise TieError(where, f"options must be a table, not {options!r}.", "")
-    try:
-        rule = find_rule(table["rule"])
-        options = with_functions(options, rule.functions, functions)
-    except TieError as error:
-        raise within(where, error) from error
-    _refuse_options(rule, options, where)
+    rule, options = law_from_data(table["rule"], table.get("options", {}), where, functions)
     try:
         check_init(table.get("init", "project"))
     except TieError as error:
         raise within(where, error) from error
     return PlanEntry(
         table["layers"] if "layers" in table else _layer_type(table["type"], where),
-        rule.name,
+        rule,
         options,
         table.get("tensor_name", "weight"),
         table.get("init"),
     )
-
-
-def _refuse_options(rule: type[Rule], options: Mapping[str, Any], where: str) -> None:
-    for key in OWN_OPTIONS:
-        if key in options:
-            raise TieError(where, f"{key} is not an option of a rule.", "Write it beside rule =.")
-    for key, value in options.items():
-        several = isinstance(value, list) and isinstance(options.get("source"), list)
-        if key == "source_name" and not (several or isinstance(value, str | None)):
-            raise TieError(where, f"source_name must be a string, not {value!r}.", "")
-        if key not in rule.functions and value is not None and not _is_plain(value):
-            kinds = "a string, a finite number, a truth value or a list of them"
-            raise TieError(where, f"{key} must be {kinds}, not a {type(value).__name__}.", "")
-    signature = inspect.signature(rule)
-    where = f"{where}: options of '{rule.name}'"
-    _refuse_unknown(options, signature.parameters, where)
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        raise TieError(where, f"{error}.", "") from error
 
 
 def _layer_type(name: str, where: str) -> type[nn.Module]:
@@ -311,15 +241,6 @@ def _layer_type(name: str, where: str) -> type[nn.Module]:
     if name not in known:
         raise TieError(where, f"torch.nn has no layer type '{name}'.", nearest(name, known))
     return known[name]
-
-
-def _refuse_unknown(table: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    known = list(known)
-    for key in table:
-        if key not in known:
-            names = ", ".join(f"'{name}'" for name in known)
-            listed = f"Known are {names}." if known else "There are none."
-            raise TieError(where, f"the key '{key}' is unknown.", nearest(key, known) or listed)
 
 
 # TOML --------------------------------------------------------------------------------------

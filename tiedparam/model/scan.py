@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.registry import available_rules, make_rule
+from tiedparam.laws.registry import PART, available_rules, make_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import why_refused
 from tiedparam.model import cost
@@ -35,7 +35,7 @@ from tiedparam.util.progress import progress as progress_bar
 
 def scan(
     model: nn.Module,
-    rules: Iterable[Value] | None = None,
+    rules: Iterable[Value | list[Any]] | None = None,
     *,
     pairs: int = 2,
     example: Any = None,
@@ -46,8 +46,9 @@ def scan(
     Args:
         model: the model; tensors that are tied already are left out, and listed as such.
         rules: names, `Rule` subclasses, or pairs of one and its options; by default all of
-            `available_rules`, each with all of its `Rule.variants`. Sources are looked for, and
-            not given. Options that fit no tensor are listed with the reason.
+            `available_rules`, each with all of its `Rule.variants`. A list among them is laws
+            that hold together, as in `register_tie`. Sources are looked for, and not given.
+            Options that fit no tensor are listed with the reason.
         pairs: with how many other tensors of a fitting shape each tensor is compared in full,
             for rules that copy; 0 looks for no copies. Which ones is decided by 1,024
             sampled entries of every tensor, over all pairs. Biases are not searched for copies.
@@ -96,22 +97,29 @@ class _Choice:
 
     rule: type[Rule]
     options: Mapping[str, Any] | None
+    law: Any
+    """The rule as it was given, or the laws that hold together."""
+
+    def make(self, options: Mapping[str, Any]) -> Rule:
+        return make_rule(self.law, options)
 
     def variants(self, layout: Layout) -> Sequence[Mapping[str, Any]]:
         return self.rule.variants(layout) if self.options is None else [self.options]
 
 
-def _chosen_rules(rules: Iterable[Value] | None) -> list[_Choice]:
+def _chosen_rules(rules: Iterable[Value | list[Any]] | None) -> list[_Choice]:
     if rules is None:
-        return [_Choice(rule, None) for rule in available_rules().values()]
+        return [_Choice(rule, None, rule) for rule in available_rules().values()]
     if isinstance(rules, (str, type)):
         raise TypeError("rules= takes a list of rules, such as ['flip_sym']")
     chosen = []
     for item in rules:
         rule, options = item if isinstance(item, tuple) else (item, None)
+        if isinstance(rule, list):
+            options = options or {}
         kind = PlanEntry("*", rule, options or {}).rule_class()
         if options is not None and not kind.reads_layers:
-            make_rule(kind, dict(options))  # raises for unknown options, before any work
+            make_rule(rule, options)  # raises for unknown options, before any work
         given = {"source", "source_name"} & set(options or ())
         if kind.reads_layers and given:
             name, named = kind.name or kind.__name__, " and ".join(f"{n}=" for n in sorted(given))
@@ -120,7 +128,7 @@ def _chosen_rules(rules: Iterable[Value] | None) -> list[_Choice]:
                 f"scan looks for the sources of '{name}' itself.",
                 f"Leave out {named}, or call residual for one.",
             )
-        chosen.append(_Choice(kind, options))
+        chosen.append(_Choice(kind, options, rule))
     return chosen
 
 
@@ -174,7 +182,7 @@ class _Scan:
         self, tensor: ScannedTensor, choice: _Choice, refused: dict[Reason, Skipped]
     ) -> Iterator[Candidate]:
         for options in choice.variants(tensor.layout):
-            rule = make_rule(choice.rule, dict(options))
+            rule = choice.make(options)
             refusal = why_refused(tensor.target, rule)
             if refusal is not None:
                 refused[refusal] = Skipped(tensor.path, tensor.name, refusal)
@@ -188,13 +196,16 @@ class _Scan:
                 continue
             self._fitted.add(id(choice))
             entries, free = tensor.value.numel(), rule.free_count
-            if free >= entries:
-                continue  # it ties nothing
+            if free >= entries or not free:
+                continue  # it ties nothing, or leaves nothing
+            # rows and columns as they are counted here, which a file can hold
+            part = {key: rule.options().get(key) for key in PART if key in options}
+            options = {**options, **part}
             known = self._of_shape(rule, tensor.value)
             random = RandomResidual.from_law(
                 tensor.moments, entries, free, known.unlawful, is_complex=tensor.value.is_complex()
             )
-            yield self._candidate(tensor, rule, options, random, known.multiplicity)
+            yield self._candidate(tensor, rule, choice.law, options, random, known.multiplicity)
 
     def copies_among(
         self, tensors: list[ScannedTensor], pairs: int, found: dict[int, list[Candidate]]
@@ -263,12 +274,13 @@ class _Scan:
         shown = {**options, "source": source.path}
         if source.name != tensor.name:
             shown["source_name"] = source.name
-        return self._candidate(tensor, rule, shown, random, None)
+        return self._candidate(tensor, rule, kind, shown, random, None)
 
     def _candidate(
         self,
         tensor: ScannedTensor,
         rule: Rule,
+        law: Any,
         options: Mapping[str, Any],
         random: RandomResidual,
         multiplicity: tuple[int, int] | None,
@@ -285,6 +297,7 @@ class _Scan:
             tensor_name=tensor.name,
             rule=text,
             rule_class=type(rule),
+            law=law,
             options=dict(options),
             shape=shape,
             dense_values=tensor.value.numel(),

@@ -34,6 +34,7 @@ class Candidate:
         tensor_name: which of its tensors.
         rule: the rule with its options, as text.
         rule_class: the rule.
+        law: what a plan says of it: its name or class, or a list of laws that hold together.
         options: its options; a source is given as its path.
         shape: of the tensor.
         dense_values: how many entries it has.
@@ -56,6 +57,7 @@ class Candidate:
     tensor_name: str
     rule: str
     rule_class: type[Rule]
+    law: Any
     options: Mapping[str, Any]
     shape: tuple[int, ...]
     dense_values: int
@@ -89,8 +91,8 @@ class Candidate:
 
     def entry(self) -> PlanEntry:
         """The entry of a plan that ties this tensor by this rule."""
-        rule = self.rule_class.name or self.rule_class
-        return PlanEntry(glob.escape(self.layer), rule, dict(self.options), self.tensor_name)
+        law = getattr(self.law, "name", "") or self.law  # a class by its name
+        return PlanEntry(glob.escape(self.layer), law, dict(self.options), self.tensor_name)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def select(
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, (parametrize.ParametrizationList, Rule)):
             names.setdefault(module, []).append(path)
-    rules = [_checked(entry, default_init) for entry in plan.entries]
+    inits = [_checked(entry, default_init) for entry in plan.entries]
     selects = [False] * len(plan.entries)
     without: list[list[str]] = [[] for _ in plan.entries]
     ties = []
@@ -63,20 +63,17 @@ def select(
             selects[number] = True
             if entry.tensor_name not in taken:
                 taken.add(entry.tensor_name)
-                kind, init = rules[number]
-                rule = make_rule(kind, dict(entry.options))
+                rule, init = make_rule(entry.rule, entry.options), inits[number]
                 if rule.reads_layers and init == "rescale":
                     init = "project"
                 ties.append(Selected(paths[0], module, entry, rule, init))
     absent, problems = list[Skipped](), []
-    for entry, (kind, _), found, left_out in zip(
-        plan.entries, rules, selects, without, strict=True
-    ):
+    for entry, found, left_out in zip(plan.entries, selects, without, strict=True):
         if found:
             continue
         reason = _why_nothing(entry, names, left_out)
         if skip and (left_out or not isinstance(entry.pattern, str)):
-            rule = make_rule(kind, dict(entry.options))
+            rule = make_rule(entry.rule, entry.options)
             pattern = entry.pattern_text().strip("'")
             absent.append(Skipped(pattern, entry.tensor_name, reason, str(rule)))
         else:
@@ -86,12 +83,11 @@ def select(
     return ties, absent
 
 
-def _checked(entry: PlanEntry, default_init: Init) -> tuple[type[Rule], Init]:
-    kind = entry.rule_class()
-    make_rule(kind, dict(entry.options))
+def _checked(entry: PlanEntry, default_init: Init) -> Init:
+    make_rule(entry.rule, entry.options)
     init = entry.init if entry.init is not None else default_init
     check_init(init)
-    return kind, init
+    return init
 
 
 def _has(module: nn.Module, tensor_name: str) -> bool:

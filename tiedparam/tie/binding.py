@@ -37,6 +37,8 @@ def bind(rule: Rule, target: Target) -> Reason | None:
     reason = rule.bind(target.layout, weight.dtype)
     if reason is None and rule.reads_layers:
         reason = _why_misfit(rule, weight)
+    if reason is None:
+        rule.bind_device(weight.device)
     return reason
 
 
