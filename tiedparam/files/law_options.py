@@ -138,11 +138,11 @@ def made(
 def _made_laws(value: Any, functions: Functions) -> Any:
     """What `_written_laws` has written; what it cannot have written, as it is."""
     if isinstance(value, str):
-        return made(value, {}, functions)
+        return made(value, {}, functions, {})
     if not isinstance(value, list):
         return value
     if len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], dict):
-        return made(value[0], value[1], functions)
+        return made(value[0], value[1], functions, {})
     return [_made_laws(each, functions) for each in value]
 
 

@@ -44,7 +44,7 @@ class Coded(Orbits):
 
     fault: Reason | None = None
 
-    _apart = Orbits._apart | {"_shared", "_shapes", "_seen"}
+    apart = Orbits.apart | {"_shared", "_shapes", "_seen"}
     _shared: EntryTable | None = None
     _shapes: tuple[tuple[int, ...], ...] = ()
     _seen: tuple[tuple[weakref.ref[Any], int, int | None], ...] = ()

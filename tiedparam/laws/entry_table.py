@@ -163,7 +163,7 @@ class EntryTable(LinearMap):
             return torch.bincount(labels, minlength=self.pattern.count + 1)[1:]
 
     def first_entries(self) -> Tensor:
-        """The first member of each orbit, which is never a negative one; in int64."""
+        """The first member of each orbit, in int64."""
         with plain_numbers():
             entry = torch.arange(len(self.pattern.labels), device="cpu")
             first = torch.full((self.pattern.count + 1,), len(entry), device="cpu")

@@ -70,7 +70,7 @@ class Orbits(Rule):
     holds_laws: ClassVar[tuple[str, ...]] = ()
     """The names of options that are laws themselves, which files hold by names and options."""
 
-    _apart: ClassVar[frozenset[str]] = frozenset({"_table", "_none"})
+    apart: ClassVar[frozenset[str]] = frozenset({"_table", "_none"})
     """Further attributes on which no symmetry depends."""
     _table: EntryTable
     _none: Tensor
@@ -159,12 +159,14 @@ class Orbits(Rule):
         return self._shaped(sizes.expand(self._table.cells, -1).contiguous())
 
     def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """The first member of each orbit, in storage of its own."""
+        """The first member of each orbit, with its sign, in storage of its own."""
         if not self.is_derived:
             return super().representatives(weight)
         cells = weight.detach().contiguous().view(self._table.cells, -1)
-        first = self._table.first_entries().to(weight.device)
-        return self._shaped(cells.index_select(1, beside(first, cells)))
+        first = self._table.first_entries()
+        signs = self._table.pattern.labels[first].sign().to(weight.device)
+        chosen = cells.index_select(1, beside(first.to(weight.device), cells))
+        return self._shaped(torch.where(beside(signs, cells) < 0, -chosen, chosen))
 
     def _shaped(self, values: Tensor) -> tuple[Tensor, ...]:
         return tuple(values.reshape(shape) for shape in self.free_shapes())
@@ -216,7 +218,7 @@ class Orbits(Rule):
         By the attributes of the rule and not by its `options`, which a user may have left out.
         """
         found = {**vars(self), **self.numbers_of_law(), **dict(self.named_children())}
-        apart = _OF_EVERY_RULE | self._apart
+        apart = _OF_EVERY_RULE | self.apart
         return type(self), frozen({k: value for k, value in found.items() if k not in apart})
 
     def numbers_of_law(self) -> dict[str, Tensor]:

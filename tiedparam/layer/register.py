@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from tiedparam.laws.registry import make_rule
+from tiedparam.laws.block import Range
+from tiedparam.laws.registry import Laws, make_rule, with_part
 from tiedparam.laws.rule import Rule
 from tiedparam.layer import rule_options
 from tiedparam.layer.checks import Init, check_arguments
@@ -86,6 +87,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["joint"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.JointTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["kernel_symmetry"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.KernelSymmetryTie],
@@ -132,6 +140,13 @@ def register_tie(
     tensor_name: str = ...,
     **options: Unpack[rule_options.TieArguments],
 ) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["within"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.WithinTie],
+) -> Layer: ...
 # end
 @overload
 def register_tie(
@@ -148,12 +163,21 @@ def register_tie(
     cache: bool = ...,
     optimizer: Optimizer | Iterable[Optimizer] | None = ...,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Any,
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Laws,
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.TieArguments],
 ) -> Layer: ...
 @never_compiled
 def register_tie(
     layer: Layer,
-    rule: str | type[Rule] | Rule,
+    rule: str | type[Rule] | Rule | Laws,
     tensor_name: str = "weight",
     *,
     init: Init = "project",
@@ -161,6 +185,8 @@ def register_tie(
     cache: bool = False,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     root: nn.Module | None = None,
+    rows: Range | None = None,
+    columns: Range | None = None,
     **options: Any,
 ) -> Layer:
     """Tie a tensor of a stock layer: only its free values are stored from now on.
@@ -170,7 +196,8 @@ def register_tie(
 
     Args:
         layer: the layer; it stays of its class, and ``repr`` shows the tie.
-        rule: a registered name (`available_rules`), a `Rule` subclass, or a `Rule`.
+        rule: a registered name (`available_rules`), a `Rule` subclass, or a `Rule`; or a list of
+            these, in which a pair ``(name, options)`` gives a law its options: all of them hold.
         tensor_name: which Parameter of the layer.
         init: how the free values come from the present weight: ``"project"``, the nearest
             lawful weight (for trained weights); ``"rescale"``, the projection times the
@@ -190,6 +217,11 @@ def register_tie(
         root: the model that holds the layer: names it in messages, finds a ``source=`` given
             as a path, refuses layers that share the Parameter with another one, and keeps a
             copy from being separated from its source.
+        rows: tie only these outputs, such as ``slice(0, 64)``, as if they were the whole tensor;
+            the rest stays free. For several parts pass a list of laws with ``rows`` among their
+            options.
+        columns: tie only these inputs (of a group), likewise. Rows are outputs and columns inputs
+            also where a layer stores its inputs first.
         **options: the rule's own options.
 
     Returns:
@@ -215,7 +247,7 @@ def register_tie(
     """
     check_arguments(layer, tensor_name, init, root)
     check_max_residual(max_residual)
-    made = make_rule(rule, options)
+    made = make_rule(rule, with_part(options, rows, columns))
     settings = Settings(
         init,
         max_residual,

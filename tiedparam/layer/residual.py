@@ -8,7 +8,8 @@ from typing import Any, Literal, overload
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from tiedparam.laws.registry import make_rule
+from tiedparam.laws.block import Range
+from tiedparam.laws.registry import Laws, make_rule, with_part
 from tiedparam.laws.rule import Rule
 from tiedparam.layer import rule_options
 from tiedparam.layer.checks import check_arguments, why_no_values
@@ -27,6 +28,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Unpack[rule_options.ChannelSharedOptions],
 ) -> float: ...
 @overload
@@ -36,6 +39,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
 ) -> float: ...
 @overload
 def residual(
@@ -44,6 +49,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Unpack[rule_options.CopyOptions],
 ) -> float: ...
 @overload
@@ -53,6 +60,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Unpack[rule_options.FixedOptions],
 ) -> float: ...
 @overload
@@ -62,6 +71,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
 ) -> float: ...
 @overload
 def residual(
@@ -70,6 +81,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Unpack[rule_options.GroupConvOptions],
 ) -> float: ...
 @overload
@@ -79,6 +92,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
 ) -> float: ...
 @overload
 def residual(
@@ -87,7 +102,20 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Unpack[rule_options.IndexOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["joint"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+    **options: Unpack[rule_options.JointOptions],
 ) -> float: ...
 @overload
 def residual(
@@ -96,6 +124,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Unpack[rule_options.KernelSymmetryOptions],
 ) -> float: ...
 @overload
@@ -105,6 +135,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Unpack[rule_options.MaskedOptions],
 ) -> float: ...
 @overload
@@ -114,6 +146,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Unpack[rule_options.OrbitOptions],
 ) -> float: ...
 @overload
@@ -123,6 +157,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Unpack[rule_options.RepeatOptions],
 ) -> float: ...
 @overload
@@ -132,6 +168,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Unpack[rule_options.RowRepeatOptions],
 ) -> float: ...
 @overload
@@ -141,6 +179,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Unpack[rule_options.SquaredCopyOptions],
 ) -> float: ...
 @overload
@@ -150,11 +190,30 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["within"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+    **options: Unpack[rule_options.WithinOptions],
 ) -> float: ...
 # end
 @overload
 def residual(
-    layer: nn.Module, rule: Rule, tensor_name: str = ..., *, root: nn.Module | None = ...
+    layer: nn.Module,
+    rule: Rule | Laws,
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
 ) -> float: ...
 @overload
 def residual(
@@ -163,14 +222,18 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Any,
 ) -> float: ...
 def residual(
     layer: nn.Module,
-    rule: str | type[Rule] | Rule,
+    rule: str | type[Rule] | Rule | Laws,
     tensor_name: str = "weight",
     *,
     root: nn.Module | None = None,
+    rows: Range | None = None,
+    columns: Range | None = None,
     **options: Any,
 ) -> float:
     """How far a tensor is from a law: ``‖W − project(W)‖ / ‖W‖``. Look before you tie.
@@ -180,6 +243,8 @@ def residual(
         rule: as in `register_tie`.
         tensor_name: which tensor.
         root: the model, to find a ``source=`` given as a path.
+        rows: as in `register_tie`: the law is for these outputs.
+        columns: likewise, for these inputs.
         **options: the rule's own options.
 
     Returns:
@@ -199,7 +264,7 @@ def residual(
         0.707
     """
     check_arguments(layer, tensor_name, "project", root)
-    made = make_rule(rule, options)
+    made = make_rule(rule, with_part(options, rows, columns))
     target = Target(layer, tensor_name, root)
     place = f"cannot compare {target.describe()} with '{made}'"
     weight = target.tensor

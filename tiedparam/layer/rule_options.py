@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Required
 
+from tiedparam.laws.block import Range
 from tiedparam.layer.checks import Init
 
 
@@ -24,6 +25,8 @@ class TieArguments(TypedDict, total=False):
     cache: bool
     optimizer: Optimizer | Iterable[Optimizer] | None
     root: nn.Module | None
+    rows: Range | None
+    columns: Range | None
 
 
 # begin: by python docs/make_signatures.py
@@ -36,6 +39,7 @@ KnownName = Literal[
     "group_conv",
     "hankel",
     "index",
+    "joint",
     "kernel_symmetry",
     "masked",
     "orbit",
@@ -43,6 +47,7 @@ KnownName = Literal[
     "row_repeat",
     "squared_copy",
     "toeplitz",
+    "within",
 ]
 """The names of the library's own rules."""
 
@@ -101,6 +106,16 @@ class IndexOptions(TypedDict, total=False):
 
 class IndexTie(TieArguments, IndexOptions, total=False):
     """All that `register_tie` takes by name for ``index``."""
+
+
+class JointOptions(TypedDict, total=False):
+    """The options of ``joint``."""
+
+    laws: Required[Sequence[object]]
+
+
+class JointTie(TieArguments, JointOptions, total=False):
+    """All that `register_tie` takes by name for ``joint``."""
 
 
 class KernelSymmetryOptions(TypedDict, total=False):
@@ -170,6 +185,16 @@ class SquaredCopyOptions(TypedDict, total=False):
 
 class SquaredCopyTie(TieArguments, SquaredCopyOptions, total=False):
     """All that `register_tie` takes by name for ``squared_copy``."""
+
+
+class WithinOptions(TypedDict, total=False):
+    """The options of ``within``."""
+
+    inner: Required[object]
+
+
+class WithinTie(TieArguments, WithinOptions, total=False):
+    """All that `register_tie` takes by name for ``within``."""
 
 
 # end

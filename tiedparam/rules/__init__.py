@@ -14,6 +14,7 @@ from tiedparam.rules.flip_sym import FlipSym
 from tiedparam.rules.group_conv import GroupConv
 from tiedparam.rules.hankel import Hankel
 from tiedparam.rules.index import Index
+from tiedparam.rules.joint import Joint
 from tiedparam.rules.kernel_symmetry import KernelSymmetry
 from tiedparam.rules.masked import Masked
 from tiedparam.rules.orbit import Orbit
@@ -21,6 +22,7 @@ from tiedparam.rules.repeat import Repeat
 from tiedparam.rules.row_repeat import RowRepeat
 from tiedparam.rules.squared_copy import SquaredCopy
 from tiedparam.rules.toeplitz import Toeplitz
+from tiedparam.rules.within import Within
 
 __all__ = [
     "ChannelShared",
@@ -31,6 +33,7 @@ __all__ = [
     "GroupConv",
     "Hankel",
     "Index",
+    "Joint",
     "KernelSymmetry",
     "Masked",
     "Orbit",
@@ -38,5 +41,6 @@ __all__ = [
     "RowRepeat",
     "SquaredCopy",
     "Toeplitz",
+    "Within",
 ]
 # end

@@ -113,13 +113,6 @@ class Index(Coded):
         labels = self._labels()
         return Pattern(labels, int(labels.abs().max()), None)
 
-    def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """The first member of each orbit, with its sign."""
-        (values,) = super().representatives(weight)
-        labels = self._labels()
-        minus = (labels[_first_entries(labels)[1:]] < 0).to(values.device)
-        return (torch.where(minus.view(values.shape), -values, values),)
-
     @classmethod
     def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
         """None: the pattern is the user's."""
