@@ -12,7 +12,7 @@ from torch import nn
 
 import tiedparam as tp
 
-LONGEST = 230
+LONGEST = 320
 """Lines of ``help(rule)``. Of a layer it has more than a thousand."""
 
 RULES = {
