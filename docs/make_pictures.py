@@ -69,6 +69,7 @@ CASES: dict[str, dict[str, Case]] = {
         f"repeat-{order}": (lambda: nn.Linear(4, 6), "", {"outputs": 2, "order": order})
         for order in ("block", "tile")
     },
+    "block_circulant": {"block_circulant": (lambda: nn.Linear(6, 6), "", {"block": 3})},
     "toeplitz": {"toeplitz": (lambda: nn.Linear(5, 4), "", {})},
     "hankel": {"hankel": (lambda: nn.Linear(5, 4), "", {})},
     "copy": {

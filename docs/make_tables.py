@@ -88,6 +88,7 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
         "`⌈a²/4⌉`, `m(m+1)/2` with `m = ⌈a/2⌉`",
         lambda r: prod(_canonical(r)[:2]) * _of_kernel(r),
     ),
+    "block_circulant": ("`O·C/block`", lambda r: prod(_canonical(r)) // r.block),
     "circulant": ("`n`", lambda r: _canonical(r)[0]),
     "toeplitz": ("`O + C − 1`", lambda r: sum(_canonical(r)) - 1),
     "hankel": ("`O + C − 1`", lambda r: sum(_canonical(r)) - 1),

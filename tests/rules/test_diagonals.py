@@ -211,11 +211,15 @@ def test_a_file_holds_the_values_alone(law, tmp_path):
     assert str(tp.get_tie(other)) == law
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex128])
 @pytest.mark.parametrize("law", LAWS)
-def test_complex_matrices(law):
-    layer = nn.Linear(4, 4, dtype=torch.complex128)
+def test_complex_matrices(law, dtype):
+    layer = nn.Linear(4, 4, dtype=torch.complex64).to(dtype)
     tp.register_tie(layer, law)
-    free, weight = free_value(layer).detach(), layer.weight.detach()
+    free, weight = (
+        value.detach().to(torch.complex128) for value in (free_value(layer), layer.weight)
+    )
     for part in (torch.real, torch.imag):
         assert torch.equal(part(weight), as_scipy_has_it(law, part(free), 4, 4))
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiedparam.laws.layout import Layout
+from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.util.errors import Reason
@@ -38,13 +38,7 @@ class OfDiagonals(Orbits):
 
     def check(self, layout: Layout) -> Reason | None:
         """The weight must be a matrix."""
-        if len(layout.shape) == 2:
-            return None
-        return Reason(
-            f"the law is one of matrices, and the tensor {layout.shape} has {len(layout.shape)} "
-            f"{'axis' if len(layout.shape) == 1 else 'axes'}.",
-            "Tie a matrix, such as the weight of a Linear layer.",
-        )
+        return why_no_matrix(layout)
 
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """One row of values, so that optimizers see a matrix in what was one."""
@@ -53,8 +47,9 @@ class OfDiagonals(Orbits):
     def forward(self, *free: Tensor) -> Tensor:
         """Lay the values along the diagonals."""
         (values,) = free
-        # contiguous, also where the layer stores the transposed matrix
-        return self.bound_layout.native(self._expansion(values)).contiguous()
+        matrix = self._expansion(values)
+        layout = self.bound_layout
+        return layout.native(matrix).contiguous() if layout.transposed else matrix
 
     def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The first member of each orbit."""
@@ -127,21 +122,21 @@ class Diagonals(AntiDiagonals):
 
     def expand(self, free: Tensor) -> Tensor:
         """Row ``o`` is the window that begins at ``w[o − n + 1]``, turned round."""
-        return free.reshape(-1).unfold(0, self.columns, 1).flip(1).contiguous()
+        return _turned(free.reshape(-1).unfold(0, self.columns, 1), 1)
 
     def in_plain_operations(self, values: Tensor) -> Tensor:
         """`expand`, differentiable, by copies whose gradients are sums."""
-        return super().in_plain_operations(values).flip(1)
+        return _turned(super().in_plain_operations(values), 1)
 
     def fold(self, weight: Tensor) -> Tensor:
         """The sums over the diagonals."""
         if self.rows <= self.columns:
-            return _sum_moved(weight, "left").flip(0)
+            return _turned(_sum_moved(weight, "left"), 0)
         return _sum_moved(weight.t(), "left")
 
     def members(self, weight: Tensor) -> Tensor:
         """The first member of each diagonal: the first row from its end, and the first column."""
-        return torch.cat([weight[0].flip(0), weight[1:, 0]])
+        return torch.cat([_turned(weight[0], 0), weight[1:, 0]])
 
 
 class WrappedDiagonals(Diagonals):
@@ -170,6 +165,13 @@ class WrappedDiagonals(Diagonals):
     def members(self, weight: Tensor) -> Tensor:
         """The first column."""
         return weight[:, 0].clone()
+
+
+def _turned(values: Tensor, axis: int) -> Tensor:
+    """Backwards along an axis, and contiguous, which torch promises of no flip of a view."""
+    if values.dtype == torch.complex32:  # which torch does not flip on a CPU
+        return torch.view_as_complex(_turned(torch.view_as_real(values), axis))
+    return values.flip(axis).contiguous()
 
 
 def _twice(values: Tensor) -> Tensor:

@@ -31,6 +31,13 @@ Layer = TypeVar("Layer", bound=nn.Module)
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["block_circulant"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.BlockCirculantTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["channel_shared"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.ChannelSharedTie],

@@ -24,6 +24,17 @@ from tiedparam.util.torch_private import has_values
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["block_circulant"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+    **options: Unpack[rule_options.BlockCirculantOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["channel_shared"],
     tensor_name: str = ...,
     *,

@@ -31,6 +31,7 @@ class TieArguments(TypedDict, total=False):
 
 # begin: by python docs/make_signatures.py
 KnownName = Literal[
+    "block_circulant",
     "channel_shared",
     "circulant",
     "copy",
@@ -50,6 +51,16 @@ KnownName = Literal[
     "within",
 ]
 """The names of the library's own rules."""
+
+
+class BlockCirculantOptions(TypedDict, total=False):
+    """The options of ``block_circulant``."""
+
+    block: Required[int]
+
+
+class BlockCirculantTie(TieArguments, BlockCirculantOptions, total=False):
+    """All that `register_tie` takes by name for ``block_circulant``."""
 
 
 class ChannelSharedOptions(TypedDict, total=False):

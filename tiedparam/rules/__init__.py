@@ -6,6 +6,7 @@ the list, so a new law is one file and a run of that.
 """
 
 # begin: by python docs/make_signatures.py
+from tiedparam.rules.block_circulant import BlockCirculant
 from tiedparam.rules.channel_shared import ChannelShared
 from tiedparam.rules.circulant import Circulant
 from tiedparam.rules.copy import Copy
@@ -25,6 +26,7 @@ from tiedparam.rules.toeplitz import Toeplitz
 from tiedparam.rules.within import Within
 
 __all__ = [
+    "BlockCirculant",
     "ChannelShared",
     "Circulant",
     "Copy",

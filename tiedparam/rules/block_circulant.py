@@ -1,0 +1,99 @@
+"""Blocks that are circulant each: W[b·i + r, b·j + s] = w[i, j, (s − r) mod b]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import gcd
+from typing import Any
+
+from torch import Tensor, nn
+
+from tiedparam.laws import Orbits, Reason
+from tiedparam.laws.layout import Layout, why_no_matrix
+from tiedparam.laws.registry import register_rule
+from tiedparam.laws.rule import Example
+
+
+@register_rule("block_circulant")
+class BlockCirculant(Orbits):
+    """A matrix of ``b × b`` blocks that are circulant each: a sum of short cyclic convolutions.
+
+    Between one value for each entry (``block=1``) and `circulant` (one block) lies every saving:
+    ``block`` divides the number of values.
+
+    Args:
+        block: ``b``, which must divide the numbers of outputs and inputs.
+
+    Shapes, for ``m`` outputs and ``n`` inputs:
+
+    * ``free``: ``(m/b, n)``, the first row of each block, as it stands in the weight: rows ``0``,
+      ``b``, ``2b``, … of it.
+    * ``weight``: ``(m, n)``, of two axes. Block ``(i, j)`` is ``scipy.linalg.circulant`` of its
+      first column.
+
+    Multiplicity ``b``. PEFT's C3A keeps its kernel as ``(m/b, n/b, b)`` with the same numbers in
+    the same order: ``free.view(m // b, n // b, b)``.
+
+    Source: "CirCNN: accelerating and compressing deep neural networks using block-circulant weight
+    matrices" (Ding et al. 2017); "Parameter-efficient fine-tuning via circular convolution" (Chen
+    et al. 2024); the projection is the orbit mean (Ravanbakhsh et al. 2017).
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(4, 2), "block_circulant", block=2)
+        >>> layer.parametrizations.weight.original0 = nn.Parameter(torch.tensor([[1., 2, 3, 4]]))
+        >>> layer.weight.tolist()
+        [[1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 4.0, 3.0]]
+    """
+
+    family = "matrices"
+    law = "W[b·i + r, b·j + s] = w[i, j, (s − r) mod b]"
+
+    def __init__(self, block: int) -> None:
+        super().__init__()
+        self.block = block
+
+    def options(self) -> dict[str, Any]:
+        """``block``."""
+        return {"block": self.block}
+
+    def check(self, layout: Layout) -> Reason | None:
+        """``block`` must be a positive divisor of both sides of a matrix."""
+        if not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1:
+            return Reason(f"block must be a positive integer, not {self.block!r}.")
+        reason = why_no_matrix(layout)
+        if reason is not None:
+            return reason
+        outputs, inputs = layout.canonical_shape
+        if outputs % self.block or inputs % self.block:
+            return Reason(
+                f"a matrix of {outputs} outputs and {inputs} inputs is not made of blocks of "
+                f"block={self.block}.",
+                f"Choose a divisor of {gcd(outputs, inputs)}.",
+            )
+        return None
+
+    def cell(self) -> tuple[int, ...]:
+        """One block."""
+        return (self.block, self.block)
+
+    def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
+        """Outputs and inputs of every block turned by one place."""
+        layout, block = self.bound_layout, self.block
+        outputs, inputs = layout.canonical_shape
+        blocks = layout.canonical(weight).reshape(outputs // block, block, inputs // block, block)
+        yield layout.native(blocks.roll((1, 1), (1, 3)).reshape(outputs, inputs))
+
+    @classmethod
+    def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
+        """How large the blocks are is a choice; 1 stands for it, and ties nothing."""
+        return ({"block": 1},)
+
+    @classmethod
+    def examples(cls) -> Sequence[Example]:
+        """Several blocks on a side, one, and an embedding."""
+        return (
+            Example(lambda: nn.Linear(6, 9), {"block": 3}),
+            Example(lambda: nn.Linear(8, 4), {"block": 4}),
+            Example(lambda: nn.Linear(8, 8), {"block": 2}),
+            Example(lambda: nn.Embedding(6, 3), {"block": 3}),
+        )
