@@ -265,7 +265,9 @@ def _row(path: str, tie: Tie, paths: dict[int, str], positions: dict[nn.Module, 
     counts = () if rule.reads_layers else rule.multiplicities()
     costs = cost.multiply_adds(layer, name, shape, rule)
     stored = list(origins(layer, name))
-    sample = stored or ([] if rule.reads_layers else [tie.tied()])  # a law may leave nothing
+    sample: list[Tensor] = [*stored]
+    if not stored and not rule.reads_layers:  # laws together may leave nothing
+        sample = [tie.tied()]
     return TieRow(
         layer=path,
         tensor_name=name,

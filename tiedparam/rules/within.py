@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.block import Block, Range, as_slice, block_of, shown
+from tiedparam.laws.coded import Coded
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import law_text, make_rule, register_rule, stated
@@ -86,6 +87,11 @@ class Within(Orbits):
             return Reason(
                 f"'{self.inner}' reads another layer, and gives a whole tensor.",
                 "Leave out rows= and columns=, and let fn= make all of it.",
+            )
+        if isinstance(self.inner, Coded) and self.inner.checksum:
+            return Reason(
+                f"the pattern of '{self.inner}' is data, which a part of a tensor does not keep.",
+                "Leave out rows= and columns=, and give the pattern of the whole tensor.",
             )
         block = block_of(layout, self.rows, self.columns)
         if isinstance(block, Reason):
