@@ -92,6 +92,10 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
     "circulant": ("`n`", lambda r: _canonical(r)[0]),
     "toeplitz": ("`O + C − 1`", lambda r: sum(_canonical(r)) - 1),
     "hankel": ("`O + C − 1`", lambda r: sum(_canonical(r)) - 1),
+    "within": (
+        "those of the law in the block, and all entries outside of it",
+        lambda r: r.inner.free_count + prod(_canonical(r)) - prod(r.inner.bound_layout.shape),
+    ),
     "copy": ("0", lambda r: 0),
     "squared_copy": ("0", lambda r: 0),
 }

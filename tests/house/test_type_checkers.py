@@ -35,6 +35,8 @@ MORE = {
     "a form": ('compute="dense"', 'compute="dens"'),
     "on_unfit": ('on_unfit="skip"', 'on_unfit="skipped"'),
     "a weight and free values": ("free=torch.zeros_like(parameter)", "parameter, free=parameter"),
+    "a part": ("rows=slice(0, 8)", "rows=8"),
+    "a law of a list": ('ChannelShared(over="in")])', "3])"),
     "what kind of layer comes back": ("first: nn.Conv2d", "first: nn.Linear"),
 }
 

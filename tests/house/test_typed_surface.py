@@ -97,19 +97,22 @@ def overloads_of(name: str, file: str) -> list[ast.FunctionDef]:
 
 
 @pytest.mark.parametrize(
-    ("name", "file"),
-    [("register_tie", "tiedparam/layer/register.py"), ("residual", "tiedparam/layer/residual.py")],
+    ("name", "file", "others"),
+    [
+        ("register_tie", "tiedparam/layer/register.py", ["Rule", "type[Rule]", "Laws"]),
+        ("residual", "tiedparam/layer/residual.py", ["Rule | Laws", "type[Rule]"]),
+    ],
 )
-def test_there_is_an_overload_for_each_name_and_none_for_any_string(name, file):
+def test_there_is_an_overload_for_each_name_and_none_for_any_string(name, file, others):
     kinds = [ast.unparse(node.args.args[1].annotation) for node in overloads_of(name, file)]
-    assert kinds == [*(f"Literal['{name}']" for name in SHIPPED), "Rule", "type[Rule]"]
+    assert kinds == [*(f"Literal['{name}']" for name in SHIPPED), *others]
 
 
 def test_help_shows_the_signature_and_the_text():
     text = inspect.getdoc(tp.register_tie)
     assert text.startswith("Tie a tensor of a stock layer")
     assert str(inspect.signature(tp.register_tie)).startswith(
-        "(layer: 'Layer', rule: 'str | type[Rule] | Rule', tensor_name: 'str' = 'weight', *, "
+        "(layer: 'Layer', rule: 'str | type[Rule] | Rule | Laws', tensor_name: 'str' = 'weight', *"
     )
 
 

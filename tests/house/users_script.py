@@ -42,4 +42,11 @@ optimizer.step()
 tp.untie_model(model, optimizer=optimizer)
 plan = {"second": "flip_sym"}
 print(tp.tie_model(model, plan, on_unfit="skip", dry_run=True))
+laws = ["flip_sym", "row_repeat"]
+print(tp.residual(model.second, laws), tp.residual(model.second, "flip_sym", rows=slice(0, 8)))
+tp.register_tie(model.third, ["flip_sym", ("row_repeat", {"groups": 2}), ChannelShared(over="in")])
+tp.register_tie(model.head, ["row_repeat", (ChannelShared, {"over": "in"})], rows=slice(0, 2))
+tp.untie_model(model)
+print(tp.tie_model(model, {"second": laws, "head": ("row_repeat", {"rows": slice(0, 2)})}))
+tp.untie_model(model)
 print(tp.tie_model(model, {nn.Linear: ChannelShared, "third": ("copy", {"source": "second"})}))

@@ -114,7 +114,9 @@ def _plan_untying(
     raise_if(place, why_wrapped(tie.layer, origin, "untie") or why_offloaded(tie.layer))
     with torch.enable_grad():
         weight = tie.weight()
-    dense = plain_parameter(weight, weight.requires_grad)
+    # where a law left nothing to train, the weight was not frozen for that
+    nothing_left = not tie.free and not tie.rule.reads_layers
+    dense = plain_parameter(weight, weight.requires_grad or nothing_left)
     if tie.free:
         return dense, planned_moves(optimizers, untying(tie, dense), place)
     try:

@@ -27,7 +27,7 @@ Member = RuleName | tuple[RuleName, Mapping[str, Any]]
 """One law of a list."""
 Value = Member | tuple[list[Any], Mapping[str, Any]]
 """: a law, or laws that hold together."""
-PlanMapping = Mapping[Any, Value | list[Value]]
+PlanMapping = Mapping[Any, Value | list[Value] | list[str]]
 """From a `Pattern` to what is tied there. Not typed as such: the keys of a mapping are invariant,
 so that type checkers would refuse ``plan = {"conv": "flip_sym"}``, whose keys are strings alone."""
 

@@ -265,6 +265,9 @@ def _row(path: str, tie: Tie, paths: dict[int, str], positions: dict[nn.Module, 
     counts = () if rule.reads_layers else rule.multiplicities()
     costs = cost.multiply_adds(layer, name, shape, rule)
     stored = list(origins(layer, name))
+    sample: list[Tensor] = [*stored]
+    if not stored and not rule.reads_layers:  # laws together may leave nothing
+        sample = [tie.tied()]
     return TieRow(
         layer=path,
         tensor_name=name,
@@ -281,7 +284,7 @@ def _row(path: str, tie: Tie, paths: dict[int, str], positions: dict[nn.Module, 
         multiply_adds_dense=costs[0] if costs else None,
         multiply_adds_tied=costs[1] if costs else None,
         positions=positions.get(layer),
-        bytes_per_value=stored[0].element_size() if stored else 0,
+        bytes_per_value=sample[0].element_size() if sample else 0,
         trained=any(parameter.requires_grad for parameter in stored),
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.cells import why_no_cell
+from tiedparam.laws.coded import Coded
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import law_text, make_rule, register_rule, stated
@@ -138,6 +139,11 @@ def _why_not_joined(part: Rule) -> Reason | None:
         return Reason(
             "it reads another layer, so it has no orbits to join.",
             "Tie the source by the other laws, and this tensor by this law alone.",
+        )
+    if isinstance(part, Coded) and part.checksum:
+        return Reason(
+            "its pattern is data, which laws together do not keep.",
+            "Give all of the pattern to one law, such as 'index', or to 'orbit' as generators.",
         )
     if part.compute not in ("auto", "dense"):
         return Reason(

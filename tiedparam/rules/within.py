@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.block import Block, Range, as_slice, block_of, shown
+from tiedparam.laws.coded import Coded
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import law_text, make_rule, register_rule, stated
@@ -49,16 +50,13 @@ class Within(Orbits):
         >>> queries, keys, values = attention.in_proj_weight.chunk(3)
         >>> torch.equal(queries, queries.t()), torch.equal(keys, keys.t())
         (True, False)
-        >>> tp.get_tie(attention, "in_proj_weight")
-        Within(
-          within(inner='flip_sym', rows=[0, 4]): W[i, j, x] = W[j, i, flip(x)]; 42 of 48 values
-          (inner): FlipSym(flip_sym: W[i, j, x] = W[j, i, flip(x)]; 10 of 16 values)
-        )
+        >>> tp.get_tie(attention, "in_proj_weight").free_count  # of 48
+        42
     """
 
     family = "laws together"
     holds_laws = ("inner",)
-    law: str = "W[rows, columns] = S(W[rows, columns])"
+    law = "W[rows, columns] = S(W[rows, columns])"
     _block: Block
 
     def __init__(
@@ -68,7 +66,6 @@ class Within(Orbits):
         self.rows = as_slice("rows", rows)
         self.columns = as_slice("columns", columns)
         self.inner: Rule = make_rule(inner, {})
-        self.law: str = self.inner.law
 
     def options(self) -> dict[str, Any]:
         """The law, and of rows and columns those that are not all."""
@@ -90,6 +87,11 @@ class Within(Orbits):
             return Reason(
                 f"'{self.inner}' reads another layer, and gives a whole tensor.",
                 "Leave out rows= and columns=, and let fn= make all of it.",
+            )
+        if isinstance(self.inner, Coded) and self.inner.checksum:
+            return Reason(
+                f"the pattern of '{self.inner}' is data, which a part of a tensor does not keep.",
+                "Leave out rows= and columns=, and give the pattern of the whole tensor.",
             )
         block = block_of(layout, self.rows, self.columns)
         if isinstance(block, Reason):
