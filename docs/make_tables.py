@@ -14,15 +14,18 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import tiedparam as tp
+from tiedparam.laws.rule_table import by_family
 from tiedparam.state.optimizer_laws import OptimizerLaw, known_optimizers
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/rules.md")
+PAGE = "docs/rules.md"
+FAMILY_PAGE = "README.md"
 COMMAND = "python docs/make_tables.py"
 OPTIMIZER_PAGE = "docs/checkpoints-and-optimizers.md"
 VERSION_PAGES = ("README.md", "docs/versions.md")
@@ -101,6 +104,19 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
 }
 
 
+FAMILY_PAGES = {
+    "repetition": ("rules-repetition.md", "rows, filters or heads that are equal"),
+    "symmetries": ("rules-symmetries.md", "a weight or its kernels that equal their own images"),
+    "equivariance": ("rules-equivariance.md", "layers that commute with a group"),
+    "matrices": ("rules-matrices.md", "diagonals of one value"),
+    "zeros and fixed values": ("rules-zeros-and-patterns.md", "entries that are given"),
+    "patterns of your own": ("rules-zeros-and-patterns.md", "any equalities, by numbers or moves"),
+    "laws together": ("composing-laws.md", "several laws at once, or on a part of a tensor"),
+    "copies": ("rules-copies.md", "another layer's weight, or a function of it"),
+}
+"""The page of each family, and what its laws say."""
+
+
 def shipped_rules() -> dict[str, type[tp.Rule]]:
     """The library's own rules; a process may know more that a user has registered."""
     known = tp.available_rules()
@@ -117,9 +133,10 @@ def bound_examples(rule: type[tp.Rule]) -> Iterator[tp.Rule]:
 
 
 def rows() -> list[Row]:
-    """One row for each law, in the order of the names and of the examples."""
+    """One row for each law, in the order of families, names and examples."""
     result = []
-    for name, rule in shipped_rules().items():
+    for rule in by_family(shipped_rules().values()):
+        name = rule.name
         laws: dict[str, tp.Rule] = {}
         for bound in bound_examples(rule):
             laws.setdefault(bound.law, bound)
@@ -130,17 +147,27 @@ def rows() -> list[Row]:
 def table() -> str:
     """The table in Markdown."""
     lines = [
-        "| rule | law | options | free values | for example |",
-        "|---|---|---|---|---|",
+        "| family | rule | law | options | free values | for example |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows():
         shape = row.rule.bound_layout.shape
         found = FORMULAS.get(row.key) or FORMULAS.get(row.name)
         formula = found[0] if found else "see its docstring"
         lines.append(
-            f"| `{row.name}` | `{row.rule.law}` | {row.options} | {formula} "
+            f"| {row.rule.family} | `{row.name}` | `{row.rule.law}` | {row.options} | {formula} "
             f"| {row.rule.free_count} of {prod(shape)}, weight `{shape}` |"
         )
+    return "\n".join(lines)
+
+
+def family_table() -> str:
+    """One line for each family, in Markdown: what it ties, its rules, and the page about it."""
+    lines = ["| laws | what they say | rules |", "|---|---|---|"]
+    for family, rules in groupby(by_family(shipped_rules().values()), lambda rule: rule.family):
+        page, what = FAMILY_PAGES[family]
+        names = ", ".join(f"`{rule.name}`" for rule in rules)
+        lines.append(f"| [{family}](docs/{page}) | {what} | {names} |")
     return "\n".join(lines)
 
 
@@ -177,6 +204,15 @@ def with_table(page: str) -> str:
         ValueError: if the page has no place for it.
     """
     return _filled(page, "rules", table())
+
+
+def with_family_table(page: str) -> str:
+    """The text of a page with its table of families brought up to date.
+
+    Raises:
+        ValueError: if the page has no place for it.
+    """
+    return _filled(page, "families", family_table())
 
 
 def with_optimizer_table(page: str) -> str:
@@ -270,10 +306,12 @@ def _of_kernel(rule: Any) -> int:
 
 def main() -> None:
     """Rewrite the tables in place."""
-    for name in PAGES:
-        page = ROOT / name
-        page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")
-        print(f"wrote the table of rules in {name}")
+    page = ROOT / PAGE
+    page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote the table of rules in {PAGE}")
+    page = ROOT / FAMILY_PAGE
+    page.write_text(with_family_table(page.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote the table of families in {FAMILY_PAGE}")
     page = ROOT / OPTIMIZER_PAGE
     page.write_text(with_optimizer_table(page.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"wrote the table of optimizers in {OPTIMIZER_PAGE}")

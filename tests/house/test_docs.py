@@ -25,6 +25,7 @@ import torch
 
 import tiedparam as tp
 from tests.support import ROOT, older_than, peers
+from tiedparam.laws.rule_table import FAMILIES
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 WITHOUT_CODE = {"benchmarks.md", "CHANGELOG.md", "versions.md"}
@@ -138,28 +139,39 @@ def test_the_first_example_has_six_lines():
 # The table of rules ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/rules.md"])
-def test_the_table_of_rules_is_up_to_date(name, generators):
+def test_the_table_of_rules_is_up_to_date(generators):
     tables, _ = generators
-    assert name in tables.PAGES
-    page = (ROOT / name).read_text(encoding="utf-8")
+    page = (ROOT / tables.PAGE).read_text(encoding="utf-8")
     assert page == tables.with_table(page), (
-        f"the table of rules in {name} is not what the registered rules say; "
+        f"the table of rules in {tables.PAGE} is not what the registered rules say; "
         f"run '{tables.COMMAND}' and commit the result"
     )
 
 
-def test_every_rule_has_its_row(generators):
+def test_the_table_of_families_is_up_to_date(generators):
+    tables, _ = generators
+    page = (ROOT / tables.FAMILY_PAGE).read_text(encoding="utf-8")
+    assert page == tables.with_family_table(page), f"run '{tables.COMMAND}' and commit the result"
+    names = [f"`{name}`" for name in tables.shipped_rules()]
+    rows = [line for line in page.splitlines() if line.startswith("| [")]
+    assert sorted(name for row in rows for name in re.findall(r"`\w+`", row)) == sorted(names)
+    assert len(rows) == len(FAMILIES)
+
+
+def test_every_rule_has_its_row_and_its_section(generators):
     tables, _ = generators
     shipped = tables.shipped_rules()
     assert {"flip_sym", "row_repeat", "channel_shared", "copy", "squared_copy"} <= set(shipped)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / tables.PAGE).read_text(encoding="utf-8")
     for name, rule in shipped.items():
-        assert readme.count(f"| `{name}` |") >= 1
+        assert page.count(f"| `{name}` |") >= 1
         laws = {bound.law for bound in tables.bound_examples(rule)}
         assert laws
         for law in laws:
-            assert f"| `{name}` | `{law}` |" in readme
+            assert f"| {rule.family} | `{name}` | `{law}` |" in page
+        of_family, _ = tables.FAMILY_PAGES[rule.family]
+        text = (ROOT / "docs" / of_family).read_text(encoding="utf-8")
+        assert re.search(rf"^##+ .*\b{name}\b", text, re.MULTILINE), f"{name} in {of_family}"
 
 
 def test_the_formulas_count_the_free_values(generators):
@@ -197,7 +209,7 @@ def test_a_rule_without_a_row_is_noticed(generators):
     Forgotten.__module__ = "tiedparam.rules.forgotten"
     tp.register_rule("forgotten")(Forgotten)
     with pytest.raises(AssertionError, match=r"run 'python docs/make_tables\.py'"):
-        test_the_table_of_rules_is_up_to_date("README.md", generators)
+        test_the_table_of_rules_is_up_to_date(generators)
     # and nothing but the two commands is needed to enrol it
     assert "| `forgotten` | `W[i] = w` | – |" in tables.table()
     assert "1 of 6 values stored" in dict(pictures.pictures())["forgotten.svg"]

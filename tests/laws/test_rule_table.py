@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
+import re
 
 import pytest
 
 import tiedparam as tp
+from tiedparam.laws.rule_table import FAMILIES
 
 
 def row_of(text: str, name: str) -> str:
-    (row,) = [line for line in text.splitlines() if line.split()[:1] == [name]]
+    (row,) = [line for line in text.splitlines() if re.search(rf"  {name}  ", line)]
     return row
 
 
 def test_printed_it_is_a_table():
     rules = tp.available_rules()
     text = str(rules)
-    assert text.splitlines()[0].split() == ["rule", "law", "options", "meaning"]
+    assert text.splitlines()[0].split() == ["family", "rule", "law", "options", "meaning"]
     assert len(text.splitlines()) == 2 + len(rules)
     for name, kind in rules.items():
         assert kind.law in row_of(text, name)
@@ -36,6 +39,13 @@ def test_the_meaning_is_said_in_words_alone():
     assert not any("`" in meaning for meaning in meanings.values())
 
 
+def test_rows_stand_family_by_family():
+    families = [row["family"] for row in tp.available_rules().rows()]
+    found = [family for family, _ in itertools.groupby(families)]
+    assert len(found) == len(set(found))
+    assert [family for family in found if family in FAMILIES] == list(FAMILIES)
+
+
 @pytest.mark.usefixtures("registry")
 def test_a_rule_of_ones_own_has_a_row():
     @tp.register_rule("quiet")
@@ -47,7 +57,14 @@ def test_a_rule_of_ones_own_has_a_row():
 
     (row,) = [row for row in tp.available_rules().rows() if row["rule"] == "quiet"]
     # without a docstring it has no meaning; that of `Rule` is none of its own
-    assert row == {"rule": "quiet", "law": "W = w", "options": "period=, sign=-1", "meaning": ""}
+    assert row == {
+        "family": "of your own",
+        "rule": "quiet",
+        "law": "W = w",
+        "options": "period=, sign=-1",
+        "meaning": "",
+    }
+    assert next(reversed(tp.available_rules().rows())) == row
 
 
 def test_it_is_a_dictionary():
@@ -68,6 +85,6 @@ def test_it_is_a_dictionary():
 
 def test_it_has_the_forms_of_every_table():
     rules = tp.available_rules()
-    assert rules.to_markdown().startswith("| rule | law | options | meaning |")
+    assert rules.to_markdown().startswith("| family | rule | law | options | meaning |")
     assert json.loads(rules.to_json())["kind"] == "rules"
     assert str(type(rules)()) == ""  # no rules, no table

@@ -20,12 +20,33 @@ def why_unknown(name: object, known: Iterable[str]) -> Reason:
     return Reason(f"there is no rule '{name}'. {hint}", IMPORT_ITS_MODULE)
 
 
+FAMILIES = (
+    "repetition",
+    "symmetries",
+    "equivariance",
+    "matrices",
+    "zeros and fixed values",
+    "patterns of your own",
+    "laws together",
+    "copies",
+)
+"""The headings under which the library's own rules stand, in the order of tables."""
+
+
+def by_family(rules: Iterable[type[Rule]]) -> list[type[Rule]]:
+    """Family by family, and within each by name; families of users come last."""
+    known = {family: place for place, family in enumerate(FAMILIES)}
+    return sorted(
+        rules, key=lambda rule: (known.get(rule.family, len(known)), rule.family, rule.name)
+    )
+
+
 class RuleTable(TableReport[type[Rule]], dict[str, type[Rule]]):
     """Rules by their names: a dictionary that reads as a table, in notebooks too."""
 
     def table(self) -> Table[type[Rule]]:
-        """One row for every rule."""
-        return Table(_COLUMNS, self.values())
+        """One row for every rule, family by family."""
+        return Table(_COLUMNS, by_family(self.values()))
 
     def remarks(self) -> list[Reason]:
         """None."""
@@ -61,6 +82,7 @@ def _meaning(rule: type[Rule]) -> str:
 
 
 _COLUMNS: list[Column[type[Rule]]] = [
+    Column("family", "family", lambda rule: rule.family),
     Column("rule", "rule", lambda rule: rule.name),
     Column("law", "law", lambda rule: rule.law),
     Column("options", "options", _options),
