@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import tiedparam as tp
 from tiedparam.laws import Blocks, Broadcast, Compute, Layout, Linked, Reason
+from tiedparam.testing import RuleReport, check_rule
 
 
 @tp.register_rule("periodic_of_script")
@@ -65,3 +66,6 @@ tp.register_tie(layers[0], Periodic, period=4, init="rescale")
 tp.register_tie(layers[1], AllEqual(compute="dense"))
 tp.register_tie(layers[2], SumOfTwo(source=[layers[0], layers[1]]))
 print(torch.equal(layers[2].weight, layers[0].weight + layers[1].weight))
+
+report: RuleReport = check_rule(Periodic, quick=True)
+print(report.passed, check_rule(AllEqual, examples=[tp.Example(lambda: nn.Linear(8, 3))]).law)

@@ -109,7 +109,8 @@ class Case:
         model = self.example.build().to(dtype)
         host = Host(model, model.get_submodule(self.example.path), self.example.tensor_name)
         weight: Tensor = getattr(host.layer, host.tensor_name)
-        if not weight.is_meta and weight.numel() > 1 and weight.unique().numel() == 1:
+        real = weight.is_floating_point() and not weight.is_meta
+        if real and weight.numel() > 1 and weight.unique().numel() == 1:
             nn.init.normal_(weight)  # a fresh norm's ones obey most laws
         return host
 
@@ -210,8 +211,8 @@ class Caller(nn.Module):
 
     def __init__(self, host: Host) -> None:
         super().__init__()
-        self.model = host.model
-        self.path = next(path for path, m in host.model.named_modules() if m is host.layer)
+        self.model: nn.Module = host.model
+        self.path: str = next(path for path, m in host.model.named_modules() if m is host.layer)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The output of the layer."""

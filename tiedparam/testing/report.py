@@ -73,5 +73,6 @@ class RuleReport:
         examples = f"{number} example{'s' if number > 1 else ''}: {', '.join(self.examples)}"
         if not failed:
             return f"All {count} statements hold for {examples}"
+        statements = "statement" if count == 1 else "statements"
         verb = "does" if failed == 1 else "do"
-        return f"{failed} of {count} statements {verb} not hold for {examples}"
+        return f"{failed} of {count} {statements} {verb} not hold for {examples}"
