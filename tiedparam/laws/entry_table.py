@@ -19,6 +19,7 @@ from tiedparam.laws.pattern import Pattern
 from tiedparam.util.torch_modes import (
     beside,
     is_traced_or_transformed,
+    is_transformed,
     may_carry_tangents,
     plain_numbers,
 )
@@ -127,7 +128,9 @@ class EntryTable(LinearMap):
             known = constants or (self._on(self._constants, free.device, free.dtype),)
             columns.append(beside(known[0], free).expand(self.cells, -1))
         joined = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
-        places = beside(self._on(self._places, free.device, torch.int32), free)
+        # vmap of torch 2.6 gathers, which takes no other indices
+        integers = torch.int64 if is_transformed() else torch.int32
+        places = beside(self._on(self._places, free.device, integers), free)
         if self.cells == 1:
             return joined.view(-1).index_select(0, places)
         return joined.index_select(1, places)

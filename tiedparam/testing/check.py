@@ -133,7 +133,7 @@ def _own_surroundings() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
-        if torch.get_default_device().type != "cpu":
+        if torch.empty(0).device.type != "cpu":  # only then: the compiler traces the context, too
             stack.enter_context(torch.device("cpu"))
         torch.set_default_dtype(torch.float32)
         yield
