@@ -122,6 +122,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["reverse_complement"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.ReverseComplementTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["row_repeat"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.RowRepeatTie],

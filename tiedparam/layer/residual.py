@@ -164,6 +164,15 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["reverse_complement"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    **options: Unpack[rule_options.ReverseComplementOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["row_repeat"],
     tensor_name: str = ...,
     *,

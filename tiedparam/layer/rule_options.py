@@ -44,6 +44,7 @@ KnownName = Literal[
     "masked",
     "orbit",
     "repeat",
+    "reverse_complement",
     "row_repeat",
     "squared_copy",
     "toeplitz",
@@ -163,6 +164,16 @@ class RepeatOptions(TypedDict, total=False):
 
 class RepeatTie(TieArguments, RepeatOptions, total=False):
     """All that `register_tie` takes by name for ``repeat``."""
+
+
+class ReverseComplementOptions(TypedDict, total=False):
+    """The options of ``reverse_complement``."""
+
+    pairs: Sequence[Sequence[int] | Tensor] | None
+
+
+class ReverseComplementTie(TieArguments, ReverseComplementOptions, total=False):
+    """All that `register_tie` takes by name for ``reverse_complement``."""
 
 
 class RowRepeatOptions(TypedDict, total=False):

@@ -19,6 +19,7 @@ from tiedparam.rules.kernel_symmetry import KernelSymmetry
 from tiedparam.rules.masked import Masked
 from tiedparam.rules.orbit import Orbit
 from tiedparam.rules.repeat import Repeat
+from tiedparam.rules.reverse_complement import ReverseComplement
 from tiedparam.rules.row_repeat import RowRepeat
 from tiedparam.rules.squared_copy import SquaredCopy
 from tiedparam.rules.toeplitz import Toeplitz
@@ -38,6 +39,7 @@ __all__ = [
     "Masked",
     "Orbit",
     "Repeat",
+    "ReverseComplement",
     "RowRepeat",
     "SquaredCopy",
     "Toeplitz",
