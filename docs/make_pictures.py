@@ -55,6 +55,8 @@ CASES: dict[str, dict[str, Case]] = {
         "reverse_complement": (lambda: nn.Conv1d(4, 2, 3), "", {}),
         "reverse_complement-odd": (lambda: nn.Conv1d(3, 3, 3), "", {}),
     },
+    "centrosymmetric": {"centrosymmetric": (lambda: nn.Linear(6, 5), "", {})},
+    "persymmetric": {"persymmetric": (lambda: nn.Linear(5, 5), "", {})},
     "row_repeat": {
         "row_repeat": (lambda: nn.Linear(6, 4), "", {}),
         "row_repeat-groups": (lambda: nn.Linear(6, 4), "", {"groups": 2}),

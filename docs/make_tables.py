@@ -87,6 +87,8 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
         "`(N + f)/2`, `N` entries, `f` of them their own partners",
         lambda r: (prod(_canonical(r)) + _own_partners(r)) // 2,
     ),
+    "centrosymmetric": ("`⌈O·C/2⌉`", lambda r: (prod(_canonical(r)) + 1) // 2),
+    "persymmetric": ("`n(n + 1)/2`", lambda r: _inputs(r) * (_inputs(r) + 1) // 2),
     "kernel_symmetry": (
         "`O·(C/g)` × those of one kernel `a×b`: `a·⌈b/2⌉`, `⌈a/2⌉·b`, `⌈a/2⌉·⌈b/2⌉`, `⌈P/2⌉`, "
         "`⌈a²/4⌉`, `m(m+1)/2` with `m = ⌈a/2⌉`",

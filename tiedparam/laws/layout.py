@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from tiedparam.util.errors import Reason
 from tiedparam.util.torch_private import AnyConvolution
 
 
@@ -77,6 +78,18 @@ class Layout:
         outputs, in_per_group, *kernel = self.canonical_shape
         blocks = canonical.reshape(self.groups, outputs // self.groups, in_per_group, *kernel)
         return blocks.transpose(1, 2).reshape(self.shape)
+
+
+def why_no_matrix(layout: Layout) -> Reason | None:
+    """Why a law of matrices does not fit a tensor of this layout, or None."""
+    axes = len(layout.shape)
+    if axes == 2:
+        return None
+    return Reason(
+        f"the law is one of matrices, and the tensor {layout.shape} has {axes} "
+        f"{'axis' if axes == 1 else 'axes'}.",
+        "Tie a matrix, such as the weight of a Linear layer.",
+    )
 
 
 def _stores_inputs_first(layer: nn.Module) -> bool:

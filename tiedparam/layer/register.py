@@ -31,6 +31,13 @@ Layer = TypeVar("Layer", bound=nn.Module)
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["centrosymmetric"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.TieArguments],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["channel_shared"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.ChannelSharedTie],
@@ -111,6 +118,13 @@ def register_tie(
     rule: Literal["orbit"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.OrbitTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["persymmetric"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.TieArguments],
 ) -> Layer: ...
 @overload
 def register_tie(

@@ -24,6 +24,16 @@ from tiedparam.util.torch_private import has_values
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["centrosymmetric"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["channel_shared"],
     tensor_name: str = ...,
     *,
@@ -153,6 +163,16 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["persymmetric"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["repeat"],
     tensor_name: str = ...,
     *,
@@ -168,6 +188,8 @@ def residual(
     tensor_name: str = ...,
     *,
     root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
     **options: Unpack[rule_options.ReverseComplementOptions],
 ) -> float: ...
 @overload

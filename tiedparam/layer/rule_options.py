@@ -31,6 +31,7 @@ class TieArguments(TypedDict, total=False):
 
 # begin: by python docs/make_signatures.py
 KnownName = Literal[
+    "centrosymmetric",
     "channel_shared",
     "circulant",
     "copy",
@@ -43,6 +44,7 @@ KnownName = Literal[
     "kernel_symmetry",
     "masked",
     "orbit",
+    "persymmetric",
     "repeat",
     "reverse_complement",
     "row_repeat",

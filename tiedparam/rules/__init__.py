@@ -6,6 +6,7 @@ the list, so a new law is one file and a run of that.
 """
 
 # begin: by python docs/make_signatures.py
+from tiedparam.rules.centrosymmetric import Centrosymmetric
 from tiedparam.rules.channel_shared import ChannelShared
 from tiedparam.rules.circulant import Circulant
 from tiedparam.rules.copy import Copy
@@ -18,6 +19,7 @@ from tiedparam.rules.joint import Joint
 from tiedparam.rules.kernel_symmetry import KernelSymmetry
 from tiedparam.rules.masked import Masked
 from tiedparam.rules.orbit import Orbit
+from tiedparam.rules.persymmetric import Persymmetric
 from tiedparam.rules.repeat import Repeat
 from tiedparam.rules.reverse_complement import ReverseComplement
 from tiedparam.rules.row_repeat import RowRepeat
@@ -26,6 +28,7 @@ from tiedparam.rules.toeplitz import Toeplitz
 from tiedparam.rules.within import Within
 
 __all__ = [
+    "Centrosymmetric",
     "ChannelShared",
     "Circulant",
     "Copy",
@@ -38,6 +41,7 @@ __all__ = [
     "KernelSymmetry",
     "Masked",
     "Orbit",
+    "Persymmetric",
     "Repeat",
     "ReverseComplement",
     "RowRepeat",
