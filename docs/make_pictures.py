@@ -51,6 +51,15 @@ CASES: dict[str, dict[str, Case]] = {
         "group_conv-p4m": (lambda: nn.Conv2d(1, 8, 2), "", {"group": "p4m", "lift": True}),
         "group_conv-p4": (lambda: nn.Conv2d(4, 4, 2), "", {}),
     },
+    "reverse_complement": {
+        "reverse_complement": (lambda: nn.Conv1d(4, 2, 3), "", {}),
+        "reverse_complement-odd": (lambda: nn.Conv1d(3, 3, 3), "", {}),
+    },
+    "centrosymmetric": {"centrosymmetric": (lambda: nn.Linear(6, 5), "", {})},
+    "persymmetric": {"persymmetric": (lambda: nn.Linear(5, 5), "", {})},
+    "set_equivariant": {
+        "set_equivariant": (lambda: nn.Linear(8, 8), "", {"items": 4}),
+    },
     "row_repeat": {
         "row_repeat": (lambda: nn.Linear(6, 4), "", {}),
         "row_repeat-groups": (lambda: nn.Linear(6, 4), "", {"groups": 2}),

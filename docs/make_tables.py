@@ -86,6 +86,16 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
         "a fourth of the entries, with `p4m` an eighth",
         lambda r: prod(_canonical(r)) // (8 if r.group == "p4m" else 4),
     ),
+    "reverse_complement": (
+        "`(N + f)/2`, `N` entries, `f` of them their own partners",
+        lambda r: (prod(_canonical(r)) + _own_partners(r)) // 2,
+    ),
+    "centrosymmetric": ("`⌈O·C/2⌉`", lambda r: (prod(_canonical(r)) + 1) // 2),
+    "persymmetric": ("`n(n + 1)/2`", lambda r: _inputs(r) * (_inputs(r) + 1) // 2),
+    "set_equivariant": (
+        "`2/items²` of the entries",
+        lambda r: 2 * prod(_canonical(r)) // r.items**2,
+    ),
     "kernel_symmetry": (
         "`O·(C/g)` × those of one kernel `a×b`: `a·⌈b/2⌉`, `⌈a/2⌉·b`, `⌈a/2⌉·⌈b/2⌉`, `⌈P/2⌉`, "
         "`⌈a²/4⌉`, `m(m+1)/2` with `m = ⌈a/2⌉`",
@@ -302,6 +312,19 @@ def _of_kernel(rule: Any) -> int:
     of_group["c4"] = (a * a + 3 * up * (a % 2)) // 4
     of_group["d4"] = half_a * (half_a + (1 if up else -1)) // 2
     return of_group[rule.group]
+
+
+def _own_partners(rule: Any) -> int:
+    """How many entries `reverse_complement` pairs with themselves."""
+    if len(_canonical(rule)) == 1:
+        sides = [list(range(_canonical(rule)[0]))[::-1]]
+    elif rule.pairs is None:
+        inputs = _inputs(rule) * _groups(rule)
+        sides = [list(range(size))[::-1] for size in (inputs, _canonical(rule)[0])]
+    else:
+        sides = rule.pairs
+    own = prod(sum(c == p for c, p in enumerate(side)) for side in sides)
+    return own if len(_canonical(rule)) == 1 else own * _odd(rule)
 
 
 def main() -> None:

@@ -38,6 +38,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["centrosymmetric"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.TieArguments],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["channel_shared"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.ChannelSharedTie],
@@ -122,6 +129,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["persymmetric"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.TieArguments],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["repeat"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.RepeatTie],
@@ -129,9 +143,23 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["reverse_complement"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.ReverseComplementTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["row_repeat"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.RowRepeatTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["set_equivariant"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.SetEquivariantTie],
 ) -> Layer: ...
 @overload
 def register_tie(

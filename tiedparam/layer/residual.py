@@ -35,6 +35,16 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["centrosymmetric"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["channel_shared"],
     tensor_name: str = ...,
     *,
@@ -164,6 +174,16 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["persymmetric"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["repeat"],
     tensor_name: str = ...,
     *,
@@ -175,6 +195,17 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["reverse_complement"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+    **options: Unpack[rule_options.ReverseComplementOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["row_repeat"],
     tensor_name: str = ...,
     *,
@@ -182,6 +213,17 @@ def residual(
     rows: Range | None = ...,
     columns: Range | None = ...,
     **options: Unpack[rule_options.RowRepeatOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["set_equivariant"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+    **options: Unpack[rule_options.SetEquivariantOptions],
 ) -> float: ...
 @overload
 def residual(

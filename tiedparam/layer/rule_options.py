@@ -32,6 +32,7 @@ class TieArguments(TypedDict, total=False):
 # begin: by python docs/make_signatures.py
 KnownName = Literal[
     "block_circulant",
+    "centrosymmetric",
     "channel_shared",
     "circulant",
     "copy",
@@ -44,8 +45,11 @@ KnownName = Literal[
     "kernel_symmetry",
     "masked",
     "orbit",
+    "persymmetric",
     "repeat",
+    "reverse_complement",
     "row_repeat",
+    "set_equivariant",
     "squared_copy",
     "toeplitz",
     "within",
@@ -176,6 +180,16 @@ class RepeatTie(TieArguments, RepeatOptions, total=False):
     """All that `register_tie` takes by name for ``repeat``."""
 
 
+class ReverseComplementOptions(TypedDict, total=False):
+    """The options of ``reverse_complement``."""
+
+    pairs: Sequence[Sequence[int] | Tensor] | None
+
+
+class ReverseComplementTie(TieArguments, ReverseComplementOptions, total=False):
+    """All that `register_tie` takes by name for ``reverse_complement``."""
+
+
 class RowRepeatOptions(TypedDict, total=False):
     """The options of ``row_repeat``."""
 
@@ -185,6 +199,16 @@ class RowRepeatOptions(TypedDict, total=False):
 
 class RowRepeatTie(TieArguments, RowRepeatOptions, total=False):
     """All that `register_tie` takes by name for ``row_repeat``."""
+
+
+class SetEquivariantOptions(TypedDict, total=False):
+    """The options of ``set_equivariant``."""
+
+    items: Required[int]
+
+
+class SetEquivariantTie(TieArguments, SetEquivariantOptions, total=False):
+    """All that `register_tie` takes by name for ``set_equivariant``."""
 
 
 class SquaredCopyOptions(TypedDict, total=False):

@@ -7,6 +7,7 @@ the list, so a new law is one file and a run of that.
 
 # begin: by python docs/make_signatures.py
 from tiedparam.rules.block_circulant import BlockCirculant
+from tiedparam.rules.centrosymmetric import Centrosymmetric
 from tiedparam.rules.channel_shared import ChannelShared
 from tiedparam.rules.circulant import Circulant
 from tiedparam.rules.copy import Copy
@@ -19,14 +20,18 @@ from tiedparam.rules.joint import Joint
 from tiedparam.rules.kernel_symmetry import KernelSymmetry
 from tiedparam.rules.masked import Masked
 from tiedparam.rules.orbit import Orbit
+from tiedparam.rules.persymmetric import Persymmetric
 from tiedparam.rules.repeat import Repeat
+from tiedparam.rules.reverse_complement import ReverseComplement
 from tiedparam.rules.row_repeat import RowRepeat
+from tiedparam.rules.set_equivariant import SetEquivariant
 from tiedparam.rules.squared_copy import SquaredCopy
 from tiedparam.rules.toeplitz import Toeplitz
 from tiedparam.rules.within import Within
 
 __all__ = [
     "BlockCirculant",
+    "Centrosymmetric",
     "ChannelShared",
     "Circulant",
     "Copy",
@@ -39,8 +44,11 @@ __all__ = [
     "KernelSymmetry",
     "Masked",
     "Orbit",
+    "Persymmetric",
     "Repeat",
+    "ReverseComplement",
     "RowRepeat",
+    "SetEquivariant",
     "SquaredCopy",
     "Toeplitz",
     "Within",

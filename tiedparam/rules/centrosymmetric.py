@@ -1,0 +1,111 @@
+"""Matrices that are their own half turn: W = JWJ, J the exchange matrix."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from tiedparam.laws import Reason
+from tiedparam.laws.layout import Layout, why_no_matrix
+from tiedparam.laws.linear_map import LinearMap
+from tiedparam.laws.orbits import Orbits
+from tiedparam.laws.registry import register_rule
+from tiedparam.laws.rule import Example
+from tiedparam.util.torch_modes import is_traced_or_transformed, may_carry_tangents
+
+
+@register_rule("centrosymmetric")
+class Centrosymmetric(Orbits):
+    """A matrix that is its own half turn: ``W = JWJ``, ``W[i, j] = W[m − 1 − i, n − 1 − j]``.
+
+    ``J`` is the exchange matrix, which reverses an order. So reversing the inputs reverses the
+    outputs: ``W(Jx) = J(Wx)``. If the bias is a palindrome, the layer commutes with reversal.
+
+    Shapes: ``free``: ``(1, ⌈mn/2⌉)``, the first half of the entries, row by row as the tensor
+    stores them; ``weight``: any matrix ``(m, n)``.
+
+    Multiplicity 2, and 1 in the middle of a matrix of odd sizes.
+
+    Source: Weaver 1985, "Centrosymmetric (cross-symmetric) matrices, their basic properties,
+    eigenvalues, and eigenvectors".
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(4, 3, bias=False), "centrosymmetric")
+        >>> x = torch.randn(2, 4)
+        >>> torch.allclose(layer(x.flip(-1)), layer(x).flip(-1), atol=1e-6)
+        True
+    """
+
+    family = "symmetries"
+    law = "W = JWJ"
+    states_whole_group = True
+
+    def check(self, layout: Layout) -> Reason | None:
+        """The tensor must be a matrix."""
+        return why_no_matrix(layout)
+
+    def free_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """One row."""
+        return ((1, (prod(self.bound_layout.shape) + 1) // 2),)
+
+    def forward(self, *free: Tensor) -> Tensor:
+        """The first half, and the same in reverse: read row by row the matrix is a palindrome."""
+        (half,) = free
+        return _palindrome(prod(self.bound_layout.shape))(half).view(self.bound_layout.shape)
+
+    def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Each entry of the first half plus its image."""
+        with torch.inference_mode(False), torch.no_grad():
+            half = _palindrome(weight.numel()).fold(weight.detach())
+            return (half.view(self.free_shapes()[0]),)
+
+    def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The first half of the entries."""
+        ((_, half),) = self.free_shapes()
+        # clone: a slice would keep the whole weight's storage alive (S15)
+        return (weight.detach().reshape(1, -1)[:, :half].clone(),)
+
+    def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
+        """The half turn."""
+        yield weight.flip(0, 1)
+
+    @classmethod
+    def examples(cls) -> Sequence[Example]:
+        """Odd and even sizes, oblong and square; an embedding."""
+        return (
+            Example(lambda: nn.Linear(4, 3)),
+            Example(lambda: nn.Linear(5, 5)),
+            Example(lambda: nn.Embedding(6, 3)),
+        )
+
+
+class _Palindrome(LinearMap):
+    """``entries`` numbers in a row from the first half of them."""
+
+    def __init__(self, entries: int) -> None:
+        self.entries = entries
+
+    def __call__(self, half: Tensor) -> Tensor:
+        if is_traced_or_transformed() or may_carry_tangents():
+            return self.expand(half)
+        return self.recorded(half)
+
+    def expand(self, free: Tensor) -> Tensor:
+        half = free.reshape(-1)
+        return torch.cat([half, half[: self.entries // 2].flip(0)])
+
+    def fold(self, weight: Tensor) -> Tensor:
+        numbers = weight.reshape(-1)
+        half = numbers[: -(self.entries // -2)].clone()
+        half[: self.entries // 2] += numbers[len(half) :].flip(0)
+        return half
+
+
+@functools.lru_cache(64)
+def _palindrome(entries: int) -> _Palindrome:
+    """One for all layers of a size: torch 2.6 compiles them anew for another object."""
+    return _Palindrome(entries)
