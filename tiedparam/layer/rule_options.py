@@ -46,7 +46,9 @@ KnownName = Literal[
     "orbit",
     "repeat",
     "row_repeat",
+    "skew",
     "squared_copy",
+    "symmetric",
     "toeplitz",
     "within",
 ]
@@ -95,6 +97,16 @@ class FixedOptions(TypedDict, total=False):
 
 class FixedTie(TieArguments, FixedOptions, total=False):
     """All that `register_tie` takes by name for ``fixed``."""
+
+
+class FlipSymOptions(TypedDict, total=False):
+    """The options of ``flip_sym``."""
+
+    sign: Literal[1, -1]
+
+
+class FlipSymTie(TieArguments, FlipSymOptions, total=False):
+    """All that `register_tie` takes by name for ``flip_sym``."""
 
 
 class GroupConvOptions(TypedDict, total=False):

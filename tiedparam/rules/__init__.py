@@ -21,7 +21,9 @@ from tiedparam.rules.masked import Masked
 from tiedparam.rules.orbit import Orbit
 from tiedparam.rules.repeat import Repeat
 from tiedparam.rules.row_repeat import RowRepeat
+from tiedparam.rules.skew import Skew
 from tiedparam.rules.squared_copy import SquaredCopy
+from tiedparam.rules.symmetric import Symmetric
 from tiedparam.rules.toeplitz import Toeplitz
 from tiedparam.rules.within import Within
 
@@ -41,7 +43,9 @@ __all__ = [
     "Orbit",
     "Repeat",
     "RowRepeat",
+    "Skew",
     "SquaredCopy",
+    "Symmetric",
     "Toeplitz",
     "Within",
 ]
