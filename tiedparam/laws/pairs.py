@@ -150,7 +150,7 @@ def _places(expand: Callable[[Tensor, Any], Tensor], sizes: Any, count: int) -> 
     with torch.inference_mode(False), torch.no_grad():
         columns = torch.where(labels < 0, count - labels, labels) - 1
         columns = torch.where(labels == 0, 2 * count, columns)
-        return _Places(columns.to(torch.int32), bool((labels <= 0).any()))
+        return _Places(columns, bool((labels <= 0).any()))
 
 
 def _labels(expand: Callable[[Tensor, Any], Tensor], sizes: Any, count: int) -> Tensor:
@@ -158,7 +158,7 @@ def _labels(expand: Callable[[Tensor, Any], Tensor], sizes: Any, count: int) -> 
     with torch.inference_mode(False), torch.enable_grad():
         # recorded, so that the formula itself is used; float64 counts exactly
         numbers = torch.arange(1, count + 1, dtype=torch.float64, device="cpu", requires_grad=True)
-        return expand(numbers[None], sizes).detach().flatten().long()
+        return expand(numbers[None], sizes).detach().flatten().to(torch.int32)
 
 
 @functools.lru_cache(_SHAPES)
@@ -167,7 +167,7 @@ def _members(expand: Callable[[Tensor, Any], Tensor], sizes: Any, count: int) ->
     labels = _labels(expand, sizes, count)
     with torch.inference_mode(False), torch.no_grad():
         entries = labels.nonzero()[:, 0]
-        places = labels[entries].abs() - 1
+        places = labels[entries].abs().long() - 1
         first, last = (
             torch.zeros(count, dtype=torch.int64, device="cpu").scatter_reduce_(
                 0, places, entries, which, include_self=False

@@ -62,7 +62,7 @@ class FlipSym(Orbits):
     """
 
     family = "symmetries"
-    law: str = "W[i, j, x] = W[j, i, flip(x)]  (sign=-1: −W[j, i, flip(x)])"
+    law: str = "W[i, j, x] = ±W[j, i, flip(x)]"
     complex_valued = False
     _expansion: Expansion
 

@@ -16,9 +16,9 @@ from tiedparam.rules.flip_sym import FlipSym
 
 @register_rule("skew")
 class Skew(FlipSym):
-    """A matrix that is minus its transpose: ``W[i, j] = −W[j, i]``; `flip_sym` with ``sign=-1``.
+    """A matrix that is minus its transpose: ``W[i, j] = −W[j, i]``.
 
-    Its eigenvalues are imaginary and ``⟨Ax, x⟩ = 0``: it turns features and does not stretch them,
+    The name of `flip_sym` with ``sign=-1`` for matrices alone. Its eigenvalues are imaginary and ``⟨Ax, x⟩ = 0``: it turns features and does not stretch them,
     so that ``dx/dt = Ax`` keeps lengths, and ``exp(A)`` is a rotation.
 
     Shapes: ``free``: one tensor of ``n(n − 1)/2`` values, as `flip_sym` stores them; ``weight``:
@@ -33,10 +33,11 @@ class Skew(FlipSym):
     """
 
     family = "matrices"
+    law: str = "W[i, j] = −W[j, i]"
 
     def __init__(self) -> None:
         super().__init__(-1)
-        self.law = "W[i, j] = −W[j, i]"
+        self.law = type(self).law
 
     def options(self) -> dict[str, Any]:
         """None."""

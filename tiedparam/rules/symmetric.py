@@ -16,9 +16,9 @@ from tiedparam.rules.flip_sym import FlipSym
 
 @register_rule("symmetric")
 class Symmetric(FlipSym):
-    """A matrix that is its own transpose: ``W[i, j] = W[j, i]``. A name for `flip_sym` on matrices.
+    """A matrix that is its own transpose: ``W[i, j] = W[j, i]``.
 
-    Its eigenvalues are real, and ``⟨Ax, y⟩ = ⟨x, Ay⟩``.
+    The name of `flip_sym` for matrices alone. Its eigenvalues are real, and ``⟨Ax, y⟩ = ⟨x, Ay⟩``.
 
     Shapes: ``free``: one tensor of ``n(n + 1)/2`` values, as `flip_sym` stores them; ``weight``:
     ``(n, n)``. Multiplicity 2, and 1 on the diagonal.
@@ -32,10 +32,11 @@ class Symmetric(FlipSym):
     """
 
     family = "matrices"
+    law: str = "W[i, j] = W[j, i]"
 
     def __init__(self) -> None:
         super().__init__(1)
-        self.law = "W[i, j] = W[j, i]"
+        self.law = type(self).law
 
     def check(self, layout: Layout) -> Reason | None:
         """The weight must be a square matrix."""
