@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Case]] = {
         "flip_sym": (lambda: nn.Conv2d(3, 3, 3), "", {}),
         "flip_sym-even": (lambda: nn.Conv2d(2, 2, 2), "", {}),
         "flip_sym-linear": (lambda: nn.Linear(5, 5), "", {}),
+        "flip_sym-sign": (lambda: nn.Conv2d(2, 2, 3), "", {"sign": -1}),
     },
     "kernel_symmetry": {
         "kernel_symmetry-d4": (lambda: nn.Conv2d(2, 1, 5), "", {"group": "d4"}),
@@ -79,6 +80,8 @@ CASES: dict[str, dict[str, Case]] = {
         for order in ("block", "tile")
     },
     "block_circulant": {"block_circulant": (lambda: nn.Linear(6, 6), "", {"block": 3})},
+    "symmetric": {"symmetric": (lambda: nn.Linear(5, 5), "", {})},
+    "skew": {"skew": (lambda: nn.Linear(5, 5), "", {})},
     "toeplitz": {"toeplitz": (lambda: nn.Linear(5, 4), "", {})},
     "hankel": {"hankel": (lambda: nn.Linear(5, 4), "", {})},
     "copy": {

@@ -64,9 +64,13 @@ class Row:
 # the functions take a bound rule and give the same number.
 FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
     "flip_sym": (
-        "`g·(c²P + f)/2`, `c = C/g`, `f = c` if all kernel sizes are odd, else 0",
-        lambda r: _groups(r) * (_inputs(r) ** 2 * _positions(r) + _odd(r) * _inputs(r)) // 2,
+        "`g·(c²P ± f)/2`, `c = C/g`, `f = c` if all kernel sizes are odd, else 0",
+        lambda r: (
+            _groups(r) * (_inputs(r) ** 2 * _positions(r) + r.sign * _odd(r) * _inputs(r)) // 2
+        ),
     ),
+    "symmetric": ("`n(n + 1)/2`", lambda r: _inputs(r) * (_inputs(r) + 1) // 2),
+    "skew": ("`n(n − 1)/2`", lambda r: _inputs(r) * (_inputs(r) - 1) // 2),
     "row_repeat": (
         "`groups` × the values of one row",
         lambda r: r.groups * prod(_canonical(r)[1:]),

@@ -34,7 +34,7 @@ def test_printed_it_is_a_table():
 
 def test_the_meaning_is_said_in_words_alone():
     meanings = {row["rule"]: row["meaning"] for row in tp.available_rules().rows()}
-    assert meanings["flip_sym"] == "A kernel that is its own flip-transpose."
+    assert meanings["flip_sym"] == "A kernel that is its own flip-transpose, or minus it."
     assert meanings["row_repeat"] == "Equal rows, for any tensor with an output axis."
     assert not any("`" in meaning for meaning in meanings.values())
 

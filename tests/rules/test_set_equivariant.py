@@ -63,7 +63,7 @@ def test_the_layer_commutes_with_every_permutation(items, build):
     # by loops: the mean over all pairs of one kind
     for (o, c, *x), value in canonical_entries(layer).items():
         alike = [
-            dense[o // items * items + i, c // items * items + j, *x]
+            dense[(o // items * items + i, c // items * items + j, *x)]
             for i in range(items) for j in range(items) if (i == j) == (o % items == c % items)
         ]  # fmt: skip
         assert value == pytest.approx(sum(alike) / len(alike), rel=1e-12, abs=1e-15)

@@ -1,7 +1,7 @@
 """Laws that pair entries: expanded fast in eager mode, by plain operations in a trace.
 
-A law gives two formulas, that of the expansion (free values → weight) and that of its adjoint (the
-sum over each orbit). In eager mode
+The entries of a pair are equal, or one is minus the other. A law gives two formulas, that of the
+expansion (free values → weight) and that of its adjoint (the sum over each orbit). In eager mode
 
 * a large weight is made by one node of the graph (`LinearMap`);
 * a small weight, or a small part of a large one, is one look-up, since there the number of
@@ -50,8 +50,11 @@ class Expansion(LinearMap):
         if not is_eager(free):
             return self.expand(free).reshape(self.shape)
         if prod(self.shape) <= TABLE_ENTRIES:
+            values = free.view(1, -1)
             places = _places(self.formula, self.sizes, free.numel())
-            return free.view(-1).index_select(0, places).view(self.shape)
+            if places.signed:
+                values = _beside_negatives(values)
+            return values.view(-1).index_select(0, places.columns).view(self.shape)
         return self.recorded(free).view(self.shape)
 
     def expand(self, free: Tensor) -> Tensor:
@@ -86,7 +89,9 @@ def look_up(
 ) -> Tensor:
     """``expand(row, sizes)`` for every row of ``(n, free values)``, as ``(n, entries)``."""
     if unrecorded:
-        return free.index_select(1, _places(expand, sizes, free.shape[1]))
+        places = _places(expand, sizes, free.shape[1])
+        values = _beside_negatives(free) if places.signed else free
+        return values.index_select(1, places.columns)
     return expand(free, sizes).reshape(len(free), entries)
 
 
@@ -94,33 +99,83 @@ def fold_pairs(
     expand: Callable[[Tensor, Any], Tensor], weight: Tensor, sizes: Any, count: int
 ) -> Tensor:
     """The adjoint of `look_up`, if no free value stands for more than two entries."""
-    first, second, single = _members(expand, sizes, count)
-    values = weight.index_select(1, first)
+    members = _members(expand, sizes, count)
+    first = weight.index_select(1, members.first)
+    second = weight.index_select(1, members.last)
+    if members.signs is not None:
+        first, second = first * members.signs[0], second * members.signs[1]
     # where, since for a single entry the sum would count it twice
-    return torch.where(single, values, values + weight.index_select(1, second))
+    return torch.where(members.single, first, first + second)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where each entry's value stands in what is looked up.
+
+    Attributes:
+        columns: for each entry; int32.
+        signed: whether that is the free values, their negatives and a 0, or the free values alone.
+    """
+
+    columns: Tensor
+    signed: bool
+
+
+@dataclass(frozen=True)
+class _Members:
+    """The two entries of each free value.
+
+    Attributes:
+        first: the first one's place, in int32.
+        last: the last one's.
+        single: whether they are the same.
+        signs: ``(2, values)``, those of the first and of the last one; None if all are 1.
+    """
+
+    first: Tensor
+    last: Tensor
+    single: Tensor
+    signs: Tensor | None
+
+
+def _beside_negatives(free: Tensor) -> Tensor:
+    """``(n, values)`` → ``(n, 2 · values + 1)``: the values, their negatives, and a 0."""
+    return torch.cat([free, -free, free.new_zeros(len(free), 1)], 1)
 
 
 @functools.lru_cache(_SHAPES)
-def _places(expand: Callable[[Tensor, Any], Tensor], sizes: Any, count: int) -> Tensor:
+def _places(expand: Callable[[Tensor, Any], Tensor], sizes: Any, count: int) -> _Places:
     """For each entry of the weight the place of its free value."""
+    labels = _labels(expand, sizes, count)
+    with torch.inference_mode(False), torch.no_grad():
+        columns = torch.where(labels < 0, count - labels, labels) - 1
+        columns = torch.where(labels == 0, 2 * count, columns)
+        return _Places(columns, bool((labels <= 0).any()))
+
+
+def _labels(expand: Callable[[Tensor, Any], Tensor], sizes: Any, count: int) -> Tensor:
+    """The number of each entry's free value, from 1, negative where it is minus it; or 0."""
     with torch.inference_mode(False), torch.enable_grad():
         # recorded, so that the formula itself is used; float64 counts exactly
-        places = torch.arange(count, dtype=torch.float64, device="cpu", requires_grad=True)
-        return expand(places[None], sizes).detach().flatten().to(torch.int32)
+        numbers = torch.arange(1, count + 1, dtype=torch.float64, device="cpu", requires_grad=True)
+        return expand(numbers[None], sizes).detach().flatten().to(torch.int32)
 
 
 @functools.lru_cache(_SHAPES)
-def _members(
-    expand: Callable[[Tensor, Any], Tensor], sizes: Any, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The first and the last entry of each free value, and whether they are the same."""
+def _members(expand: Callable[[Tensor, Any], Tensor], sizes: Any, count: int) -> _Members:
+    """The first and the last entry of each free value."""
+    labels = _labels(expand, sizes, count)
     with torch.inference_mode(False), torch.no_grad():
-        places = _places(expand, sizes, count).long()
-        entries = torch.arange(len(places), device="cpu")
+        entries = labels.nonzero()[:, 0]
+        places = labels[entries].abs().long() - 1
         first, last = (
             torch.zeros(count, dtype=torch.int64, device="cpu").scatter_reduce_(
                 0, places, entries, which, include_self=False
             )
             for which in ("amin", "amax")
         )
-        return first.to(torch.int32), last.to(torch.int32), first == last
+        signs = torch.stack([labels[first], labels[last]]).sign().to(torch.int8)
+        signed = bool((signs < 0).any())
+        return _Members(
+            first.to(torch.int32), last.to(torch.int32), first == last, signs if signed else None
+        )

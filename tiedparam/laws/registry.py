@@ -79,7 +79,7 @@ def available_rules() -> RuleTable:
         repetition ... channel_shared ... W[o, c, x] = w[o, x] ... over='in', compute='auto' ...
         ...
         >>> tp.available_rules()["flip_sym"].law
-        'W[i, j, x] = W[j, i, flip(x)]'
+        'W[i, j, x] = ±W[j, i, flip(x)]'
     """
     return RuleTable(sorted(_RULES.items()))
 

@@ -75,7 +75,7 @@ def register_tie(
     layer: Layer,
     rule: Literal["flip_sym"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.TieArguments],
+    **options: Unpack[rule_options.FlipSymTie],
 ) -> Layer: ...
 @overload
 def register_tie(
@@ -164,9 +164,23 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["skew"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.TieArguments],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["squared_copy"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.SquaredCopyTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["symmetric"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.TieArguments],
 ) -> Layer: ...
 @overload
 def register_tie(

@@ -94,6 +94,7 @@ def residual(
     root: nn.Module | None = ...,
     rows: Range | None = ...,
     columns: Range | None = ...,
+    **options: Unpack[rule_options.FlipSymOptions],
 ) -> float: ...
 @overload
 def residual(
@@ -228,6 +229,16 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["skew"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["squared_copy"],
     tensor_name: str = ...,
     *,
@@ -235,6 +246,16 @@ def residual(
     rows: Range | None = ...,
     columns: Range | None = ...,
     **options: Unpack[rule_options.SquaredCopyOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["symmetric"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
 ) -> float: ...
 @overload
 def residual(

@@ -50,7 +50,9 @@ KnownName = Literal[
     "reverse_complement",
     "row_repeat",
     "set_equivariant",
+    "skew",
     "squared_copy",
+    "symmetric",
     "toeplitz",
     "within",
 ]
@@ -99,6 +101,16 @@ class FixedOptions(TypedDict, total=False):
 
 class FixedTie(TieArguments, FixedOptions, total=False):
     """All that `register_tie` takes by name for ``fixed``."""
+
+
+class FlipSymOptions(TypedDict, total=False):
+    """The options of ``flip_sym``."""
+
+    sign: Literal[1, -1]
+
+
+class FlipSymTie(TieArguments, FlipSymOptions, total=False):
+    """All that `register_tie` takes by name for ``flip_sym``."""
 
 
 class GroupConvOptions(TypedDict, total=False):

@@ -199,7 +199,7 @@ def draw_scan(report: ScanReport) -> Figure:
         >>> figure = tp.draw_scan(tp.scan(nn.Linear(8, 8), ["flip_sym", "row_repeat"]))
         >>> figure.savefig("scan.png")
         >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]
-        ['flip_sym', 'row_repeat(groups=1)']
+        ['flip_sym', 'flip_sym(sign=-1)', 'row_repeat(groups=1)']
     """
     candidates, rows, title = _clearest(report)
     columns = sorted({_kind(c) for c in candidates})

@@ -25,7 +25,9 @@ from tiedparam.rules.repeat import Repeat
 from tiedparam.rules.reverse_complement import ReverseComplement
 from tiedparam.rules.row_repeat import RowRepeat
 from tiedparam.rules.set_equivariant import SetEquivariant
+from tiedparam.rules.skew import Skew
 from tiedparam.rules.squared_copy import SquaredCopy
+from tiedparam.rules.symmetric import Symmetric
 from tiedparam.rules.toeplitz import Toeplitz
 from tiedparam.rules.within import Within
 
@@ -49,7 +51,9 @@ __all__ = [
     "ReverseComplement",
     "RowRepeat",
     "SetEquivariant",
+    "Skew",
     "SquaredCopy",
+    "Symmetric",
     "Toeplitz",
     "Within",
 ]

@@ -85,8 +85,8 @@ class BlockCirculant(Orbits):
 
     @classmethod
     def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
-        """How large the blocks are is a choice; 1 stands for it, and ties nothing."""
-        return ({"block": 1},)
+        """None: how large the blocks are is the user's choice."""
+        return ()
 
     @classmethod
     def examples(cls) -> Sequence[Example]:

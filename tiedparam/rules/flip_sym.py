@@ -1,11 +1,13 @@
-"""Flip-transpose symmetry: W[i, j, x] = W[j, i, flip(x)]."""
+"""Flip-transpose symmetry: W[i, j, x] = ±W[j, i, flip(x)]."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import isqrt, prod
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiedparam.laws import Reason
@@ -25,22 +27,31 @@ from tiedparam.laws.rule import Example
 
 @register_rule("flip_sym")
 class FlipSym(Orbits):
-    """A kernel that is its own flip-transpose: ``W[i, j, x] = W[j, i, flip(x)]``.
+    """A kernel that is its own flip-transpose, or minus it: ``W[i, j, x] = ±W[j, i, flip(x)]``.
 
     ``flip`` mirrors a kernel position along every spatial axis; ``i, j`` are channels of
-    one group. A Linear weight is the case without spatial axes: a symmetric matrix. With
-    an odd kernel, stride 1 and padding ``dilation·(k//2)`` (zeros or circular) the
-    convolution, bias aside, is self-adjoint: ``⟨Ax, y⟩ = ⟨x, Ay⟩``.
+    one group. A Linear weight is the case without spatial axes: a symmetric matrix, or a skew one.
+    With an odd kernel, stride 1 and padding ``dilation·(k//2)`` (zeros or circular) the
+    convolution, bias aside, is self-adjoint: ``⟨Ax, y⟩ = ⟨x, Ay⟩``; or skew-adjoint,
+    ``⟨Ax, y⟩ = −⟨x, Ay⟩``, so that ``⟨Ax, x⟩ = 0``.
+
+    Args:
+        sign: 1 or −1.
 
     Shapes, with ``c`` channels per group, ``g`` groups and ``P`` kernel positions:
 
-    * ``free``: one tensor of ``g·(c²P + f)/2`` values, ``f = c`` if every kernel size is odd,
+    * ``free``: one tensor of ``g·(c²P + sign·f)/2`` values, ``f = c`` if every kernel size is odd,
       else 0. In this order: for each of the first ``P // 2`` positions the slice
-      ``(g, c, c)``; then, if ``P`` is odd, the lower triangles ``(g, c(c+1)/2)`` of the
-      symmetric slice at the centre, by tiles (see `_symmetric`).
+      ``(g, c, c)``; then, if ``P`` is odd, the lower triangles of the slice at the centre,
+      ``(g, c(c + sign)/2)``, by tiles (see `_centre`). With ``sign=-1`` they are without the
+      diagonal, which is 0.
     * ``weight``: the layer's own, ``O == C`` in every group.
 
     Multiplicity 2, and 1 on the centre's diagonal.
+
+    Source: the projection is the mean of a kernel and its flip-transpose (Ravanbakhsh et al. 2017).
+    Skew ones: "AntisymmetricRNN" (Chang et al. 2019), "Skew orthogonal convolutions" (Singla and
+    Feizi 2021).
 
     Example:
         >>> conv = tp.register_tie(nn.Conv2d(2, 2, 3), "flip_sym")
@@ -51,12 +62,24 @@ class FlipSym(Orbits):
     """
 
     family = "symmetries"
-    law = "W[i, j, x] = W[j, i, flip(x)]"
+    law: str = "W[i, j, x] = ±W[j, i, flip(x)]"
     complex_valued = False
     _expansion: Expansion
 
+    def __init__(self, sign: Sign = 1) -> None:
+        super().__init__()
+        self.sign: Sign = sign
+        if _is_sign(sign):
+            self.law = f"W[i, j, x] = {'' if sign == 1 else '−'}W[j, i, flip(x)]"
+
+    def options(self) -> dict[str, Any]:
+        """``sign``, where it is not 1."""
+        return {} if self.sign == 1 else {"sign": self.sign}
+
     def check(self, layout: Layout) -> Reason | None:
-        """Inputs and outputs of a group must be the same channels."""
+        """Inputs and outputs of a group must be the same channels, and ``sign`` known."""
+        if not _is_sign(self.sign):
+            return Reason(f"sign={self.sign!r} is unknown.", "Choose 1 or -1.")
         if len(layout.shape) < 2:
             return Reason(
                 "the tensor has no input channels to swap with its outputs.", "Tie a weight."
@@ -67,12 +90,18 @@ class FlipSym(Orbits):
                 f"out_channels ({outputs}) must equal in_channels ({inputs * layout.groups}).",
                 "Tie a square layer, or use 'channel_shared'.",
             )
+        if self.sign == -1 and inputs * prod(layout.kernel) == 1:
+            return Reason(
+                "with sign=-1 an entry that is its own mirror image is 0, and each group has no "
+                "other one.",
+                "Tie a layer of more channels or kernel positions.",
+            )
         return None
 
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """One matrix, so that optimizers which spare vectors from decay treat it as a weight."""
-        groups, c, positions = self._sizes()
-        count = groups * _free_count(c, positions)
+        groups, c, positions, sign = self._sizes()
+        count = groups * _free_count(c, positions, sign)
         columns = c if count % c == 0 else c // 2
         return ((count // columns, columns),)
 
@@ -86,7 +115,7 @@ class FlipSym(Orbits):
         self.bind_shape(weight)
         wide = torch.promote_types(weight.dtype, torch.float32)
         blocks = self._blocks(weight).to(wide)
-        mirror = blocks.transpose(1, 2).flip(-1)
+        mirror = self._signed(blocks.transpose(1, 2).flip(-1))
         # relative to one member, so that equal members stay what they are to the bit;
         # halves before the difference, so that it cannot overflow
         mean = torch.where(blocks == mirror, blocks, blocks + (mirror / 2 - blocks / 2))
@@ -101,7 +130,8 @@ class FlipSym(Orbits):
         layout = self.bound_layout
         axes = tuple(range(2, len(layout.shape)))
         groups = layout.canonical(weight).chunk(layout.groups)
-        yield layout.native(torch.cat([group.transpose(0, 1).flip(axes) for group in groups]))
+        images = torch.cat([group.transpose(0, 1).flip(axes) for group in groups])
+        yield layout.native(self._signed(images))
 
     def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
         """Fit the rule to one tensor, and choose how to expand its weight."""
@@ -111,17 +141,20 @@ class FlipSym(Orbits):
         return reason
 
     def _sizes(self) -> Sizes:
-        """Groups, channels per group, kernel positions."""
+        """Groups, channels per group, kernel positions, and the sign."""
         layout = self.bound_layout
-        return layout.groups, layout.canonical_shape[1], prod(layout.kernel)
+        return layout.groups, layout.canonical_shape[1], prod(layout.kernel), self.sign
+
+    def _signed(self, images: Tensor) -> Tensor:
+        return images if self.sign == 1 else -images
 
     def _blocks(self, weight: Tensor) -> Tensor:
         """The weight as ``(groups, c, c, positions)``.
 
         A transposed convolution stores the transposed blocks. By the law these are the flipped
-        ones, which obey it too, so that no rearranging is needed.
+        ones, or minus these, which obey it too, so that no rearranging is needed.
         """
-        groups, c, positions = self._sizes()
+        groups, c, positions, _ = self._sizes()
         return weight.reshape(groups, c, c, positions)
 
     def _free_half(self, blocks: Tensor) -> tuple[Tensor, ...]:
@@ -129,14 +162,19 @@ class FlipSym(Orbits):
         half = positions // 2
         parts = [blocks[..., :half].permute(3, 0, 1, 2).flatten()]
         if positions % 2:
-            parts.append(_triangles(blocks[..., half]).flatten())
+            parts.append(_triangles(blocks[..., half], self.sign).flatten())
         (shape,) = self.free_shapes()
         # cat copies: a slice would keep the full weight's storage alive (S15)
         return (torch.cat(parts).reshape(shape),)
 
     @classmethod
+    def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
+        """Both signs."""
+        return ({}, {"sign": -1})
+
+    @classmethod
     def examples(cls) -> Sequence[Example]:
-        """Odd, even and mixed kernels of 0 to 3 dimensions, grouped and transposed."""
+        """Odd, even and mixed kernels of 0 to 3 dimensions, grouped and transposed; both signs."""
         return (
             Example(lambda: nn.Conv2d(3, 3, 3, padding=1)),
             Example(lambda: nn.Conv2d(4, 4, 2)),
@@ -149,15 +187,25 @@ class FlipSym(Orbits):
             Example(lambda: nn.ConvTranspose2d(6, 6, 3, groups=2)),
             Example(lambda: nn.Linear(5, 5)),
             Example(lambda: nn.Linear(4, 4)),
+            Example(lambda: nn.Conv2d(3, 3, 3, padding=1), {"sign": -1}),
+            Example(lambda: nn.Conv1d(4, 4, 2), {"sign": -1}),
+            Example(lambda: nn.Conv1d(4, 4, 3, groups=4), {"sign": -1}),
+            Example(lambda: nn.ConvTranspose2d(6, 6, 3, groups=2), {"sign": -1}),
+            Example(lambda: nn.Linear(4, 4), {"sign": -1}),
         )
 
 
-Sizes = tuple[int, int, int]
+Sign = Literal[1, -1]
+Sizes = tuple[int, int, int, Sign]
 
 
-def _free_count(c: int, positions: int) -> int:
+def _is_sign(sign: object) -> bool:
+    return isinstance(sign, int) and not isinstance(sign, bool) and sign in (1, -1)
+
+
+def _free_count(c: int, positions: int, sign: Sign) -> int:
     """How many values one group of ``c`` channels has."""
-    return (c * c * positions + (c if positions % 2 else 0)) // 2
+    return (c * c * positions + (sign * c if positions % 2 else 0)) // 2
 
 
 def _expand(free: Tensor, sizes: Sizes) -> Tensor:
@@ -166,7 +214,7 @@ def _expand(free: Tensor, sizes: Sizes) -> Tensor:
     Short runs are what makes copies slow. So all slices are laid side by side, row by row, and
     one transposition of each row's ``(positions, c)`` then puts the positions last.
     """
-    groups, c, positions = sizes
+    groups, c, positions, sign = sizes
     rows, half = groups * c, positions // 2
     free = free.reshape(-1)
     unrecorded = is_unrecorded(free)
@@ -175,30 +223,33 @@ def _expand(free: Tensor, sizes: Sizes) -> Tensor:
     if half:
         slices = free[: half * rows * c].reshape(half * groups, c, c)
         parts.extend(slices.reshape(half, rows, 1, c).unbind())
-        images.extend(transposed(slices, unrecorded).reshape(half, rows, 1, c).unbind())
+        mirrored = transposed(slices, unrecorded)
+        mirrored = mirrored if sign == 1 else -mirrored
+        images.extend(mirrored.reshape(half, rows, 1, c).unbind())
     if positions % 2:
         packed = free[half * rows * c :].reshape(groups, -1)
-        parts.append(_symmetric(packed, c, unrecorded).reshape(rows, 1, c))
+        parts.append(_centre(packed, c, sign, unrecorded).reshape(rows, 1, c))
     return transposed(torch.cat([*parts, *reversed(images)], 1), unrecorded)
 
 
 def _fold(weight: Tensor, sizes: Sizes) -> Tensor:
-    """The adjoint of `_expand`: each entry plus its mirror image."""
-    groups, c, positions = sizes
+    """The adjoint of `_expand`: each entry plus its mirror image, or minus it."""
+    groups, c, positions, sign = sizes
     rows, half = groups * c, positions // 2
     entries = transposed(weight.reshape(rows, c, positions), True)
-    free = weight.new_empty(groups * _free_count(c, positions))
+    free = weight.new_empty(groups * _free_count(c, positions, sign))
     slices = free[: half * rows * c].reshape(half, rows, c)
     for x, values in enumerate(slices.unbind()):
         image = transposed(entries[:, positions - 1 - x].reshape(groups, c, c), True)
-        torch.add(entries[:, x], image.reshape(rows, c), out=values)
+        torch.add(entries[:, x], image.reshape(rows, c), alpha=sign, out=values)
     if positions % 2:
         centre = entries[:, half].reshape(groups, c, c)
-        free[half * rows * c :] = _fold_symmetric(centre).flatten()
+        free[half * rows * c :] = _fold_centre(centre, sign).flatten()
     return free
 
 
-# Symmetric matrices: squares along the diagonal, and below each a panel -------------------
+# The slice at the centre, a symmetric or skew matrix: squares along the diagonal, and below each a
+# panel ------------------------------------------------------------------------------------
 
 _TILE = isqrt(TABLE_ENTRIES)
 
@@ -208,15 +259,15 @@ def _tiles(c: int) -> list[tuple[int, int]]:
     return [(start, min(c, start + _TILE)) for start in range(0, c, _TILE)]
 
 
-def _pieces(packed: Tensor, c: int) -> list[tuple[Tensor, Tensor]]:
-    """Views of ``(n, c(c+1)/2)``: for each tile its triangle and the panel below it.
+def _pieces(packed: Tensor, c: int, sign: Sign) -> list[tuple[Tensor, Tensor]]:
+    """Views of ``(n, c(c + sign)/2)``: for each tile its triangle and the panel below it.
 
     The last tile's panel is empty, and is left as it is: DTensor cannot reshape it.
     """
     counts = []
     for start, stop in _tiles(c):
         size = stop - start
-        counts += [_free_count(size, 1), (c - stop) * size]
+        counts += [_free_count(size, 1, sign), (c - stop) * size]
     parts = packed.split(counts, 1)
     return [
         (triangle, panel.reshape(-1, c - stop, stop - start) if stop < c else panel)
@@ -224,53 +275,76 @@ def _pieces(packed: Tensor, c: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _symmetric(packed: Tensor, c: int, unrecorded: bool) -> Tensor:
-    """Symmetric ``(n, c, c)`` from ``(n, c(c+1)/2)``, by rows of tiles."""
+def _centre(packed: Tensor, c: int, sign: Sign, unrecorded: bool) -> Tensor:
+    """Symmetric or skew ``(n, c, c)`` from ``(n, c(c + sign)/2)``, by rows of tiles."""
     n = packed.shape[0]
-    pieces = _pieces(packed, c)
+    pieces = _pieces(packed, c, sign)
     # written in place where nobody records: joining the rows would copy the whole again
     matrices = packed.new_empty(n, c, c) if unrecorded and len(pieces) > 1 else None
     rows = []
     for number, (start, stop) in enumerate(_tiles(c)):
         triangle, panel = pieces[number]
         size = stop - start
-        tile = look_up(_unpacked, triangle, size, size * size, unrecorded).reshape(n, size, size)
+        tile = look_up(_UNPACKED[sign], triangle, size, size * size, unrecorded).reshape(
+            n, size, size
+        )
         row = [
             earlier[:, start - before : stop - before]
             for (_, before), (_, earlier) in zip(_tiles(c)[:number], pieces[:number], strict=True)
         ]
         row.append(tile)
         if stop < c:
-            row.append(transposed(panel, unrecorded))
+            above = transposed(panel, unrecorded)
+            row.append(above if sign == 1 else -above)
         out = None if matrices is None else matrices[:, start:stop]
         rows.append(torch.cat(row, 2, out=out))
     return torch.cat(rows, 1) if matrices is None else matrices
 
 
-def _fold_symmetric(matrices: Tensor) -> Tensor:
-    """The adjoint of `_symmetric`."""
+def _fold_centre(matrices: Tensor, sign: Sign) -> Tensor:
+    """The adjoint of `_centre`."""
     n, c, _ = matrices.shape
-    packed = matrices.new_empty(n, _free_count(c, 1))
-    for (start, stop), (triangle, panel) in zip(_tiles(c), _pieces(packed, c), strict=True):
+    packed = matrices.new_empty(n, _free_count(c, 1, sign))
+    for (start, stop), (triangle, panel) in zip(_tiles(c), _pieces(packed, c, sign), strict=True):
         tile = matrices[:, start:stop, start:stop].reshape(n, -1)
-        triangle.copy_(fold_pairs(_unpacked, tile, stop - start, triangle.shape[1]))
+        triangle.copy_(fold_pairs(_UNPACKED[sign], tile, stop - start, triangle.shape[1]))
         if stop < c:
             above = matrices[:, start:stop, stop:].contiguous()
-            torch.add(matrices[:, stop:, start:stop], transposed(above, True), out=panel)
+            below = matrices[:, stop:, start:stop]
+            torch.add(below, transposed(above, True), alpha=sign, out=panel)
     return packed
 
 
-def _triangles(matrices: Tensor) -> Tensor:
-    """The inverse of `_symmetric`, reading the lower triangles."""
+def _triangles(matrices: Tensor, sign: Sign) -> Tensor:
+    """The inverse of `_centre`, reading the lower triangles."""
     parts = []
     for start, stop in _tiles(matrices.shape[1]):
-        parts.append(_packed(matrices[:, start:stop, start:stop]))
+        tile = matrices[:, start:stop, start:stop]
+        # below the diagonal there is the triangle of a tile that is smaller by one
+        parts.append(_packed(tile if sign == 1 else tile[:, 1:, :-1]))
         parts.append(matrices[:, stop:, start:stop])
     return torch.cat([part.flatten(1) for part in parts], 1)
 
 
 def _unpacked(packed: Tensor, c: int) -> Tensor:
-    """A symmetric tile ``(n, c, c)`` from ``(n, c(c+1)/2)``.
+    """A symmetric tile ``(n, c, c)`` from ``(n, c(c+1)/2)``."""
+    lower, order = _lower(packed, c), torch.arange(c, device=packed.device)
+    return torch.where(order[:, None] >= order, lower, lower.transpose(1, 2))
+
+
+def _unpacked_skew(packed: Tensor, c: int) -> Tensor:
+    """A skew tile ``(n, c, c)`` from ``(n, c(c−1)/2)``: zeros, and not −0.0, on its diagonal."""
+    # below the diagonal there is the triangle of a tile that is smaller by one
+    lower, order = F.pad(_lower(packed, c - 1), (0, 1, 1, 0)), torch.arange(c, device=packed.device)
+    signed = torch.where(order[:, None] > order, lower, -lower.transpose(1, 2))
+    return torch.where(order[:, None] == order, packed.new_zeros(()), signed)
+
+
+_UNPACKED = {1: _unpacked, -1: _unpacked_skew}
+
+
+def _lower(packed: Tensor, c: int) -> Tensor:
+    """``(n, c, c)`` whose lower triangles are packed in ``(n, c(c+1)/2)``; above is anything.
 
     A row of the packed rectangle holds a row of the lower triangle's bottom half, and, backwards
     from the rectangle's end, the row of its top half that has just the missing length. So the
@@ -280,13 +354,11 @@ def _unpacked(packed: Tensor, c: int) -> Tensor:
     rectangle = packed.reshape(packed.shape[0], c - top, c + 1 - c % 2)
     turned = rectangle.flip(1, 2)
     halves = [turned[:, 1:], rectangle] if c % 2 else [turned[..., :c], rectangle[..., :c]]
-    lower = torch.cat(halves, 1)
-    order = torch.arange(c, device=packed.device)
-    return torch.where(order[:, None] >= order, lower, lower.transpose(1, 2))
+    return torch.cat(halves, 1)
 
 
 def _packed(matrices: Tensor) -> Tensor:
-    """The inverse of `_unpacked`, reading the lower triangles."""
+    """The inverse of `_lower`, reading the lower triangles."""
     n, c, _ = matrices.shape
     top = c // 2
     lower = matrices.tril()

@@ -1,0 +1,58 @@
+"""Skew matrices: W[i, j] = −W[j, i]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from tiedparam.laws import Reason
+from tiedparam.laws.layout import Layout, why_no_matrix
+from tiedparam.laws.registry import register_rule
+from tiedparam.laws.rule import Example
+from tiedparam.rules.flip_sym import FlipSym
+
+
+@register_rule("skew")
+class Skew(FlipSym):
+    """A matrix that is minus its transpose: ``W[i, j] = −W[j, i]``.
+
+    The name of `flip_sym` with ``sign=-1`` for matrices alone. Its eigenvalues are imaginary and ``⟨Ax, x⟩ = 0``: it turns features and does not stretch them,
+    so that ``dx/dt = Ax`` keeps lengths, and ``exp(A)`` is a rotation.
+
+    Shapes: ``free``: one tensor of ``n(n − 1)/2`` values, as `flip_sym` stores them; ``weight``:
+    ``(n, n)``, with zeros on the diagonal. Multiplicity 2.
+
+    Source: "AntisymmetricRNN" (Chang et al. 2019); the projection is ``(W − Wᵀ)/2``.
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(4, 4), "skew")
+        >>> torch.equal(layer.weight, -layer.weight.t()), tp.get_tie(layer).free_count
+        (True, 6)
+    """
+
+    family = "matrices"
+    law: str = "W[i, j] = −W[j, i]"
+
+    def __init__(self) -> None:
+        super().__init__(-1)
+        self.law = type(self).law
+
+    def options(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def check(self, layout: Layout) -> Reason | None:
+        """The weight must be a square matrix of more than one entry."""
+        return why_no_matrix(layout) or super().check(layout)
+
+    @classmethod
+    def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
+        """None: `scan` tries `flip_sym` with ``sign=-1``, which is this law."""
+        return ()
+
+    @classmethod
+    def examples(cls) -> Sequence[Example]:
+        """Odd and even sizes."""
+        return (Example(lambda: nn.Linear(4, 4)), Example(lambda: nn.Linear(5, 5)))
