@@ -186,7 +186,7 @@ class Fixed(Coded):
         with plain_numbers():
             mask, free = self._mask_given(), ~self.fixed_entries
             if self._buffers.get("values") is None:
-                fixed = torch.where(mask, float(self.value), 0.0).double()
+                fixed = mask.double().masked_fill(mask, float(self.value))
             else:
                 fixed = torch.where(mask, mask.flatten().cumsum(0).view(mask.shape), 0).double()
             fixed = spread_over(fixed, tuple(free.shape)).flatten()
