@@ -110,7 +110,7 @@ class Laws(Protocol):
     def __iter__(self) -> Iterator[Law]:
         """The laws."""
 
-    def copy(self) -> list[Any]:
+    def copy(self) -> object:
         """What lists have, and strings have not."""
 
 
