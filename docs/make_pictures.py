@@ -93,6 +93,16 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "toeplitz": {"toeplitz": (lambda: nn.Linear(5, 4), "", {})},
     "hankel": {"hankel": (lambda: nn.Linear(5, 4), "", {})},
+    "joint": {
+        "joint": (
+            lambda: nn.Conv2d(2, 2, 3),
+            "",
+            {"laws": ["flip_sym", ("kernel_symmetry", {"group": "d4"})]},
+        ),
+    },
+    "within": {
+        "within": (lambda: nn.Linear(4, 8), "", {"inner": "flip_sym", "rows": slice(2, 6)}),
+    },
     "copy": {
         "copy": (
             lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)),

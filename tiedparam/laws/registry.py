@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar, cast
 
 from tiedparam.laws.rule import Rule
 from tiedparam.laws.rule_table import RuleTable, why_unknown
@@ -99,9 +99,21 @@ def find_rule(name: str) -> type[Rule]:
 
 Law = str | type[Rule] | Rule | tuple[str | type[Rule], Mapping[str, Any]]
 """A law in a list of laws. A pair is a name or class and its options."""
-Laws = list[Law] | list[str] | list[type[Rule]] | list[Rule] | list[tuple[str, dict[str, Any]]]
-"""Laws that hold together. Several types, since that of a list is invariant: type checkers would
-refuse a variable that holds a list of strings alone."""
+
+
+class Laws(Protocol):
+    """A list of laws that hold together, as type checkers see it.
+
+    A list of strings alone is none of ``list[Law]``, and a string is a sequence of strings.
+    """
+
+    def __iter__(self) -> Iterator[Law]:
+        """The laws."""
+
+    def copy(self) -> object:
+        """What lists have, and strings have not."""
+
+
 PART = ("rows", "columns")
 """The options by which any law takes a part of a tensor."""
 

@@ -58,9 +58,10 @@ def tie_model(
         plan: ``{pattern: rule}`` or a `Plan`. A pattern is a glob over module names
             (``"layer*.conv2"``; ``*`` also matches dots), a layer type, or a function of
             (name, module). A rule is a name, a `Rule` subclass, a pair of one and its options,
-            or a list of these. Among the options ``tensor_name`` and ``init`` may stand, which
-            go to `register_tie`; a ``source=`` may be given as its path in the model. The first
-            entry that selects a tensor wins. Modules without the tensor are passed over.
+            or a list of these. Those of a list that name one tensor hold together. Among the
+            options ``tensor_name`` and ``init`` may stand, which go to `register_tie`, and
+            ``rows`` and ``columns``; a ``source=`` may be given as its path in the model. The
+            first entry that selects a tensor wins. Modules without the tensor are passed over.
         init: as in `register_tie`; ``"rescale"`` leaves copies as they are, since they have no
             values of their own.
         max_residual: as in `register_tie`, for every tie.

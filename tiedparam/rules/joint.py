@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import lcm
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class Joint(Orbits):
     """
 
     family = "laws together"
-    holds_laws = ("laws",)
+    holds_laws: ClassVar[tuple[str, ...]] = ("laws",)
     law = "W = S(W), S of every law"
     may_leave_nothing = True
 

@@ -18,8 +18,9 @@ from tiedparam.rules.flip_sym import FlipSym
 class Skew(FlipSym):
     """A matrix that is minus its transpose: ``W[i, j] = −W[j, i]``.
 
-    The name of `flip_sym` with ``sign=-1`` for matrices alone. Its eigenvalues are imaginary and ``⟨Ax, x⟩ = 0``: it turns features and does not stretch them,
-    so that ``dx/dt = Ax`` keeps lengths, and ``exp(A)`` is a rotation.
+    The name of `flip_sym` with ``sign=-1`` for matrices alone. Its eigenvalues are imaginary and
+    ``⟨Ax, x⟩ = 0``: it turns features and does not stretch them, so that ``dx/dt = Ax`` keeps
+    lengths, and ``exp(A)`` is a rotation.
 
     Shapes: ``free``: one tensor of ``n(n − 1)/2`` values, as `flip_sym` stores them; ``weight``:
     ``(n, n)``, with zeros on the diagonal. Multiplicity 2.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class Within(Orbits):
     """
 
     family = "laws together"
-    holds_laws = ("inner",)
+    holds_laws: ClassVar[tuple[str, ...]] = ("inner",)
     law = "W[rows, columns] = S(W[rows, columns])"
     _block: Block
 
@@ -120,7 +120,7 @@ class Within(Orbits):
         inner = copy(self.inner)  # one that was given can still tie
         reason = inner.bind(block.layout, dtype)
         if reason is not None:
-            self.layout = None
+            self.layout: Layout | None = None
             return self._of_the_block(reason, block)
         self._block = block
         self.rows, self.columns = block.ranges  # counted from 0, as files have them
