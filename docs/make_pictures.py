@@ -82,6 +82,15 @@ CASES: dict[str, dict[str, Case]] = {
     "block_circulant": {"block_circulant": (lambda: nn.Linear(6, 6), "", {"block": 3})},
     "symmetric": {"symmetric": (lambda: nn.Linear(5, 5), "", {})},
     "skew": {"skew": (lambda: nn.Linear(5, 5), "", {})},
+    "masked": {
+        "masked-lower": (lambda: nn.Linear(5, 5), "", {"pattern": "lower"}),
+        "masked-block_diagonal": (
+            lambda: nn.Linear(6, 4),
+            "",
+            {"pattern": "block_diagonal", "blocks": 2},
+        ),
+        "masked-banded": (lambda: nn.Linear(6, 6), "", {"pattern": "banded", "width": 1}),
+    },
     "toeplitz": {"toeplitz": (lambda: nn.Linear(5, 4), "", {})},
     "hankel": {"hankel": (lambda: nn.Linear(5, 4), "", {})},
     "copy": {
@@ -120,7 +129,9 @@ def picture(rule: tp.Rule) -> str:
     if rule.free_count:
         labels = orbit_numbers(rule)
         head = f"{rule}, weight {shape}: {rule.free_count} of {prod(shape)} values stored"
-        return _svg(head, [("", _Grid(labels.abs(), labels, first_of_each(labels)))])
+        zeros = [torch.zeros(shape) for shape in rule.free_shapes()]
+        numbers = rule.bound_layout.canonical(rule(*zeros).detach()) != 0
+        return _svg(head, [("", _Grid(labels.abs(), labels, first_of_each(labels), numbers))])
     ((source, name),) = rule.sources()
     stored = getattr(source, name).detach()
     numbers = torch.arange(1.0, stored.numel() + 1).reshape(stored.shape)
@@ -144,10 +155,14 @@ class _Grid:
         colours: for each entry the number of the stored value that it comes from.
         texts: the number to print on it.
         marked: whether it gets the dark frame.
+        fixed: whether it is fixed to another number than 0.
     """
 
-    def __init__(self, colours: Tensor, texts: Tensor, marked: Tensor) -> None:
+    def __init__(
+        self, colours: Tensor, texts: Tensor, marked: Tensor, fixed: Tensor | None = None
+    ) -> None:
         self.colours, self.texts, self.marked = (blocks(t) for t in (colours, texts, marked))
+        self.fixed = blocks(torch.zeros_like(colours) if fixed is None else fixed)
         self.outputs, self.inputs, self.height, self.length = self.colours.shape
         # a bias has outputs alone
         self.axes = "outputs ↓" if colours.dim() < 2 else "outputs ↓, inputs →"
@@ -170,7 +185,8 @@ class _Grid:
             py = top + o * (self.height * CELL + self.gap) + y * CELL
             fill = _colour(int(self.colours[o, c, y, x]))
             yield f'<rect x="{px}" y="{py}" width="{CELL}" height="{CELL}" fill="{fill}"/>'
-            yield (f'<text x="{px + CELL // 2}" y="{py + 15}">{int(self.texts[o, c, y, x])}</text>')
+            text = "v" if self.fixed[o, c, y, x] else int(self.texts[o, c, y, x])
+            yield f'<text x="{px + CELL // 2}" y="{py + 15}">{text}</text>'
             if self.marked[o, c, y, x]:
                 frames.append(
                     f'<rect x="{px + 1}" y="{py + 1}" width="{CELL - 2}" height="{CELL - 2}" '
@@ -210,6 +226,8 @@ def _svg(head: str, parts: list[tuple[str, _Grid]]) -> str:
 
 
 def _colour(number: int) -> str:
+    if not number:
+        return "#f2f2f2"
     return "#" + "".join(f"{round(part * 255):02x}" for part in orbit_colour(number))
 
 

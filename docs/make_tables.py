@@ -109,6 +109,13 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
     "circulant": ("`n`", lambda r: _canonical(r)[0]),
     "toeplitz": ("`O + C − 1`", lambda r: sum(_canonical(r)) - 1),
     "hankel": ("`O + C − 1`", lambda r: sum(_canonical(r)) - 1),
+    "masked": ("the entries that are True", lambda r: int(r.free_entries.sum())),
+    "fixed": ("the entries that are False", lambda r: int((~r.fixed_entries).sum())),
+    "index": ("the largest number + 1", lambda r: int(r.index.max()) + 1),
+    "orbit": (
+        "the orbits that do not meet their negatives",
+        lambda r: len(r.orbit_labels().abs().unique()) - int((r.orbit_labels() == 0).any()),
+    ),
     "within": (
         "those of the law in the block, and all entries outside of it",
         lambda r: r.inner.free_count + prod(_canonical(r)) - prod(r.inner.bound_layout.shape),

@@ -190,6 +190,30 @@ def assert_as_one_process(results: list[dict], model: nn.Module, losses, **toler
         assert_close(results[0]["weights"][f"{name}.weight"], weight, **tolerance)
 
 
+# Laws that are data -----------------------------------------------------------------------
+
+
+@pytest.mark.feature("Distributed", "laws that hold a mask or an index, under DDP and FSDP2")
+@pytest.mark.parametrize("how", ["ddp", pytest.param("meta", marks=with_fsdp2)])
+def test_laws_that_are_data_train_as_in_one_process(ranks, how):
+    results = ranks(worker.training_of_data, how=how)
+    model = worker.net_of_data()
+    losses = worker.train_small(model, alone=True)
+    assert_ranks_agree(results)
+    assert_lawful(results[0], worker.net_of_data)
+    mean = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
+    assert_close(mean, torch.tensor(losses, dtype=torch.float64))
+    state = model.state_dict()
+    assert results[0]["state"].keys() == state.keys()
+    for key, value in results[0]["state"].items():
+        assert value.dtype == state[key].dtype
+        assert_close(value, state[key])
+    if how == "meta":
+        for result in results:
+            assert "to_empty" in result["stale"]
+            assert "0.weight" in result["refused"]
+
+
 # DDP --------------------------------------------------------------------------------------
 
 

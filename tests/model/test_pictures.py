@@ -102,6 +102,8 @@ def test_a_mosaic_holds_every_entry_once():
 def test_the_first_of_each_orbit():
     labels = torch.tensor([[3, 1, -3], [1, 2, 2]])
     assert _pictures.first_of_each(labels).tolist() == [[True, True, False], [False, True, False]]
+    fixed = torch.tensor([0, 1, 0, -1])
+    assert _pictures.first_of_each(fixed).tolist() == [False, True, False, False]
 
 
 def test_dense_against_tied_weights():

@@ -505,6 +505,43 @@ def train_small(model: nn.Module, *, alone: bool) -> list[float]:
     return losses
 
 
+# Laws that are data ------------------------------------------------------------------------
+
+
+def net_of_data(seed: int = 0, *, device: str = "cpu") -> nn.Sequential:
+    """One layer under each law that holds data."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        layers = (nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        net = nn.Sequential(*layers).double()
+    entries = torch.arange(36).view(6, 6)
+    numbers = torch.linspace(-1, 1, 36).view(6, 6)
+    tp.register_tie(net[0], "masked", mask=entries % 3 > 0)
+    tp.register_tie(net[2], "fixed", mask=entries % 5 == 0, value=numbers)
+    tp.register_tie(net[4], "index", index=entries % 7)
+    return net
+
+
+def training_of_data(how: str) -> dict:
+    if how == "ddp":
+        model = DistributedDataParallel(net_of_data())
+        return outcome(model, train_small(model, alone=False))
+    net = net_of_data(1, device="meta")
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for unit in (net[0], net[2], net[4], net):
+        fully_shard(unit, mesh=mesh)
+    net.to_empty(device="cpu")
+    for tensor in net.buffers():
+        tensor.fill_(0x5A)  # what memory holds by chance
+    stale = message_of(lambda: net[0].weight)
+    set_model_state_dict(net, net_of_data().state_dict(), options=FULL)
+    other = net_of_data().state_dict()
+    other["0.parametrizations.weight.0.mask_bits"].bitwise_not_()
+    refused = message_of(lambda: set_model_state_dict(net, other, options=FULL), RuntimeError)
+    result = outcome(net, train_small(net, alone=False))
+    return {**result, "stale": stale, "refused": refused}
+
+
 # FSDP1 -----------------------------------------------------------------------------------
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tiedparam.files.law_options import functions_in, made, same_law, same_weights, written
 from tiedparam.formats.safetensors import are_sizes
-from tiedparam.laws.coded import data_of
+from tiedparam.laws.coded import Coded, data_of
 from tiedparam.laws.functions import Functions
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
-from tiedparam.util.errors import TieError, key_of
+from tiedparam.util.errors import TieError, key_of, raise_if
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,8 @@ class StoredTie:
 
 def _refuse_changed(rule: Rule, stored: StoredTie) -> None:
     """Raise unless what is stored makes a rule that gives the same weight, to the bit."""
+    if isinstance(rule, Coded):
+        raise_if(str(rule), rule.why_stale())
     again = stored.make(functions_in(rule), data_of(rule))
     if not (same_weights(rule, again) and same_law(rule, again)):
         raise TieError(

@@ -40,6 +40,15 @@ class Coded(Orbits):
         checksum: of the codes; empty if the rule holds no data.
         coded_shape: the shape of what is packed.
         fault: why that has no meaning, which `check` returns.
+
+    Example:
+        >>> from tiedparam.laws import Coded
+        >>> mask = torch.tensor([[True, False], [True, True]])
+        >>> layer = tp.register_tie(nn.Linear(2, 2), "masked", mask=mask)
+        >>> isinstance(tp.get_tie(layer), Coded), tp.get_tie(layer).tag[:10]
+        (True, '2x2 sha256')
+        >>> layer.state_dict()["parametrizations.weight.0.mask_bits"]
+        tensor([13], dtype=torch.uint8)
     """
 
     fault: Reason | None = None

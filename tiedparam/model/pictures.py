@@ -247,12 +247,12 @@ def orbit_numbers(rule: Rule) -> Tensor:
 
 
 def first_of_each(numbers: Tensor) -> Tensor:
-    """True at the first entry of every orbit."""
+    """True at the first entry of every orbit; entries that are fixed, and have none, are 0."""
     flat = numbers.abs().flatten()
     order = torch.arange(len(flat), device="cpu")
     none = torch.full((int(flat.max()) + 1,), len(flat), device="cpu")
     first = none.scatter_reduce(0, flat, order, "amin")
-    return (first[flat] == order).reshape(numbers.shape)
+    return ((first[flat] == order) & (flat > 0)).reshape(numbers.shape)
 
 
 def orbit_colour(number: int) -> tuple[float, float, float]:

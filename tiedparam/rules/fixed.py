@@ -145,12 +145,10 @@ class Fixed(Coded):
             return reason
         if there is None:
             return Reason(f"the numbers of '{self}' are missing.", "Fetch or save it again.")
-        if here is there or not has_values(there):
-            return None
+        if here is None or here is there or not (has_values(there) and has_values(here)):
+            return None  # a file's own numbers, which may have been rounded since they were given
         with plain_numbers():
-            if _checksum(there) == self.value:
-                return None
-            if here is not None and has_values(here) and _same_numbers(there, here):
+            if _checksum(there) == self.value or _same_numbers(there, here):
                 return None
         return Reason(
             f"it has other fixed numbers than '{self}'.", "Tie the layer by those, as value=."
@@ -186,7 +184,7 @@ class Fixed(Coded):
         with plain_numbers():
             mask, free = self._mask_given(), ~self.fixed_entries
             if self._buffers.get("values") is None:
-                fixed = torch.where(mask, float(self.value), 0.0).double()
+                fixed = mask.double().masked_fill(mask, float(self.value))
             else:
                 fixed = torch.where(mask, mask.flatten().cumsum(0).view(mask.shape), 0).double()
             fixed = spread_over(fixed, tuple(free.shape)).flatten()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,8 @@ from tiedparam.laws.rule import Example
 from tiedparam.util.torch_modes import plain_numbers
 
 Zeros = Literal["lower", "upper", "block_diagonal", "banded"]
-_LAWS: dict[str, str] = {
-    "lower": "W[o, c] = 0 for c > o",
-    "upper": "W[o, c] = 0 for c < o",
-    "block_diagonal": "W[o, c] = 0 outside of the blocks",
-    "banded": "W[o, c] = 0 for c < o − below or c > o + above",
-}
+_PATTERNS = get_args(Zeros)
+_NAMES = ", ".join(f"'{name}'" for name in _PATTERNS)
 
 
 @register_rule("masked")
@@ -65,7 +61,7 @@ class Masked(Coded):
     """
 
     family = "zeros and fixed values"
-    law: str = "W[e] = 0 off the mask  (mask=, or pattern='lower', …)"
+    law: str = "W[e] = 0 off the mask"
     complex_valued = True
 
     def __init__(
@@ -80,8 +76,6 @@ class Masked(Coded):
         self.pattern: Zeros | None = pattern
         self.blocks = blocks
         self.width: Any = list(width) if isinstance(width, tuple) else width
-        if isinstance(pattern, str) and pattern in _LAWS:
-            self.law = _LAWS[pattern]
         if isinstance(mask, str):
             self.expect(mask)
         elif mask is not None:
@@ -110,7 +104,7 @@ class Masked(Coded):
         return self._why_no_pattern(layout) or self._why_other_sizes(layout)
 
     def _why_no_pattern(self, layout: Layout) -> Reason | None:
-        if not isinstance(self.pattern, str) or self.pattern not in _LAWS:
+        if not isinstance(self.pattern, str) or self.pattern not in _PATTERNS:
             return Reason(f"pattern={self.pattern!r} is unknown.", f"Choose one of {_NAMES}.")
         if len(layout.shape) < 2:
             return Reason(
@@ -205,9 +199,6 @@ class Masked(Coded):
             Example(lambda: nn.Conv1d(2, 3, 3), {"mask": causal}),
             Example(lambda: nn.Linear(2, 5), {"mask": rows}, "", "bias"),
         )
-
-
-_NAMES = ", ".join(f"'{name}'" for name in _LAWS)
 
 
 def _is_size(value: object) -> bool:
