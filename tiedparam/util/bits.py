@@ -34,7 +34,9 @@ def _as_integers(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         left = torch.view_as_real(left.resolve_conj())
         right = torch.view_as_real(right.resolve_conj())
     size = left.element_size()
-    if left.is_contiguous() and right.is_contiguous() and left.numel() * size % 8 == 0:
+    # of parts of a storage, which need not start where a wide integer may
+    starts = left.storage_offset() | right.storage_offset() | left.numel()
+    if left.is_contiguous() and right.is_contiguous() and starts * size % 8 == 0:
         size = 8  # the widest integers are compared fastest
         left, right = left.reshape(-1), right.reshape(-1)
     return left.view(_INTEGERS[size]), right.view(_INTEGERS[size])
