@@ -193,13 +193,18 @@ def free_values_own_their_bytes(case: Case) -> None:
 def complex_weights_obey_the_law_or_are_refused(case: Case) -> None:
     """Complex free values are expanded, and come back to the bit, where `complex_valued` is set.
 
-    Where it is not, a complex layer cannot be tied.
+    Where it is not, a complex layer cannot be tied; nor where a law is made of others that have no
+    meaning for one.
     """
     dense = case.dense(torch.complex64)
     if not case.rule.complex_valued:
         refused(lambda: case.tie(dense), TieError, "no meaning", "a complex weight")
         return
-    rule = case.tie(dense).rule
+    try:
+        rule = case.tie(dense).rule
+    except TieError as error:
+        hold("no meaning" in str(error), f"a complex weight is refused: {error}")
+        return
     free = drawn_free(rule, torch.complex64)
     free = [torch.complex(value.real, torch.randn(value.shape)) for value in free]
     weight = rule(*free)
