@@ -57,6 +57,9 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "centrosymmetric": {"centrosymmetric": (lambda: nn.Linear(6, 5), "", {})},
     "persymmetric": {"persymmetric": (lambda: nn.Linear(5, 5), "", {})},
+    "set_equivariant": {
+        "set_equivariant": (lambda: nn.Linear(8, 8), "", {"items": 4}),
+    },
     "row_repeat": {
         "row_repeat": (lambda: nn.Linear(6, 4), "", {}),
         "row_repeat-groups": (lambda: nn.Linear(6, 4), "", {"groups": 2}),

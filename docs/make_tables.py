@@ -89,6 +89,10 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
     ),
     "centrosymmetric": ("`⌈O·C/2⌉`", lambda r: (prod(_canonical(r)) + 1) // 2),
     "persymmetric": ("`n(n + 1)/2`", lambda r: _inputs(r) * (_inputs(r) + 1) // 2),
+    "set_equivariant": (
+        "`2/items²` of the entries",
+        lambda r: 2 * prod(_canonical(r)) // r.items**2,
+    ),
     "kernel_symmetry": (
         "`O·(C/g)` × those of one kernel `a×b`: `a·⌈b/2⌉`, `⌈a/2⌉·b`, `⌈a/2⌉·⌈b/2⌉`, `⌈P/2⌉`, "
         "`⌈a²/4⌉`, `m(m+1)/2` with `m = ⌈a/2⌉`",

@@ -150,6 +150,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["set_equivariant"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.SetEquivariantTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["squared_copy"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.SquaredCopyTie],

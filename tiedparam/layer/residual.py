@@ -206,6 +206,17 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["set_equivariant"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+    **options: Unpack[rule_options.SetEquivariantOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["squared_copy"],
     tensor_name: str = ...,
     *,

@@ -48,6 +48,7 @@ KnownName = Literal[
     "repeat",
     "reverse_complement",
     "row_repeat",
+    "set_equivariant",
     "squared_copy",
     "toeplitz",
     "within",
@@ -187,6 +188,16 @@ class RowRepeatOptions(TypedDict, total=False):
 
 class RowRepeatTie(TieArguments, RowRepeatOptions, total=False):
     """All that `register_tie` takes by name for ``row_repeat``."""
+
+
+class SetEquivariantOptions(TypedDict, total=False):
+    """The options of ``set_equivariant``."""
+
+    items: Required[int]
+
+
+class SetEquivariantTie(TieArguments, SetEquivariantOptions, total=False):
+    """All that `register_tie` takes by name for ``set_equivariant``."""
 
 
 class SquaredCopyOptions(TypedDict, total=False):

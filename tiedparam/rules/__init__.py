@@ -23,6 +23,7 @@ from tiedparam.rules.persymmetric import Persymmetric
 from tiedparam.rules.repeat import Repeat
 from tiedparam.rules.reverse_complement import ReverseComplement
 from tiedparam.rules.row_repeat import RowRepeat
+from tiedparam.rules.set_equivariant import SetEquivariant
 from tiedparam.rules.squared_copy import SquaredCopy
 from tiedparam.rules.toeplitz import Toeplitz
 from tiedparam.rules.within import Within
@@ -45,6 +46,7 @@ __all__ = [
     "Repeat",
     "ReverseComplement",
     "RowRepeat",
+    "SetEquivariant",
     "SquaredCopy",
     "Toeplitz",
     "Within",
