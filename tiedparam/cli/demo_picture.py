@@ -55,7 +55,8 @@ class Drawn:
 
 def draw(laws: Sequence[Drawn], out: Path) -> None:
     """One column per law: the trained weight above, the tied and fine-tuned one below."""
-    figure = needed("matplotlib.figure").Figure(figsize=(14, 7.3), facecolor="white")
+    size = (2.8 * len(laws), 7.3)  # inches; narrower columns would run into each other
+    figure = needed("matplotlib.figure").Figure(figsize=size, facecolor="white")
     for column, law in zip(figure.subfigures(1, len(laws)), laws, strict=True):
         write = partial(column.text, 0.5, ha="center", color=INK)
         write(y=0.945, s=law.rule, size=15, weight="bold")
