@@ -61,6 +61,10 @@ CASES: dict[str, dict[str, Case]] = {
     "set_equivariant": {
         "set_equivariant": (lambda: nn.Linear(8, 8), "", {"items": 4}),
     },
+    "hypercomplex": {
+        "hypercomplex-complex": (lambda: nn.Linear(6, 4), "", {}),
+        "hypercomplex-quaternion": (lambda: nn.Linear(4, 8), "", {"algebra": "quaternion"}),
+    },
     "row_repeat": {
         "row_repeat": (lambda: nn.Linear(6, 4), "", {}),
         "row_repeat-groups": (lambda: nn.Linear(6, 4), "", {"groups": 2}),

@@ -100,6 +100,10 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
         "`2/items²` of the entries",
         lambda r: 2 * prod(_canonical(r)) // r.items**2,
     ),
+    "hypercomplex": (
+        "half of the entries, of quaternions a fourth",
+        lambda r: prod(_canonical(r)) // (2 if r.algebra == "complex" else 4),
+    ),
     "kernel_symmetry": (
         "`O·(C/g)` × those of one kernel `a×b`: `a·⌈b/2⌉`, `⌈a/2⌉·b`, `⌈a/2⌉·⌈b/2⌉`, `⌈P/2⌉`, "
         "`⌈a²/4⌉`, `m(m+1)/2` with `m = ⌈a/2⌉`",

@@ -120,6 +120,17 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["hypercomplex"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+    **options: Unpack[rule_options.HypercomplexOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["index"],
     tensor_name: str = ...,
     *,

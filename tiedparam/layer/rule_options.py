@@ -40,6 +40,7 @@ KnownName = Literal[
     "flip_sym",
     "group_conv",
     "hankel",
+    "hypercomplex",
     "index",
     "joint",
     "kernel_symmetry",
@@ -122,6 +123,16 @@ class GroupConvOptions(TypedDict, total=False):
 
 class GroupConvTie(TieArguments, GroupConvOptions, total=False):
     """All that `register_tie` takes by name for ``group_conv``."""
+
+
+class HypercomplexOptions(TypedDict, total=False):
+    """The options of ``hypercomplex``."""
+
+    algebra: Literal["complex", "quaternion"]
+
+
+class HypercomplexTie(TieArguments, HypercomplexOptions, total=False):
+    """All that `register_tie` takes by name for ``hypercomplex``."""
 
 
 class IndexOptions(TypedDict, total=False):

@@ -1,0 +1,196 @@
+"""Complex and quaternion layers: [[A, −B], [B, A]], and the Hamilton product."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tiedparam.laws import Reason
+from tiedparam.laws.choices import why_unknown
+from tiedparam.laws.layout import Layout
+from tiedparam.laws.linear_map import LinearMap
+from tiedparam.laws.orbits import Orbits
+from tiedparam.laws.registry import register_rule
+from tiedparam.laws.rule import Example
+from tiedparam.util.torch_modes import is_traced_or_transformed, may_carry_tangents
+
+Algebra = Literal["complex", "quaternion"]
+_COMPONENTS: dict[Algebra, int] = {"complex": 2, "quaternion": 4}
+_LAWS: dict[Algebra, str] = {
+    "complex": "W = [[A, −B], [B, A]]",
+    "quaternion": "W = [[A, −B, −C, −D], [B, A, −D, C], [C, D, A, −B], [D, −C, B, A]]",
+}
+# e[p]·e[q] = _SIGNS[p][q]·e[p ^ q], for 1, i, j, k; those of 1, i are the complex ones
+_SIGNS = ((1, 1, 1, 1), (1, -1, 1, -1), (1, -1, -1, 1), (1, 1, -1, -1))
+
+
+@register_rule("hypercomplex")
+class Hypercomplex(Orbits):
+    """A real layer that multiplies by complex numbers or quaternions.
+
+    Channels are (component, number), the component slowest: first all real parts, then all
+    imaginary ones, as ``torch.cat([z.real, z.imag])``. A quaternion ``a + bi + cj + dk`` has four
+    blocks, and the weight multiplies from the left, by the Hamilton product.
+
+    ================  =======================================  ===========================
+    ``algebra``       law                                      computes
+    ================  =======================================  ===========================
+    ``"complex"``     ``[[A, −B], [B, A]]``                    ``(A + Bi)z``
+    ``"quaternion"``  ``[[A, −B, −C, −D], [B, A, −D, C],       ``(A + Bi + Cj + Dk)q``
+                      [C, D, A, −B], [D, −C, B, A]]``
+    ================  =======================================  ===========================
+
+    These are the real layers that commute with multiplying the input by ``i`` (from the right by
+    ``i`` and ``j``). A bias is any number, so it needs no law.
+
+    Args:
+        algebra: ``"complex"`` or ``"quaternion"``.
+
+    Shapes: with ``n`` components, ``free``: ``(O, C/(g·n), *kernel)`` in the canonical layout, the
+    first block column, which is A, B, …, one below the other in each group; ``weight``: the
+    layer's own, with outputs and inputs that ``n`` divides. In a grouped convolution the
+    components are blocks within each group.
+
+    Multiplicity ``n``, everywhere.
+
+    Source: Trabelsi et al. 2018, "Deep complex networks"; Parcollet et al. 2019, "Quaternion
+    recurrent neural networks".
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(6, 4, bias=False), "hypercomplex")
+        >>> A, B = tp.free_values(layer)["parametrizations.weight.original0"].detach().chunk(2)
+        >>> z = torch.randn(3, dtype=torch.complex64)
+        >>> real, imaginary = layer(torch.cat([z.real, z.imag])).chunk(2)
+        >>> torch.allclose(torch.complex(real, imaginary), torch.complex(A, B) @ z, atol=1e-6)
+        True
+    """
+
+    family = "equivariance"
+    law: str = _LAWS["complex"]
+    states_whole_group = True
+
+    def __init__(self, algebra: Algebra = "complex") -> None:
+        super().__init__()
+        self.algebra: Algebra = algebra
+        self.law = _LAWS.get(algebra, self.law) if isinstance(algebra, str) else self.law
+
+    def options(self) -> dict[str, Any]:
+        """``algebra``."""
+        return {"algebra": self.algebra}
+
+    def check(self, layout: Layout) -> Reason | None:
+        """Every component must have as many channels, on both sides."""
+        reason = why_unknown("algebra", self.algebra, Algebra)
+        if reason is not None:
+            return reason
+        if len(layout.shape) < 2:
+            return Reason(f"the tensor {layout.shape} has no inputs.", "Tie a weight.")
+        outputs, inputs = layout.canonical_shape[0] // layout.groups, layout.canonical_shape[1]
+        of_group, n = " of a group" if layout.groups > 1 else "", _COMPONENTS[self.algebra]
+        for side, channels in (("outputs", outputs), ("inputs", inputs)):
+            if channels % n:
+                return Reason(
+                    f"the {channels} {side}{of_group} have no {n} components of equal size "
+                    f"('{self.algebra}').",
+                    f"Choose a multiple of {n}.",
+                )
+        return None
+
+    def free_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The first block column."""
+        outputs, inputs, *kernel = self.bound_layout.canonical_shape
+        return ((outputs, inputs // _COMPONENTS[self.algebra], *kernel),)
+
+    def forward(self, *free: Tensor) -> Tensor:
+        """Lay the components, with their signs, side by side and below one another."""
+        (column,) = free
+        return _components(self.bound_layout, _COMPONENTS[self.algebra])(column)
+
+    def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The sum over the blocks of each component, with their signs."""
+        with torch.inference_mode(False), torch.no_grad():
+            laid = _components(self.bound_layout, _COMPONENTS[self.algebra])
+            return (laid.fold(weight.detach()),)
+
+    def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The first block column."""
+        ((_, inputs, *_),) = self.free_shapes()
+        # clone: a slice would keep the whole weight's storage alive (S15)
+        column = self.bound_layout.canonical(weight.detach())[:, :inputs]
+        return (column.clone(memory_format=torch.contiguous_format),)
+
+    def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
+        """What commutes with multiplying by each unit from the right."""
+        layout, n = self.bound_layout, _COMPONENTS[self.algebra]
+        outputs, inputs, *kernel = layout.canonical_shape
+        blocks = layout.canonical(weight).reshape(
+            layout.groups, n, outputs // layout.groups // n, n, inputs // n, *kernel
+        )
+        for unit in range(1, n):
+            image = torch.empty_like(blocks)
+            for p, q in product(range(n), repeat=2):
+                sign = _SIGNS[p][unit] * _SIGNS[q][unit]
+                image[:, p, :, q] = sign * blocks[:, p ^ unit, :, q ^ unit]
+            yield layout.native(image.reshape(layout.canonical_shape))
+
+    @classmethod
+    def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
+        """Both algebras."""
+        return tuple({"algebra": algebra} for algebra in get_args(Algebra))
+
+    @classmethod
+    def examples(cls) -> Sequence[Example]:
+        """Both algebras on Linear layers and convolutions, grouped and transposed."""
+        return (
+            Example(lambda: nn.Linear(4, 6), {"algebra": "complex"}),
+            Example(lambda: nn.Linear(8, 4), {"algebra": "quaternion"}),
+            Example(lambda: nn.Conv2d(4, 2, 3), {"algebra": "complex"}),
+            Example(lambda: nn.Conv1d(4, 8, 2), {"algebra": "quaternion"}),
+            Example(lambda: nn.Conv1d(8, 4, 3, groups=2), {"algebra": "complex"}),
+            Example(lambda: nn.ConvTranspose2d(8, 4, 2, groups=2), {"algebra": "complex"}),
+            Example(lambda: nn.ConvTranspose1d(4, 4, 3), {"algebra": "quaternion"}),
+        )
+
+
+class _Components(LinearMap):
+    """From the first block column to the whole weight; ``n`` components."""
+
+    def __init__(self, layout: Layout, n: int) -> None:
+        self.layout, self.n = layout, n
+
+    def __call__(self, column: Tensor) -> Tensor:
+        if is_traced_or_transformed() or may_carry_tangents():
+            return self.expand(column)
+        return self.recorded(column)
+
+    def expand(self, free: Tensor) -> Tensor:
+        layout, n = self.layout, self.n
+        blocks = free.reshape(layout.groups, n, -1, *free.shape[1:]).unbind(1)
+        signed = {1: blocks, -1: [-block for block in blocks]}
+        rows = [
+            torch.cat([signed[_SIGNS[p ^ q][q]][p ^ q] for q in range(n)], 2)  # along the inputs
+            for p in range(n)
+        ]
+        return layout.native(torch.cat(rows, 1).view(layout.canonical_shape)).contiguous()
+
+    def fold(self, weight: Tensor) -> Tensor:
+        layout, n = self.layout, self.n
+        outputs, inputs, *kernel = layout.canonical_shape
+        blocks = layout.canonical(weight).reshape(
+            layout.groups, n, outputs // layout.groups // n, n, inputs // n, *kernel
+        )
+        column = blocks[:, :, :, 0].clone(memory_format=torch.contiguous_format)
+        for part, q in product(range(n), range(1, n)):
+            column[:, part].add_(blocks[:, part ^ q, :, q], alpha=_SIGNS[part][q])
+        return column.view(outputs, inputs // n, *kernel)
+
+
+@functools.lru_cache(64)
+def _components(layout: Layout, n: int) -> _Components:
+    """One for all layers of a shape: torch 2.6 compiles them anew for another object."""
+    return _Components(layout, n)
