@@ -40,6 +40,7 @@ KnownName = Literal[
     "flip_sym",
     "group_conv",
     "hankel",
+    "head_share",
     "index",
     "joint",
     "kernel_symmetry",
@@ -124,6 +125,17 @@ class GroupConvTie(TieArguments, GroupConvOptions, total=False):
     """All that `register_tie` takes by name for ``group_conv``."""
 
 
+class HeadShareOptions(TypedDict, total=False):
+    """The options of ``head_share``."""
+
+    heads: Required[int]
+    groups: Required[int]
+
+
+class HeadShareTie(TieArguments, HeadShareOptions, total=False):
+    """All that `register_tie` takes by name for ``head_share``."""
+
+
 class IndexOptions(TypedDict, total=False):
     """The options of ``index``."""
 
@@ -183,7 +195,8 @@ class OrbitTie(TieArguments, OrbitOptions, total=False):
 class RepeatOptions(TypedDict, total=False):
     """The options of ``repeat``."""
 
-    outputs: Required[int]
+    outputs: int
+    inputs: int
     order: Literal["block", "tile"]
     compute: Literal["auto", "dense", "reduced", "windows"]
 
