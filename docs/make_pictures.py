@@ -82,7 +82,9 @@ CASES: dict[str, dict[str, Case]] = {
     "repeat": {
         f"repeat-{order}": (lambda: nn.Linear(4, 6), "", {"outputs": 2, "order": order})
         for order in ("block", "tile")
-    },
+    }
+    | {"repeat-inputs": (lambda: nn.Linear(4, 6), "", {"outputs": 3, "inputs": 2})},
+    "head_share": {"head_share": (lambda: nn.Linear(4, 8), "", {"heads": 4, "groups": 2})},
     "block_circulant": {"block_circulant": (lambda: nn.Linear(6, 6), "", {"block": 3})},
     "symmetric": {"symmetric": (lambda: nn.Linear(5, 5), "", {})},
     "skew": {"skew": (lambda: nn.Linear(5, 5), "", {})},

@@ -83,8 +83,8 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
         lambda r: _canonical(r)[0] // _groups(r) * _inputs(r) * _positions(r),
     ),
     "repeat": (
-        "`O/outputs` × the values of one row",
-        lambda r: prod(_canonical(r)) // r.outputs,
+        "all entries / (`outputs·inputs`)",
+        lambda r: prod(_canonical(r)) // (r.outputs * r.inputs),
     ),
     "group_conv": (
         "a fourth of the entries, with `p4m` an eighth",
@@ -108,6 +108,10 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
         "`O·(C/g)` × those of one kernel `a×b`: `a·⌈b/2⌉`, `⌈a/2⌉·b`, `⌈a/2⌉·⌈b/2⌉`, `⌈P/2⌉`, "
         "`⌈a²/4⌉`, `m(m+1)/2` with `m = ⌈a/2⌉`",
         lambda r: prod(_canonical(r)[:2]) * _of_kernel(r),
+    ),
+    "head_share": (
+        "all entries · `groups/heads`",
+        lambda r: prod(_canonical(r)) * r.groups // r.heads,
     ),
     "block_circulant": ("`O·C/block`", lambda r: prod(_canonical(r)) // r.block),
     "circulant": ("`n`", lambda r: _canonical(r)[0]),

@@ -82,9 +82,10 @@ def test_literal_signed_rule():
 
 
 @pytest.mark.parametrize(
-    ("outputs", "rest"), [((4,), (2, 2)), ((4,), (2,)), ((3,), (4,)), ((2, 2), (4, 1))]
+    ("outputs", "rest"),
+    [((4,), (2, 2)), ((4,), (2,)), ((3,), (4,)), ((2, 2), (4, 1)), ((4,), ((2, 3),))],
 )
-def test_blocks_that_split_another_axis_than_the_outputs_are_refused(registry, outputs, rest):
+def test_blocks_that_are_not_those_of_the_weight_are_refused(registry, outputs, rest):
     @tp.register_rule("test_paired_inputs")
     class PairedInputs(Broadcast):
         law = "W[o, 2i] = W[o, 2i+1]"
@@ -96,6 +97,26 @@ def test_blocks_that_split_another_axis_than_the_outputs_are_refused(registry, o
     with pytest.raises(tp.TieError, match=r"its blocks\(\) give .* canonical weight is \(4, 4\)"):
         tp.register_tie(layer, "test_paired_inputs")
     assert not tp.is_tied(layer)
+
+
+def test_blocks_may_split_every_axis(registry):
+    @tp.register_rule("test_paired")
+    class Paired(Broadcast):
+        law = "W[o, 2i + a, 2x + b] = w[o, i, x]"
+
+        def blocks(self):
+            outputs, inputs, size = self.bound_layout.canonical_shape
+            return Blocks((outputs,), ((inputs // 2, 2), (size // 2, 2)), shared=(2, 4))
+
+    for layer in (nn.Conv1d(8, 3, 4), nn.ConvTranspose1d(8, 6, 4, groups=2)):
+        dense = layer.weight.detach().clone()
+        tp.register_tie(layer, "test_paired")
+        layout, base = tp.get_tie(layer).bound_layout, layer.parametrizations.weight.original0
+        weight = layout.canonical(layer.weight.detach())
+        assert base.shape == (weight.shape[0], weight.shape[1] // 2, 2)
+        assert torch.equal(base.repeat_interleave(2, 1).repeat_interleave(2, 2), weight)
+        pairs = layout.canonical(dense).unflatten(2, (2, 2)).unflatten(1, (-1, 2))
+        torch.testing.assert_close(base, pairs.mean((2, 4)))
 
 
 def test_check_gives_the_reason():

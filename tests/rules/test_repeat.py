@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,15 +21,25 @@ KINDS = (
 )  # fmt: skip
 
 
-def as_torch_repeats(base: Tensor, times: int, order: str) -> Tensor:
+def as_torch_repeats(base: Tensor, times: int, order: str, inputs: int = 1) -> Tensor:
     """The law by functions that are not ours."""
+    copies = (times, inputs)[: base.dim()]
+    if order == "tile":
+        return base.tile((*copies, *(1,) * (base.dim() - 2)))
+    for axis, count in enumerate(copies):
+        base = base.repeat_interleave(count, axis)
+    return base
+
+
+def same(one: int, other: int, size: int, times: int, order: str) -> bool:
+    """Whether two places of an axis hold one value."""
     if order == "block":
-        return base.repeat_interleave(times, 0)
-    return base.tile((times, *(1,) * (base.dim() - 1)))
+        return one // times == other // times
+    return one % (size // times) == other % (size // times)
 
 
 @st.composite
-def layers_and_options(draw: st.DrawFn) -> tuple[nn.Module, str, int, str]:
+def layers_and_options(draw: st.DrawFn) -> tuple[nn.Module, str, dict[str, Any]]:
     dtype = draw(st.sampled_from(DTYPES))
     torch.manual_seed(draw(st.integers(0, 100)))
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
@@ -37,49 +49,59 @@ def layers_and_options(draw: st.DrawFn) -> tuple[nn.Module, str, int, str]:
         draw(st.sampled_from(["block", "tile"])),
         draw(st.sampled_from(["weight", "bias"])),
     )
-    inputs = groups * draw(st.integers(1, 3))
+    of_group = draw(st.integers(1, 6))
+    inputs = groups * of_group
+    divisors = [n for n in range(1, of_group + 1) if of_group % n == 0]
+    options: dict[str, Any] = {"outputs": times, "order": order}
+    if name == "weight":
+        options["inputs"] = draw(st.sampled_from(divisors))
     dims = draw(st.integers(0, 3))
     if dims == 0:
-        return nn.Linear(inputs, outputs, dtype=dtype), name, times, order
+        if name == "weight":  # the groups of this draw are none here
+            options["inputs"] = draw(st.sampled_from([inputs, options["inputs"]]))
+        return nn.Linear(inputs, outputs, dtype=dtype), name, options
     kernel = tuple(draw(st.lists(st.integers(1, 3), min_size=dims, max_size=dims)))
     kind = KINDS[dims - 1 + (3 if draw(st.booleans()) else 0)]
-    return kind(inputs, outputs, kernel, groups=groups, dtype=dtype), name, times, order
+    return kind(inputs, outputs, kernel, groups=groups, dtype=dtype), name, options
 
 
 @pytest.mark.filterwarnings("ignore:the tie of .* frees nothing")  # some draws do
 @given(layers_and_options())
 def test_the_weight_is_what_torch_repeats(drawn):
-    layer, name, times, order = drawn
+    layer, name, options = drawn
+    times, inputs, order = options["outputs"], options.get("inputs", 1), options["order"]
     dense = canonical_entries(layer, name)
-    tp.register_tie(layer, "repeat", name, outputs=times, order=order)
+    tp.register_tie(layer, "repeat", name, **options)
     rule, base = tp.get_tie(layer, name), free_value(layer, name).detach()
     weight = rule.bound_layout.canonical(getattr(layer, name).detach().clone())
-    assert torch.equal(weight, as_torch_repeats(base, times, order))
-    assert base.numel() == len(dense) // times
+    assert torch.equal(weight, as_torch_repeats(base, times, order, inputs))
+    assert base.numel() == len(dense) // (times * inputs)
     (counts,) = rule.multiplicities()
-    assert counts.unique().tolist() == [times]
+    assert counts.unique().tolist() == [times * inputs]
     # the projection: means by loops
-    outputs = len(weight)
+    copies = (times, inputs)[: weight.dim()]
     eps = torch.finfo(weight.dtype).eps
-    for (output, *rest), value in canonical_entries(layer, name).items():
+    for place, value in list(canonical_entries(layer, name).items())[::7]:
+        channels, position = place[:2], place[2:]
         tied = [
-            other for other in range(outputs)
-            if (other // times == output // times if order == "block"
-                else other % (outputs // times) == output % (outputs // times))
+            entry for at, entry in dense.items()
+            if at[2:] == position and all(
+                same(here, there, size, count, order) for here, there, size, count
+                in zip(channels, at[:2], weight.shape, copies, strict=False)
+            )
         ]  # fmt: skip
-        assert len(tied) == times
-        mean = sum(dense[(other, *rest)] for other in tied) / times
-        assert value == pytest.approx(mean, rel=eps, abs=2 * eps)
+        assert len(tied) == times * inputs
+        assert value == pytest.approx(sum(tied) / len(tied), rel=eps, abs=2 * eps)
 
 
 @pytest.mark.filterwarnings("ignore:the tie of .* frees nothing")  # some draws do
 @given(layers_and_options())
 def test_lawful_weights_are_accepted_to_the_bit(drawn):
-    layer, name, times, order = drawn
-    tp.register_tie(layer, "repeat", name, outputs=times, order=order)
+    layer, name, options = drawn
+    tp.register_tie(layer, "repeat", name, **options)
     lawful = getattr(layer, name).detach().clone()
     tp.remove_tie(layer, name)
-    tp.register_tie(layer, "repeat", name, outputs=times, order=order, init="exact")
+    tp.register_tie(layer, "repeat", name, **options, init="exact")
     assert torch.equal(getattr(layer, name), lawful)
 
 
@@ -221,12 +243,74 @@ def test_refuses_an_unknown_order(order):
     )  # fmt: skip
 
 
-def test_refuses_scalars_and_missing_options():
+def test_literal_inputs():
+    for order, expected in (
+        ("block", [[3.5, 3.5, 5.5, 5.5]] * 2),
+        ("tile", [[4.0, 5.0, 4.0, 5.0]] * 2),
+    ):
+        layer = nn.Linear(4, 2)
+        with torch.no_grad():
+            layer.weight.copy_(torch.arange(1.0, 9.0).reshape(2, 4))
+        tp.register_tie(layer, "repeat", outputs=2, inputs=2, order=order)
+        assert layer.weight.tolist() == expected
+        assert free_value(layer).shape == (1, 2)
+
+
+def test_inputs_that_are_all_equal_are_summed_first():
+    layer = nn.Linear(64, 48)
+    tp.register_tie(layer, "repeat", inputs=64)
+    assert tie_of(layer).computing.form == "reduced"
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    some = tp.register_tie(nn.Linear(64, 48), "repeat", inputs=32)
+    assert not tp.get_tie(some).reduction().summed
+    torch.testing.assert_close(some(x), F.linear(x, some.weight, some.bias))
+
+
+def test_a_file_holds_both_numbers(tmp_path):
+    layer = tp.register_tie(nn.Linear(6, 4), "repeat", outputs=2, inputs=3, order="tile")
+    tp.save(layer, tmp_path / "layer.safetensors")
+    other = tp.load(tmp_path / "layer.safetensors", nn.Linear(6, 4))
+    assert torch.equal(other.weight, layer.weight)
+    assert str(tp.get_tie(other)) == "repeat(outputs=2, inputs=3, order='tile')"
+
+
+@pytest.mark.parametrize("inputs", [4, 7])
+def test_refuses_inputs_that_do_not_divide(inputs):
+    assert_refused(
+        nn.Linear(6, 5), "repeat", f"6 inputs cannot stand inputs={inputs} times each",
+        "Choose a divisor of 6", inputs=inputs,
+    )  # fmt: skip
+    assert_refused(
+        nn.Conv1d(12, 4, 3, groups=2), "repeat", "6 inputs of a group cannot stand",
+        f"inputs={inputs} times each", inputs=inputs,
+    )  # fmt: skip
+
+
+def test_refuses_inputs_of_a_vector():
+    assert_refused(
+        nn.Linear(6, 4), "repeat", "the tensor (4,) has no inputs that could stand inputs=2 times",
+        tensor_name="bias", outputs=2, inputs=2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("inputs", [0, -2, True, 2.0, "2", None, [2]], ids=repr)
+def test_refuses_inputs_that_are_no_positive_integer(inputs):
+    assert_refused(
+        nn.Linear(4, 4), "repeat", f"inputs must be a positive integer, not {inputs!r}",
+        inputs=inputs,
+    )  # fmt: skip
+
+
+def test_without_options_it_ties_nothing_and_says_so():
+    with pytest.warns(tp.TieWarning, match="frees nothing"):
+        tp.register_tie(nn.Linear(4, 4), "repeat")
+
+
+def test_refuses_scalars():
     class Scale(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.tensor(2.0))
 
     assert_refused(Scale(), "repeat", "without axes has no outputs", outputs=1)
-    message = assert_refused(nn.Linear(4, 4), "repeat", error=TypeError)
-    assert "'outputs'" in message

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import gcd, prod
 from typing import Literal
 
@@ -26,23 +27,35 @@ class Blocks:
 
     Attributes:
         outputs: the output axis, split; the product is the number of outputs.
-        rest: the input axis and the kernel axes, none of them split.
-        shared: axes of ``(*outputs, *rest)`` along which all entries are equal.
+        rest: the input axis and the kernel axes: a size, or a tuple of sizes if it is split.
+        shared: axes of `shape` along which all entries are equal.
 
     Example:
         >>> from tiedparam.laws import Blocks
         >>> Blocks(outputs=(2, 3), rest=(4,), shared=(1,)).shape  # 2 runs of 3 equal rows
         (2, 3, 4)
+        >>> Blocks(outputs=(6,), rest=((2, 2), 3), shared=(2,)).shape  # pairs of equal inputs
+        (6, 2, 2, 3)
     """
 
     outputs: tuple[int, ...]
-    rest: tuple[int, ...]
+    rest: tuple[int | tuple[int, ...], ...]
     shared: tuple[int, ...]
 
     @property
+    def axes(self) -> tuple[tuple[int, ...], ...]:
+        """Into which sizes each axis of the canonical weight is split."""
+        return (self.outputs, *(n if isinstance(n, tuple) else (n,) for n in self.rest))
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """The blocked shape."""
-        return (*self.outputs, *self.rest)
+        """The blocked shape: the sizes of all axes, one after the other."""
+        return tuple(size for sizes in self.axes for size in sizes)
+
+    def together(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """A blocked shape with the parts of each canonical axis as one axis."""
+        sizes = iter(shape)
+        return tuple(prod(islice(sizes, len(axis))) for axis in self.axes)
 
 
 @dataclass(frozen=True)
@@ -106,10 +119,16 @@ class Broadcast(Orbits):
         """Whether inputs can be summed first, and how many outputs in a run are equal."""
         blocks, layout = self.blocks(), self.bound_layout
         outputs, inputs = (*layout.canonical_shape, 1)[:2]  # a bias has no input axis
+        different = (*blocks.together(self._kept(blocks)), 1)[1]
         last = len(blocks.outputs) - 1
         # a run of equal rows must end where a block of rows or a group of the layer ends
         run = gcd(blocks.outputs[last], outputs // layout.groups) if last in blocks.shared else 1
-        return last + 1 in blocks.shared and inputs > 1, run
+        return different == 1 < inputs, run
+
+    @staticmethod
+    def _kept(blocks: Blocks) -> tuple[int, ...]:
+        """The blocked shape of the base."""
+        return tuple(1 if axis in blocks.shared else n for axis, n in enumerate(blocks.shape))
 
     def reduced(self, base: Tensor) -> Tensor:
         """The weight of the smaller layer: one row per run, one column if inputs are summed."""
@@ -127,9 +146,7 @@ class Broadcast(Orbits):
         by the number of axes, treats both alike.
         """
         blocks = self.blocks()
-        kept = [1 if axis in blocks.shared else n for axis, n in enumerate(blocks.shape)]
-        outputs = len(blocks.outputs)
-        return ((prod(kept[:outputs]), *kept[outputs:]),)
+        return (blocks.together(self._kept(blocks)),)
 
     def forward(self, *free: Tensor) -> Tensor:
         """Expand the base along the shared axes."""
@@ -146,32 +163,32 @@ class Broadcast(Orbits):
         return reason
 
     def _why_misblocked(self, layout: Layout) -> Reason | None:
-        """What is wrong with a subclass's `blocks`: the input axis cannot be split."""
-        blocks, (outputs, *rest) = self.blocks(), layout.canonical_shape
-        if prod(blocks.outputs) == outputs and blocks.rest == tuple(rest):
+        """What is wrong with a subclass's `blocks`."""
+        blocks = self.blocks()
+        if blocks.together(blocks.shape) == layout.canonical_shape:
             return None
         return Reason(
             f"its blocks() give {blocks.outputs} outputs and the other axes {blocks.rest}, and "
             f"the canonical weight is {layout.canonical_shape}.",
-            "Correct the rule: only the axis of outputs can be split.",
+            "Correct the rule: every axis stands as one number, or split as a tuple.",
         )
 
     def _measure(self) -> _Sizes:
         """The sizes that every forward needs, counted once."""
         blocks, layout, (summed, run) = self.blocks(), self.bound_layout, self._savings()
-        full, last = blocks.shape, len(blocks.outputs) - 1
-        reduced = list(full)
-        reduced[last] //= run
+        reduced, first_input = list(blocks.shape), len(blocks.outputs)
+        reduced[first_input - 1] //= run
         if summed:
-            reduced[last + 1] = 1
-        rows = prod(blocks.outputs) // run
-        columns, *kernel = reduced[last + 1 :] or [1]
+            inputs = range(first_input, first_input + len(blocks.axes[1]))
+            reduced = [1 if axis in inputs else n for axis, n in enumerate(reduced)]
+        smaller = blocks.together(reduced)
+        rows, columns, *kernel = (*smaller, 1) if len(smaller) == 1 else smaller
         groups = layout.groups
         return _Sizes(
-            kept=tuple(1 if axis in blocks.shared else n for axis, n in enumerate(full)),
-            full=full,
+            kept=self._kept(blocks),
+            full=blocks.shape,
             reduced=tuple(reduced),
-            smaller=(rows, *reduced[last + 1 :]),
+            smaller=smaller,
             smaller_layout=Layout((groups * columns, rows // groups, *kernel), groups, True)
             if layout.transposed
             else None,

@@ -94,6 +94,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["head_share"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.HeadShareTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["hypercomplex"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.HypercomplexTie],

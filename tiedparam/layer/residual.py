@@ -120,6 +120,17 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["head_share"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+    **options: Unpack[rule_options.HeadShareOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["hypercomplex"],
     tensor_name: str = ...,
     *,

@@ -40,6 +40,7 @@ KnownName = Literal[
     "flip_sym",
     "group_conv",
     "hankel",
+    "head_share",
     "hypercomplex",
     "index",
     "joint",
@@ -125,6 +126,17 @@ class GroupConvTie(TieArguments, GroupConvOptions, total=False):
     """All that `register_tie` takes by name for ``group_conv``."""
 
 
+class HeadShareOptions(TypedDict, total=False):
+    """The options of ``head_share``."""
+
+    heads: Required[int]
+    groups: Required[int]
+
+
+class HeadShareTie(TieArguments, HeadShareOptions, total=False):
+    """All that `register_tie` takes by name for ``head_share``."""
+
+
 class HypercomplexOptions(TypedDict, total=False):
     """The options of ``hypercomplex``."""
 
@@ -194,7 +206,8 @@ class OrbitTie(TieArguments, OrbitOptions, total=False):
 class RepeatOptions(TypedDict, total=False):
     """The options of ``repeat``."""
 
-    outputs: Required[int]
+    outputs: int
+    inputs: int
     order: Literal["block", "tile"]
     compute: Literal["auto", "dense", "reduced", "windows"]
 
