@@ -127,6 +127,9 @@ def test_a_file_brings_mask_and_numbers_back(tmp_path, value):
         ({"mask": MASK, "value": torch.inf}, ("inf",)),
         ({"mask": MASK, "value": torch.full((3, 3), torch.nan)}, ("4 of 4",)),
         ({"mask": MASK, "value": "much"}, ("'much'",)),
+        ({"mask": MASK, "value": 1e39}, ("1 of 1", "torch.float32")),
+        ({"mask": MASK, "value": torch.full((3, 3), -1e39, dtype=torch.float64)}, ("4 of 4",)),
+        ({"mask": MASK, "value": torch.ones(3, 3) * 1j}, ("complex",)),
         ({"mask": MASK, "value": True}, ("True",)),
     ],
 )

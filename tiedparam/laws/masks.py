@@ -7,13 +7,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiedparam.laws.coded import Coded
+from tiedparam.laws.layout import Layout
+from tiedparam.laws.packing import pack_flags, unpack_flags
 from tiedparam.laws.pattern import Pattern
 from tiedparam.util.errors import Reason
 from tiedparam.util.torch_modes import plain_numbers
 from tiedparam.util.torch_private import has_values
 
 
-def given_mask(mask: Any) -> Tensor | Reason:
+class OnMask(Coded):
+    """A law of the entries where a mask is True, or of those where it is False."""
+
+    def keep_mask(self, mask: Tensor | Reason) -> None:
+        """Hold a mask; or, where there is none, the reason as a fault."""
+        if isinstance(mask, Reason):
+            self.fault = mask
+        else:
+            self.keep(tuple(mask.shape), {"mask_bits": pack_flags(mask.flatten())})
+
+    def check(self, layout: Layout) -> Reason | None:
+        """The mask must fit the tensor."""
+        reason = super().check(layout)
+        if reason is None and self.checksum:
+            reason = why_not_over(self.coded_shape, layout.shape)
+        return reason
+
+    def given_mask(self) -> Tensor:
+        """The mask in the shape that it was given in, on the CPU."""
+        flags = unpack_flags(self.data()["mask_bits"], torch.Size(self.coded_shape).numel())
+        return flags.view(self.coded_shape)
+
+
+def mask_of(mask: Any) -> Tensor | Reason:
     """A mask as it was given, on the CPU; or why it is none."""
     if not isinstance(mask, Tensor):
         return Reason(f"mask is a {type(mask).__name__}.", "Give a tensor of truth values.")

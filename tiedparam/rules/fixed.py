@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tiedparam.laws import Coded, Reason
+from tiedparam.laws import Reason
+from tiedparam.laws.fixed_values import (
+    checksum_of_values,
+    same_numbers,
+    values_on,
+    why_no_number,
+    why_not_in,
+)
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.masks import given_mask, numbered, spread_over, why_not_over
-from tiedparam.laws.packing import pack_flags, unpack_flags
+from tiedparam.laws.masks import OnMask, mask_of, numbered, spread_over
 from tiedparam.laws.pattern import Pattern
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.util.bits import checksum_of
 from tiedparam.util.torch_modes import plain_numbers
 from tiedparam.util.torch_private import has_values
 
@@ -25,7 +29,7 @@ _WEIGHT = "the weight as it is when it is tied"
 
 
 @register_rule("fixed")
-class Fixed(Coded):
+class Fixed(OnMask):
     """Some entries keep the numbers that they have, or are given; the others are trained.
 
     Fixed numbers are no Parameters: no gradient, no weight decay and no optimizer state reaches
@@ -64,38 +68,16 @@ class Fixed(Coded):
         if isinstance(mask, str):
             self.expect(mask)
             return
-        given = given_mask(mask)
-        if isinstance(given, Tensor) and isinstance(value, Tensor):
-            given = self._keep_values(given, value)
-        if isinstance(given, Reason):
-            self.fault = given
-        else:
-            self.keep(tuple(given.shape), {"mask_bits": pack_flags(given.flatten())})
-        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor, type(None))):
-            self.fault = Reason(f"value={value!r} is no number.", "Give a number or a tensor.")
-        elif isinstance(value, (int, float)) and not isfinite(value):
-            self.fault = Reason(f"value={value!r} is not finite.", "Give a finite number.")
-
-    def _keep_values(self, mask: Tensor, value: Tensor) -> Tensor | Reason:
-        """Store the numbers on the mask; returns the mask in their shape."""
-        if not has_values(value) or value.dtype == torch.bool:
-            return Reason(f"value is {value.dtype} {tuple(value.shape)} without numbers.")
-        with plain_numbers():
-            value = value.detach().cpu()
-            if value.shape != mask.shape:
-                if why_not_over(tuple(mask.shape), tuple(value.shape)) is not None:
-                    return Reason(
-                        f"value is {tuple(value.shape)}, and mask {tuple(mask.shape)}.",
-                        "Give a value for each place of the mask.",
-                    )
-                mask = spread_over(mask, tuple(value.shape))
-            values = value[mask]
-            if not bool(values.isfinite().all()):
-                count = int((~values.isfinite()).sum())
-                return Reason(f"{count} of {len(values)} fixed numbers are not finite.")
-            self.hold({"values": values})
-            self.value = _checksum(values)
-            return mask.contiguous()
+        found: Any = mask_of(mask)
+        if isinstance(value, Tensor) and isinstance(found, Tensor):
+            found = values_on(found, value)
+            if not isinstance(found, Reason):
+                found, values = found
+                self.hold({"values": values})
+                self.value = checksum_of_values(values)
+        self.keep_mask(found)
+        if not (value is None or isinstance(value, Tensor)):
+            self.fault = self.fault or why_no_number(value)
 
     def options(self) -> dict[str, Any]:
         """The mask's tag; the number, or a checksum of the numbers that were given."""
@@ -103,18 +85,17 @@ class Fixed(Coded):
 
     def check(self, layout: Layout) -> Reason | None:
         """The mask must fit the tensor, and leave something."""
-        reason = super().check(layout) or why_not_over(self.coded_shape, layout.shape)
-        if reason is None and bool(self._mask_given().all()):
-            places = self._mask_given().numel()
+        reason = super().check(layout)
+        if reason is None and bool(self.given_mask().all()):
+            places = self.given_mask().numel()
             fact = f"mask is True at all of its {places} places, so no value is left to train."
             return Reason(fact, "Freeze the layer (requires_grad_(False)), or free some entries.")
         return reason
 
     def bind_tensor(self, weight: Tensor, layout: Layout) -> Reason | None:
         """`bind`, after the numbers were taken that are to be fixed."""
-        takes_weight = self.value is None and self._buffers.get("values") is None
-        if takes_weight and super().check(layout) is None:
-            reason = why_not_over(self.coded_shape, layout.shape)
+        if self.value is None and self._buffers.get("values") is None:
+            reason = self.check(layout)
             if reason is None and not has_values(weight):
                 reason = Reason(
                     f"the fixed numbers are to be {_WEIGHT}, and it has no values.",
@@ -123,19 +104,24 @@ class Fixed(Coded):
             if reason is not None:
                 return reason
             with plain_numbers():
-                mask = spread_over(self._mask_given(), layout.shape).contiguous()
+                mask = spread_over(self.given_mask(), layout.shape).contiguous()
                 self.hold({"values": weight.detach().cpu()[mask]})
-                self.keep(layout.shape, {"mask_bits": pack_flags(mask.flatten())})
+                self.keep_mask(mask)
+        reason = super().bind_tensor(weight, layout)
         held = self._buffers.get("values")
-        if held is not None:
+        if reason is None and held is not None:
             self.hold({"values": held.to(weight.dtype)})
-        return super().bind_tensor(weight, layout)
+        return reason
 
     def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
-        """Fit the rule to a layout. The numbers must be known."""
-        if self.value is None and self.fault is None and self._buffers.get("values") is None:
+        """Fit the rule to a layout. The numbers must be known, and the dtype hold them."""
+        values = self._buffers.get("values")
+        if self.fault is None and self.value is None and values is None:
             return Reason(f"the fixed numbers are to be {_WEIGHT}.", "Tie it by register_tie.")
-        return super().bind(layout, dtype)
+        if self.fault is None and not isinstance(self.value, str) and values is None:
+            values = torch.tensor([self.value], dtype=torch.float64, device="cpu")
+        reason = None if values is None else why_not_in(dtype, values)
+        return reason or super().bind(layout, dtype)
 
     def why_other_data(self, data: Mapping[str, Tensor]) -> Reason | None:
         """Neither another mask, nor other numbers where the law says them."""
@@ -147,28 +133,22 @@ class Fixed(Coded):
             return Reason(f"the numbers of '{self}' are missing.", "Fetch or save it again.")
         if here is None or here is there or not (has_values(there) and has_values(here)):
             return None  # a file's own numbers, which may have been rounded since they were given
-        with plain_numbers():
-            if _checksum(there) == self.value or _same_numbers(there, here):
-                return None
+        if checksum_of_values(there) == self.value or same_numbers(there, here):
+            return None
         return Reason(
             f"it has other fixed numbers than '{self}'.", "Tie the layer by those, as value=."
         )
 
     # The law ------------------------------------------------------------------------------------
 
-    def _mask_given(self) -> Tensor:
-        """The mask in the shape that it was given in."""
-        flags = unpack_flags(self.data()["mask_bits"], torch.Size(self.coded_shape).numel())
-        return flags.view(self.coded_shape)
-
     @property
     def fixed_entries(self) -> Tensor:
         """Which entries are fixed: truth values of the tensor's shape, on the CPU."""
-        return spread_over(self._mask_given(), self.bound_layout.shape)
+        return spread_over(self.given_mask(), self.bound_layout.shape)
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The weight with the fixed numbers on the mask."""
-        mask, values = self._mask_given(), self._buffers.get("values")
+        mask, values = self.given_mask(), self._buffers.get("values")
         numbers = torch.zeros(self.coded_shape, dtype=weight.dtype, device="cpu")
         numbers[mask] = self.value if values is None else values.detach().cpu().to(weight.dtype)
         numbers = spread_over(numbers, tuple(weight.shape)).to(weight.device)
@@ -182,7 +162,7 @@ class Fixed(Coded):
     def find_pattern(self) -> Pattern:
         """Read off the mask. Stored numbers are counted, and `forward` puts them in."""
         with plain_numbers():
-            mask, free = self._mask_given(), ~self.fixed_entries
+            mask, free = self.given_mask(), ~self.fixed_entries
             if self._buffers.get("values") is None:
                 fixed = mask.double().masked_fill(mask, float(self.value))
             else:
@@ -215,16 +195,3 @@ class Fixed(Coded):
             Example(lambda: nn.ConvTranspose1d(4, 3, 2), {"mask": chess, "value": -1}),
             Example(lambda: nn.Linear(2, 5), {"mask": rows, "value": 0.0}, "", "bias"),
         )
-
-
-def _checksum(values: Tensor) -> str:
-    """The same for equal numbers, whatever their dtype."""
-    wide = torch.complex128 if values.is_complex() else torch.float64
-    return f"sha256:{checksum_of({'values': values.detach().cpu().to(wide)})}"
-
-
-def _same_numbers(one: Tensor, other: Tensor) -> bool:
-    """Whether they are equal in the coarser of their dtypes."""
-    one, other = one.detach().cpu(), other.detach().cpu()
-    coarse = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    return torch.equal(one.to(coarse), other.to(coarse))

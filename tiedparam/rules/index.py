@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Coded, Reason
+from tiedparam.laws.indices import why_no_index, why_no_signs
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.packing import pack_flags, pack_numbers, unpack_flags, unpack_numbers
 from tiedparam.laws.pattern import Pattern
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
 from tiedparam.util.torch_modes import plain_numbers
-from tiedparam.util.torch_private import has_values
 
 
 @register_rule("index")
@@ -53,7 +53,7 @@ class Index(Coded):
         if isinstance(index, str):
             self.expect(index)
             return
-        self.fault = _why_no_index(index) or _why_no_signs(signs, index)
+        self.fault = why_no_index(index) or why_no_signs(signs, index)
         if self.fault is None:
             with plain_numbers():
                 index = index.detach().cpu().to(torch.int32)
@@ -140,48 +140,3 @@ def _first_entries(labels: Tensor) -> Tensor:
         first = torch.zeros(int(labels.abs().max()) + 1, dtype=torch.int64)
         entry = torch.arange(len(labels))
         return first.scatter_reduce_(0, labels.abs().long(), entry, "amin", include_self=False)
-
-
-def _why_no_index(index: Any) -> Reason | None:
-    if not isinstance(index, Tensor):
-        return Reason(f"index is a {type(index).__name__}.", "Give a tensor of whole numbers.")
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        return Reason(
-            f"index is {index.dtype} {tuple(index.shape)}, and not of whole numbers.",
-            "Convert it: index.long().",
-        )
-    if not has_values(index) or index.numel() == 0:
-        return Reason(f"index {tuple(index.shape)} has no values.", "Make it on a real device.")
-    with plain_numbers():
-        numbers = index.detach().cpu().long().unique()
-        if int(numbers[0]) < -1:
-            return Reason(f"index has {int(numbers[0])}.", "Use numbers from 0, and -1 for zero.")
-        numbers = numbers[numbers >= 0]
-        if not len(numbers):
-            return Reason(
-                f"index is -1 at all of its {index.numel()} places, so no value is left to train.",
-                "Number some entries.",
-            )
-        if int(numbers[-1]) != len(numbers) - 1:
-            expected = torch.arange(len(numbers))
-            missing = int((numbers != expected).nonzero()[0, 0])
-            count = int(numbers[-1]) + 1 - len(numbers)
-            return Reason(
-                f"index goes up to {int(numbers[-1])}, and {count} of the numbers do not occur, "
-                f"the first of them {missing}.",
-                "Number the values from 0 on: index.unique(return_inverse=True)[1].",
-            )
-    return None
-
-
-def _why_no_signs(signs: Any, index: Tensor) -> Reason | None:
-    if signs is None:
-        return None
-    if not isinstance(signs, Tensor) or not has_values(signs):
-        return Reason(f"signs is a {type(signs).__name__}.", "Give a tensor of 1 and -1.")
-    if signs.shape != index.shape:
-        return Reason(f"signs is {tuple(signs.shape)}, and index {tuple(index.shape)}.")
-    wrong = int((signs.abs() != 1).sum()) if signs.dtype != torch.bool else signs.numel()
-    if wrong:
-        return Reason(f"{wrong} of {signs.numel()} signs are neither 1 nor -1.")
-    return None

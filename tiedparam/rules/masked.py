@@ -8,10 +8,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tiedparam.laws import Coded, Reason
+from tiedparam.laws import Reason
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.masks import given_mask, numbered, spread_over, why_not_over
-from tiedparam.laws.packing import pack_flags, unpack_flags
+from tiedparam.laws.masks import OnMask, mask_of, numbered, spread_over
 from tiedparam.laws.pattern import Pattern
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
@@ -23,7 +22,7 @@ _NAMES = ", ".join(f"'{name}'" for name in _PATTERNS)
 
 
 @register_rule("masked")
-class Masked(Coded):
+class Masked(OnMask):
     """Only some entries are there, and all others are zero: triangles, blocks, bands, any mask.
 
     ====================  ================================================  ======================
@@ -79,11 +78,7 @@ class Masked(Coded):
         if isinstance(mask, str):
             self.expect(mask)
         elif mask is not None:
-            given = given_mask(mask)
-            if isinstance(given, Reason):
-                self.fault = given
-            else:
-                self.keep(tuple(given.shape), {"mask_bits": pack_flags(given.flatten())})
+            self.keep_mask(mask_of(mask))
         if (pattern is None) == (mask is None):
             both = "pattern= and mask= are both" if mask is not None else "neither of them is"
             self.fault = Reason(f"{both} given.", f"Give mask=, or one of {_NAMES} as pattern=.")
@@ -97,10 +92,8 @@ class Masked(Coded):
     def check(self, layout: Layout) -> Reason | None:
         """The mask must fit the tensor; the blocks must divide it."""
         reason = super().check(layout)
-        if reason is not None:
+        if reason is not None or self.checksum:
             return reason
-        if self.checksum:
-            return why_not_over(self.coded_shape, layout.shape)
         return self._why_no_pattern(layout) or self._why_other_sizes(layout)
 
     def _why_no_pattern(self, layout: Layout) -> Reason | None:
@@ -148,8 +141,7 @@ class Masked(Coded):
         layout = self.bound_layout
         with plain_numbers():
             if self.checksum:
-                flags = unpack_flags(self.data()["mask_bits"], torch.Size(self.coded_shape).numel())
-                return spread_over(flags.view(self.coded_shape), layout.shape)
+                return spread_over(self.given_mask(), layout.shape)
             outputs, inputs, *_ = shape = layout.canonical_shape
             free = torch.ones(outputs, inputs, dtype=torch.bool)
             if self.pattern == "lower":

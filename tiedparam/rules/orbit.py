@@ -6,18 +6,14 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Coded, Reason
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.packing import pack_numbers, unpack_numbers
+from tiedparam.laws.permutations import AXES, given_generators, is_identity
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.util.torch_modes import plain_numbers
-from tiedparam.util.torch_private import has_values
-
-_AXES = ("outputs", "inputs", "positions")
 
 
 @register_rule("orbit")
@@ -63,7 +59,7 @@ class Orbit(Coded):
         if isinstance(generators, str):
             self.expect(generators)
             return
-        axes = _columns(generators)
+        axes = given_generators(generators)
         if not isinstance(axes, Reason) and self.signs is not None:
             count = len(axes[0]) if axes else 0
             if len(self.signs) != count or any(sign not in (1, -1) for sign in self.signs):
@@ -75,7 +71,7 @@ class Orbit(Coded):
             return
         codes = {
             f"{name}_bits": pack_numbers(axis, axis.shape[1] - 1)
-            for name, axis in zip(_AXES, axes, strict=False)
+            for name, axis in zip(AXES, axes, strict=False)
             if axis.numel()
         }
         self.keep((len(axes[0]), *(axis.shape[1] for axis in axes)), codes)
@@ -93,7 +89,7 @@ class Orbit(Coded):
         outputs, *others = layout.canonical_shape
         sizes = [outputs, *others[:1], *([prod(others[1:])] if len(others) > 1 else [])]
         given = self.coded_shape[1:]
-        named = dict(zip(_AXES, sizes, strict=False))
+        named = dict(zip(AXES, sizes, strict=False))
         if len(given) > len(sizes) or (len(sizes) > 1 and len(given) < 2):
             wanted = ", ".join(list(named)[: max(2, len(given))])
             return Reason(
@@ -112,7 +108,7 @@ class Orbit(Coded):
         """For each generator the permutation of each axis; None where all leave it alone."""
         count, *sizes = self.coded_shape
         columns: list[Any] = [[None] * count for _ in range(3)]
-        for axis, (name, size) in enumerate(zip(_AXES, sizes, strict=False)):
+        for axis, (name, size) in enumerate(zip(AXES, sizes, strict=False)):
             if size:
                 columns[axis] = unpack_numbers(self.data()[f"{name}_bits"], size)
         return [list(generator) for generator in zip(*columns, strict=True)]
@@ -137,7 +133,7 @@ class Orbit(Coded):
         if len(shape) < 2:
             return None
         for axis, moves in enumerate(list(zip(*self._permutations(), strict=True))[:2]):
-            if all(move is None or _is_identity(move) for move in moves):
+            if all(move is None or is_identity(move) for move in moves):
                 shape[axis] = 1
         return tuple(shape)
 
@@ -161,64 +157,3 @@ class Orbit(Coded):
             ),
             Example(lambda: nn.Linear(2, 4), {"generators": [(turn,)]}, "", "bias"),
         )
-
-
-def _columns(generators: Any) -> list[Tensor] | Reason:
-    """For each axis the permutations of all generators, ``(generators, size)``; size 0: none."""
-    if not isinstance(generators, Sequence) or not generators:
-        return Reason(f"generators={generators!r} are none.", "Give a list of tuples.")
-    table: list[list[Tensor | None]] = []
-    for number, generator in enumerate(generators, start=1):
-        if not isinstance(generator, tuple) or not 1 <= len(generator) <= 3:
-            return Reason(
-                f"generator {number} is a {type(generator).__name__}, and not a tuple of one to "
-                "three permutations.",
-                "Give (outputs, inputs) or (outputs, inputs, positions).",
-            )
-        row: list[Tensor | None] = []
-        for name, given in zip(_AXES, generator, strict=False):
-            permutation = _permutation(given, f"generator {number}: its permutation of {name}")
-            if isinstance(permutation, Reason):
-                return permutation
-            row.append(permutation)
-        table.append(row)
-    if len({len(row) for row in table}) > 1:
-        return Reason(f"the generators have {[len(row) for row in table]} permutations.")
-    axes = []
-    for name, column in zip(_AXES, zip(*table, strict=True), strict=False):
-        sizes = {len(permutation) for permutation in column if permutation is not None}
-        if len(sizes) > 1:
-            return Reason(f"the generators permute {sorted(sizes)} {name}.", "Use one size.")
-        size = sizes.pop() if sizes else 0
-        with plain_numbers():
-            still = torch.arange(size)
-            axes.append(torch.stack([still if each is None else each for each in column]))
-    return axes
-
-
-def _permutation(given: Any, what: str) -> Tensor | Reason | None:
-    if given is None:
-        return None
-    with plain_numbers():
-        try:
-            numbers = given if isinstance(given, Tensor) else torch.tensor(given)
-        except (TypeError, ValueError, RuntimeError):
-            return Reason(f"{what} is a {type(given).__name__}.", "Give a list of numbers.")
-        if numbers.dim() != 1 or not has_values(numbers) or not numbers.numel():
-            return Reason(f"{what} has the shape {tuple(numbers.shape)}.", "Give a vector.")
-        if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-            return Reason(f"{what} is {numbers.dtype}.", "Give whole numbers.")
-        numbers = numbers.detach().cpu().long()
-        size = len(numbers)
-        if not torch.equal(numbers.sort().values, torch.arange(size)):
-            missing = set(range(size)).difference(numbers.tolist())
-            return Reason(
-                f"{what} has {size} numbers and misses {min(missing)}.",
-                f"Each of 0 to {size - 1} must occur once.",
-            )
-        return numbers
-
-
-def _is_identity(permutation: Tensor) -> bool:
-    with plain_numbers():
-        return torch.equal(permutation, torch.arange(len(permutation), dtype=permutation.dtype))
