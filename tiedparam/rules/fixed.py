@@ -137,6 +137,11 @@ class Fixed(Coded):
             return Reason(f"the fixed numbers are to be {_WEIGHT}.", "Tie it by register_tie.")
         return super().bind(layout, dtype)
 
+    @property
+    def holds_numbers(self) -> bool:
+        """Unless one number was given, which is an option."""
+        return not isinstance(self.value, (int, float))
+
     def why_other_data(self, data: Mapping[str, Tensor]) -> Reason | None:
         """Neither another mask, nor other numbers where the law says them."""
         reason = super().why_other_data(data)
