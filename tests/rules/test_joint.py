@@ -16,7 +16,7 @@ import tiedparam as tp
 from tests.support.cases import COMPUTE, assert_refused, assert_satisfies
 from tests.support.tensors import stored
 from tiedparam.laws import Orbits
-from tiedparam.rules import FlipSym, Joint, Repeat
+from tiedparam.rules import FlipSym, Joint, Masked, Repeat
 
 REPEAT = ("repeat", {"outputs": 2})
 
@@ -242,7 +242,8 @@ def test_the_residual_is_that_of_the_tie():
     weight = layer.weight.detach().clone()
     residual = tp.residual(layer, ["flip_sym", REPEAT])
     tp.register_tie(layer, ["flip_sym", REPEAT])
-    assert residual == pytest.approx(float((weight - layer.weight).norm() / weight.norm()))
+    distance = (weight - layer.weight.detach()).norm() / weight.norm()
+    assert residual == pytest.approx(float(distance))
     assert tp.report(nn.Sequential(layer)).ties[0].residual == pytest.approx(residual)
     assert tp.residual(layer, ["flip_sym", REPEAT]) == 0
 
@@ -426,3 +427,63 @@ def test_a_step_of_training_is_that_of_averaged_gradients():
     by_hand = torch.zeros(rule.free_count, dtype=torch.float64)
     by_hand.index_add_(0, rule.orbit_labels().flatten() - 1, weight.grad.flatten())
     torch.testing.assert_close(free.grad.flatten(), by_hand, **COMPUTE[torch.float64])
+
+
+# Laws that are data --------------------------------------------------------------------------
+
+MASK = torch.tensor([[1, 1, 0, 1], [1, 0, 1, 1], [0, 0, 1, 0], [1, 1, 0, 1]]).bool()
+SPARSE = ["flip_sym", ("masked", {"mask": MASK})]
+
+
+def test_a_mask_holds_together_with_a_law():
+    layer = nn.Linear(4, 4, dtype=torch.float64)
+    weight = layer.weight.detach().clone()
+    tp.register_tie(layer, SPARSE)
+    both = MASK & MASK.t()
+    nearest = torch.where(both, (weight + weight.t()) / 2, 0.0)
+    torch.testing.assert_close(layer.weight.detach(), nearest, rtol=0, atol=1e-15)
+    assert stored(layer) == int(both.triu().sum())
+    assert "parametrizations.weight.0.law1_mask_bits" in layer.state_dict()
+
+
+def test_a_fixed_number_holds_together_with_a_law():
+    ones = ("fixed", {"mask": torch.eye(4).bool(), "value": 1.0})
+    layer = tp.register_tie(nn.Linear(4, 4), [ones, "flip_sym"])
+    assert torch.equal(layer.weight.diagonal(), torch.ones(4))
+    assert torch.equal(layer.weight, layer.weight.t())
+    assert stored(layer) == 6
+    twos = ("fixed", {"mask": torch.eye(4).bool(), "value": 2.0})
+    assert_refused(nn.Linear(4, 4), [ones, twos], "fixes one entry to 1 and to 2")
+    weights = ("fixed", {"mask": torch.eye(4).bool()})
+    assert_refused(nn.Linear(4, 4), [weights, "flip_sym"], "holds numbers", "one number as value=")
+
+
+def test_their_data_lives_as_that_of_one_law(tmp_path):
+    model = nn.Sequential(tp.register_tie(nn.Linear(4, 4), [SPARSE, "flip_sym"]))
+    weight = model[0].weight.detach()
+    tp.save(model, tmp_path / "tied.safetensors")
+    loaded = tp.load(tmp_path / "tied.safetensors", nn.Sequential(nn.Linear(4, 4)))
+    assert torch.equal(loaded[0].weight, weight)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model))).double().float()
+    assert torch.equal(copied[0].weight, weight)
+    copied.to_empty(device="cpu")
+    with pytest.raises(tp.TieError, match=r"its data \(law0_law1_mask_bits\) is overwritten"):
+        copied[0].weight.sum()
+    copied.load_state_dict(model.state_dict())
+    assert torch.equal(copied[0].weight, weight)
+    transposed = ["flip_sym", ("masked", {"mask": MASK.t()})]  # the same zeros, by another mask
+    other = tp.register_tie(nn.Linear(4, 4), [transposed, "flip_sym"])
+    with pytest.raises(RuntimeError, match="pattern|joint"):
+        other.load_state_dict(model[0].state_dict())
+
+
+def test_an_instance_with_data_stays_as_it_was():
+    rule = Masked(mask=MASK)
+    tp.register_tie(nn.Linear(4, 4), ["flip_sym", rule])
+    assert rule.data().keys() == {"mask_bits"}
+    tp.register_tie(nn.Linear(4, 4), rule)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    law = ("masked", {"mask": torch.ones(3, 4).bool()})
+    assert_refused(nn.Linear(4, 4), ["flip_sym", law], "'masked", "(3, 4)", "(4, 4)")

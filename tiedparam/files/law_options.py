@@ -45,15 +45,16 @@ def written(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
         name = parameter.name
         if name in options or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        value = getattr(rule, name, parameter.default)
         if name in _laws_in(kind):
-            options[name] = _written_laws(value, paths)
+            options[name] = _written_laws(getattr(rule, name), paths)
             continue
         if name in rule.functions:
+            value = getattr(rule, name, parameter.default)
             if value is not parameter.default:
                 options[name] = function_name(value)
             continue
-        value = said.get(name, value)
+        # what it says first: an attribute may be computed from data, which a part has not
+        value = said[name] if name in said else getattr(rule, name, parameter.default)
         if value is inspect.Parameter.empty:
             raise TieError(f"{name}=", f"its options() does not return {name}.", "Add it there.")
         if value is not parameter.default:

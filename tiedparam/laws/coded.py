@@ -111,6 +111,11 @@ class Coded(Orbits):
         """Sizes and checksum of the data, which stand for it in `options`."""
         return f"{'x'.join(map(str, self.coded_shape))} {_MARK}{self.checksum}"
 
+    @property
+    def holds_numbers(self) -> bool:
+        """Whether the law is numbers of the weight's dtype beside the codes, which may change."""
+        return False
+
     def why_other_data(self, data: Mapping[str, Tensor]) -> Reason | None:
         """Why these are not the codes that the rule has or expects, or None.
 
@@ -226,6 +231,7 @@ class Coded(Orbits):
             reason = self.bind_tensor(weight, Layout(tuple(weight.shape)))
             if reason is not None:
                 raise TieError(f"cannot tie a tensor {tuple(weight.shape)} by '{self}'", *reason)
+            self.bind_device(weight.device)
 
     def with_data(self, data: Mapping[str, Tensor]) -> Self:
         """The bound rule with the data of a state dict."""

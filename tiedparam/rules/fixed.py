@@ -123,6 +123,11 @@ class Fixed(OnMask):
         reason = None if values is None else why_not_in(dtype, values)
         return reason or super().bind(layout, dtype)
 
+    @property
+    def holds_numbers(self) -> bool:
+        """Unless one number was given, which is an option."""
+        return not isinstance(self.value, (int, float))
+
     def why_other_data(self, data: Mapping[str, Tensor]) -> Reason | None:
         """Neither another mask, nor other numbers where the law says them."""
         reason = super().why_other_data(data)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from math import lcm
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from tiedparam.laws.rule import Example, Rule
 
 
 @register_rule("joint")
-class Joint(Orbits):
+class Joint(Coded):
     """All of several laws hold, whether or not they commute: W = S₁(W) = S₂(W) = ….
 
     `register_tie` makes it of a list: ``register_tie(layer, ["flip_sym", ("repeat", {...})])``.
@@ -36,7 +37,8 @@ class Joint(Orbits):
 
     Shapes: as of all laws by symmetries: ``free``: ``(cells, values of a cell)``; a cell is as
     large as the least common multiple of the parts' cells on every axis. Laws that read other
-    layers (copies) are refused.
+    layers (copies) are refused. The data of a law that is data, such as a mask, is kept with the
+    joint law.
 
     Source: the orbits of the group that the parts' symmetries generate; their projection is the
     orbit mean (Ravanbakhsh et al. 2017). It is the limit of von Neumann's alternating projections.
@@ -58,13 +60,28 @@ class Joint(Orbits):
         super().__init__()
         if not isinstance(laws, (list, tuple)) or len(laws) < 2:
             raise TypeError(f"laws= takes a list of at least two laws, not {laws!r}")
-        for number, part in enumerate(laws):
-            self.add_module(str(number), make_rule(part, {}))
+        for number, law in enumerate(laws):
+            part = make_rule(law, {})
+            if isinstance(part, Coded):  # its data is this rule's, which keeps it as any such law
+                self.hold({f"{_prefix(number)}{name}": x for name, x in part.data().items()})
+                self.checksum += part.checksum
+                part = copy(part)
+                part.__dict__["_buffers"] = {}
+            self.add_module(str(number), part)
 
     @property
     def laws(self) -> list[Any]:
-        """The parts, which are bound to no tensor."""
+        """The parts, which are bound to no tensor and hold no data."""
         return list(self._modules.values())
+
+    def _parts_at(self, layout: Layout) -> Iterator[Rule]:
+        """The parts with their data, as if they were bound to a tensor of this layout."""
+        held = self.data()
+        for number, part in enumerate(self.laws):
+            bound: Rule = part.for_layout(layout)
+            if isinstance(bound, Coded):
+                bound.hold(_of_part(number, held))
+            yield bound
 
     def options(self) -> dict[str, Any]:
         """The laws, as one states them."""
@@ -76,9 +93,10 @@ class Joint(Orbits):
 
     def check(self, layout: Layout) -> Reason | None:
         """Every part must fit, and read no other layer."""
-        for part in self.laws:
+        for part in self._parts_at(layout):
             reason = _why_not_joined(part) or part.reason_against(layout)
-            reason = reason or why_no_cell(part.for_layout(layout).cell(), layout)
+            if reason is None and isinstance(part, Orbits):
+                reason = why_no_cell(part.cell(), layout)
             if reason is not None:
                 return Reason(f"'{part}': {reason.fact}", reason.remedy)
         return None
@@ -91,17 +109,24 @@ class Joint(Orbits):
                 return Reason(f"'{part}': {reason.fact}", reason.remedy)
         return None
 
+    def why_other_data(self, data: Mapping[str, Tensor]) -> Reason | None:
+        """Why the data of a part is not what it has or expects, or None."""
+        for number, part in enumerate(self.laws):
+            if isinstance(part, Coded):
+                reason = part.why_other_data(_of_part(number, data))
+                if reason is not None:
+                    return reason
+        return None
+
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """Those of all parts."""
-        for part in self.laws:
-            yield from part.for_layout(self.bound_layout).symmetries(weight)
+        for part in self._parts_at(self.bound_layout):
+            yield from part.symmetries(weight)
 
     def cell(self) -> tuple[int, ...] | None:
         """The least that is made of whole cells of every part."""
-        cells = []
-        for part in self.laws:
-            bound = part.for_layout(self.bound_layout)
-            cells.append(bound.cell() if isinstance(bound, Orbits) else None)
+        parts = self._parts_at(self.bound_layout)
+        cells = [part.cell() if isinstance(part, Orbits) else None for part in parts]
         known = [cell for cell in cells if cell is not None]
         if len(known) < len(cells):
             return None
@@ -134,16 +159,27 @@ class Joint(Orbits):
         return f"{self.name}(laws={law_text(self.statement()[0])})"
 
 
+def _prefix(number: int) -> str:
+    """What the names of a part's data begin with."""
+    return f"law{number}_"
+
+
+def _of_part(number: int, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The data of one part, by its own names."""
+    start = _prefix(number)
+    return {name[len(start) :]: x for name, x in data.items() if name.startswith(start)}
+
+
 def _why_not_joined(part: Rule) -> Reason | None:
     if part.reads_layers:
         return Reason(
             "it reads another layer, so it has no orbits to join.",
             "Tie the source by the other laws, and this tensor by this law alone.",
         )
-    if isinstance(part, Coded) and part.checksum:
+    if isinstance(part, Coded) and part.holds_numbers:
         return Reason(
-            "its pattern is data, which laws together do not keep.",
-            "Give all of the pattern to one law, such as 'index', or to 'orbit' as generators.",
+            "it holds numbers, which may change while the joint law stands.",
+            "Give one number as value=; several such laws can be in the list.",
         )
     if part.compute not in ("auto", "dense"):
         return Reason(

@@ -33,8 +33,9 @@ def bind(rule: Rule, target: Target) -> Reason | None:
         if reason is not None:
             return reason
     if isinstance(rule, Coded):
-        return rule.bind_tensor(weight, target.layout)
-    reason = rule.bind(target.layout, weight.dtype)
+        reason = rule.bind_tensor(weight, target.layout)
+    else:
+        reason = rule.bind(target.layout, weight.dtype)
     if reason is None and rule.reads_layers:
         reason = _why_misfit(rule, weight)
     if reason is None:
