@@ -137,7 +137,10 @@ FAMILY_PAGES = {
     "repetition": ("rules-repetition.md", "rows, filters or heads that are equal"),
     "symmetries": ("rules-symmetries.md", "a weight or its kernels that equal their own images"),
     "equivariance": ("rules-equivariance.md", "layers that commute with a group"),
-    "matrices": ("rules-matrices.md", "matrices with constant diagonals, or equal to their transpose up to sign"),
+    "matrices": (
+        "rules-matrices.md",
+        "matrices with constant diagonals, or equal to their transpose up to sign",
+    ),
     "zeros and fixed values": ("rules-zeros-and-patterns.md", "entries that are given"),
     "patterns of your own": ("rules-zeros-and-patterns.md", "any equalities, by numbers or moves"),
     "laws together": ("composing-laws.md", "several laws at once, or on a part of a tensor"),

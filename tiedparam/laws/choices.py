@@ -7,7 +7,7 @@ from typing import Any, get_args
 from tiedparam.util.errors import Reason
 
 
-def why_unknown(option: str, value: object, choices: Any) -> Reason | None:
+def why_not_one_of(option: str, value: object, choices: Any) -> Reason | None:
     """Why an option cannot have this value, or None.
 
     Args:

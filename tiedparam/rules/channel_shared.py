@@ -9,6 +9,7 @@ from torch import nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
+from tiedparam.laws.choices import why_not_one_of
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
@@ -73,9 +74,9 @@ class ChannelShared(Broadcast):
 
     def check(self, layout: Layout) -> Reason | None:
         """``over`` must be known, the tensor must have channels, ``groups`` needs groups."""
-        if not isinstance(self.over, str) or self.over not in _LAWS:
-            known = ", ".join(f"'{over}'" for over in _LAWS)
-            return Reason(f"over={self.over!r} is unknown.", f"Choose one of {known}.")
+        reason = why_not_one_of("over", self.over, Over)
+        if reason is not None:
+            return reason
         vector = len(layout.shape) < 2
         if self.over == "groups" and (layout.layer_groups if vector else layout.groups) == 1:
             return Reason(

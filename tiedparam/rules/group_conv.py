@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from tiedparam.laws import Reason
-from tiedparam.laws.choices import why_unknown
+from tiedparam.laws.choices import why_not_one_of
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
@@ -82,7 +82,7 @@ class GroupConv(Orbits):
 
     def check(self, layout: Layout) -> Reason | None:
         """Square kernels, and whole fields in every group of the convolution."""
-        reason = why_unknown("group", self.group, PlaneGroup)
+        reason = why_not_one_of("group", self.group, PlaneGroup)
         if reason is not None:
             return reason
         if not isinstance(self.lift, bool):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Reason
-from tiedparam.laws.choices import why_unknown
+from tiedparam.laws.choices import why_not_one_of
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
@@ -85,7 +85,7 @@ class Hypercomplex(Orbits):
 
     def check(self, layout: Layout) -> Reason | None:
         """Every component must have as many channels, on both sides."""
-        reason = why_unknown("algebra", self.algebra, Algebra)
+        reason = why_not_one_of("algebra", self.algebra, Algebra)
         if reason is not None:
             return reason
         if len(layout.shape) < 2:

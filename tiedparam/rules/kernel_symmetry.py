@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from tiedparam.laws import Reason
-from tiedparam.laws.choices import why_unknown
+from tiedparam.laws.choices import why_not_one_of
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
@@ -84,8 +84,8 @@ class KernelSymmetry(Orbits):
 
     def check(self, layout: Layout) -> Reason | None:
         """The group must be known and fit the kernel's axes and sizes."""
-        reason = why_unknown("group", self.group, KernelGroup)
-        reason = reason or why_unknown("sign", self.sign, Sign)
+        reason = why_not_one_of("group", self.group, KernelGroup)
+        reason = reason or why_not_one_of("sign", self.sign, Sign)
         if reason is not None:
             return reason
         kernel = layout.kernel
