@@ -263,22 +263,14 @@ def test_codes_that_were_overwritten_are_told():
         model(torch.ones(1, 4))
 
 
-def test_an_average_of_codes_is_told():
-    averaged = AveragedModel(
-        model_of("index"), multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True
-    )
-    for _ in range(3):
-        try:
+def test_averaged_models_keep_the_codes():
+    # torch averages buffers as well, which bytes need not survive
+    for average in ({}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}):
+        averaged = AveragedModel(model_of("index"), use_buffers=True, **average)
+        for _ in range(5):
             averaged.update_parameters(model_of("index", 1))
-        except (RuntimeError, TypeError):  # torch cannot average bytes at all
-            return
-    rule = rule_of(averaged.module)
-    same = rule.why_stale() is None
-    if same:
         averaged(torch.ones(1, 4))
-    else:
-        with pytest.raises(tp.TieError, match="overwritten"):
-            averaged(torch.ones(1, 4))
+        assert rule_of(averaged.module).why_stale() is None
 
 
 def test_checking_costs_nothing_at_later_calls(monkeypatch):
@@ -418,8 +410,9 @@ def test_a_rule_that_did_not_fit_fits_elsewhere():
     rule = tp.available_rules()["fixed"](mask=CHESS)
     with pytest.raises(tp.TieError):
         tp.register_tie(nn.Linear(5, 4), rule)
-    with pytest.raises(tp.TieError, match="max_residual"):
-        tp.register_tie(nn.Linear(4, 4), rule, max_residual=-1)
+    other = nn.Linear(4, 4)
+    with pytest.raises(tp.TieError, match="holds"):  # after the numbers were taken
+        tp.register_tie(other, rule, optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters()))
     layer = nn.Linear(4, 4)
     dense = layer.weight.detach().clone()
     tp.register_tie(layer, rule)

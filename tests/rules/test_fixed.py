@@ -51,6 +51,9 @@ def test_numbers_are_rounded_to_the_layers_dtype(dtype):
         layer = tp.register_tie(nn.Linear(3, 3, dtype=dtype), "fixed", mask=MASK, value=value)
         assert layer.weight.dtype == dtype
         assert torch.equal(layer.weight[MASK], torch.full((4,), 1 / 3, dtype=dtype))
+        held = tp.get_tie(layer).data().get("values")
+        assert (held is None) == isinstance(value, float)
+        assert held is None or held.dtype == dtype  # as state dicts have it
 
 
 def test_numbers_are_cast_with_the_layer():
