@@ -196,17 +196,7 @@ def test_scan_plans_laws_together_by_a_list():
     assert "{'1': ['flip_sym', ('repeat', {'outputs': 2})]}" in str(seen)
 
 
-def test_scan_lists_laws_that_fit_nowhere_and_leaves_out_what_leaves_nothing(registry):
-    @tp.register_rule("skew")
-    class Skew(Orbits):
-        law = "W[i, j] = −W[j, i]"
-
-        def check(self, layout):
-            return None if len(set(layout.shape)) == 1 else "not square"
-
-        def symmetries(self, weight):
-            yield -weight.t()
-
+def test_scan_lists_laws_that_fit_nowhere_and_leaves_out_what_leaves_nothing():
     seen = tp.scan(fused(), [["flip_sym", "skew"], ("flip_sym", {"rows": slice(0, 99)})])
     assert seen.candidates == ()
     assert "rows 0:99 reach beyond" in " ".join(str(left.why) for left in seen.not_looked_at)

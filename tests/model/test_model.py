@@ -568,7 +568,7 @@ def test_what_has_no_name_is_not_written(tmp_path, entry, message):
         ('[[tie]]\nrule = "flip_sym"', r"entry 1 .* needs layers= .* or type="),
         ('[[tie]]\nrule = "flip_sym"\nlayers = "a"\ntype = "Linear"', "one of the two"),
         ('[[tie]]\nrule = "flip_sim"\nlayers = "a"', r"entry 1 .*: there is no rule 'flip_sim'\. Did you mean"),
-        ('[[tie]]\nrule = 3\nlayers = "a"', "rule must be a string, not 3"),
+        ('[[tie]]\nrule = 3\nlayers = "a"', "rule must be a string or a list of laws, not 3"),
         ('[[tie]]\nrule = "flip_sym"\nlayer = "a"', "the key 'layer' is unknown. Did you mean 'layers'"),
         ('[[tie]]\nrule = "flip_sym"\ntype = "Linnear"', "no layer type 'Linnear'. Did you mean 'Linear'"),
         ('[[tie]]\nrule = "flip_sym"\ntype = "functional"', "no layer type 'functional'"),

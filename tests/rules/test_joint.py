@@ -329,9 +329,8 @@ def test_a_rule_that_is_tied_already_is_refused():
 
 
 @pytest.fixture
-def nothing(registry):
+def nothing():
     """A layer whose laws leave nothing but zeros."""
-    tp.register_rule("skew")(Skew)
 
     def tied(**options):
         layer = nn.Linear(4, 4)
@@ -342,8 +341,7 @@ def nothing(registry):
     return tied
 
 
-def test_an_empty_intersection_is_warned_of(registry):
-    tp.register_rule("skew")(Skew)
+def test_an_empty_intersection_is_warned_of():
     layer = nn.Linear(4, 4)
     with pytest.warns(tp.TieWarning, match="leaves nothing to train.* all 16 values.*fewer of"):
         tp.register_tie(layer, ["flip_sym", "skew"], init="rescale")
@@ -475,6 +473,14 @@ def test_their_data_lives_as_that_of_one_law(tmp_path):
     other = tp.register_tie(nn.Linear(4, 4), [transposed, "flip_sym"])
     with pytest.raises(RuntimeError, match="pattern|joint"):
         other.load_state_dict(model[0].state_dict())
+
+
+def test_tables_are_told_apart_by_the_data():
+    first, second = (tp.register_tie(nn.Linear(4, 4), ["flip_sym", ("masked", {"mask": mask})])
+                     for mask in (MASK, ~MASK))  # fmt: skip
+    assert tp.get_tie(first).law_key() != tp.get_tie(second).law_key()
+    assert not torch.equal(first.weight != 0, second.weight != 0)
+    assert tp.get_tie(first).checksum == Masked(mask=MASK).checksum
 
 
 def test_an_instance_with_data_stays_as_it_was():

@@ -70,6 +70,21 @@ def test_it_is_bound_to_numbers_counted_from_zero():
     assert str(rule) == "within(inner='flip_sym', rows=[8, 12])"
 
 
+def test_labels_number_the_law_first_and_then_the_rest():
+    labels = tp.get_tie(tp.register_tie(nn.Linear(2, 4), "flip_sym", rows=slice(1, 3)))
+    found = labels.orbit_labels()
+    assert torch.equal(found[1:3], found[1:3].t())
+    assert found[1:3].unique().tolist() == [1, 2, 3]
+    assert found[[0, 3]].tolist() == [[4, 5], [6, 7]]
+    assert labels.derived_labels().tolist() == [[1, 2], [3, 4], [4, 5], [6, 7]]
+
+
+def test_free_values_of_a_channels_last_weight_are_contiguous():
+    layer = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    tp.register_tie(layer, "flip_sym", rows=slice(0, 2), columns=slice(0, 2))
+    assert all(free.is_contiguous() for free in layer.parametrizations.weight.parameters())
+
+
 def test_vectors():
     layer = nn.Linear(2, 8)
     before = layer.bias.detach().clone()
@@ -184,6 +199,8 @@ def test_nothing_may_be_left_of_a_part():
         def symmetries(self, weight):
             yield -weight.t()
 
+    meta = tp.register_tie(nn.Linear(4, 6, device="meta"), ["flip_sym", Skew], rows=slice(0, 4))
+    assert meta.weight.is_meta
     layer = tp.register_tie(nn.Linear(4, 6), ["flip_sym", Skew], rows=slice(0, 4))
     assert not layer.double().weight[:4].any()
     assert layer.weight.dtype == torch.float64
@@ -269,7 +286,10 @@ def test_what_is_no_range_is_a_type_error(given):
 
 
 def test_complex_weights_are_refused_as_the_law_does():
-    assert_refused(nn.Linear(4, 8).to(torch.complex64), "flip_sym", "complex64", rows=slice(0, 4))
+    message = assert_refused(
+        nn.Linear(4, 8).to(torch.complex64), "flip_sym", "complex64", rows=slice(0, 4)
+    )
+    assert "of shape" not in message  # what is wrong is not the part
     layer = tp.register_tie(nn.Linear(4, 8).to(torch.complex64),
                             ("repeat", {"outputs": 2}), rows=slice(0, 4))  # fmt: skip
     assert isinstance(tp.get_tie(layer), Within)

@@ -157,7 +157,7 @@ def make_rule(rule: Any, options: Mapping[str, Any]) -> Rule:
         rule = find_rule(rule)
     if not (isinstance(rule, type) and issubclass(rule, Rule)):
         raise TypeError(
-            f"rule takes a name, a Rule subclass, a Rule or a list of these, not {rule!r}"
+            f"rule takes a name, a Rule subclass or a Rule, or a list of these, not {rule!r}"
         )
     name = rule.name or rule.__name__
     signature = inspect.signature(rule)
