@@ -22,14 +22,44 @@ CLONE = "clone of the dense weight"
 CHANNELS = (64, 256, 512)
 
 OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "row_repeat": lambda c: {"groups": c // 4},
+    "block_circulant": lambda c: {"block": 16},
+    "fixed": lambda c: {"mask": _scattered(c), "value": 0.5},
+    "head_share": lambda c: {"heads": 8, "groups": 2},
+    "index": lambda c: {"index": _clusters(c)},
+    "joint": lambda c: {"laws": ["flip_sym", ("kernel_symmetry", {"group": "d4"})]},
+    "kernel_symmetry": lambda c: {"group": "d4"},
+    "masked": lambda c: {"mask": ~_scattered(c)},
+    "orbit": lambda c: {"generators": [(_turned(c), _turned(c))]},
     "repeat": lambda c: {"outputs": 4},
+    "row_repeat": lambda c: {"groups": c // 4},
+    "set_equivariant": lambda c: {"items": 16},
+    "skew": lambda c: {},
+    "symmetric": lambda c: {},
+    "within": lambda c: {"inner": "flip_sym", "rows": [0, c // 2], "columns": [0, c // 2]},
 }
 """Options by the number of channels, for laws whose first variant would show little."""
 
 
+def _scattered(channels: int) -> Tensor:
+    return torch.rand(channels, channels, generator=torch.Generator().manual_seed(0)) < 0.5
+
+
+def _clusters(channels: int) -> Tensor:
+    """Sixteen values, as of a clustering to four bits."""
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(16, (channels, channels), generator=random)
+
+
+def _turned(channels: int) -> list[int]:
+    return [(number + 1) % channels for number in range(channels)]
+
+
 def _convolution(channels: int) -> nn.Module:
     return nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+
+def _signal(channels: int) -> nn.Module:
+    return nn.Conv1d(channels, channels, 5, padding=2, bias=False)
 
 
 def _linear(channels: int) -> nn.Module:
@@ -59,7 +89,7 @@ def measure(run: Run) -> None:
 
 def _tied(name: str, kind: type[tp.Rule], channels: int) -> nn.Module | None:
     """The first layer of this size that can carry the law."""
-    for build in (_convolution, _linear):
+    for build in (_convolution, _signal, _linear):
         layer = build(channels)
         layout = tp.Layout.of(layer, "weight", tuple(layer.weight.shape))  # type: ignore[arg-type]
         chosen = [OPTIONS[name](channels)] if name in OPTIONS else kind.variants(layout)
