@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -127,7 +128,8 @@ def _measure(run: Run, layer: nn.Module) -> None:
         return torch.autograd.grad(made, free, gradient, retain_graph=True)
 
     for mode, call in (("expand", expand), ("adjoint", adjoint)):
-        figures = run.time({CLONE: weight.clone, "tiedparam": call})
+        brief = replace(run.setting, seconds=min(0.5, run.setting.seconds))
+        figures = run.time({CLONE: weight.clone, "tiedparam": call}, brief)
         run.note(shapes, mode, figures, rule=rule.name, values=rule.free_count)
 
 
