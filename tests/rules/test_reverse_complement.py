@@ -179,6 +179,13 @@ def test_saved_and_loaded_by_a_file(tmp_path):
         assert torch.equal(again.weight, conv.weight)
 
 
+def test_scan_finds_untied_layers_and_leaves_vectors_out():
+    net = tp.untie_model(tie(network()))
+    found = tp.scan(net, ["reverse_complement"]).candidates
+    assert {c.layer for c in found if c.residual < 1e-12} == {"0", "2"}
+    assert {c.tensor_name for c in found} == {"weight"}
+
+
 # What does not fit ----------------------------------------------------------------------------
 
 REFUSED = [

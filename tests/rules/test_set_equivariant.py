@@ -10,7 +10,7 @@ from torch import nn
 
 import tiedparam as tp
 from tests.support.cases import assert_refused, canonical_entries, layer_id
-from tests.support.tensors import stored, with_weight
+from tests.support.tensors import free_value, stored, with_weight
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_the_weight_is_a_sum_of_kronecker_products(outputs, inputs, items):
     eye = torch.eye(items, dtype=torch.float64)
     expected = torch.kron(same - different, eye) + torch.kron(different, torch.ones_like(eye))
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-12, atol=1e-14)
-    assert tp.get_tie(layer).free_shapes() == ((outputs, 2 * inputs),)
+    assert tp.get_tie(layer).free_shapes() == ((2 * outputs, inputs),)
     counts = tp.get_tie(layer).multiplicities()[0].unique().tolist()
     assert counts == sorted({items, items * (items - 1)})
     # and any two matrices give a lawful weight
@@ -84,8 +84,8 @@ def test_closed_counts_of_large_layers(items):
 
 def test_items_are_the_fastest():
     layer = tp.register_tie(nn.Linear(4, 2, bias=False), "set_equivariant", items=2)
-    tp.assign_(layer, free=torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
-    assert layer.weight.tolist() == [[1, 2, 3, 4], [2, 1, 4, 3]]
+    tp.assign_(layer, free=torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert layer.weight.tolist() == [[1, 3, 2, 4], [3, 1, 4, 2]]
 
 
 def test_a_network_sees_a_set_and_not_its_order():
@@ -107,6 +107,15 @@ def test_saved_and_loaded_by_a_file(tmp_path):
     other = tp.load(tmp_path / "layer.safetensors", nn.Linear(6, 9))
     assert torch.equal(other.weight, layer.weight)
     assert str(tp.get_tie(other)) == "set_equivariant(items=3)"
+
+
+def test_an_infinite_gradient_stays_in_its_orbit():
+    layer = tp.register_tie(nn.Linear(3, 3), "set_equivariant", items=3)
+    gradient = torch.zeros(3, 3)
+    gradient[1, 1], gradient[0, 1] = torch.inf, 2
+    layer.weight.backward(gradient)
+    assert free_value(layer).grad.flatten().tolist() == [torch.inf, 2]
+    assert tp.get_tie(layer).adjoint(gradient)[0].flatten().tolist() == [torch.inf, 2]
 
 
 def test_scan_tries_the_largest_sets():

@@ -120,6 +120,13 @@ class ReverseComplement(Orbits):
         yield layout.native(canonical[outputs[:, None], of_output])
 
     @classmethod
+    def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
+        """Channels in reversed order. A vector alone says little of strands: it ties nothing."""
+        if len(layout.shape) == 1:
+            return ({"pairs": ((), tuple(range(layout.shape[0])))},)
+        return ({},)
+
+    @classmethod
     def examples(cls) -> Sequence[Example]:
         """Reversed and given channels, own partners, odd and even kernels, groups, a bias."""
         pairs = ([3, 2, 1, 0], [0, 2, 1, 4, 3])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from math import gcd
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.layout import Layout
+from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.util.torch_modes import is_traced_or_transformed, may_carry_tangents
 
 
 @register_rule("set_equivariant")
@@ -27,10 +31,10 @@ class SetEquivariant(Orbits):
     Args:
         items: how many items a set has, at least 2; it must divide outputs and inputs.
 
-    Shapes: for ``O`` output and ``I`` input channels in a group of the convolution, and ``P``
-    kernel positions, ``free``: ``(O, 2·I·P)``; a transposed convolution stores them by input
-    channels. ``weight``: a matrix ``(O·items, I·items)``, or that of a convolution, every position
-    by itself. Free values are the entries ``A + B`` of an item with itself, and ``B`` of two items.
+    Shapes: for ``O`` output channels, ``I`` input channels in a group of the convolution, ``free``:
+    ``(2·O, I, *kernel)`` in the canonical layout, first the entries ``A + B`` of an item with
+    itself, below them those of two items, ``B``. ``weight``: a matrix ``(O·items, I·items)``, or
+    that of a convolution, every kernel position by itself.
 
     Multiplicity ``items`` of the first, and ``items·(items − 1)`` of the second.
 
@@ -82,14 +86,33 @@ class SetEquivariant(Orbits):
         """One channel to one channel, for all items."""
         return (self.items, self.items, *self.bound_layout.kernel)
 
+    def free_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Two entries for each pair of channels and each kernel position."""
+        outputs, inputs, *kernel = self.bound_layout.canonical_shape
+        return ((2 * outputs // self.items, inputs // self.items, *kernel),)
+
+    def forward(self, *free: Tensor) -> Tensor:
+        """One entry on the diagonals of all blocks, another beside them."""
+        (values,) = free
+        return _blocks(self.bound_layout, self.items)(values)
+
+    def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The sums over the diagonals, and over what is beside them."""
+        with torch.inference_mode(False), torch.no_grad():
+            # contiguous, for the order of a sum goes by the strides
+            return (_blocks(self.bound_layout, self.items).fold(weight.detach().contiguous()),)
+
+    def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The first item with itself, and with the second."""
+        blocks = _in_blocks(weight.detach(), self.bound_layout, self.items)
+        return (torch.cat([blocks[:, 0, :, 0], blocks[:, 0, :, 1]]),)
+
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The exchange of two items, and all items moved by one: they generate all permutations."""
         layout = self.bound_layout
-        outputs, inputs, *kernel = layout.canonical_shape
-        sets = (outputs // self.items, self.items, inputs // self.items, self.items)
-        canonical = layout.canonical(weight).reshape(*sets, *kernel)
+        blocks = _in_blocks(weight, layout, self.items)
         exchanged = [1, 0, *range(2, self.items)]
-        for image in (canonical[:, exchanged][:, :, :, exchanged], canonical.roll((1, 1), (1, 3))):
+        for image in (blocks[:, exchanged][:, :, :, exchanged], blocks.roll((1, 1), (1, 3))):
             yield layout.native(image.reshape(layout.canonical_shape))
 
     @classmethod
@@ -111,3 +134,48 @@ class SetEquivariant(Orbits):
             Example(lambda: nn.Conv2d(8, 4, 1, groups=2), {"items": 2}),
             Example(lambda: nn.ConvTranspose1d(4, 8, 3, groups=2), {"items": 2}),
         )
+
+
+def _in_blocks(weight: Tensor, layout: Layout, items: int) -> Tensor:
+    """``(output channel, item, input channel, item, *kernel)``."""
+    outputs, inputs, *kernel = layout.canonical_shape
+    return layout.canonical(weight).reshape(
+        outputs // items, items, inputs // items, items, *kernel
+    )
+
+
+class _Blocks(LinearMap):
+    """From the two entries of each block to the whole weight."""
+
+    def __init__(self, layout: Layout, items: int) -> None:
+        self.layout, self.items = layout, items
+
+    def __call__(self, free: Tensor) -> Tensor:
+        if is_traced_or_transformed() or may_carry_tangents():
+            return self.expand(free)
+        return self.recorded(free)
+
+    def expand(self, free: Tensor) -> Tensor:
+        same, other = free.chunk(2)
+        # a row of items first, which is then copied in long runs, and the diagonals over it
+        row = other[:, None, :, None]
+        rows = row.expand(-1, -1, -1, self.items, *other.shape[2:]).contiguous()
+        blocks = rows.expand(-1, self.items, *rows.shape[2:]).clone(
+            memory_format=torch.contiguous_format
+        )
+        blocks.diagonal(dim1=1, dim2=3).copy_(same[..., None])
+        return self.layout.native(blocks.reshape(self.layout.canonical_shape)).contiguous()
+
+    def fold(self, weight: Tensor) -> Tensor:
+        blocks = _in_blocks(weight, self.layout, self.items)
+        same = blocks.diagonal(dim1=1, dim2=3).sum(-1)
+        # not the difference of two sums: a gradient that is infinite on the diagonal would spread
+        beside = blocks.clone()
+        beside.diagonal(dim1=1, dim2=3).zero_()
+        return torch.cat([same, beside.sum(1).sum(2)])
+
+
+@functools.lru_cache(64)
+def _blocks(layout: Layout, items: int) -> _Blocks:
+    """One for all layers of a shape: torch 2.6 compiles them anew for another object."""
+    return _Blocks(layout, items)
