@@ -106,6 +106,16 @@ def test_large_weights_and_their_gradients(build):
     torch.testing.assert_close(found.flatten(), sums[1:], rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("build", [lambda: nn.Linear(7, 7), lambda: nn.Conv1d(4, 4, 3)])
+def test_formulas_and_look_ups_give_the_same_bits(build):
+    rule = tp.get_tie(tp.register_tie(build(), "flip_sym", sign=-1))
+    (shape,) = rule.free_shapes()
+    free = torch.randn(shape)
+    traced = torch.func.vmap(rule)(free[None])[0]  # which takes the plain operations
+    assert same_bits(traced, rule(free))
+    assert not traced[traced == 0].signbit().any()
+
+
 def test_literal_matrices():
     layer = with_weight(nn.Linear(2, 2), [[1.0, 2.0], [4.0, 5.0]])
     tp.register_tie(layer, "skew")
