@@ -62,3 +62,24 @@ def test_an_optimizer_that_is_moved_goes_on_as_the_dense_run(case, name):
     check_trajectory(case, VARIANTS[name], "cuda")
     if "capturable" in inspect.signature(VARIANTS[name].kind).parameters:
         check_trajectory(case, VARIANTS[name], "cuda", capturable=True)
+
+
+def test_the_data_of_a_law_lies_where_the_layer_does():
+    mask = torch.arange(36).view(6, 6) % 3 > 0
+    layer = tp.register_tie(torch.nn.Linear(6, 6).cuda(), "masked", mask=mask)
+    rule = tp.get_tie(layer)
+    assert all(value.is_cuda for value in rule.data().values())
+    before, entries = layer.weight.detach().clone(), copy.deepcopy(layer.state_dict())
+    for value in rule.buffers():  # what DistributedDataParallel does before every forward
+        value.copy_(value.clone())
+    assert torch.equal(layer.weight, before)
+    layer.to_empty(device="cuda")
+    for value in rule.buffers():
+        value.fill_(0x5A)
+    with pytest.raises(tp.TieError, match="to_empty"):
+        layer.weight  # noqa: B018
+    layer.load_state_dict(entries)
+    assert torch.equal(layer.weight, before)
+    layer.cpu()
+    assert not any(value.is_cuda for value in rule.data().values())
+    assert torch.equal(layer.weight, before.cpu())

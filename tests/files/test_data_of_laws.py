@@ -10,11 +10,8 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tests.support import shell
 from tests.support.unchanged import everything
-from tiedparam.cli import model_from_file
 from tiedparam.files import header
-from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.formats.safetensors import Entry, SafetensorsFile, write
 
 MASK = torch.arange(24).view(4, 6) % 3 == 0
@@ -159,21 +156,6 @@ def test_an_exported_file_is_dense(tmp_path):
     assert torch.equal(plain.first.weight, net.first.weight)
     tp.load(tmp_path / "dense.safetensors", other := tied(1))
     assert torch.equal(other.last.weight, net.last.weight)
-
-
-def test_the_shell_reads_and_unties_such_a_file(tmp_path, capsys):
-    net = tied()
-    tp.save(net, tmp_path / "net.safetensors")
-    stored = StoredCheckpoint(tmp_path / "net.safetensors")
-    tensors, _, _ = model_from_file._dense_form(stored, header.read(stored.metadata))
-    assert tensors.keys() <= Net().state_dict().keys()
-    said = shell.good(capsys, "report", tmp_path / "net.safetensors")
-    assert "masked" in said
-    assert tp.get_tie(net.first).checksum in said
-    shell.good(capsys, "untie", tmp_path / "net.safetensors", "-o", tmp_path / "dense.safetensors")
-    dense = safetensors.torch.load_file(tmp_path / "dense.safetensors")
-    assert dense.keys() == Net().state_dict().keys()
-    assert torch.equal(dense["first.weight"], net.first.weight)
 
 
 def test_a_plan_in_python_takes_tensors_and_a_file_names_alone(tmp_path):

@@ -415,3 +415,9 @@ def test_a_model_under_a_limit_is_all_or_nothing_or_skips():
     assert [row.layer for row in report.ties] == ["0"]
     assert [left.layer for left in report.skipped] == ["1"]
     assert "above the limit of 0.3" in report.skipped[0].reason
+
+
+def test_data_is_named_in_the_advice_and_not_shown():
+    index = torch.arange(4096).view(64, 64) % 5
+    with pytest.warns(tp.TieWarning, match=r"residual\(layer, 'index', index=index\)"):
+        tp.register_tie(nn.Linear(64, 64), "index", index=index)

@@ -235,3 +235,14 @@ def test_nothing_is_said_of_a_copy_whose_source_was_exchanged(rule, ask):
     model[0] = nn.Linear(4, 4)
     with pytest.raises(tp.TieError, match="the source '0' .* was exchanged"):
         ask(model)
+
+
+def test_masks_and_fixed_numbers_count_as_stored_and_not_as_dense():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    dense = sum(value.nbytes for value in model.state_dict().values())
+    mask = torch.eye(16).bool()
+    tp.register_tie(model[0], "masked", mask=mask)
+    tp.register_tie(model[1], "fixed", mask=mask)
+    totals = tp.report(model).totals
+    assert totals.checkpoint_dense == dense
+    assert totals.checkpoint_stored == sum(v.nbytes for v in model.state_dict().values())

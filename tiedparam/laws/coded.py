@@ -251,6 +251,11 @@ class Coded(Orbits):
             _ = self._table
 
 
+def is_tag(option: object) -> bool:
+    """Whether an option is a text that stands for data."""
+    return isinstance(option, str) and _MARK in option
+
+
 def data_of(rule: Rule) -> dict[str, Tensor]:
     """The data of a law that is data; none for others."""
     return rule.data() if isinstance(rule, Coded) else {}

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tiedparam.laws.coded import is_tag
 from tiedparam.laws.registry import law_text
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
@@ -220,4 +221,7 @@ def _kept(residual: float) -> float:
 
 
 def _shown(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in options.items())
+    """The options as a call has them; data, for which a tag stands, as a variable of its name."""
+    return ", ".join(
+        f"{key}={key if is_tag(value) else repr(value)}" for key, value in options.items()
+    )

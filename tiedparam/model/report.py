@@ -305,6 +305,7 @@ def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimiz
     stored = sum(p.numel() for p in parameters)
     stored_bytes = sum(p.numel() * p.element_size() for p in parameters)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in _saved_buffers(model))
+    of_laws = sum(data.numel() * data.element_size() for data in _data_of_laws(model))
     trainable = sum(2 * p.numel() * p.element_size() for p in parameters if p.requires_grad)
     saved = sum(row.dense_values - row.free_values for row in rows)
     saved_bytes = sum((r.dense_values - r.free_values) * r.bytes_per_value for r in rows)
@@ -321,7 +322,7 @@ def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimiz
     return Totals(
         values_dense=stored + saved,
         values_stored=stored,
-        checkpoint_dense=stored_bytes + saved_bytes + buffers,
+        checkpoint_dense=stored_bytes + saved_bytes + buffers - of_laws,
         checkpoint_stored=stored_bytes + buffers,
         optimizer_dense=trainable + saved_states,
         optimizer_stored=trainable,
@@ -329,6 +330,13 @@ def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimiz
         multiply_adds_dense=sum(dense for dense, _ in counted) if counted else None,
         multiply_adds_tied=sum(tied for _, tied in counted) if counted else None,
     )
+
+
+def _data_of_laws(model: nn.Module) -> Iterable[Tensor]:
+    """What a dense model has no need of: masks and the like."""
+    for module in model.modules():
+        for tie in ties_in(module):
+            yield from tie.data().values()
 
 
 def _saved_buffers(model: nn.Module) -> Iterable[Tensor]:
