@@ -143,7 +143,7 @@ def test_what_a_file_cannot_hold_is_told(value, said, tmp_path):
         ({"rule": ["flip_sym", 3]}, "a list of laws, not 3"),
         ({"rule": ["flip_sym", "flipsym"]}, "entry 1 of .*no rule 'flipsym'"),
         ({"rule": ["flip_sym", ["repeat", {"output": 2}]]}, "the key 'output' is unknown"),
-        ({"rule": ["flip_sym", ["repeat", {}]]}, "missing a required argument: 'outputs'"),
+        ({"rule": ["flip_sym", ["index", {}]]}, "missing a required argument: 'index'"),
         ({"rule": ["flip_sym", "row_repeat"], "options": {"groups": 2}}, r"\['groups'\] of a list"),
         ({"rule": "flip_sym", "options": {"rows": 4}}, "rows must be a list of two numbers, not 4"),
         ({"rule": "flip_sym", "options": {"rows": "0:4"}}, "rows must be a list of two numbers"),
