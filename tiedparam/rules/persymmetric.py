@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.layout import Layout, why_no_matrix
-from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.rules.flip_sym import FlipSym
 
 
 @register_rule("persymmetric")
-class Persymmetric(Orbits):
+class Persymmetric(FlipSym):
     """Symmetric about the other diagonal: ``W = JWᵀJ``, ``W[i, j] = W[n − 1 − j, n − 1 − i]``.
 
     ``J`` is the exchange matrix, which reverses an order; ``WJ`` is an ordinary symmetric matrix.
     Toeplitz matrices are persymmetric. What a step of a recurrence does forwards in time, the
     transpose does backwards: ``⟨Wx, y⟩ = ⟨Jx, W(Jy)⟩``.
 
-    Shapes: ``free``: ``(1, n(n+1)/2)``, the entries on and above the diagonal that rises to the
-    right, row by row; ``weight``: a square matrix ``(n, n)``.
+    Shapes: ``free``: one tensor of ``n(n + 1)/2`` values, those of ``WJ`` as `flip_sym` stores
+    them; ``weight``: a square matrix ``(n, n)``.
 
     Multiplicity 2, and 1 on that diagonal.
 
@@ -35,8 +36,11 @@ class Persymmetric(Orbits):
     """
 
     family = "symmetries"
-    law = "W = JWᵀJ"
-    states_whole_group = True
+    law: str = "W = JWᵀJ"
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.law = type(self).law
 
     def check(self, layout: Layout) -> Reason | None:
         """The tensor must be a square matrix."""
@@ -49,9 +53,26 @@ class Persymmetric(Orbits):
             )
         return reason
 
+    def forward(self, *free: Tensor) -> Tensor:
+        """The symmetric matrix, its columns reversed."""
+        return super().forward(*free).flip(1)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Of the nearest symmetric matrix."""
+        return super().right_inverse(weight.flip(1))
+
+    def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Of the matrix with its columns reversed."""
+        return super().representatives(weight.flip(1))
+
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The reflection in the diagonal that rises to the right."""
         yield weight.transpose(0, 1).flip(0, 1)
+
+    @classmethod
+    def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
+        """The law has no options."""
+        return ({},)
 
     @classmethod
     def examples(cls) -> Sequence[Example]:
