@@ -240,9 +240,11 @@ def test_zero_and_constant_tensors_are_lawful_and_found_nowhere():
     rows = [c for c in report.candidates if c.layer in "012" and c.tensor_name == "weight"]
     assert len(rows) > 8
     assert all(c.residual == 0 for c in rows if c.layer == "0")
-    with_zeros = [c for c in rows if c.rule.startswith("masked") and c.layer == "1"]
-    assert len(with_zeros) == 3  # a constant is not lawful there
-    assert all(c.residual < 1e-6 for c in rows if c not in with_zeros)
+    # with zeros or minus signs a constant is not lawful
+    breaking = ("masked", "hypercomplex", "flip_sym(sign=-1)")
+    broken = [c for c in rows if c.rule.startswith(breaking) and c.layer == "1"]
+    assert len(broken) == 6
+    assert all((c.residual < 1e-6) != (c in broken) for c in rows)
     assert all(c.constant and c.relative is None and c.z_score is None for c in rows)
     assert report.found() == []
     assert not any("copy" in c.rule for c in rows)
