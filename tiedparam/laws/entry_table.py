@@ -7,6 +7,7 @@ and adds them in a fixed order, so that a gradient has the same bits at every ru
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,7 +73,8 @@ class EntryTable(LinearMap):
     """
 
     def __init__(self, pattern: Pattern, cells: int, shape: tuple[int, ...]) -> None:
-        self.pattern: Pattern = pattern
+        # without the fixed numbers, which the table has in a shorter form
+        self.pattern: Pattern = replace(pattern, fixed=None)
         self.cells: int = cells
         self.shape: tuple[int, ...] = shape
         with plain_numbers():
@@ -91,12 +93,16 @@ class EntryTable(LinearMap):
                 self._constants, which = given[apart].double().unique(return_inverse=True)
                 places[apart] = (columns + which).to(places.dtype)
             self._places: Tensor = places.contiguous()
-        self._linear: EntryTable = self if pattern.fixed is None else self._without_constants()
+        self._is_linear: bool = pattern.fixed is None
         self._moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._members: dict[torch.device, list[_Members]] = {}
+        self._linear: EntryTable = self if self._is_linear else self._without_constants()
 
     def _without_constants(self) -> EntryTable:
-        return EntryTable(replace(self.pattern, fixed=None), self.cells, self.shape)
+        """The same tables, in which the numbers are zeros."""
+        linear = copy(self)
+        linear.__dict__.update(_is_linear=True, _linear=linear)
+        return linear
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EntryTable:
         return self  # nothing in it changes
@@ -122,8 +128,8 @@ class EntryTable(LinearMap):
         """
         free = free.reshape(self.cells, self.pattern.count)
         columns = [free, -free] if self._signed else [free]
-        if self._constants is not None and self.pattern.fixed is None:
-            columns.append(free.new_zeros(self.cells, 1))
+        if self._constants is not None and self._is_linear:
+            columns.append(free.new_zeros(self.cells, len(self._constants)))
         elif self._constants is not None:
             known = constants or (self._on(self._constants, free.device, free.dtype),)
             columns.append(beside(known[0], free).expand(self.cells, -1))
