@@ -40,6 +40,15 @@ def test_tie_takes_parts_and_laws_together(files, capsys):
     good(capsys, "untie", "tied.safetensors", "-o", "dense.safetensors")
 
 
+def test_ranges_may_be_open(files, capsys):
+    shown = good(capsys, "tie", "model.pt", "--tie", "0=flip_sym:rows=-24:", "--dry-run")
+    assert "rows=[24, 48]" in shown
+    shown = good(
+        capsys, "tie", "model.pt", "--tie", "0=row_repeat:rows=:9,columns=4:6", "--dry-run"
+    )
+    assert "rows=[0, 9], columns=[4, 6]" in shown
+
+
 def test_scan_spells_out_what_it_found(files, capsys):
     rules = ["--rule", "flip_sym:rows=-48:-24", "--rule", "flip_sym+row_repeat:groups=2"]
     shown = good(capsys, "scan", "model.pt", *rules, "--plan", "plan.toml")

@@ -100,6 +100,32 @@ def test_a_part_without_a_name_cannot_be_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Alike(Orbits):
+    """The weight is what a function makes of it."""
+
+    law = "W = fn(W)"
+    functions = ("fn",)
+
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def symmetries(self, weight):
+        yield self.fn(weight)
+
+
+def test_functions_of_laws_are_held_by_name(tmp_path, registry):
+    tp.register_rule("alike")(Alike)
+    tied = model("together")
+    tp.register_tie(tied[0], [(Alike, {"fn": torch.t}), REPEAT])
+    tp.save(tied, tmp_path / "tied.safetensors")
+    (tie,) = header_of(tmp_path / "tied.safetensors")["ties"]
+    assert tie["options"]["laws"][0] == ["alike", {"fn": "torch.t"}]
+    loaded = tp.load(tmp_path / "tied.safetensors", model("together"))
+    assert torch.equal(loaded[0].weight, loaded[0].weight.t())
+    assert torch.equal(loaded[0].weight, tied[0].weight)
+
+
 @pytest.mark.parametrize(
     "laws",
     [

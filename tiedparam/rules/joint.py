@@ -64,7 +64,7 @@ class Joint(Coded):
             part = make_rule(law, {})
             if isinstance(part, Coded):  # its data is this rule's, which keeps it as any such law
                 self.hold({f"{_prefix(number)}{name}": x for name, x in part.data().items()})
-                self.checksum += part.checksum
+                self.checksum: str = self.checksum + part.checksum
                 part = copy(part)
                 part.__dict__["_buffers"] = {}
             self.add_module(str(number), part)
