@@ -610,7 +610,7 @@ def test_rules_are_the_registry(capsys):
     }
     table = good(capsys, "rules")
     for name in tp.available_rules():
-        assert f"\n{name} " in table
+        assert re.search(rf"^\S.*  {name}  ", table, re.MULTILINE)
     assert "`" not in table
 
 

@@ -468,8 +468,21 @@ def test_few_tables_outlive_their_layers():
     for size in range(2, 2 + shared_tables._KEPT):
         tied(lambda size=size: nn.Linear(size, size), Rolled if size != 6 else Skew)
     gc.collect()
-    assert len(shared_tables._tables) == shared_tables._KEPT
+    assert len(shared_tables._last) == shared_tables._KEPT
     assert table() is None
+
+
+def test_large_tables_do_not_outlive_their_layers(monkeypatch):
+    monkeypatch.setattr(shared_tables, "_KEPT_BYTES", 2 * 4 * 36 * 3)  # three of 6×6 entries
+    shared_tables._last.clear()
+    layers = [tied(lambda: nn.Linear(6, 6), FirstRow, value=float(v)) for v in range(5)]
+    tables = [weakref.ref(tp.get_tie(layer)._table) for layer in layers]
+    assert len(shared_tables._last) == 3
+    again = tied(lambda: nn.Linear(6, 6), FirstRow, value=0.0)
+    assert tp.get_tie(again)._table is tables[0]()  # still used, so it is shared
+    del layers, again
+    gc.collect()
+    assert [table() is not None for table in tables] == [True, False, False, True, True]
 
 
 @laws
@@ -501,12 +514,14 @@ def test_fake_and_meta_tensors_have_the_shape(build, law):
 
 @laws
 def test_a_law_is_bound_to_real_numbers_whatever_mode_is_at_work(build, law):
-    shared_tables._tables.clear()
+    shared_tables._last.clear()
+    shared_tables._used.clear()
     with torch.device("meta"):
         layer = tp.register_tie(build(), law)
     expected = tied(build, law)
     assert torch.equal(tp.get_tie(layer).orbit_labels(), tp.get_tie(expected).orbit_labels())
-    shared_tables._tables.clear()
+    shared_tables._last.clear()
+    shared_tables._used.clear()
     with torch.inference_mode():
         layer = tied(build, law)
     layer.weight.sum().backward()

@@ -390,5 +390,7 @@ def test_every_dtype_that_a_law_takes_is_looked_at(dtype):
     expected = {row.rule: row.relative for row in rows_of(holder)}
     holder.weight = nn.Parameter(holder.weight.detach().to(dtype))
     found = {row.rule: row.relative for row in rows_of(holder)}
+    if dtype == torch.complex32:  # torch cannot flip them, which the scan says
+        expected.pop("centrosymmetric")
     assert found == pytest.approx(expected, abs=0.02)
     assert len(found) >= 4

@@ -83,7 +83,9 @@ def test_every_variant_of_every_rule_can_be_made():
         tp.Layout((4, 2, 3, 3), 2),
         tp.Layout((4, 2, 3), 2, True),
     ]
-    of_users = {"fixed", "index", "joint", "orbit", "within"}  # what they say cannot be guessed
+    # what they say cannot be guessed, or is said by another name
+    of_users = {"fixed", "index", "joint", "orbit", "within", "block_circulant", "head_share"}
+    of_users |= {"symmetric", "skew"}
     for name, kind in tp.available_rules().items():
         for layout in layouts:
             variants = kind.variants(layout)

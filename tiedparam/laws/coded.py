@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Coded(Orbits):
 
     fault: Reason | None = None
 
-    apart = Orbits.apart | {"_shared", "_shapes", "_seen"}
+    apart: ClassVar[frozenset[str]] = Orbits.apart | {"_shared", "_shapes", "_seen"}
     _shared: EntryTable | None = None
     _shapes: tuple[tuple[int, ...], ...] = ()
     _seen: tuple[tuple[weakref.ref[Any], int, int | None], ...] = ()

@@ -31,8 +31,8 @@ _ONE_BY_ONE = 8
 """Up to so many members of an orbit are added one after the other; of larger orbits, all are
 gathered and summed."""
 _SIZES = 3
-"""So many sizes of large orbits are gathered apart; if there are more, they are filled up to
-powers of two, which adds less than as many members again."""
+"""So many sizes of large orbits are gathered apart; if there are more, those between two powers of
+two are filled up to the largest, which adds less than as many members again."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,11 @@ class EntryTable(LinearMap):
             self._constants: Tensor | None = None
             apart = labels == 0
             if bool(apart.any()):
-                given = (
-                    torch.zeros(len(labels), device="cpu")
-                    if pattern.fixed is None
-                    else pattern.fixed
-                )
-                self._constants, which = given[apart].double().unique(return_inverse=True)
-                places[apart] = (columns + which).to(places.dtype)
+                self._constants = torch.zeros(1, dtype=torch.float64, device="cpu")
+                places[apart] = columns
+            if pattern.fixed is not None:
+                self._constants, which = pattern.fixed[apart].unique(return_inverse=True)
+                places[apart] += which.to(places.dtype)
             self._places: Tensor = places.contiguous()
         self._is_linear: bool = pattern.fixed is None
         self._moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -165,6 +163,11 @@ class EntryTable(LinearMap):
             )
         return sums
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the table takes, and its adjoint will."""
+        return 2 * self._places.nbytes
+
     def sizes(self) -> Tensor:
         """How many members each orbit has, in int64."""
         with plain_numbers():
@@ -192,40 +195,50 @@ class EntryTable(LinearMap):
     def _gathered(self, device: torch.device) -> list[_Members]:
         """All members of all orbits: of small ones one by one, of large ones by their sizes."""
         with plain_numbers():
-            sizes, found = self.sizes(), []
-            small = sizes <= _ONE_BY_ONE
+            sizes = self.sizes()
+            if int(sizes.max()) == 1:
+                every = self.first_entries(), torch.ones_like(sizes, dtype=torch.bool)
+                return [self._chosen(*every, sizes, range(1), device)]
+            by_orbit = self.pattern.labels.abs().argsort(stable=True)
+            by_orbit = by_orbit[int((self.pattern.labels == 0).sum()) :]
+            found, small = [], sizes <= _ONE_BY_ONE
             for member in range(int(sizes[small].max()) if bool(small.any()) else 0):
                 there = small & (sizes > member)
                 # filling up costs less than adding in places, where most are there
                 if 2 * int(there.sum()) >= int(small.sum()):
                     there = small
-                found.append(self._chosen(there, member, member + 1, device))
-            large = sizes[~small]
-            if len(large.unique()) > _SIZES:
-                large = 2 ** torch.log2(large.double()).ceil().long()
-            filled = sizes.clone()
-            filled[~small] = large
-            for size in large.unique().tolist():
-                found.append(self._chosen(~small & (filled == size), 0, size, device))
+                members = range(member, member + 1)
+                found.append(self._chosen(by_orbit, there, sizes, members, device))
+            filled = sizes
+            if len(sizes[~small].unique()) > _SIZES:
+                filled = torch.log2(sizes.double()).ceil().long()
+            for size in filled[~small].unique().tolist():
+                alike = ~small & (filled == size)
+                members = range(int(sizes[alike].max()))
+                found.append(self._chosen(by_orbit, alike, sizes, members, device))
             return found
 
-    def _chosen(self, which: Tensor, start: int, stop: int, device: torch.device) -> _Members:
-        """The members from ``start`` to ``stop`` of some orbits."""
-        labels, sizes = self.pattern.labels, self.sizes()
-        by_orbit = labels.abs().argsort(stable=True)
-        first = (labels == 0).sum() + sizes.cumsum(0) - sizes
+    def _chosen(
+        self,
+        by_orbit: Tensor,
+        which: Tensor,
+        sizes: Tensor,
+        members: range,
+        device: torch.device,
+    ) -> _Members:
+        """Some members of some orbits; ``by_orbit`` has all entries, orbit by orbit."""
         orbits = which.nonzero()[:, 0]
-        member = torch.arange(start, stop, device="cpu")[:, None]
-        entries = by_orbit[first[orbits] + torch.minimum(member, sizes[orbits] - 1)]
-        absent = (member >= sizes[orbits]).flatten().nonzero()[:, 0]
-        entries = entries.flatten()
-        signs = labels[entries].sign().to(torch.int8)
+        first, size = (sizes.cumsum(0) - sizes)[orbits], sizes[orbits]
+        member = torch.arange(members.start, members.stop, device="cpu")[:, None]
+        entries = by_orbit[first + torch.minimum(member, size - 1)].flatten()
+        absent = (member >= size).flatten().nonzero()[:, 0]
+        signs = self.pattern.labels[entries].sign().to(torch.int8)
         return _Members(
             entries.to(device, torch.int32),
             None if bool(which.all()) else orbits.to(device),
             signs.to(device) if bool((signs < 0).any()) else None,
             absent.to(device) if len(absent) else None,
-            stop - start,
+            len(members),
         )
 
 

@@ -34,7 +34,7 @@ def why_no_index(index: Any) -> Reason | None:
                 "Number some entries.",
             )
         if int(numbers[-1]) != len(numbers) - 1:
-            expected = torch.arange(len(numbers))
+            expected = torch.arange(len(numbers), device="cpu")
             missing = int((numbers != expected).nonzero()[0, 0])
             count = int(numbers[-1]) + 1 - len(numbers)
             return Reason(

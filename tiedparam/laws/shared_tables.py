@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,12 @@ from tiedparam.util.bits import checksum_of
 from tiedparam.util.errors import Reason
 
 _KEPT = 32
-"""So many tables outlive the layers that use them, the last ones asked for."""
+"""At most so many tables outlive the layers that use them, the last ones asked for."""
+_KEPT_BYTES = 2**26
+"""And at most so many bytes of them."""
 
-_tables: OrderedDict[Hashable, EntryTable] = OrderedDict()
+_used: WeakValueDictionary[Hashable, EntryTable] = WeakValueDictionary()
+_last: OrderedDict[Hashable, EntryTable] = OrderedDict()
 _writing = Lock()
 
 
@@ -36,19 +40,26 @@ def find_table(
         layout: that of the weight.
     """
     with _writing:
-        known = _tables.get(key)
+        known = _used.get(key)
         if known is not None:
-            _tables.move_to_end(key)
+            _keep(key, known)
             return known
     pattern = find()
     if isinstance(pattern, Reason):
         return pattern
     table = EntryTable(pattern, cells.count, layout.shape)
     with _writing:
-        _tables[key] = table
-        while len(_tables) > _KEPT:
-            _tables.popitem(last=False)
+        _used[key] = table
+        _keep(key, table)
     return table
+
+
+def _keep(key: Hashable, table: EntryTable) -> None:
+    """Let it outlive its layers for a while, and forget those that were asked for before."""
+    _last[key] = table
+    _last.move_to_end(key)
+    while len(_last) > _KEPT or sum(each.nbytes for each in _last.values()) > _KEPT_BYTES:
+        _last.popitem(last=False)
 
 
 def frozen(value: Any) -> Hashable:

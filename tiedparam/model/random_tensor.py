@@ -122,6 +122,16 @@ class RandomResidual:
             high=apart * apart + (s + other) * (s + other),
         )
 
+    def beside(self, fixed: Moments, moments: Moments) -> RandomResidual:
+        """For a law that fixes entries to numbers; ``fixed`` has their moments, zeros elsewhere.
+
+        ``|w − v|² = |w|² − 2 Re(w̄·v) + |v|²`` at such an entry. How it is spread is not known.
+        """
+        size = moments.size or 1.0
+        product = (complex(moments.mean).conjugate() * complex(fixed.mean)).real
+        mean = self.mean + ((fixed.size / size) ** 2 - 2 * product / size / size)
+        return RandomResidual(mean, 0.0, 0.0, math.inf)
+
     @property
     def expected(self) -> float:
         """The root mean square residual."""

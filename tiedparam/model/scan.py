@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedparam.laws.distance import relative_distance
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import PART, available_rules, make_rule
 from tiedparam.laws.rule import Rule
@@ -205,6 +206,8 @@ class _Scan:
             random = RandomResidual.from_law(
                 tensor.moments, entries, free, known.unlawful, is_complex=tensor.value.is_complex()
             )
+            if known.fixed is not None:
+                random = random.beside(known.fixed, tensor.moments)
             yield self._candidate(tensor, rule, choice.law, options, random, known.multiplicity)
 
     def copies_among(
@@ -321,7 +324,9 @@ class _Scan:
         if key not in self._shapes:
             counts = rule.multiplicities()
             least, most = min(c.min() for c in counts), max(c.max() for c in counts)
-            self._shapes[key] = _OfShape((int(least), int(most)), _unlawful(rule, value))
+            self._shapes[key] = _OfShape(
+                (int(least), int(most)), _unlawful(rule, value), _fixed(rule, value)
+            )
         return self._shapes[key]
 
 
@@ -331,9 +336,17 @@ def _unlawful(rule: Rule, like: Tensor) -> float:
     equal = like.new_ones(like.shape, dtype=wide)
     free = (like.new_ones(shape, dtype=wide) for shape in rule.free_shapes())
     # all that share without signs: an expansion costs a fraction of a projection
-    if torch.equal(rule.forward(*free), equal):
+    if torch.equal(rule.spread(*free), equal):
         return 0.0
-    return min(1.0, rule.residual(equal) ** 2)
+    lawful = rule.spread(*rule.right_inverse(equal))
+    return min(1.0, relative_distance(equal, lawful) ** 2)
+
+
+def _fixed(rule: Rule, like: Tensor) -> Moments | None:
+    """Mean and spread of the numbers to which entries are fixed, zeros elsewhere; None if all are."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    fixed = rule.forward(*(like.new_zeros(shape, dtype=wide) for shape in rule.free_shapes()))
+    return Moments.of(fixed) if bool(fixed.any()) else None
 
 
 @dataclass(frozen=True)
@@ -342,11 +355,13 @@ class _OfShape:
 
     Attributes:
         multiplicity: how many entries share a free value, least and most.
-        unlawful: the residual² of a tensor of equal entries.
+        unlawful: the residual² of a tensor of equal entries, by the linear part of the law.
+        fixed: the moments of the numbers to which it fixes entries, if they are not all 0.
     """
 
     multiplicity: tuple[int, int]
     unlawful: float
+    fixed: Moments | None
 
 
 def _copy_of(source: ScannedTensor, kind: type[Rule], options: Mapping[str, Any]) -> Rule:
