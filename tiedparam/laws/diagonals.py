@@ -74,7 +74,8 @@ class AntiDiagonals(LinearMap):
     """``W[o, c] = w[o + c]``, of ``m × n`` entries and ``m + n − 1`` values."""
 
     def __init__(self, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
+        self.rows: int = rows
+        self.columns: int = columns
 
     @property
     def count(self) -> int:

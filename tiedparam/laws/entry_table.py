@@ -8,7 +8,7 @@ and adds them in a fixed order, so that a gradient has the same bits at every ru
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,8 +73,7 @@ class EntryTable(LinearMap):
     """
 
     def __init__(self, pattern: Pattern, cells: int, shape: tuple[int, ...]) -> None:
-        # without the fixed numbers, which the table has in a shorter form
-        self.pattern: Pattern = replace(pattern, fixed=None)
+        self.count: int = pattern.count
         self.cells: int = cells
         self.shape: tuple[int, ...] = shape
         with plain_numbers():
@@ -124,7 +123,7 @@ class EntryTable(LinearMap):
             *constants: a vector of numbers in the place of those that entries are fixed to: the
                 first for the smallest, and so on.
         """
-        free = free.reshape(self.cells, self.pattern.count)
+        free = free.reshape(self.cells, self.count)
         columns = [free, -free] if self._signed else [free]
         if self._constants is not None and self._is_linear:
             columns.append(free.new_zeros(self.cells, len(self._constants)))
@@ -153,15 +152,21 @@ class EntryTable(LinearMap):
         first, *others = members
         sums = first.gathered(values)
         if first.orbits is not None:
-            sums = sums.new_zeros(self.pattern.count, *values.shape[1:]).index_copy_(
-                0, first.orbits, sums
-            )
+            sums = sums.new_zeros(self.count, *values.shape[1:]).index_copy_(0, first.orbits, sums)
         for more in others:
             found = more.gathered(values)
             sums = (
                 sums.add_(found) if more.orbits is None else sums.index_add_(0, more.orbits, found)
             )
         return sums
+
+    def labels(self) -> Tensor:
+        """The pattern's, told from the places."""
+        with plain_numbers():
+            label = self._places + 1
+            if self._signed:
+                label = torch.where(label > self.count, self.count - label, label)
+            return torch.where(label.abs() > self.count, 0, label)
 
     @property
     def nbytes(self) -> int:
@@ -171,15 +176,15 @@ class EntryTable(LinearMap):
     def sizes(self) -> Tensor:
         """How many members each orbit has, in int64."""
         with plain_numbers():
-            labels = self.pattern.labels.abs().long()
-            return torch.bincount(labels, minlength=self.pattern.count + 1)[1:]
+            labels = self.labels().abs().long()
+            return torch.bincount(labels, minlength=self.count + 1)[1:]
 
     def first_entries(self) -> Tensor:
         """The first member of each orbit, in int64."""
         with plain_numbers():
-            entry = torch.arange(len(self.pattern.labels), device="cpu")
-            first = torch.full((self.pattern.count + 1,), len(entry), device="cpu")
-            first.scatter_reduce_(0, self.pattern.labels.abs().long(), entry, "amin")
+            entry = torch.arange(len(self._places), device="cpu")
+            first = torch.full((self.count + 1,), len(entry), device="cpu")
+            first.scatter_reduce_(0, self.labels().abs().long(), entry, "amin")
             return first[1:]
 
     def _on(self, table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -199,8 +204,8 @@ class EntryTable(LinearMap):
             if int(sizes.max()) == 1:
                 every = self.first_entries(), torch.ones_like(sizes, dtype=torch.bool)
                 return [self._chosen(*every, sizes, range(1), device)]
-            by_orbit = self.pattern.labels.abs().argsort(stable=True)
-            by_orbit = by_orbit[int((self.pattern.labels == 0).sum()) :]
+            labels = self.labels()
+            by_orbit = labels.abs().argsort(stable=True)[int((labels == 0).sum()) :]
             found, small = [], sizes <= _ONE_BY_ONE
             for member in range(int(sizes[small].max()) if bool(small.any()) else 0):
                 there = small & (sizes > member)
@@ -232,11 +237,11 @@ class EntryTable(LinearMap):
         member = torch.arange(members.start, members.stop, device="cpu")[:, None]
         entries = by_orbit[first + torch.minimum(member, size - 1)].flatten()
         absent = (member >= size).flatten().nonzero()[:, 0]
-        signs = self.pattern.labels[entries].sign().to(torch.int8)
+        signs = self.labels()[entries].sign().to(torch.int8) if self._signed else None
         return _Members(
             entries.to(device, torch.int32),
             None if bool(which.all()) else orbits.to(device),
-            signs.to(device) if bool((signs < 0).any()) else None,
+            signs.to(device) if signs is not None and bool((signs < 0).any()) else None,
             absent.to(device) if len(absent) else None,
             len(members),
         )

@@ -22,7 +22,7 @@ class OnMask(Coded):
     def keep_mask(self, mask: Tensor | Reason) -> None:
         """Hold a mask; or, where there is none, the reason as a fault."""
         if isinstance(mask, Reason):
-            self.fault = mask
+            self.fault: Reason | None = mask
         else:
             self.keep(tuple(mask.shape), {"mask_bits": pack_flags(mask.flatten())})
 

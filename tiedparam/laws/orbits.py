@@ -88,7 +88,7 @@ class Orbits(Rule):
 
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """``(cells, values of a cell)``, so that optimizers see a matrix in what was one."""
-        count = self._table.pattern.count
+        count = self._table.count
         if not count:
             return ()
         if len(self.bound_layout.shape) < 2:
@@ -164,7 +164,7 @@ class Orbits(Rule):
             return super().representatives(weight)
         cells = weight.detach().contiguous().view(self._table.cells, -1)
         first = self._table.first_entries()
-        signs = self._table.pattern.labels[first].sign().to(weight.device)
+        signs = self._table.labels()[first].sign().to(weight.device)
         chosen = cells.index_select(1, beside(first.to(weight.device), cells))
         return self._shaped(torch.where(beside(signs, cells) < 0, -chosen, chosen))
 
@@ -183,7 +183,7 @@ class Orbits(Rule):
             self.layout: Layout | None = None
             return found
         self._table = found
-        if not found.pattern.count:
+        if not found.count:
             # where no Parameter tells dtype and device, this does, which a layer moves and casts
             none = torch.empty(found.cells, 0, dtype=dtype, device="cpu")
             self.register_buffer("_none", none, persistent=False)
@@ -204,7 +204,7 @@ class Orbits(Rule):
         key = (self.law_key(), layout, cells.layout)
         of_cell = self.for_layout(cells.layout)
         found = find_table(key, of_cell.find_pattern, cells, layout)
-        nothing = isinstance(found, EntryTable) and not found.pattern.count
+        nothing = isinstance(found, EntryTable) and not found.count
         if not nothing or self.may_leave_nothing:
             return found
         return Reason(
@@ -260,6 +260,6 @@ _EXPAND = Orbits.forward  # as it is without a patch
 def _labels(table: EntryTable) -> Tensor:
     """The labels of all cells."""
     with plain_numbers():
-        labels = table.pattern.labels.long()
-        before = torch.arange(table.cells, device="cpu")[:, None] * table.pattern.count
+        labels = table.labels().long()
+        before = torch.arange(table.cells, device="cpu")[:, None] * table.count
         return (labels + labels.sign() * before).view(table.shape)

@@ -12,16 +12,16 @@ def pack_flags(flags: Tensor) -> Tensor:
     """``(*, n)`` truth values → ``(*, ⌈n/8⌉)`` bytes; the first flag is the lowest bit."""
     with plain_numbers():
         *batch, count = flags.shape
-        padded = torch.zeros(*batch, -(-count // 8) * 8, dtype=torch.uint8)
+        padded = torch.zeros(*batch, -(-count // 8) * 8, dtype=torch.uint8, device="cpu")
         padded[..., :count] = flags
-        shifted = padded.view(*batch, -1, 8) << torch.arange(8, dtype=torch.uint8)
+        shifted = padded.view(*batch, -1, 8) << torch.arange(8, dtype=torch.uint8, device="cpu")
         return shifted.sum(-1, dtype=torch.uint8)
 
 
 def unpack_flags(packed: Tensor, count: int) -> Tensor:
     """The inverse of `pack_flags`, on the CPU."""
     with plain_numbers():
-        bits = (packed.cpu()[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        bits = (packed.cpu()[..., None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
         return bits.flatten(-2)[..., :count].bool()
 
 
@@ -37,7 +37,7 @@ def unpack_numbers(packed: Tensor, count: int) -> Tensor:
     """The inverse of `pack_numbers`, in int32 on the CPU."""
     with plain_numbers():
         planes = unpack_flags(packed, count)
-        numbers = torch.zeros(*planes.shape[:-2], count, dtype=torch.int32)
+        numbers = torch.zeros(*planes.shape[:-2], count, dtype=torch.int32, device="cpu")
         for bit, plane in enumerate(planes.unbind(-2)):
             numbers |= plane.to(torch.int32) << bit
         return numbers

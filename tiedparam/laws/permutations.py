@@ -44,7 +44,7 @@ def given_generators(generators: Any) -> list[Tensor] | Reason:
             return Reason(f"the generators permute {sorted(sizes)} {name}.", "Use one size.")
         size = sizes.pop() if sizes else 0
         with plain_numbers():
-            still = torch.arange(size)
+            still = torch.arange(size, device="cpu")
             axes.append(torch.stack([still if each is None else each for each in column]))
     return axes
 
@@ -54,7 +54,7 @@ def _permutation(given: Any, what: str) -> Tensor | Reason | None:
         return None
     with plain_numbers():
         try:
-            numbers = given if isinstance(given, Tensor) else torch.tensor(given)
+            numbers = given if isinstance(given, Tensor) else torch.tensor(given, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             return Reason(f"{what} is a {type(given).__name__}.", "Give a list of numbers.")
         if numbers.dim() != 1 or not has_values(numbers) or not numbers.numel():
@@ -63,7 +63,7 @@ def _permutation(given: Any, what: str) -> Tensor | Reason | None:
             return Reason(f"{what} is {numbers.dtype}.", "Give whole numbers.")
         numbers = numbers.detach().cpu().long()
         size = len(numbers)
-        if not torch.equal(numbers.sort().values, torch.arange(size)):
+        if not torch.equal(numbers.sort().values, torch.arange(size, device="cpu")):
             missing = set(range(size)).difference(numbers.tolist())
             return Reason(
                 f"{what} has {size} numbers and misses {min(missing)}.",
@@ -75,4 +75,6 @@ def _permutation(given: Any, what: str) -> Tensor | Reason | None:
 def is_identity(permutation: Tensor) -> bool:
     """Whether it leaves everything where it is."""
     with plain_numbers():
-        return torch.equal(permutation, torch.arange(len(permutation), dtype=permutation.dtype))
+        return torch.equal(
+            permutation, torch.arange(len(permutation), dtype=permutation.dtype, device="cpu")
+        )

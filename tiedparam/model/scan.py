@@ -343,7 +343,7 @@ def _unlawful(rule: Rule, like: Tensor) -> float:
 
 
 def _fixed(rule: Rule, like: Tensor) -> Moments | None:
-    """Mean and spread of the numbers to which entries are fixed, zeros elsewhere; None if all are."""
+    """The moments of the numbers to which entries are fixed, and zeros; None if all are 0."""
     wide = torch.promote_types(like.dtype, torch.float32)
     fixed = rule.forward(*(like.new_zeros(shape, dtype=wide) for shape in rule.free_shapes()))
     return Moments.of(fixed) if bool(fixed.any()) else None

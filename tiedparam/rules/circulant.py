@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from tiedparam.laws import Reason
-from tiedparam.laws.diagonals import OfDiagonals, WrappedDiagonals
+from tiedparam.laws.diagonals import AntiDiagonals, OfDiagonals, WrappedDiagonals
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
@@ -37,7 +38,7 @@ class Circulant(OfDiagonals):
 
     family = "matrices"
     law = "W[o, c] = w[(o − c) mod n]"
-    expansion = WrappedDiagonals
+    expansion: ClassVar[type[AntiDiagonals]] = WrappedDiagonals
 
     def check(self, layout: Layout) -> Reason | None:
         """The weight must be a square matrix."""

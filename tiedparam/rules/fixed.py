@@ -77,7 +77,7 @@ class Fixed(OnMask):
                 self.value = checksum_of_values(values)
         self.keep_mask(found)
         if not (value is None or isinstance(value, Tensor)):
-            self.fault = self.fault or why_no_number(value)
+            self.fault: Reason | None = self.fault or why_no_number(value)
 
     def options(self) -> dict[str, Any]:
         """The mask's tag; the number, or a checksum of the numbers that were given."""

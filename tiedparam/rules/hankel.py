@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Hankel(OfDiagonals):
 
     family = "matrices"
     law = "W[o, c] = w[o + c]"
-    expansion = AntiDiagonals
+    expansion: ClassVar[type[AntiDiagonals]] = AntiDiagonals
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The matrix moved by one along its anti-diagonals, where it has entries to move."""

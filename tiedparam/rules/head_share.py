@@ -45,7 +45,8 @@ class HeadShare(Broadcast):
 
     def __init__(self, heads: int, groups: int) -> None:
         super().__init__()
-        self.heads, self.groups = heads, groups
+        self.heads: int = heads
+        self.groups: int = groups
 
     def options(self) -> dict[str, Any]:
         """``heads`` and ``groups``."""

@@ -53,7 +53,7 @@ class Index(Coded):
         if isinstance(index, str):
             self.expect(index)
             return
-        self.fault = why_no_index(index) or why_no_signs(signs, index)
+        self.fault: Reason | None = why_no_index(index) or why_no_signs(signs, index)
         if self.fault is None:
             with plain_numbers():
                 index = index.detach().cpu().to(torch.int32)
@@ -137,6 +137,6 @@ class Index(Coded):
 def _first_entries(labels: Tensor) -> Tensor:
     """The first entry of each number, those that are zero as number 0."""
     with plain_numbers():
-        first = torch.zeros(int(labels.abs().max()) + 1, dtype=torch.int64)
-        entry = torch.arange(len(labels))
+        first = torch.zeros(int(labels.abs().max()) + 1, dtype=torch.int64, device="cpu")
+        entry = torch.arange(len(labels), device="cpu")
         return first.scatter_reduce_(0, labels.abs().long(), entry, "amin", include_self=False)

@@ -81,7 +81,9 @@ class Masked(OnMask):
             self.keep_mask(mask_of(mask))
         if (pattern is None) == (mask is None):
             both = "pattern= and mask= are both" if mask is not None else "neither of them is"
-            self.fault = Reason(f"{both} given.", f"Give mask=, or one of {_NAMES} as pattern=.")
+            self.fault: Reason | None = Reason(
+                f"{both} given.", f"Give mask=, or one of {_NAMES} as pattern=."
+            )
 
     def options(self) -> dict[str, Any]:
         """The pattern with its sizes, or the tag of the mask."""
@@ -143,13 +145,13 @@ class Masked(OnMask):
             if self.checksum:
                 return spread_over(self.given_mask(), layout.shape)
             outputs, inputs, *_ = shape = layout.canonical_shape
-            free = torch.ones(outputs, inputs, dtype=torch.bool)
+            free = torch.ones(outputs, inputs, dtype=torch.bool, device="cpu")
             if self.pattern == "lower":
                 free = free.tril()
             elif self.pattern == "upper":
                 free = free.triu()
             elif self.blocks is not None:
-                free = torch.eye(self.blocks, dtype=torch.bool)
+                free = torch.eye(self.blocks, dtype=torch.bool, device="cpu")
                 free = free.repeat_interleave(outputs // self.blocks, 0)
                 free = free.repeat_interleave(inputs // self.blocks, 1)
             else:

@@ -55,7 +55,7 @@ class Orbit(Coded):
         signs: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.signs = None if signs is None else list(signs)
+        self.signs: list[int] | None = None if signs is None else list(signs)
         if isinstance(generators, str):
             self.expect(generators)
             return
@@ -67,7 +67,7 @@ class Orbit(Coded):
                     f"signs={self.signs!r} for {count} generators.", "Give 1 or -1 for each."
                 )
         if isinstance(axes, Reason):
-            self.fault = axes
+            self.fault: Reason | None = axes
             return
         codes = {
             f"{name}_bits": pack_numbers(axis, axis.shape[1] - 1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tiedparam.laws.diagonals import Diagonals, OfDiagonals
+from tiedparam.laws.diagonals import AntiDiagonals, Diagonals, OfDiagonals
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
 
@@ -39,7 +40,7 @@ class Toeplitz(OfDiagonals):
 
     family = "matrices"
     law = "W[o, c] = w[o − c]"
-    expansion = Diagonals
+    expansion: ClassVar[type[AntiDiagonals]] = Diagonals
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The matrix moved by one along its diagonals, where it has entries to move."""
