@@ -334,6 +334,8 @@ def _unpacked(packed: Tensor, c: int) -> Tensor:
 
 def _unpacked_skew(packed: Tensor, c: int) -> Tensor:
     """A skew tile ``(n, c, c)`` from ``(n, c(c−1)/2)``: zeros, and not −0.0, on its diagonal."""
+    if c == 1:  # torch 2.6 cannot compile the gradient of a tile without entries
+        return packed.new_zeros(len(packed), 1, 1)
     # below the diagonal there is the triangle of a tile that is smaller by one
     lower, order = F.pad(_lower(packed, c - 1), (0, 1, 1, 0)), torch.arange(c, device=packed.device)
     signed = torch.where(order[:, None] > order, lower, -lower.transpose(1, 2))
