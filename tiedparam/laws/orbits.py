@@ -135,6 +135,11 @@ class Orbits(Rule):
         """
         return _labels(self._table) if self.is_derived else super().orbit_labels()
 
+    @property
+    def has_orbits(self) -> bool:
+        """It is such a law."""
+        return True
+
     def spread(self, *free: Tensor) -> Tensor:
         """`forward` with zeros in the place of fixed numbers."""
         if not self.is_derived:
@@ -154,7 +159,9 @@ class Orbits(Rule):
     def multiplicities(self) -> tuple[Tensor, ...]:
         """How many entries share each free value, as float64 tensors shaped like them."""
         if not self.is_derived:
-            return super().multiplicities()
+            shapes = self.free_shapes()
+            ones = (torch.ones(shape, dtype=torch.float64, device="cpu") for shape in shapes)
+            return self.adjoint(self.spread(*ones))  # BᵀB1: the signs cancel
         sizes = self._table.sizes().double()
         return self._shaped(sizes.expand(self._table.cells, -1).contiguous())
 

@@ -223,46 +223,60 @@ class Rule(nn.Module, metaclass=OwnMembers):
 
     def multiplicities(self) -> tuple[Tensor, ...]:
         """How many entries share each free value, as float64 tensors shaped like them."""
-        # BᵀB1: the signs of signed orbits cancel
-        cpu = torch.device("cpu")  # whatever the default device
-        ones = [torch.ones(s, dtype=torch.float64, device=cpu) for s in self.free_shapes()]
-        if not ones:
+        if not self.free_shapes():
             return ()
-        self._refuse_sources()
-        return self.adjoint(self.forward(*ones))
+        labels = self.orbit_labels().flatten().abs()
+        counts = torch.bincount(labels, minlength=self.free_count + 1)[1:].double()
+        return self._shaped_like_free(counts)
 
     def orbit_labels(self) -> Tensor:
         """The number of each entry's free value, from 1; negative where the entry is minus it.
 
         Returns:
-            An int64 tensor of the weight's shape.
+            An int64 tensor of the weight's shape; 0 where no free value reaches.
         """
         self._refuse_sources()
-        numbers, start = [], 1
-        for shape in self.free_shapes():
-            count = prod(shape)
-            # float64 counts exactly up to 2^53, and expansions need not take integers
-            values = torch.arange(start, start + count, dtype=torch.float64, device="cpu")
-            numbers.append(values.reshape(shape))
-            start += count
+        # float64 counts exactly up to 2^53, and expansions need not take integers
+        numbers = torch.arange(1, self.free_count + 1, dtype=torch.float64, device="cpu")
         with torch.no_grad():
-            return self.forward(*numbers).to(torch.int64)
+            labels = self.spread(*self._shaped_like_free(numbers))
+        self._refuse_mixing(labels)
+        return labels.to(torch.int64)
+
+    def _refuse_mixing(self, labels: Tensor) -> None:
+        """What is derived here holds if every entry is one free value, minus one, or fixed."""
+        generator = torch.Generator().manual_seed(0)
+        size, wide = self.free_count, torch.float64
+        values = torch.rand(size, dtype=wide, device="cpu", generator=generator)
+        with torch.no_grad():
+            weight = self.spread(*self._shaped_like_free(values))
+        at = (labels.abs() - 1).clamp(0, size - 1).to(torch.int64)
+        if not torch.equal(weight, values[at] * labels.sign()):
+            raise NotImplementedError(
+                f"'{self}' has no orbits: forward scales or mixes its free values; override "
+                "right_inverse and representatives"
+            )
+
+    @property
+    def has_orbits(self) -> bool:
+        """Whether every entry is one free value, minus one, or fixed."""
+        try:
+            return not self.reads_layers and self.orbit_labels() is not None
+        except NotImplementedError:
+            return False
 
     def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
         """One member of each orbit of ``weight``, as free values in storage of their own."""
-        labels = self.orbit_labels().flatten()
-        self._refuse_mixing(labels)
-        first = torch.full((self.free_count,), labels.numel(), device=labels.device)
+        labels = self.orbit_labels()
+        self._refuse_mixing(labels)  # a subclass may number its values itself
+        labels = labels.flatten()
+        first = torch.full((self.free_count + 1,), labels.numel(), device=labels.device)
         position = torch.arange(labels.numel(), device=labels.device)
-        first.scatter_reduce_(0, labels.abs() - 1, position, "amin")
+        first = first.scatter_reduce_(0, labels.abs(), position, "amin")[1:]
         if (first == labels.numel()).any():
             raise NotImplementedError("a free value reaches no entry of the weight; leave it out")
         sign = labels[first].sign().to(device=weight.device, dtype=weight.dtype)
-        chosen = weight.detach().reshape(-1)[first.to(weight.device)] * sign
-        shapes = self.free_shapes()
-        parts = chosen.split([prod(shape) for shape in shapes])
-        # clone: a part of a split would keep the storage of all parts alive (S15)
-        return tuple(part.clone().reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+        return self._shaped_like_free(weight.detach().reshape(-1)[first.to(weight.device)] * sign)
 
     def _refuse_sources(self) -> None:
         if self.reads_layers:
@@ -270,25 +284,11 @@ class Rule(nn.Module, metaclass=OwnMembers):
                 f"'{self}' has no orbits: its weight is computed from tensors of other layers"
             )
 
-    def _refuse_mixing(self, labels: Tensor) -> None:
-        """What is derived here holds if every entry is one free value, or minus it."""
-        remedy = "override right_inverse and representatives"
-        if (labels == 0).any():
-            raise NotImplementedError(
-                "an entry of the weight is always zero and belongs to no orbit, or forward scales "
-                f"its free values; {remedy}"
-            )
-        generator = torch.Generator().manual_seed(0)
+    def _shaped_like_free(self, values: Tensor) -> tuple[Tensor, ...]:
         shapes = self.free_shapes()
-        free = [
-            torch.rand(s, dtype=torch.float64, device="cpu", generator=generator) for s in shapes
-        ]
-        with torch.no_grad():
-            weight = self.forward(*free).flatten()
-        values = torch.cat([value.flatten() for value in free])
-        index = (labels.abs() - 1).clamp(max=len(values) - 1)
-        if not torch.equal(weight, values[index] * labels.sign()):
-            raise NotImplementedError(f"forward scales or mixes its free values; {remedy}")
+        parts = values.split([prod(shape) for shape in shapes])
+        # clone: a part of a split would keep the storage of all parts alive (S15)
+        return tuple(part.clone().reshape(shape) for part, shape in zip(parts, shapes, strict=True))
 
     @property
     def free_count(self) -> int:

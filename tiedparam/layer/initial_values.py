@@ -76,6 +76,9 @@ def initial_values(
                 if not free:
                     fact = "a copy has no values of its own to rescale."
                 return Reason(fact, "Use init='project'.")
+            if not rule.has_orbits:
+                fact = "its free values are not entries of the weight, so none can be rescaled."
+                return Reason(fact, "Use init='project'.")
             counts = rule.multiplicities()
             free = [
                 value * count.sqrt().to(value.device, value.dtype)

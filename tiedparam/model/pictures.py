@@ -230,7 +230,7 @@ def orbit_numbers(rule: Rule) -> Tensor:
         function of several values.
     """
     layout, sources = rule.bound_layout, list(rule.sources())
-    if not sources:
+    if rule.has_orbits:
         return layout.canonical(rule.orbit_labels())
     if len(sources) > 1 or rule.free_count:
         return layout.canonical(torch.zeros(layout.shape, dtype=torch.int64, device="cpu"))

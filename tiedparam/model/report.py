@@ -262,7 +262,7 @@ def _row(path: str, tie: Tie, paths: dict[int, str], positions: dict[nn.Module, 
     layer, name, rule = tie.layer, tie.tensor_name, tie.rule
     refuse_exchanged(tie.values)  # what is said would be of a layer that is gone
     shape = rule.bound_layout.shape
-    counts = () if rule.reads_layers else rule.multiplicities()
+    counts = rule.multiplicities() if rule.has_orbits else ()
     costs = cost.multiply_adds(layer, name, shape, rule)
     stored = list(origins(layer, name))
     sample: list[Tensor] = [*stored]

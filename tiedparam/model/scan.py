@@ -322,11 +322,11 @@ class _Scan:
         """What a bound rule says of every tensor like ``value``; once for each shape."""
         key = (f"{type(rule).__qualname__} {rule}", rule.bound_layout)
         if key not in self._shapes:
-            counts = rule.multiplicities()
-            least, most = min(c.min() for c in counts), max(c.max() for c in counts)
-            self._shapes[key] = _OfShape(
-                (int(least), int(most)), _unlawful(rule, value), _fixed(rule, value)
-            )
+            several = None
+            if rule.has_orbits:
+                counts = torch.cat([count.flatten() for count in rule.multiplicities()])
+                several = int(counts.min()), int(counts.max())
+            self._shapes[key] = _OfShape(several, _unlawful(rule, value), _fixed(rule, value))
         return self._shapes[key]
 
 
@@ -354,12 +354,12 @@ class _OfShape:
     """What a rule says of all tensors of one shape.
 
     Attributes:
-        multiplicity: how many entries share a free value, least and most.
+        multiplicity: how many entries share a free value, least and most; None if it has none.
         unlawful: the residual² of a tensor of equal entries, by the linear part of the law.
         fixed: the moments of the numbers to which it fixes entries, if they are not all 0.
     """
 
-    multiplicity: tuple[int, int]
+    multiplicity: tuple[int, int] | None
     unlawful: float
     fixed: Moments | None
 

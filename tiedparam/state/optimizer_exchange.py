@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tiedparam.laws.rule import Rule
 from tiedparam.state.optimizer_groups import positions
 from tiedparam.state.optimizer_laws import OptimizerLaw
-from tiedparam.state.optimizer_maps import Maps, has_orbits, maps_to_dense, maps_to_free
+from tiedparam.state.optimizer_maps import Maps, maps_to_dense, maps_to_free
 from tiedparam.tie.record import Tie
 from tiedparam.util.errors import TieError
 
@@ -44,7 +44,7 @@ class Exchange:
 
     def multiplicities(self) -> tuple[float, float] | None:
         """The smallest and the largest, or None if the law has none."""
-        if not has_orbits(self.rule):
+        if not self.rule.has_orbits:
             return None
         counts = torch.cat([count.flatten() for count in self.rule.multiplicities()])
         return float(counts.min()), float(counts.max())

@@ -81,19 +81,6 @@ def maps_to_dense(rule: Rule) -> Maps:
     }
 
 
-def has_orbits(rule: Rule) -> bool:
-    """Whether every entry of the weight is one free value, or minus it, or a fixed number."""
-    if rule.reads_layers:
-        return False
-    with torch.no_grad():
-        labels = rule.orbit_labels().flatten()
-        free = _random_free_values(rule, 1)[0]
-        weight = rule.spread(*free).flatten()
-    values = torch.cat([value.flatten() for value in free])
-    index = (labels.abs() - 1).clamp(0, len(values) - 1)
-    return torch.equal(weight, torch.where(labels == 0, 0, values[index] * labels.sign()))
-
-
 def is_linear(rule: Rule) -> bool:
     """Whether the rule is linear up to fixed entries, tried on random values."""
     if rule.reads_layers:

@@ -20,7 +20,7 @@ from tiedparam.state.optimizer_exchange import Exchange, moved_state, new_names
 from tiedparam.state.optimizer_groups import among, destination, exchange, times
 from tiedparam.state.optimizer_guard import holds_retired, watch_rates
 from tiedparam.state.optimizer_laws import OptimizerLaw, law_of, unwrapped
-from tiedparam.state.optimizer_maps import has_orbits, is_linear
+from tiedparam.state.optimizer_maps import is_linear
 from tiedparam.util.errors import Reason, TieError, warn
 
 
@@ -28,7 +28,7 @@ def _refuse_unmapped(change: Exchange, optimizers: list[Optimizer]) -> None:
     """Raise if there is state or a gradient to move by a law that the maps do not hold for."""
     stepped = any(o.state.get(p) for o in optimizers for p in change.old)
     pending = any(p.grad is not None for p in change.old)
-    if not change.new or not (stepped or pending) or has_orbits(change.rule):
+    if not change.new or not (stepped or pending) or change.rule.has_orbits:
         return
     if not stepped and change.tying and is_linear(change.rule):
         return  # the transpose of any linear law gives the gradient
