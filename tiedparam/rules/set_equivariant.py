@@ -152,8 +152,18 @@ class _Blocks(LinearMap):
 
     def __call__(self, free: Tensor) -> Tensor:
         if is_traced_or_transformed() or may_carry_tangents():
-            return self.expand(free)
+            return self.chosen(free)
         return self.recorded(free)
+
+    def chosen(self, free: Tensor) -> Tensor:
+        """`expand` without a write in place, which ONNX does not have."""
+        same, other = (part[:, None, :, None] for part in free.chunk(2))
+        item = torch.arange(self.items, device=free.device)
+        diagonal = (item[:, None] == item).view(
+            1, self.items, 1, self.items, *(1,) * (free.dim() - 2)
+        )
+        blocks = torch.where(diagonal, same, other)
+        return self.layout.native(blocks.reshape(self.layout.canonical_shape))
 
     def expand(self, free: Tensor) -> Tensor:
         same, other = free.chunk(2)
