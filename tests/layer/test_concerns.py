@@ -421,3 +421,13 @@ def test_data_is_named_in_the_advice_and_not_shown():
     index = torch.arange(4096).view(64, 64) % 5
     with pytest.warns(tp.TieWarning, match=r"residual\(layer, 'index', index=index\)"):
         tp.register_tie(nn.Linear(64, 64), "index", index=index)
+
+
+def test_a_mask_is_not_told_to_be_another_mask_or_rescaled():
+    mask = torch.arange(4096).view(64, 64) % 50 == 0
+    with pytest.warns(tp.TieWarning, match="would change nothing") as caught:
+        tp.register_tie(nn.Linear(64, 64), "masked", mask=mask)
+    assert "pattern=" not in str(caught[0].message)
+    with pytest.warns(tp.TieWarning, match="frees nothing") as caught:
+        tp.register_tie(nn.Linear(64, 64), "masked", mask=torch.ones(64, 64, dtype=torch.bool))
+    assert "pattern=" not in str(caught[0].message)

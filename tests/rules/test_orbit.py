@@ -113,7 +113,7 @@ def test_what_no_generator_moves_is_a_cell_and_the_table_small():
         assert torch.equal(weight, weight.flip(-1))
         rule = tp.get_tie(layer)
         assert rule.free_shapes() == ((64 * 32, 6),)
-        assert rule._table.pattern.labels.numel() == 9
+        assert rule._table.labels().numel() == 9
 
 
 def test_positions_number_the_kernel_row_by_row():

@@ -7,9 +7,11 @@ import re
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import tiedparam as tp
 from tests.support.users_laws import Centred, Circulant, Lower, Mirrored, OddKernel, Skew
+from tiedparam.laws import Orbits
 from tiedparam.rules.copy import Copy
 from tiedparam.testing import STATEMENTS, check_rule
 
@@ -157,6 +159,33 @@ class Nameless(Circulant):
         return ""
 
 
+class AlongAxis(Orbits):
+    """Its own mirror image along one axis."""
+
+    law = "W = its mirror image"
+
+    def __init__(self, axis=0):
+        super().__init__()
+        self.axis = axis
+
+    def options(self):
+        return {"axis": self.axis}
+
+    def symmetries(self, weight):
+        yield weight.flip(self.axis)
+
+    @classmethod
+    def examples(cls):
+        return [tp.Example(lambda: nn.Linear(4, 4), {"axis": 1})]
+
+
+class Forgetful(AlongAxis):
+    """A checkpoint of the other axis would load."""
+
+    def options(self):
+        return {}
+
+
 class Narrow(Circulant):
     """Sums in half precision."""
 
@@ -240,6 +269,7 @@ CAUGHT = [
     (Restless, "memory_format_of_the_weight_does_not_matter"),
     (OtherWhenCompiled, "compiled_layer_equals_the_eager_one"),
     (Nameless, "layer_stays_of_its_class_and_shows_the_tie"),
+    (Forgetful, "options_say_what_the_law_was_made_with"),
     (Narrow, "projection_is_the_rounded_one_in_every_dtype"),
     (IndexBuffer, "state_dict_has_the_free_values_for_the_weight"),
     (IndexBuffer, "saved_files_hold_the_free_values_to_the_byte"),
@@ -557,7 +587,7 @@ class Typo(Mirrored):
 
 
 MISTAKES = [
-    (Mixing, "labels_number_the_orbits", "forward is not what orbit_labels says: its matrix"),
+    (Mixing, "labels_number_the_orbits", "forward scales or mixes its free values"),
     (Squaring, "labels_number_the_orbits", "forward is not linear: its weight differs in"),
     (OneTooMany, "no_value_is_stored_that_is_not_needed", "9 values are stored, and they move"),
     (Silent, "law_says_something", "a random weight has all the symmetries"),

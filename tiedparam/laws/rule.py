@@ -108,7 +108,9 @@ class Rule(nn.Module, metaclass=OwnMembers):
 
     def reason_against(self, layout: Layout) -> Reason | None:
         """What `check` says, as a `Reason`."""
-        said = self.check(layout)
+        said: Any = self.check(layout)
+        if not (said is None or isinstance(said, (str, Reason))):
+            raise TypeError(f"check() of '{self}' returns a text, a Reason or None, not {said!r}")
         return Reason(said) if isinstance(said, str) else said
 
     def reason_against_dtype(self, dtype: torch.dtype) -> Reason | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tiedparam.laws.coded import is_tag
+from tiedparam.laws.coded import data_of, is_tag
 from tiedparam.laws.registry import law_text
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
@@ -103,16 +103,29 @@ class Concern:
                 "a fresh layer add init='rescale', which keeps its scale; for a trained one check "
                 f"first {before}"
             )
+        if not self._shares:
+            return (
+                "No two entries share a value, so init='rescale' would change nothing: load the "
+                f"weight again, and check before you tie {before}"
+            )
         return (
             "For a fresh layer call remove_tie and tie again with init='rescale', which keeps its "
             "scale. A trained weight was replaced by its projection: load it again, and check "
             f"before you tie {before}"
         )
 
+    @property
+    def _shares(self) -> bool:
+        """Whether any two entries share a free value."""
+        rule = self.rule
+        return not rule.has_orbits or any(bool((c > 1).any()) for c in rule.multiplicities())
+
     @cached_property
     def others(self) -> dict[str, str]:
         """The rule's own variants that free something and keep more, really tried."""
         kind, entries, found = type(self.rule), self.weight.numel(), dict[str, str]()
+        if data_of(self.rule):
+            return {}  # the pattern is the user's, and no variant is near to it
         try:
             layout = self.rule.bound_layout
             for options in kind.variants(layout):

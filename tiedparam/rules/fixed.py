@@ -81,7 +81,9 @@ class Fixed(OnMask):
 
     def options(self) -> dict[str, Any]:
         """The mask's tag; the number, or a checksum of the numbers that were given."""
-        return {"mask": self.tag} | ({} if self.value is None else {"value": self.value})
+        return ({"mask": self.tag} if self.checksum else {}) | (
+            {} if self.value is None else {"value": self.value}
+        )
 
     def check(self, layout: Layout) -> Reason | None:
         """The mask must fit the tensor, and leave something."""

@@ -80,7 +80,11 @@ class Masked(OnMask):
         elif mask is not None:
             self.keep_mask(mask_of(mask))
         if (pattern is None) == (mask is None):
-            both = "pattern= and mask= are both" if mask is not None else "neither of them is"
+            both = (
+                "pattern= and mask= are both"
+                if mask is not None
+                else "neither pattern= nor mask= is"
+            )
             self.fault: Reason | None = Reason(
                 f"{both} given.", f"Give mask=, or one of {_NAMES} as pattern=."
             )

@@ -93,7 +93,7 @@ def _chosen(statements: Iterable[str] | None, quick: bool) -> list[Statement]:
     names = list(STATEMENTS) if statements is None else [FIRST, *statements]
     for name in names:
         if name not in STATEMENTS:
-            raise ValueError(f"there is no statement {name!r}.{nearest(name, STATEMENTS)}")
+            raise ValueError(f"there is no statement {name!r}. {nearest(name, STATEMENTS)}")
     found = [statement for name, statement in STATEMENTS.items() if name in names]
     return [statement for statement in found if not (quick and statement.slow)]
 

@@ -45,7 +45,7 @@ def law_holds_after_registration(case: Case) -> None:
         hold(host.weight.shape == shape, f"the tied weight is {tuple(host.weight.shape)}")
         hold(host.weight.dtype == dtype, f"the tied weight is {host.weight.dtype}, not {dtype}")
         assert_lawful(host, f"in {dtype}")
-        if not case.reads_layers:
+        if host.rule.has_orbits:
             assert_lawful(case.tied(dtype, init="rescale"), f"with init='rescale' in {dtype}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import tempfile
 import zipfile
@@ -70,6 +71,22 @@ def layer_stays_of_its_class_and_shows_the_tie(case: Case) -> None:
     hold(rule.law, "the law has no equation: state `law`")
     for part in (case.name, rule.law, count, *options):
         hold(part in shown, f"repr(layer) does not show {part!r}")
+
+
+@states("every law", "Return every option that the law was made with in options().")
+def options_say_what_the_law_was_made_with(case: Case) -> None:
+    """`options` has each option that is not at its default: files and signatures go by them."""
+    rule = case.tied().rule
+    said, parameters = rule.options(), inspect.signature(case.rule).parameters
+    for name, value in case.example.options.items():
+        parameter = parameters.get(name)
+        if name in _BESIDE_THE_LAW or parameter is None or isinstance(value, Tensor):
+            continue  # data is said by a checksum, of one option or of several together
+        hold(name in said or value == parameter.default, f"options() leaves out {name}={value!r}")
+
+
+_BESIDE_THE_LAW = ("source", "source_name", "compute")
+"""Files name sources by their paths, and how a layer computes is no matter of its law."""
 
 
 @states("every law", "Let forward() compute the same weight each time that it is called.")

@@ -218,7 +218,7 @@ def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
         return Reason(
             f"the source {shapes} gives {tuple(result.shape)}, and the tensor is "
             f"{tuple(weight.shape)}.",
-            f"Pass {function}= to '{rule.name}' to make the shapes fit, such as torch.t."
+            f"Pass {function}= to '{rule.name}' to make the shapes fit: a transpose, crop or tile."
             if rule.functions
             else "Use 'copy' with an fn= whose result has this shape, or correct the rule.",
         )
