@@ -452,6 +452,8 @@ def test_a_fixed_number_holds_together_with_a_law():
     assert stored(layer) == 6
     twos = ("fixed", {"mask": torch.eye(4).bool(), "value": 2.0})
     assert_refused(nn.Linear(4, 4), [ones, twos], "fixes one entry to 1 and to 2")
+    huge = ("fixed", {"mask": torch.eye(4).bool(), "value": 1e39})
+    assert_refused(nn.Linear(4, 4), [huge, "flip_sym"], "too large for torch.float32")
     weights = ("fixed", {"mask": torch.eye(4).bool()})
     assert_refused(nn.Linear(4, 4), [weights, "flip_sym"], "holds numbers", "one number as value=")
 

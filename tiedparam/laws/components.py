@@ -38,6 +38,20 @@ def of_group(images: Sequence[Tensor], count: int) -> Tensor:
     return torch.where(positive == negative, 0, signed)
 
 
+def are_closed(first: Tensor, images: Sequence[Tensor]) -> bool:
+    """Whether every equality holds among these orbits.
+
+    Args:
+        first: for each entry a member of its orbit that is not later, as `of_equalities` gives it.
+        images: the equalities.
+    """
+    for image in images:
+        other = first[(image.abs() - 1).clamp(min=0)] * image.sign()
+        if not torch.equal(torch.where(image == 0, first, other), first):
+            return False
+    return True
+
+
 def _smallest_nodes(images: Sequence[Tensor], count: int) -> Tensor:
     """For each node, two for each entry, the smallest one that it is connected with.
 

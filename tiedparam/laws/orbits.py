@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tiedparam.laws.cells import consecutive_cells, why_no_cell
+from tiedparam.laws.dtypes import why_not_in
 from tiedparam.laws.entry_table import EntryTable
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.pattern import Pattern, find_pattern
@@ -28,7 +29,7 @@ a convolution it cannot be felt.
 """
 
 
-_OF_EVERY_RULE = frozenset(vars(nn.Module())) | {"layout", "compute", "law"}
+_OF_EVERY_RULE = frozenset(vars(nn.Module())) | {"layout", "compute"}
 """Attributes on which no symmetry depends."""
 
 
@@ -62,7 +63,7 @@ class Orbits(Rule):
     complex_valued = True
     states_whole_group: ClassVar[bool] = False
     """Whether `symmetries` yields every element of a group (the identity may be left out): then
-    one pass over them is enough."""
+    one pass over them is enough. It is for speed alone: where it is not so, nothing changes."""
     may_leave_nothing: ClassVar[bool] = False
     """Whether the law may fix every entry, so that no value is left to train. Else it is refused.
     """
@@ -107,6 +108,14 @@ class Orbits(Rule):
         ``python -m benchmarks --case cache`` repeats the measurement.
         """
         return prod(self.bound_layout.shape) >= CACHED_ENTRIES
+
+    @property
+    def holds_numbers(self) -> bool:
+        """Whether the law holds the fixed numbers itself, in the weight's dtype.
+
+        They may change, and the table only counts them.
+        """
+        return False
 
     # What follows from it -----------------------------------------------------------------------
 
@@ -180,8 +189,12 @@ class Orbits(Rule):
             return reason
         found = self._found(layout)
         if isinstance(found, Reason):
+            reason = found
+        elif found.constants is not None and not self.holds_numbers:
+            reason = why_not_in(dtype, found.constants)
+        if isinstance(found, Reason) or reason is not None:
             self.layout: Layout | None = None
-            return found
+            return reason
         self._table = found
         if not found.count:
             # where no Parameter tells dtype and device, this does, which a layer moves and casts
@@ -201,7 +214,8 @@ class Orbits(Rule):
         if reason is not None:
             return reason
         cells = consecutive_cells(cell, layout)
-        key = (self.law_key(), layout, cells.layout)
+        # the groups of the layer apart, by which layouts are not told apart
+        key = (self.law_key(), layout, layout.layer_groups, cells.layout)
         of_cell = self.for_layout(cells.layout)
         found = find_table(key, of_cell.find_pattern, cells, layout)
         nothing = isinstance(found, EntryTable) and not found.count
