@@ -376,6 +376,14 @@ def test_what_is_left_follows_the_layer(nothing, tmp_path):
     assert torch.equal(loaded(torch.ones(1, 4).double()), model(torch.ones(1, 4).double()))
 
 
+def test_what_is_left_follows_an_assigned_state_dict(nothing):
+    beside = tp.register_tie(nn.Linear(2, 4), ["flip_sym", "skew"], rows=slice(0, 2))
+    for loaded in (nothing(), beside):
+        layer = copy.deepcopy(loaded).to("meta")
+        layer.load_state_dict(loaded.state_dict(), assign=True)
+        assert torch.equal(layer.weight, loaded.weight)
+
+
 def test_nothing_left_trains_exports_and_is_removed(nothing):
     layer = nn.Linear(4, 4)
     optimizer = torch.optim.Adam(layer.parameters())

@@ -205,7 +205,7 @@ class Orbits(Rule):
     def bind_device(self, device: torch.device) -> None:
         """Compute there also where no free value says where."""
         if "_none" in self._buffers:
-            self._none = self._none.to(device)
+            self._none = torch.empty_like(self._none, device=device)  # also from the meta device
 
     def _found(self, layout: Layout) -> EntryTable | Reason:
         """The table for a weight of this layout, or why there is none."""
