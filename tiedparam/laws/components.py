@@ -43,13 +43,9 @@ def are_closed(first: Tensor, images: Sequence[Tensor]) -> bool:
 
     Args:
         first: for each entry a member of its orbit that is not later, as `of_equalities` gives it.
-        images: the equalities.
+        images: the equalities, of which every one says something of every entry.
     """
-    for image in images:
-        other = first[(image.abs() - 1).clamp(min=0)] * image.sign()
-        if not torch.equal(torch.where(image == 0, first, other), first):
-            return False
-    return True
+    return all(torch.equal(first[image.abs() - 1] * image.sign(), first) for image in images)
 
 
 def _smallest_nodes(images: Sequence[Tensor], count: int) -> Tensor:
