@@ -13,7 +13,7 @@ import tiedparam as tp
 from tests.support.unchanged import everything
 from tiedparam.files import header
 from tiedparam.formats.safetensors import Entry, SafetensorsFile, write
-from tiedparam.util.bits import checksum_of
+from tiedparam.laws import Coded
 
 MASK = torch.arange(24).view(4, 6) % 3 == 0
 INDEX = torch.arange(24).view(6, 4) % 5
@@ -138,14 +138,15 @@ def test_codes_of_a_wrong_size_are_refused_even_if_the_header_names_them(
     tp.save(net, path)
     rule = tp.get_tie(getattr(net, law))
     ((name, bits),) = rule.data().items()
-    codes = {code: change(bits).clone()}
+    codes, named = {code: change(bits).clone()}, Coded()
+    named.keep((), codes)
 
     def forge(entries):
         start = f"{law}.parametrizations.weight.0."
         del entries[start + name]
         entries[start + code] = codes[code]
 
-    rewritten(path, forged, forge, lambda text: text.replace(rule.checksum, checksum_of(codes)))
+    rewritten(path, forged, forge, lambda text: text.replace(rule.checksum, named.checksum))
     other = Net()
     before = everything(other)
     with pytest.raises(tp.TieError, match="was saved tied by .*the rule raised"):

@@ -111,6 +111,15 @@ class Coded(Orbits):
         """Sizes and checksum of the data, which stand for it in `options`."""
         return f"{'x'.join(map(str, self.coded_shape))} {_MARK}{self.checksum}"
 
+    @property
+    def holds_numbers(self) -> bool:
+        """Whether the law is numbers of the weight's dtype beside the codes, which may change."""
+        return False
+
+    def _why_not_in(self, dtype: torch.dtype, table: EntryTable) -> Reason | None:
+        # the table only counts numbers that the law holds
+        return None if self.holds_numbers else super()._why_not_in(dtype, table)
+
     def why_other_data(self, data: Mapping[str, Tensor]) -> Reason | None:
         """Why these are not the codes that the rule has or expects, or None.
 

@@ -109,14 +109,6 @@ class Orbits(Rule):
         """
         return prod(self.bound_layout.shape) >= CACHED_ENTRIES
 
-    @property
-    def holds_numbers(self) -> bool:
-        """Whether the law holds the fixed numbers itself, in the weight's dtype.
-
-        They may change, and the table only counts them.
-        """
-        return False
-
     # What follows from it -----------------------------------------------------------------------
 
     @property
@@ -188,10 +180,7 @@ class Orbits(Rule):
         if reason is not None or not self.is_derived:
             return reason
         found = self._found(layout)
-        if isinstance(found, Reason):
-            reason = found
-        elif found.constants is not None and not self.holds_numbers:
-            reason = why_not_in(dtype, found.constants)
+        reason = found if isinstance(found, Reason) else self._why_not_in(dtype, found)
         if isinstance(found, Reason) or reason is not None:
             self.layout: Layout | None = None
             return reason
@@ -201,6 +190,10 @@ class Orbits(Rule):
             none = torch.empty(found.cells, 0, dtype=dtype, device="cpu")
             self.register_buffer("_none", none, persistent=False)
         return None
+
+    def _why_not_in(self, dtype: torch.dtype, table: EntryTable) -> Reason | None:
+        """Why a dtype cannot hold the fixed numbers, or None."""
+        return None if table.constants is None else why_not_in(dtype, table.constants)
 
     def bind_device(self, device: torch.device) -> None:
         """Compute there also where no free value says where."""
