@@ -13,6 +13,7 @@ import tiedparam as tp
 from tests.support.unchanged import everything
 from tiedparam.files import header
 from tiedparam.formats.safetensors import Entry, SafetensorsFile, write
+from tiedparam.laws import Coded
 
 MASK = torch.arange(24).view(4, 6) % 3 == 0
 INDEX = torch.arange(24).view(6, 4) % 5
@@ -35,8 +36,8 @@ def tied(seed: int = 0) -> Net:
     return net
 
 
-def rewritten(path, new, change) -> None:
-    """The same file with other tensors, and a checksum that is right."""
+def rewritten(path, new, change, say=lambda text: text) -> None:
+    """The same file with other tensors, perhaps another header, and a checksum that is right."""
     file = SafetensorsFile(path)
     entries, said = {name: file[name].clone() for name in file}, file.metadata
     change(entries)
@@ -46,7 +47,7 @@ def rewritten(path, new, change) -> None:
             out,
             places,
             lambda entry: entries[entry.name],
-            {header.KEY: said[header.KEY]},
+            {header.KEY: say(said[header.KEY])},
             checksum=True,
             advance=lambda _: None,
         )
@@ -117,6 +118,40 @@ def test_a_file_whose_data_is_not_what_its_header_names_is_refused(
         tp.load(forged, other)
     assert everything(other) == before
     assert message in str(caught.value) or "missing" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("law", "code", "change"),
+    [
+        ("first", "mask_bits", lambda bits: bits[:2]),
+        ("first", "mask_bits", lambda bits: bits[0]),
+        ("first", "mask", lambda bits: bits),
+        ("last", "index_bits", lambda bits: bits[:, :1]),
+    ],
+    ids=["fewer bits", "no axis", "another name", "fewer numbers"],
+)
+def test_codes_of_a_wrong_size_are_refused_even_if_the_header_names_them(
+    tmp_path, law, code, change
+):
+    path, forged = tmp_path / "net.safetensors", tmp_path / "forged.safetensors"
+    net = tied()
+    tp.save(net, path)
+    rule = tp.get_tie(getattr(net, law))
+    ((name, bits),) = rule.data().items()
+    codes, named = {code: change(bits).clone()}, Coded()
+    named.keep((), codes)
+
+    def forge(entries):
+        start = f"{law}.parametrizations.weight.0."
+        del entries[start + name]
+        entries[start + code] = codes[code]
+
+    rewritten(path, forged, forge, lambda text: text.replace(rule.checksum, named.checksum))
+    other = Net()
+    before = everything(other)
+    with pytest.raises(tp.TieError, match="was saved tied by .*the rule raised"):
+        tp.load(forged, other)
+    assert everything(other) == before
 
 
 def test_a_model_that_is_tied_by_another_mask_refuses_the_file(tmp_path):

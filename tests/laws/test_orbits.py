@@ -323,6 +323,12 @@ def test_a_fixed_number_reaches_its_whole_orbit_with_its_signs():
         (lambda w: w.cumsum(0), "computed from several"),
         (lambda w: w[:2], "(2, 3)"),
         (lambda w: torch.full_like(w, torch.nan), "several, or scaled"),
+        (lambda w: w.clamp(min=0), "minus that weight"),
+        (lambda w: w.flip(0) if w[0, 0] > 0.9 else w, "minus that weight"),
+        (lambda w: w + 0j, "complex128"),
+        (lambda w: torch.empty_like(w, device="meta"), "on meta"),
+        (lambda w: w.tolist(), "a list"),
+        (lambda w: None, "None"),
     ],
 )
 def test_symmetries_that_state_no_equalities_are_refused(image, said):
@@ -333,6 +339,70 @@ def test_symmetries_that_state_no_equalities_are_refused(image, said):
             yield image(weight)
 
     assert_refused(nn.Linear(3, 4), Wrong, "state no equalities", said)
+
+
+def test_symmetries_that_depend_on_the_weight_are_refused():
+    class ForSome(Orbits):
+        law = "W = Wᵀ, where the first entry is positive"
+
+        def symmetries(self, weight):
+            if weight[0, 0] > 0:
+                yield weight.t()
+
+    class Forgetful(Orbits):
+        law = "W = Wᵀ"
+
+        def symmetries(self, weight):
+            weight.t()
+
+    assert_refused(nn.Linear(3, 3), ForSome, "not as many tensors for every weight")
+    assert_refused(nn.Linear(3, 3), Forgetful, "state no equalities", "None")
+
+
+def test_symmetries_may_write_to_the_weight_that_they_are_given():
+    class Written(Orbits):
+        law = "W = its rows in reverse order"
+
+        def symmetries(self, weight):
+            weight.copy_(weight.flip(0))
+            yield weight
+
+    layer = tied(lambda: nn.Linear(3, 5), Written)
+    assert torch.equal(layer.weight, layer.weight.flip(0))
+    assert tp.get_tie(layer).free_count == 9
+
+
+def test_generators_that_are_said_to_be_a_whole_group_are_closed_all_the_same():
+    class Turned(Orbits):
+        law = "W = W turned by a quarter"
+        states_whole_group = True
+
+        def __init__(self, sign=1):
+            super().__init__()
+            self.sign = sign
+
+        def symmetries(self, weight):
+            yield self.sign * weight.rot90()
+
+    layer = tied(lambda: nn.Linear(5, 5), Turned)
+    assert torch.equal(layer.weight, layer.weight.rot90())
+    assert tp.get_tie(layer).free_count == 7
+    skew = tied(lambda: nn.Linear(5, 5), Turned, sign=-1)
+    assert torch.equal(skew.weight, -skew.weight.rot90())
+    assert skew.weight[2, 2] == 0
+
+
+def test_a_fixed_number_must_be_one_of_the_dtype():
+    class Huge(Orbits):
+        law = "the first row is 1e300"
+
+        def symmetries(self, weight):
+            image = weight.clone()
+            image[0] = 1e300
+            yield image
+
+    assert_refused(nn.Linear(3, 4), Huge, "1 of 1 fixed numbers are too large for torch.float32")
+    assert tied(lambda: nn.Linear(3, 4), Huge).weight[0].eq(1e300).all()
 
 
 def test_a_law_that_leaves_nothing_is_refused():
@@ -396,6 +466,15 @@ def test_a_cell_of_which_the_weight_is_not_made_is_refused():
     assert_refused(nn.Conv1d(2, 5, 3), Uneven, "cell() is (2, 1, 3)", "(5, 2, 3)")
 
 
+@pytest.mark.parametrize("cell", [5, "abc", (1.0, 1, 3), (1, None, 3), {1, 2, 3}])
+def test_what_is_no_cell_is_refused(cell):
+    class Odd(Mirrored):
+        def cell(self):
+            return cell
+
+    assert_refused(nn.Conv1d(2, 5, 3), Odd, f"cell() is {cell}")
+
+
 # Tables -------------------------------------------------------------------------------------
 
 
@@ -408,6 +487,32 @@ def test_layers_copies_and_pickles_share_one_table():
     assert list(layers[0].buffers()) == []
     other = tied(lambda: nn.Conv2d(3, 4, 5), Mirrored)
     assert tp.get_tie(other)._table is not tp.get_tie(layers[0])._table
+
+
+def test_layouts_of_other_layer_groups_have_tables_of_their_own():
+    class OfStreams(Orbits):
+        law = "b[o] = b[o + g], g the groups of the layer"
+
+        def symmetries(self, weight):
+            yield weight.roll(self.bound_layout.layer_groups)
+
+    for groups in (1, 2, 3):
+        layer = nn.Conv1d(6, 6, 1, groups=groups)
+        tp.register_tie(layer, OfStreams, "bias")
+        assert tp.get_tie(layer, "bias").free_count == groups
+
+
+def test_a_law_that_says_itself_what_it_is_is_told_apart():
+    class Rolls(Orbits):
+        def __init__(self, step):
+            super().__init__()
+            self.law = f"W[o] = W[o + {step}]"
+
+        def symmetries(self, weight):
+            yield weight.roll(int(self.law[-2]), 0)
+
+    counts = [tp.get_tie(tied(lambda: nn.Linear(1, 6), Rolls, step=s)).free_count for s in (2, 3)]
+    assert counts == [2, 3]
 
 
 def test_options_that_are_not_returned_by_options_are_told_apart():

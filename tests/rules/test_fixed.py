@@ -128,6 +128,7 @@ def test_a_file_brings_mask_and_numbers_back(tmp_path, value):
         ({"mask": MASK.int()}, ("torch.int32",)),
         ({"mask": MASK, "value": torch.ones(3, 4)}, ("(3, 4)", "(3, 3)")),
         ({"mask": MASK, "value": torch.inf}, ("inf",)),
+        ({"mask": MASK, "value": 10**400}, ("not finite",)),
         ({"mask": MASK, "value": torch.full((3, 3), torch.nan)}, ("4 of 4",)),
         ({"mask": MASK, "value": "much"}, ("'much'",)),
         ({"mask": MASK, "value": 1e39}, ("1 of 1", "torch.float32")),

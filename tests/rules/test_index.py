@@ -117,9 +117,19 @@ LAWFUL = torch.arange(6).view(2, 3)
         ({"index": LAWFUL.tolist()}, ("list",)),
         ({"index": LAWFUL, "signs": torch.ones(3)}, ("(3,)", "(2, 3)")),
         ({"index": LAWFUL, "signs": LAWFUL}, ("5 of 6 signs",)),
+        ({"index": LAWFUL, "signs": torch.full((2, 3), 1j)}, ("6 of 6 signs",)),
         ({"index": "2x3 sha256:0123456789abcdef"}, ("file",)),
         ({"index": "all"}, ("'all'",)),
     ],
 )
 def test_refusals(options, parts):
     assert_refused(nn.Linear(3, 2), "index", *parts, **options)
+
+
+def test_a_sparse_index_is_an_index():
+    index = torch.eye(3).long()
+    sparse = {"index": index.to_sparse(), "signs": (2 * index - 1).to_sparse()}
+    one, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    tp.register_tie(one, "index", **sparse)
+    tp.register_tie(other, "index", index=index, signs=2 * index - 1)
+    assert torch.equal(tp.get_tie(one).orbit_labels(), tp.get_tie(other).orbit_labels())

@@ -376,6 +376,14 @@ def test_what_is_left_follows_the_layer(nothing, tmp_path):
     assert torch.equal(loaded(torch.ones(1, 4).double()), model(torch.ones(1, 4).double()))
 
 
+def test_what_is_left_follows_an_assigned_state_dict(nothing):
+    beside = tp.register_tie(nn.Linear(2, 4), ["flip_sym", "skew"], rows=slice(0, 2))
+    for loaded in (nothing(), beside):
+        layer = copy.deepcopy(loaded).to("meta")
+        layer.load_state_dict(loaded.state_dict(), assign=True)
+        assert torch.equal(layer.weight, loaded.weight)
+
+
 def test_nothing_left_trains_exports_and_is_removed(nothing):
     layer = nn.Linear(4, 4)
     optimizer = torch.optim.Adam(layer.parameters())
@@ -452,6 +460,8 @@ def test_a_fixed_number_holds_together_with_a_law():
     assert stored(layer) == 6
     twos = ("fixed", {"mask": torch.eye(4).bool(), "value": 2.0})
     assert_refused(nn.Linear(4, 4), [ones, twos], "fixes one entry to 1 and to 2")
+    huge = ("fixed", {"mask": torch.eye(4).bool(), "value": 1e39})
+    assert_refused(nn.Linear(4, 4), [huge, "flip_sym"], "too large for torch.float32")
     weights = ("fixed", {"mask": torch.eye(4).bool()})
     assert_refused(nn.Linear(4, 4), [weights, "flip_sym"], "holds numbers", "one number as value=")
 

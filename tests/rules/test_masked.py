@@ -190,6 +190,17 @@ def test_refusals(options, parts):
     assert_refused(nn.Linear(6, 4), "masked", *parts, **options)
 
 
+def test_a_band_may_be_wider_than_any_matrix():
+    layer = tp.register_tie(nn.Linear(6, 4), "masked", pattern="banded", width=(10**30, 0))
+    assert torch.equal(layer.weight, layer.weight.tril())
+
+
+def test_a_sparse_mask_is_a_mask():
+    layer = nn.Linear(4, 4)
+    tp.register_tie(layer, "masked", mask=torch.eye(4).bool().to_sparse())
+    assert torch.equal(layer.weight, layer.weight.diagonal().diag())
+
+
 def test_a_pattern_needs_two_axes():
     assert_refused(nn.Linear(6, 4), "masked", "(4,)", tensor_name="bias", pattern="lower")
 

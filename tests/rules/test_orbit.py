@@ -148,10 +148,22 @@ def test_a_file_brings_the_generators_back(tmp_path):
         ({"generators": [(TURN, TURN), (TURN, [0, 1])]}, ("[2, 4]", "inputs")),
         ({"generators": [(TURN, TURN)], "signs": [1, 1]}, ("[1, 1]", "1 generators")),
         ({"generators": [(TURN, TURN)], "signs": [2]}, ("[2]",)),
+        ({"generators": [(TURN, TURN)], "signs": 1}, ("signs=1",)),
+        ({"generators": [(TURN, TURN)], "signs": torch.tensor([[1]])}, ("signs=[[1]]",)),
+        ({"generators": [(None, None)]}, ("permute nothing",)),
     ],
 )  # fmt: skip
 def test_refusals(options, parts):
     assert_refused(nn.Linear(4, 4), "orbit", *parts, **options)
+
+
+def test_signs_may_be_a_tensor_and_a_file_holds_them(tmp_path):
+    options = {"generators": [(TURN, TURN)], "signs": torch.tensor([-1])}
+    layer = tp.register_tie(nn.Linear(4, 4), "orbit", **options)
+    assert tp.get_tie(layer).options()["signs"] == [-1]
+    tp.save(layer, tmp_path / "orbit.safetensors")
+    fresh = tp.load(tmp_path / "orbit.safetensors", nn.Linear(4, 4))
+    assert torch.equal(fresh.weight, layer.weight)
 
 
 def test_every_entry_may_be_its_own_negative():

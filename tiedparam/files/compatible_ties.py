@@ -82,6 +82,9 @@ def _misfit(
         return _why_not_made(tie, tie.make(functions, data), layer, model)
     except TieError as error:
         return within("", error).reason
+    except Exception as error:  # data that was forged, or a rule that may be anybody's
+        fact = f"the rule raised {type(error).__name__}: {error}"
+        return Reason(fact, "Fetch or save it again.")
 
 
 def _why_not_made(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.Module) -> Reason | None:

@@ -26,7 +26,9 @@ def why_no_cell(cell: tuple[int, ...] | None, layout: Layout) -> Reason | None:
     """Why a weight is not made of such cells, or None."""
     shape = layout.canonical_shape
     if cell is None or (
-        len(cell) == len(shape)
+        isinstance(cell, (tuple, list))
+        and len(cell) == len(shape)
+        and all(isinstance(size, int) for size in cell)
         and all(size > 0 and n % size == 0 for n, size in zip(shape, cell, strict=True))
     ):
         return None

@@ -116,6 +116,10 @@ class Coded(Orbits):
         """Whether the law is numbers of the weight's dtype beside the codes, which may change."""
         return False
 
+    def _why_not_in(self, dtype: torch.dtype, table: EntryTable) -> Reason | None:
+        # the table only counts numbers that the law holds
+        return None if self.holds_numbers else super()._why_not_in(dtype, table)
+
     def why_other_data(self, data: Mapping[str, Tensor]) -> Reason | None:
         """Why these are not the codes that the rule has or expects, or None.
 

@@ -38,6 +38,16 @@ def of_group(images: Sequence[Tensor], count: int) -> Tensor:
     return torch.where(positive == negative, 0, signed)
 
 
+def are_closed(first: Tensor, images: Sequence[Tensor]) -> bool:
+    """Whether every equality holds among these orbits.
+
+    Args:
+        first: for each entry a member of its orbit that is not later, as `of_equalities` gives it.
+        images: the equalities, of which every one says something of every entry.
+    """
+    return all(torch.equal(first[image.abs() - 1] * image.sign(), first) for image in images)
+
+
 def _smallest_nodes(images: Sequence[Tensor], count: int) -> Tensor:
     """For each node, two for each entry, the smallest one that it is connected with.
 

@@ -169,6 +169,11 @@ class EntryTable(LinearMap):
             return torch.where(label.abs() > self.count, 0, label)
 
     @property
+    def constants(self) -> Tensor | None:
+        """The numbers to which entries are fixed, in float64; None if all are free."""
+        return self._constants
+
+    @property
     def nbytes(self) -> int:
         """How many bytes the table takes, and its adjoint will."""
         return 2 * self._places.nbytes

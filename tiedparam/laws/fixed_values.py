@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiedparam.laws.masks import spread_over, why_not_over
 from tiedparam.util.bits import checksum_of
-from tiedparam.util.errors import Reason
+from tiedparam.util.errors import Reason, shortened
 from tiedparam.util.torch_modes import plain_numbers
 from tiedparam.util.torch_private import has_values
 
@@ -19,8 +19,12 @@ def why_no_number(value: Any) -> Reason | None:
     """Why this is not a finite number, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return Reason(f"value={value!r} is no number.", "Give a number or a tensor.")
-    if not isfinite(value):
-        return Reason(f"value={value!r} is not finite.", "Give a finite number.")
+    try:
+        is_finite = isfinite(value)
+    except OverflowError:  # an int that no float holds
+        is_finite = False
+    if not is_finite:
+        return Reason(f"value={shortened(repr(value))} is not finite.", "Give a finite number.")
     return None
 
 
@@ -42,18 +46,6 @@ def values_on(mask: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | Reason:
             count = int((~values.isfinite()).sum())
             return Reason(f"{count} of {len(values)} fixed numbers are not finite.")
         return mask, values
-
-
-def why_not_in(dtype: torch.dtype, values: Tensor) -> Reason | None:
-    """Why a dtype cannot hold numbers, or None."""
-    with plain_numbers():
-        values = values.detach().cpu()
-        if values.is_complex() and not dtype.is_complex:
-            return Reason(f"the fixed numbers are complex, and the tensor is {dtype}.")
-        lost = int((values.isfinite() & ~values.to(dtype).isfinite()).sum())
-        if lost:
-            return Reason(f"{lost} of {values.numel()} fixed numbers are too large for {dtype}.")
-    return None
 
 
 def checksum_of_values(values: Tensor) -> str:

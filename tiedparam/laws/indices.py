@@ -24,7 +24,7 @@ def why_no_index(index: Any) -> Reason | None:
     if not has_values(index) or index.numel() == 0:
         return Reason(f"index {tuple(index.shape)} has no values.", "Make it on a real device.")
     with plain_numbers():
-        numbers = index.detach().cpu().long().unique()
+        numbers = index.detach().cpu().to_dense().long().unique()
         if int(numbers[0]) < -1:
             return Reason(f"index has {int(numbers[0])}.", "Use numbers from 0, and -1 for zero.")
         numbers = numbers[numbers >= 0]
@@ -53,7 +53,8 @@ def why_no_signs(signs: Any, index: Tensor) -> Reason | None:
         return Reason(f"signs is a {type(signs).__name__}.", "Give a tensor of 1 and -1.")
     if signs.shape != index.shape:
         return Reason(f"signs is {tuple(signs.shape)}, and index {tuple(index.shape)}.")
-    wrong = int((signs.abs() != 1).sum()) if signs.dtype != torch.bool else signs.numel()
+    whole = signs.dtype != torch.bool and not signs.is_complex()
+    wrong = int((signs.to_dense().abs() != 1).sum()) if whole else signs.numel()
     if wrong:
         return Reason(f"{wrong} of {signs.numel()} signs are neither 1 nor -1.")
     return None

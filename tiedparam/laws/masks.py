@@ -50,7 +50,7 @@ def mask_of(mask: Any) -> Tensor | Reason:
     if not has_values(mask):
         return Reason(f"mask {tuple(mask.shape)} has no values.", "Make it on a real device.")
     with plain_numbers():
-        plain: Tensor = mask.detach().cpu()
+        plain: Tensor = mask.detach().cpu().to_dense()
         if not bool(plain.any()):
             return Reason(
                 f"mask {tuple(mask.shape)} is False at all of its {mask.numel()} places.",

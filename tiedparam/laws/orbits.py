@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tiedparam.laws.cells import consecutive_cells, why_no_cell
+from tiedparam.laws.dtypes import why_not_in
 from tiedparam.laws.entry_table import EntryTable
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.pattern import Pattern, find_pattern
@@ -28,7 +29,7 @@ a convolution it cannot be felt.
 """
 
 
-_OF_EVERY_RULE = frozenset(vars(nn.Module())) | {"layout", "compute", "law"}
+_OF_EVERY_RULE = frozenset(vars(nn.Module())) | {"layout", "compute"}
 """Attributes on which no symmetry depends."""
 
 
@@ -62,7 +63,7 @@ class Orbits(Rule):
     complex_valued = True
     states_whole_group: ClassVar[bool] = False
     """Whether `symmetries` yields every element of a group (the identity may be left out): then
-    one pass over them is enough."""
+    one pass over them is enough. It is for speed alone: where it is not so, nothing changes."""
     may_leave_nothing: ClassVar[bool] = False
     """Whether the law may fix every entry, so that no value is left to train. Else it is refused.
     """
@@ -186,9 +187,10 @@ class Orbits(Rule):
         if reason is not None or not self.is_derived:
             return reason
         found = self._found(layout)
-        if isinstance(found, Reason):
+        reason = found if isinstance(found, Reason) else self._why_not_in(dtype, found)
+        if isinstance(found, Reason) or reason is not None:
             self.layout: Layout | None = None
-            return found
+            return reason
         self._table = found
         if not found.count:
             # where no Parameter tells dtype and device, this does, which a layer moves and casts
@@ -196,10 +198,14 @@ class Orbits(Rule):
             self.register_buffer("_none", none, persistent=False)
         return None
 
+    def _why_not_in(self, dtype: torch.dtype, table: EntryTable) -> Reason | None:
+        """Why a dtype cannot hold the fixed numbers, or None."""
+        return None if table.constants is None else why_not_in(dtype, table.constants)
+
     def bind_device(self, device: torch.device) -> None:
         """Compute there also where no free value says where."""
         if "_none" in self._buffers:
-            self._none = self._none.to(device)
+            self._none = torch.empty_like(self._none, device=device)  # also from the meta device
 
     def _found(self, layout: Layout) -> EntryTable | Reason:
         """The table for a weight of this layout, or why there is none."""
@@ -208,7 +214,8 @@ class Orbits(Rule):
         if reason is not None:
             return reason
         cells = consecutive_cells(cell, layout)
-        key = (self.law_key(), layout, cells.layout)
+        # the groups of the layer apart, by which layouts are not told apart
+        key = (self.law_key(), layout, layout.layer_groups, cells.layout)
         of_cell = self.for_layout(cells.layout)
         found = find_table(key, of_cell.find_pattern, cells, layout)
         nothing = isinstance(found, EntryTable) and not found.count

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,12 +40,13 @@ def find_pattern(
     """Run the symmetries on numbers, from which every equality can be read.
 
     The numbers 1, 2, … show which entry another one equals, and its sign. What stays the same
-    when all numbers change their signs is fixed. Random numbers show that nothing else is stated.
+    when all numbers change their signs is fixed. Random numbers show that nothing else is stated,
+    and minus the numbers that it is stated of every weight.
 
     Args:
         symmetries: the law, as `Rule.symmetries` states it.
         shape: the weight's shape.
-        group: whether they are all elements of a group.
+        group: whether they are all elements of a group, which is only believed if it is so.
 
     Returns:
         The pattern; or why there is none.
@@ -54,11 +57,15 @@ def find_pattern(
         random = torch.Generator("cpu").manual_seed(0)
         others = torch.rand(numbers.shape, dtype=torch.float64, device="cpu", generator=random)
         images, fixed = [], []
-        probes = (numbers, -numbers, others)
-        for three in zip(*(symmetries(probe.view(shape)) for probe in probes), strict=True):
-            wrong = next((image.shape for image in three if tuple(image.shape) != shape), None)
-            if wrong is not None:
-                return _misstated(f"they give {tuple(wrong)} for a weight of {shape}")
+        # in storage of their own: a law may write to the weight that it is given
+        probes = (numbers.clone(), -numbers, others.clone())
+        found = [symmetries(probe.view(shape)) for probe in probes]
+        if any(each is None for each in found):
+            return _misstated("they give None")
+        for three in zip_longest(*found):
+            wrong = next((wrong for wrong in (_why_no_image(x, shape) for x in three) if wrong), "")
+            if wrong:
+                return _misstated(wrong)
             image, negative, other = (each.to(torch.float64).flatten() for each in three)
             constant = image == negative
             number = torch.where(constant, 0.0, image)
@@ -66,11 +73,28 @@ def find_pattern(
             expected = torch.where(constant, image, others[at] * number.sign())
             if not torch.equal(other, expected) or not torch.equal(number.trunc(), number):
                 return _misstated("an entry of theirs is computed from several, or scaled")
+            if not torch.equal(negative, torch.where(constant, image, -image)):
+                return _misstated("they say other things of a weight and of minus that weight")
             images.append(number.to(torch.int64))
             fixed.append(torch.where(constant, image, torch.nan))
         one_pass = group and not any(bool((~values.isnan()).any()) for values in fixed)
-        components_of = components.of_group if one_pass else components.of_equalities
-        return _numbered(components_of(images, len(numbers)), fixed)
+        first = components.of_group(images, len(numbers)) if one_pass else None
+        if first is None or not components.are_closed(first, images):
+            first = components.of_equalities(images, len(numbers))
+        return _numbered(first, fixed)
+
+
+def _why_no_image(image: Any, shape: tuple[int, ...]) -> str:
+    """What is wrong with a tensor that should be an image of the numbers; empty if nothing is."""
+    if image is None:
+        return "they give None, or not as many tensors for every weight"
+    if not isinstance(image, Tensor):
+        return f"they give a {type(image).__name__} and no tensor"
+    if tuple(image.shape) != shape:
+        return f"they give {tuple(image.shape)} for a weight of {shape}"
+    if image.is_complex() or image.device.type != "cpu":
+        return f"they give {image.dtype} on {image.device} for real numbers on the CPU"
+    return ""
 
 
 def _misstated(fact: str) -> Reason:

@@ -46,6 +46,8 @@ def given_generators(generators: Any) -> list[Tensor] | Reason:
         with plain_numbers():
             still = torch.arange(size, device="cpu")
             axes.append(torch.stack([still if each is None else each for each in column]))
+    if not any(axis.numel() for axis in axes):
+        return Reason("the generators permute nothing.", "Give a permutation of some axis.")
     return axes
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Reason
+from tiedparam.laws.dtypes import why_not_in
 from tiedparam.laws.fixed_values import (
     checksum_of_values,
     same_numbers,
     values_on,
     why_no_number,
-    why_not_in,
 )
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.masks import OnMask, mask_of, numbered, spread_over
@@ -120,8 +120,6 @@ class Fixed(OnMask):
         values = self._buffers.get("values")
         if self.fault is None and self.value is None and values is None:
             return Reason(f"the fixed numbers are to be {_WEIGHT}.", "Tie it by register_tie.")
-        if self.fault is None and not isinstance(self.value, str) and values is None:
-            values = torch.tensor([self.value], dtype=torch.float64, device="cpu")
         reason = None if values is None else why_not_in(dtype, values)
         return reason or super().bind(layout, dtype)
 

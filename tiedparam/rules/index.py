@@ -56,12 +56,13 @@ class Index(Coded):
         self.fault: Reason | None = why_no_index(index) or why_no_signs(signs, index)
         if self.fault is None:
             with plain_numbers():
-                index = index.detach().cpu().to(torch.int32)
+                index = index.detach().cpu().to_dense().to(torch.int32)
                 codes = {"index_bits": pack_numbers(index.flatten().clamp(min=0), int(index.max()))}
                 if bool((index < 0).any()):
                     codes["zero_bits"] = pack_flags((index < 0).flatten())
-                if signs is not None and bool((signs < 0).any()):
-                    codes["sign_bits"] = pack_flags((signs < 0).cpu().flatten())
+                negative = None if signs is None else signs.detach().cpu().to_dense() < 0
+                if negative is not None and bool(negative.any()):
+                    codes["sign_bits"] = pack_flags(negative.flatten())
                 self.keep(tuple(index.shape), codes)
 
     def options(self) -> dict[str, Any]:

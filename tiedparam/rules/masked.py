@@ -160,7 +160,7 @@ class Masked(OnMask):
                 free = free.repeat_interleave(inputs // self.blocks, 1)
             else:
                 below, above = self.width if isinstance(self.width, list) else [self.width] * 2
-                free = free.triu(-below).tril(above)
+                free = free.triu(-min(below, outputs)).tril(min(above, inputs))
             return layout.native(spread_over(free, shape))
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:

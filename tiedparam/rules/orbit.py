@@ -55,17 +55,11 @@ class Orbit(Coded):
         signs: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.signs: list[int] | None = None if signs is None else list(signs)
+        self.signs: list[int] | None = _plain_signs(signs)
         if isinstance(generators, str):
             self.expect(generators)
             return
         axes = given_generators(generators)
-        if not isinstance(axes, Reason) and self.signs is not None:
-            count = len(axes[0]) if axes else 0
-            if len(self.signs) != count or any(sign not in (1, -1) for sign in self.signs):
-                axes = Reason(
-                    f"signs={self.signs!r} for {count} generators.", "Give 1 or -1 for each."
-                )
         if isinstance(axes, Reason):
             self.fault: Reason | None = axes
             return
@@ -82,8 +76,8 @@ class Orbit(Coded):
         return ({"generators": self.tag} if self.checksum else {}) | signs
 
     def check(self, layout: Layout) -> Reason | None:
-        """The permutations must have the sizes of the axes."""
-        reason = super().check(layout)
+        """The permutations must have the sizes of the axes, and a sign each, if any has one."""
+        reason = super().check(layout) or self._why_no_signs()
         if reason is not None:
             return reason
         outputs, *others = layout.canonical_shape
@@ -103,6 +97,14 @@ class Orbit(Coded):
                     f"Give permutations of 0 to {size - 1}.",
                 )
         return None
+
+    def _why_no_signs(self) -> Reason | None:
+        signs, count = self.signs, self.coded_shape[0]
+        if signs is None or (
+            isinstance(signs, list) and len(signs) == count and all(s in (1, -1) for s in signs)
+        ):
+            return None
+        return Reason(f"signs={signs!r} for {count} generators.", "Give 1 or -1 for each.")
 
     def _permutations(self) -> list[list[Tensor | None]]:
         """For each generator the permutation of each axis; None where all leave it alone."""
@@ -157,3 +159,12 @@ class Orbit(Coded):
             ),
             Example(lambda: nn.Linear(2, 4), {"generators": [(turn,)]}, "", "bias"),
         )
+
+
+def _plain_signs(signs: Any) -> Any:
+    """Signs as files have them; what is none as it is, to be refused."""
+    if isinstance(signs, Tensor):
+        signs = signs.tolist()
+    if not isinstance(signs, (list, tuple)):
+        return signs
+    return [int(sign) if sign in (1, -1) else sign for sign in signs]

@@ -37,7 +37,7 @@ from tiedparam.util.bits import same_bits
 from tiedparam.util.callers import caller
 from tiedparam.util.errors import Reason
 from tiedparam.util.sharded import is_sharded, write
-from tiedparam.util.torch_private import has_values, metadata_of
+from tiedparam.util.torch_private import has_values, metadata_of, parameters_of
 
 
 def accept(
@@ -71,6 +71,17 @@ def accept(
             error_msgs.append(str(reason))
             state_dict.update(zip(keys, tie.free, strict=True))
             state_dict.update(tie.data(prefix))
+        elif local_metadata.get("assign_to_params_buffers"):
+            _follow(tie, prefix, state_dict)
+
+
+def _follow(tie: Tie, prefix: str, state_dict: Mapping[str, Any]) -> None:
+    """Let a law compute where the layer will be, even if it has no value to be assigned."""
+    names = [*tie.keys(prefix), *tie.data(prefix), *(prefix + n for n in parameters_of(tie.layer))]
+    for value in map(state_dict.get, names):
+        if isinstance(value, Tensor) and has_values(value):
+            tie.rule.bind_device(value.device)
+            return
 
 
 def _why_not_loaded(
