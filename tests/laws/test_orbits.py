@@ -475,6 +475,15 @@ def test_what_is_no_cell_is_refused(cell):
     assert_refused(nn.Conv1d(2, 5, 3), Odd, f"cell() is {cell}")
 
 
+def test_a_cell_that_the_law_does_not_leave_alone_is_refused():
+    class MirroredAndRolled(Mirrored):
+        def symmetries(self, weight):
+            yield weight.flip(-1)
+            yield weight.roll(1, 0)
+
+    assert_refused(nn.Conv1d(2, 4, 3), MirroredAndRolled, "cell() is (1, 1, 3)", "breaks the law")
+
+
 # Tables -------------------------------------------------------------------------------------
 
 

@@ -217,7 +217,8 @@ class Orbits(Rule):
         # the groups of the layer apart, by which layouts are not told apart
         key = (self.law_key(), layout, layout.layer_groups, cells.layout)
         of_cell = self.for_layout(cells.layout)
-        found = find_table(key, of_cell.find_pattern, cells, layout)
+        whole = self.for_layout(layout)
+        found = find_table(key, of_cell.find_pattern, whole.why_no_such_cells, cells, layout)
         nothing = isinstance(found, EntryTable) and not found.count
         if not nothing or self.may_leave_nothing:
             return found
@@ -247,6 +248,21 @@ class Orbits(Rule):
         """
         shape = self.bound_layout.shape
         return find_pattern(self.symmetries, shape, group=self.states_whole_group)
+
+    def why_no_such_cells(self, table: EntryTable) -> Reason | None:
+        """Why a weight that is made cell by cell breaks the law, or None."""
+        if table.cells == 1:
+            return None
+        with plain_numbers():
+            random = torch.Generator("cpu").manual_seed(0)
+            free = torch.rand(table.cells, table.count, device="cpu", generator=random)
+            weight = table.expand(free).view(table.shape)
+            if all(torch.equal(image, weight) for image in self.symmetries(weight.clone())):
+                return None
+        return Reason(
+            f"its cell() is {self.cell()}, and a weight made of such cells breaks the law.",
+            "Correct the rule: name all axes that the law mixes, or leave out cell().",
+        )
 
     def for_layout(self, layout: Layout) -> Self:
         """The rule as if it were bound to another layout, to ask for its symmetries."""

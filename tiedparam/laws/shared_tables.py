@@ -29,13 +29,18 @@ _writing = Lock()
 
 
 def find_table(
-    key: Hashable, find: Callable[[], Pattern | Reason], cells: Cells, layout: Layout
+    key: Hashable,
+    find: Callable[[], Pattern | Reason],
+    why_wrong: Callable[[EntryTable], Reason | None],
+    cells: Cells,
+    layout: Layout,
 ) -> EntryTable | Reason:
     """The table of a law, or why there is none.
 
     Args:
         key: law, options and layout.
         find: finds the pattern of one cell.
+        why_wrong: judges a table that was just made.
         cells: the cells of the weight.
         layout: that of the weight.
     """
@@ -48,6 +53,9 @@ def find_table(
     if isinstance(pattern, Reason):
         return pattern
     table = EntryTable(pattern, cells.count, layout.shape)
+    reason = why_wrong(table)
+    if reason is not None:
+        return reason
     with _writing:
         _used[key] = table
         _keep(key, table)
