@@ -18,7 +18,6 @@ from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.util.errors import Reason
-from tiedparam.util.torch_modes import is_traced_or_transformed, may_carry_tangents
 
 _FEW = 65_536
 """Up to so many entries all rows are summed at once. The padding makes them twice as many, which
@@ -47,7 +46,7 @@ class OfDiagonals(Orbits):
     def forward(self, *free: Tensor) -> Tensor:
         """Lay the values along the diagonals."""
         (values,) = free
-        matrix = self._expansion(values)
+        matrix = self._expansion.made(values)
         layout = self.bound_layout
         return layout.native(matrix).contiguous() if layout.transposed else matrix
 
@@ -82,12 +81,6 @@ class AntiDiagonals(LinearMap):
         """How many values there are."""
         return self.rows + self.columns - 1
 
-    def __call__(self, free: Tensor) -> Tensor:
-        """The weight. Recorded as plain operations where torch traces or transforms them."""
-        if is_traced_or_transformed() or may_carry_tangents():
-            return self.in_plain_operations(free.reshape(-1))
-        return self.recorded(free)
-
     def __deepcopy__(self, memo: dict[int, object]) -> AntiDiagonals:
         return self  # nothing in it changes
 
@@ -95,14 +88,14 @@ class AntiDiagonals(LinearMap):
         """Row ``o`` is the window that begins at ``w[o]``."""
         return free.reshape(-1).unfold(0, self.columns, 1).contiguous()
 
-    def in_plain_operations(self, values: Tensor) -> Tensor:
+    def in_plain_operations(self, free: Tensor, *constants: Tensor) -> Tensor:
         """`expand`, differentiable, by copies whose gradients are sums.
 
         The gradient of windows is scattered, in no fixed order. Here the values are laid one after
         the other again and again, and cut into rows that are longer by one.
         """
         rows, period = self.rows, self.rows + self.columns - 1
-        laid = values.expand(rows + 1, period).reshape(-1)
+        laid = free.reshape(-1).expand(rows + 1, period).reshape(-1)
         return laid[: rows * (period + 1)].reshape(rows, -1)[:, : self.columns].contiguous()
 
     def fold(self, weight: Tensor) -> Tensor:
@@ -125,9 +118,9 @@ class Diagonals(AntiDiagonals):
         """Row ``o`` is the window that begins at ``w[o − n + 1]``, turned round."""
         return _turned(free.reshape(-1).unfold(0, self.columns, 1), 1)
 
-    def in_plain_operations(self, values: Tensor) -> Tensor:
+    def in_plain_operations(self, free: Tensor, *constants: Tensor) -> Tensor:
         """`expand`, differentiable, by copies whose gradients are sums."""
-        return _turned(super().in_plain_operations(values), 1)
+        return _turned(super().in_plain_operations(free), 1)
 
     def fold(self, weight: Tensor) -> Tensor:
         """The sums over the diagonals."""
@@ -152,9 +145,9 @@ class WrappedDiagonals(Diagonals):
         """The diagonals above the main one begin with ``w[1]``."""
         return super().expand(_twice(free.reshape(-1)))
 
-    def in_plain_operations(self, values: Tensor) -> Tensor:
+    def in_plain_operations(self, free: Tensor, *constants: Tensor) -> Tensor:
         """`expand`, differentiable, by copies whose gradients are sums."""
-        return super().in_plain_operations(_twice(values))
+        return super().in_plain_operations(_twice(free.reshape(-1)))
 
     def fold(self, weight: Tensor) -> Tensor:
         """The sums over both diagonals of each value."""

@@ -19,9 +19,7 @@ from tiedparam.laws.matrices import is_unrecorded, transposed
 from tiedparam.laws.pattern import Pattern
 from tiedparam.util.torch_modes import (
     beside,
-    is_traced_or_transformed,
     is_transformed,
-    may_carry_tangents,
     plain_numbers,
 )
 
@@ -110,10 +108,8 @@ class EntryTable(LinearMap):
         return self._linear
 
     def __call__(self, free: Tensor, *constants: Tensor) -> Tensor:
-        """The weight. Recorded as plain operations where torch traces or transforms them."""
-        if is_traced_or_transformed() or may_carry_tangents():
-            return self.expand(free, *constants).view(self.shape)
-        return self.recorded(free, *constants).view(self.shape)
+        """The weight in its shape."""
+        return self.made(free, *constants).view(self.shape)
 
     def expand(self, free: Tensor, *constants: Tensor) -> Tensor:
         """``(cells, values of a cell)`` → ``(cells, entries of a cell)``.

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiedparam.util.torch_modes import is_traced_or_transformed, may_carry_tangents
+
 
 class LinearMap(ABC):
     """From free values to a weight, up to a constant weight, and back by the adjoint."""
@@ -28,6 +30,16 @@ class LinearMap(ABC):
     def linear(self) -> LinearMap:
         """Without the constant."""
         return self
+
+    def made(self, free: Tensor, *constants: Tensor) -> Tensor:
+        """The weight: plain operations where torch traces or transforms them, else one node."""
+        if is_traced_or_transformed() or may_carry_tangents():
+            return self.in_plain_operations(free, *constants)
+        return self.recorded(free, *constants)
+
+    def in_plain_operations(self, free: Tensor, *constants: Tensor) -> Tensor:
+        """The weight by operations that have gradients, for traces; `expand`, where that does."""
+        return self.expand(free, *constants)
 
     def recorded(self, free: Tensor, *constants: Tensor) -> Tensor:
         """`expand`, whose gradient is `fold`, whose gradient is `expand`."""

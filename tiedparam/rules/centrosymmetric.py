@@ -15,7 +15,6 @@ from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.util.torch_modes import is_traced_or_transformed, may_carry_tangents
 
 
 @register_rule("centrosymmetric")
@@ -55,7 +54,7 @@ class Centrosymmetric(Orbits):
     def forward(self, *free: Tensor) -> Tensor:
         """The first half, and the same in reverse: read row by row the matrix is a palindrome."""
         (half,) = free
-        return _palindrome(prod(self.bound_layout.shape))(half).view(self.bound_layout.shape)
+        return _palindrome(prod(self.bound_layout.shape)).made(half).view(self.bound_layout.shape)
 
     def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Each entry of the first half plus its image."""
@@ -88,11 +87,6 @@ class _Palindrome(LinearMap):
 
     def __init__(self, entries: int) -> None:
         self.entries = entries
-
-    def __call__(self, half: Tensor) -> Tensor:
-        if is_traced_or_transformed() or may_carry_tangents():
-            return self.expand(half)
-        return self.recorded(half)
 
     def expand(self, free: Tensor) -> Tensor:
         half = free.reshape(-1)

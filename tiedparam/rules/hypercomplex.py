@@ -17,7 +17,6 @@ from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.util.torch_modes import is_traced_or_transformed, may_carry_tangents
 
 Algebra = Literal["complex", "quaternion"]
 _COMPONENTS: dict[Algebra, int] = {"complex": 2, "quaternion": 4}
@@ -109,7 +108,7 @@ class Hypercomplex(Orbits):
     def forward(self, *free: Tensor) -> Tensor:
         """Lay the components, with their signs, side by side and below one another."""
         (column,) = free
-        return _components(self.bound_layout, _COMPONENTS[self.algebra])(column)
+        return _components(self.bound_layout, _COMPONENTS[self.algebra]).made(column)
 
     def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The sum over the blocks of each component, with their signs."""
@@ -162,11 +161,6 @@ class _Components(LinearMap):
 
     def __init__(self, layout: Layout, n: int) -> None:
         self.layout, self.n = layout, n
-
-    def __call__(self, column: Tensor) -> Tensor:
-        if is_traced_or_transformed() or may_carry_tangents():
-            return self.expand(column)
-        return self.recorded(column)
 
     def expand(self, free: Tensor) -> Tensor:
         layout, n = self.layout, self.n

@@ -16,7 +16,6 @@ from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.util.torch_modes import is_traced_or_transformed, may_carry_tangents
 
 
 @register_rule("set_equivariant")
@@ -94,7 +93,7 @@ class SetEquivariant(Orbits):
     def forward(self, *free: Tensor) -> Tensor:
         """One entry on the diagonals of all blocks, another beside them."""
         (values,) = free
-        return _blocks(self.bound_layout, self.items)(values)
+        return _blocks(self.bound_layout, self.items).made(values)
 
     def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The sums over the diagonals, and over what is beside them."""
@@ -150,12 +149,7 @@ class _Blocks(LinearMap):
     def __init__(self, layout: Layout, items: int) -> None:
         self.layout, self.items = layout, items
 
-    def __call__(self, free: Tensor) -> Tensor:
-        if is_traced_or_transformed() or may_carry_tangents():
-            return self.chosen(free)
-        return self.recorded(free)
-
-    def chosen(self, free: Tensor) -> Tensor:
+    def in_plain_operations(self, free: Tensor, *constants: Tensor) -> Tensor:
         """`expand` without a write in place, which ONNX does not have."""
         same, other = (part[:, None, :, None] for part in free.chunk(2))
         item = torch.arange(self.items, device=free.device)
