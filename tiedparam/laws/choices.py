@@ -1,4 +1,4 @@
-"""What is wrong with the value of an option, for laws that take one of a few."""
+"""What is wrong with the value of an option: not one of a few, or no count."""
 
 from __future__ import annotations
 
@@ -22,3 +22,10 @@ def why_not_one_of(option: str, value: object, choices: Any) -> Reason | None:
     return Reason(
         f"{option}={value!r} is unknown.", f"Choose one of {', '.join(map(repr, known))}."
     )
+
+
+def why_no_count(option: str, value: object) -> Reason | None:
+    """Why an option cannot be this number of things, or None."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return None
+    return Reason(f"{option} must be a positive integer, not {value!r}.")

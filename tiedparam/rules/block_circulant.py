@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tiedparam.laws import Orbits, Reason
+from tiedparam.laws.choices import why_no_count
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
@@ -58,8 +59,9 @@ class BlockCirculant(Orbits):
 
     def check(self, layout: Layout) -> Reason | None:
         """``block`` must be a positive divisor of both sides of a matrix."""
-        if not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1:
-            return Reason(f"block must be a positive integer, not {self.block!r}.")
+        reason = why_no_count("block", self.block)
+        if reason is not None:
+            return reason
         reason = why_no_matrix(layout)
         if reason is not None:
             return reason

@@ -9,6 +9,7 @@ from torch import nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.broadcast import Blocks, Broadcast
+from tiedparam.laws.choices import why_no_count
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
@@ -55,8 +56,9 @@ class HeadShare(Broadcast):
     def check(self, layout: Layout) -> Reason | None:
         """``heads`` must divide the number of rows, and ``groups`` that of heads."""
         for name, count in self.options().items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                return Reason(f"{name} must be a positive integer, not {count!r}.")
+            reason = why_no_count(name, count)
+            if reason is not None:
+                return reason
         if not layout.shape:
             return Reason("a tensor without axes has no rows.", "Tie a weight or a bias.")
         rows = layout.canonical_shape[0]

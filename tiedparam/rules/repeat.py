@@ -9,6 +9,7 @@ from torch import nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
+from tiedparam.laws.choices import why_no_count
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
@@ -118,8 +119,9 @@ class Repeat(Broadcast):
             known = ", ".join(f"'{order}'" for order in _LAWS)
             return Reason(f"order={self.order!r} is unknown.", f"Choose one of {known}.")
         for name, copies in (("outputs", self.outputs), ("inputs", self.inputs)):
-            if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
-                return Reason(f"{name} must be a positive integer, not {copies!r}.")
+            reason = why_no_count(name, copies)
+            if reason is not None:
+                return reason
         if not layout.shape:
             return Reason("a tensor without axes has no outputs.", "Tie a weight or a bias.")
         out, *rest = layout.canonical_shape

@@ -9,6 +9,7 @@ from torch import nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
+from tiedparam.laws.choices import why_no_count
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
@@ -55,8 +56,9 @@ class RowRepeat(Broadcast):
 
     def check(self, layout: Layout) -> Reason | None:
         """``groups`` must be a positive divisor of the number of outputs."""
-        if not isinstance(self.groups, int) or isinstance(self.groups, bool) or self.groups < 1:
-            return Reason(f"groups must be a positive integer, not {self.groups!r}.")
+        reason = why_no_count("groups", self.groups)
+        if reason is not None:
+            return reason
         if not layout.shape:
             return Reason("a tensor without axes has no rows.", "Tie a weight or a bias.")
         out = layout.canonical_shape[0]
