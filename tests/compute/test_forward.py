@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiedparam as tp
-from tiedparam.compute import forms, forward, windows
+from tiedparam.compute import forms, forward
+from tiedparam.products import windows
 from tiedparam.tie.lookup import tie_of
 
 BOUNDS = {torch.float64: 1e-11, torch.float32: 2e-4}

@@ -10,7 +10,7 @@ from torch import nn
 
 import tiedparam as tp
 from tiedparam.laws import pairs
-from tiedparam.laws.matrices import is_eager, is_unrecorded, transposed
+from tiedparam.products.matrices import is_eager, is_unrecorded, transposed
 from tiedparam.rules import flip_sym
 
 LAYERS = [

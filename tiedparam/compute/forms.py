@@ -11,7 +11,7 @@ rows repeat one output can be computed and spread. The forms equal the dense lay
     outputs that are equal.
 ``windows``
     Convolutions that are left with one input channel per group and share their filters, by the
-    products of `tiedparam.compute.windows`; where those do not serve, the other form.
+    products of `tiedparam.products.windows`; where those do not serve, the other form.
 
 `choose_form` says which, from what the law lets the layer save and from the layer's configuration,
 never from the batch. `tiedparam.compute.forward` computes them.

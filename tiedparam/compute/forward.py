@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiedparam.compute.forms import TORCHS_OWN, Computing, kind_with_forms
-from tiedparam.compute.windows import (
+from tiedparam.laws.rule import Rule
+from tiedparam.products.windows import (
     Geometry,
     convolve,
     convolves,
@@ -29,7 +30,6 @@ from tiedparam.compute.windows import (
     pays,
     summed_channels,
 )
-from tiedparam.laws.rule import Rule
 from tiedparam.tie.interposed import is_bare
 from tiedparam.util.torch_modes import is_traced, is_transformed
 from tiedparam.util.torch_private import (

@@ -7,6 +7,7 @@ derive from.
 
 from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
 from tiedparam.laws.coded import Coded
+from tiedparam.laws.forms import Call, Use, form
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked
 from tiedparam.laws.orbits import Orbits
@@ -18,6 +19,7 @@ from tiedparam.util.errors import Reason
 __all__ = [
     "Blocks",
     "Broadcast",
+    "Call",
     "Coded",
     "Compute",
     "Example",
@@ -27,6 +29,8 @@ __all__ = [
     "Reason",
     "Reduction",
     "Rule",
+    "Use",
     "available_rules",
+    "form",
     "register_rule",
 ]

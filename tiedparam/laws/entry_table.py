@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tiedparam.laws.linear_map import LinearMap
-from tiedparam.laws.matrices import is_unrecorded, transposed
 from tiedparam.laws.pattern import Pattern
+from tiedparam.products.matrices import is_unrecorded, transposed
 from tiedparam.util.torch_modes import (
     beside,
     is_transformed,

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.matrices import is_unrecorded, transposed
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.pairs import (
     TABLE_ENTRIES,
@@ -23,6 +22,7 @@ from tiedparam.laws.pairs import (
 )
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.products.matrices import is_unrecorded, transposed
 
 
 @register_rule("flip_sym")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiedparam.laws.matrices import is_eager
+from tiedparam.products.matrices import is_eager
 
 FEW_FILTERS = 8
 """Up to so many, the windows of a signal are added up one by one; a product has too few rows."""

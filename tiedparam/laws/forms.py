@@ -1,0 +1,143 @@
+"""The forms in which a layer can compute with a tied weight, apart from the dense one.
+
+A form is a method of its law, marked by `form` with what it costs. `tiedparam.compute` asks for
+them and chooses; to add one, write the method and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from torch import Tensor
+
+from tiedparam.laws.layout import Layout
+
+if TYPE_CHECKING:
+    from tiedparam.laws.rule import Rule
+
+Kind = Literal["linear", "convolution", "transposed"]
+"""What the stock layer does: a Linear, a convolution, or a transposed one."""
+Where = Literal["eager", "compiled", "anywhere"]
+"""Where a form can run.
+
+``"eager"``
+    On ordinary CPU tensors of float32 or float64, outside of autocast, transforms and traces.
+``"compiled"``
+    There, and in the graphs of ``torch.compile``.
+``"anywhere"``
+    Wherever the stock operation runs: by plain operations that take care of precision themselves.
+"""
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a layer is used, as far as the choice of a form may depend on it.
+
+    Attributes:
+        kind: what the stock layer does.
+        layout: of the weight.
+        rows: how many vectors of input are multiplied: rows of a Linear layer's input, samples ×
+            positions of a convolution's; None in a traced graph, where a choice must not depend
+            on the batch.
+        training: whether gradients are recorded.
+        kept: whether the weight is at hand (`frozen`), so that the dense form expands nothing.
+    """
+
+    kind: Kind
+    layout: Layout
+    rows: int | None = None
+    training: bool = False
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer, which a form computes.
+
+    Attributes:
+        layer: the layer, for its geometry; its weight is not to be read.
+        input: as the stock layer would take it.
+        free: the free values.
+        bias: the bias, or None.
+        stock: the stock operation, ``(input, weight, bias) → output``, with the layer's geometry
+            and groups.
+        use: of the layer.
+    """
+
+    layer: Any
+    input: Tensor
+    free: tuple[Tensor, ...]
+    bias: Tensor | None
+    stock: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    use: Use
+
+
+Cost = Callable[[Any, Use], "float | None"]
+"""``(rule, use)`` → the time of a form as a multiple of the dense form's, or None where the
+layer has no such form."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to compute a layer.
+
+    Attributes:
+        name: as ``compute=`` takes it.
+        cost: what it takes.
+        compute: ``(rule, call)`` → the output as the dense layer gives it, up to rounding; or None
+            where the form does not serve this call.
+        where: where it can run.
+    """
+
+    name: str
+    cost: Cost
+    compute: Callable[[Any, Call], Tensor | None]
+    where: Where
+
+
+Method = TypeVar("Method", bound=Callable[..., "Tensor | None"])
+
+
+def form(name: str, *, cost: Cost, where: Where = "eager") -> Callable[[Method], Method]:
+    """Mark a method of a law, ``(self, call: Call) → Tensor | None``, as a form.
+
+    Args:
+        name: as ``compute=`` takes it.
+        cost: ``(rule, use)`` → its time as a multiple of the dense form's time, which contains
+            the expansion unless ``use.kept``; None where the layer has no such form.
+        where: where it can run.
+
+    Example:
+        >>> from tiedparam.laws import form
+        >>> class Equal(tp.Rule):
+        ...     @form("summed", cost=lambda rule, use: 0.5 if use.kind == "linear" else None)
+        ...     def by_one_sum(self, call):
+        ...         return call.stock(call.input.sum(-1, keepdim=True), call.free[0], call.bias)
+    """
+
+    def mark(method: Method) -> Method:
+        method.__form__ = Form(name, cost, method, where)  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+@functools.lru_cache(256)
+def forms_of(kind: type[Rule]) -> tuple[Form, ...]:
+    """The forms of a law; those of a base do not count if ``forward`` was replaced since."""
+    order = kind.__mro__
+    expands = next(n for n, base in enumerate(order) if "forward" in vars(base))
+    found: dict[str, Form] = {}
+    seen: set[str] = set()
+    for number, base in enumerate(order):
+        for attribute, method in vars(base).items():
+            made: Form | None = getattr(method, "__form__", None)
+            if attribute in seen:
+                continue
+            seen.add(attribute)
+            if made is not None and number <= expands:
+                found.setdefault(made.name, made)
+    return tuple(found.values())
