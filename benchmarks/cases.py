@@ -19,7 +19,7 @@ from benchmarks import contenders as made
 from benchmarks import expansions, memory, models
 from benchmarks.goals import Goal
 from benchmarks.measuring import Contender, Run, Setting, summarize
-from tiedparam.compute import forward
+from tiedparam.products import reduced
 from tiedparam.tie.lookup import tie_of
 
 
@@ -622,7 +622,7 @@ def _compare_forms(
 ) -> None:  # fmt: skip
     layer = made.lawful(deepcopy(layer), rule, **options)
     tied = tp.register_tie(deepcopy(layer), rule, **options)
-    offered = tie_of(tied).computing.offered
+    offered = ["dense", *tie_of(tied).computing.forms]
     if options.get("over") == "groups":
         offered = [form for form in offered if form != "reduced"]  # it saves nothing there
     forced = [made.tied(layer, rule, form, compute=form, **options) for form in offered]
@@ -640,21 +640,23 @@ def _compare_forms(
 
 def _chosen(tied: Any, x: Tensor, mode: str) -> str:
     """The form in which a layer computes an input: seen, not derived."""
-    computing = tie_of(tied).computing
-    calls = []
-    compute = forward.convolve
+    tie, calls = tie_of(tied), []
+    compute = reduced.convolve
 
     def convolve(*arguments: Any) -> Tensor:
         calls.append(arguments)
         return compute(*arguments)
 
-    forward.convolve = convolve
+    reduced.convolve = convolve
     try:
         with torch.set_grad_enabled(mode == "training"):
             tied(x.to(tied.bias.device).requires_grad_())
     finally:
-        forward.convolve = compute
-    return "windows" if calls else str(computing.otherwise)
+        reduced.convolve = compute
+    if calls:
+        return "windows"
+    order = tie.computing.order(tie.rule, None, mode == "training", False)
+    return next((form.name for form in order if form.name != "windows"), "dense")
 
 
 @case(

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiedparam as tp
-from tiedparam.compute import forms, forward
-from tiedparam.products import windows
+from tests.support import form_of
+from tiedparam.compute import forms
+from tiedparam.products import reduced, windows
 from tiedparam.tie.lookup import tie_of
 
 BOUNDS = {torch.float64: 1e-11, torch.float32: 2e-4}
@@ -29,10 +30,6 @@ def twins(layer: nn.Module, rule: str, **options):
     tp.register_tie(layer, rule, **options)
     dense.load_state_dict(tp.dense_state_dict(layer))
     return layer, dense
-
-
-def form_of(layer) -> str:
-    return tie_of(layer).computing.form
 
 
 def dense_gradients(layer, dense):
@@ -316,7 +313,7 @@ def test_exports_the_cheap_form_with_a_dynamic_batch(build, rule, options, stric
     torch.testing.assert_close(
         torch.export.load(buffer).module()(x), layer(x), rtol=1e-4, atol=1e-4
     )
-    if tie_of(layer).computing.otherwise == "reduced":
+    if form_of(layer, traced=True) == "reduced":
         assert max(weight_sizes(program)) < layer.parametrizations.weight().numel()
 
 
@@ -482,7 +479,7 @@ def test_streams_by_windows_equal_the_dense_layer(case, block, few):
 
 def assert_computed_by_windows(layer, x):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "convolve", lambda *a: torch.zeros(0))
+        patch.setattr(reduced, "convolve", lambda *a: torch.zeros(0))
         assert layer(x).shape == (0,)
 
 
@@ -524,7 +521,7 @@ def test_windows_in_one_dtype_and_layout_only(over):
     layer, dense = twins(layer, "channel_shared", over=over, compute="windows")
     x = torch.randn(2, 8, 6, 6)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "convolve", lambda *a: 1 / 0)
+        patch.setattr(reduced, "convolve", lambda *a: 1 / 0)
         last = x.to(memory_format=torch.channels_last)
         assert layer(last).stride() == dense(last).stride()
         layer(x[0])  # unbatched
@@ -583,7 +580,7 @@ def test_windows_are_used_where_they_pay():
     x = torch.randn(2, 8, 6, 6)
     assert_computed_by_windows(layer, x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "convolve", lambda *a: 1 / 0)
+        patch.setattr(reduced, "convolve", lambda *a: 1 / 0)
         layer(x[:1])
         with torch.no_grad():
             layer(x)
@@ -634,10 +631,7 @@ def test_inputs_smaller_than_the_kernel_raise(over):
 
 
 def chosen(layer, rule, **options):
-    tie = tp.get_tie(tp.register_tie(layer, rule, **options))
-    return forms.choose_form(
-        tie.reduction(), tie.layout, convolution=not isinstance(layer, nn.Linear)
-    )
+    return form_of(tp.register_tie(layer, rule, **options))
 
 
 def test_the_choice_of_form_at_its_edges():

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import tiedparam as tp
+from tests.support import form_of
 from tests.support.cases import CASES, sample_input
-from tiedparam.tie.lookup import tie_of
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -86,7 +86,7 @@ STRUCTURED = [
 @pytest.mark.parametrize(("build", "rule", "options", "shape"), STRUCTURED)
 def test_forward_layers_export_their_base(build, rule, options, shape):
     layer = tp.register_tie(build(), rule, **options)
-    assert tie_of(layer).computing.otherwise == "reduced"
+    assert form_of(layer, traced=True) == "reduced"
     program = assert_runs_equal(layer, lambda batch: (torch.randn(batch, *shape),))
     graph = program.model.graph
     products = [n for n in graph if n.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm")]

@@ -17,6 +17,7 @@ from torch import nn
 import tiedparam as tp
 from tests.support import ROOT, tomllib
 from tiedparam import laws, rules
+from tiedparam.laws.forms import forms_of
 
 SHIPPED = {
     name: rule
@@ -160,10 +161,13 @@ OPTIONS = [
 
 def test_the_options_with_closed_sets_are_found():
     assert {option for _, option, _ in OPTIONS} >= {"compute", "over", "order"}
-    computing = {rule.name: values for rule, option, values in OPTIONS if option == "compute"}
-    assert set(computing) >= {"channel_shared", "repeat", "row_repeat"}
-    assert set(computing.values()) == {typing.get_args(laws.Compute)}
     assert literals_of(laws.Broadcast.__init__) == {"compute": typing.get_args(laws.Compute)}
+
+
+@pytest.mark.parametrize("rule", SHIPPED.values(), ids=list(SHIPPED))
+def test_compute_names_the_forms_of_a_law(rule):
+    names = literals_of(rule.__init__).get("compute", ("auto", "dense"))
+    assert set(names) == {"auto", "dense", *(form.name for form in forms_of(rule))}
 
 
 def required_options(rule) -> set[str]:
@@ -199,7 +203,7 @@ def test_the_values_that_are_typed_are_those_that_are_taken(rule, option, values
         if f"{option}='another' is" in against.fact:
             told |= {ast.literal_eval(word) for word in re.findall(r"'\w+'|-?\d+", against.remedy)}
     assert taken == told <= set(values)
-    if (rule.name, option) != ("row_repeat", "compute"):  # has no windows
+    if option != "compute" or rule.name not in ("row_repeat", "head_share"):  # have no windows
         assert taken == set(values)
 
 

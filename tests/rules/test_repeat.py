@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tiedparam as tp
+from tests.support import form_of
 from tests.support.cases import COMPUTE, DTYPES, assert_refused, canonical_entries
 from tests.support.tensors import free_value
-from tiedparam.tie.lookup import tie_of
 
 KINDS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -134,7 +134,7 @@ def test_blocks_are_row_repeat_told_how_often():
         tp.register_tie(layer, rule, **options)
     assert torch.equal(one.weight, other.weight)
     assert torch.equal(free_value(one), free_value(other))
-    assert tie_of(one).computing.form == tie_of(other).computing.form == "reduced"
+    assert form_of(one) == form_of(other) == "reduced"
 
 
 @pytest.mark.parametrize("order", ["block", "tile"])
@@ -259,7 +259,7 @@ def test_literal_inputs():
 def test_inputs_that_are_all_equal_are_summed_first():
     layer = nn.Linear(64, 48)
     tp.register_tie(layer, "repeat", inputs=64)
-    assert tie_of(layer).computing.form == "reduced"
+    assert form_of(layer) == "reduced"
     x = torch.randn(5, 64)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
     some = tp.register_tie(nn.Linear(64, 48), "repeat", inputs=32)

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
+from tiedparam.tie.lookup import tie_of
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = ["ROOT", "older_than", "peers", "tomllib", "with_fsdp2"]
+__all__ = ["ROOT", "form_of", "older_than", "peers", "tomllib", "with_fsdp2"]
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
@@ -33,3 +36,11 @@ def peers() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = project["optional-dependencies"]["ecosystem"]
     return {re.match(r"[\w-]+", requirement)[0] for requirement in needed}
+
+
+def form_of(layer: nn.Module, *, traced: bool = False) -> str:
+    """The form in which a tied layer is computed first while it trains, or in traced graphs."""
+    tie = tie_of(layer, "weight")
+    order = tie.computing.order(tie.rule, None, True, False) if tie.computing else ()
+    names = [form.name for form in order if form.where == "anywhere" or not traced]
+    return names[0] if names else "dense"

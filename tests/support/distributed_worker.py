@@ -33,8 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
+from tests.support import form_of
 from tiedparam.layer import host
-from tiedparam.tie.lookup import named_ties_in, tie_of
+from tiedparam.tie.lookup import named_ties_in
 from tiedparam.util.torch_private import effective
 
 TIED = ("stem", "mid", "streams", "rows", "square", "decode")
@@ -191,7 +192,7 @@ def ddp_accumulating() -> dict:
 def structured_outputs(how: str) -> dict:
     """One forward and one backward of the cheap forms, under a wrapper."""
     net = tie(build())
-    forms = {name: tie_of(getattr(net, name)).computing.form for name in ("stem", "rows")}
+    forms = {name: form_of(getattr(net, name)) for name in ("stem", "rows")}
     model = DistributedDataParallel(net) if how == "ddp" else shard(net, how)
     ((x, y),) = batches(1)
     loss_of(model, my_half(x), my_half(y)).backward()

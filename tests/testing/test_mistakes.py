@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tiedparam as tp
 from tests.support.users_laws import Centred, Circulant, Lower, Mirrored, OddKernel, Skew
-from tiedparam.laws import Orbits
+from tiedparam.laws import Orbits, form
 from tiedparam.rules.copy import Copy
 from tiedparam.testing import STATEMENTS, check_rule
 
@@ -145,6 +145,14 @@ class Restless(Circulant):
         return Circulant().right_inverse(weight)
 
 
+class Hasty(Circulant):
+    """Offers a form that leaves out the bias, where it is not even cheap."""
+
+    @form("hasty", cost=lambda rule, use: 2.0)
+    def hastily(self, call):
+        return call.stock(call.input, self.forward(*call.free), None)
+
+
 class OtherWhenCompiled(Circulant):
     """Not the same rule under torch.compile."""
 
@@ -265,6 +273,7 @@ CAUGHT = [
     (Shrinking, "residual_is_zero_for_lawful_and_zero_weights"),
     (Shrinking, "residual_of_independent_entries_is_what_the_counts_say"),
     (Restless, "layer_computes_what_its_dense_twin_computes"),
+    (Hasty, "every_form_computes_what_the_dense_twin_computes"),
     (Restless, "untying_leaves_a_plain_layer"),
     (Restless, "memory_format_of_the_weight_does_not_matter"),
     (OtherWhenCompiled, "compiled_layer_equals_the_eager_one"),

@@ -1,147 +1,144 @@
-"""Which form computes a tied layer: decided once, when it is tied.
+"""Which form computes a tied layer.
 
-A broadcast weight repeats rows, or columns, or the banks of its groups. Convolution and
-matrix product are linear, so where columns repeat the inputs can be summed first, and where
-rows repeat one output can be computed and spread. The forms equal the dense layer up to rounding:
+A law offers forms, methods that are marked by `tiedparam.laws.form`, each with what it costs as a
+multiple of the dense form's time: the stock operation with the expanded weight. The cheapest form
+below `WORTHWHILE` is tried first, then the next; where none of them serves, the layer computes
+densely. A form costs what it was measured to cost for this law, layer, number of rows, and with or
+without gradients; a traced graph, which must serve any batch, is chosen for a usual one.
 
-``dense``
-    The stock operation, with the expanded weight.
-``reduced``
-    Sum the inputs that share, run the stock operation with the base as weight, spread the
-    outputs that are equal.
-``windows``
-    Convolutions that are left with one input channel per group and share their filters, by the
-    products of `tiedparam.products.windows`; where those do not serve, the other form.
-
-`choose_form` says which, from what the law lets the layer save and from the layer's configuration,
-never from the batch. `tiedparam.compute.forward` computes them.
+``compute=`` on the law names a form, or ``"dense"``, and `tiedparam.tune` measures which one to
+take; both are kept here, in a `Computing`. `tiedparam.compute.forward` computes.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tiedparam.laws.forms import Form, Kind, Use, forms_of
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.reduction import Reduction
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.interposed import TorchsOwn
 from tiedparam.util.errors import TieError, describe
-from tiedparam.util.torch_private import steps_of_forward
+from tiedparam.util.torch_private import AnyConvolution, steps_of_forward
+
+WORTHWHILE = 0.95
+"""Of the dense form's time. Machines differ, and a form that saves less may lose on the next."""
 
 
-@dataclass(frozen=True)
 class Computing:
     """How one tied layer is computed, decided when it is tied.
 
     Attributes:
-        form: the form that is tried first.
-        otherwise: the form where "windows" does not serve; the same for the others.
-        reduction: what the law lets the layer save.
-        offered: all forms in which the layer could be computed.
-        channels: how many channels or features of input the weight takes. What a layer says of
-            itself, ``in_channels``, may have been changed since; torch goes by the weight.
-        groups: of the layer, by which it was tied.
-        kernel: the sizes of the kernel.
+        rule_class: of the law.
         expand: the ``forward`` of the law, as it was then.
+        kind: what the stock layer does.
+        layout: of the weight. What a layer says of itself, ``in_channels``, may have been changed
+            since; torch goes by the weight.
+        channels: how many channels or features of input the weight takes.
+        asked: the form that the law's ``compute=`` names; ``"auto"`` or ``"dense"`` if none.
+        tuned: the form that was measured to be fastest, without gradients and with.
+        forms: those that the law offers for this layer, by name.
     """
 
-    form: str
-    otherwise: str
-    reduction: Reduction
-    offered: list[str]
-    channels: int
-    groups: int
-    kernel: tuple[int, ...]
-    expand: Any
+    def __init__(
+        self, rule_class: type[Rule], kind: Kind, layout: Layout, asked: str, names: list[str]
+    ) -> None:
+        self.rule_class: type[Rule] = rule_class
+        self.expand: Any = rule_class.forward
+        self.kind: Kind = kind
+        self.layout: Layout = layout
+        self.channels: int = layout.groups * layout.canonical_shape[1]
+        self.asked: str = asked
+        self.tuned: dict[bool, str] = {}
+        self.forms: dict[str, Form] = {
+            form.name: form for form in forms_of(rule_class) if form.name in names
+        }
+        self._orders: dict[tuple[int | None, bool, bool], tuple[Form, ...]] = {}
+
+    def __reduce__(self) -> Any:
+        # pickles name no function, and what was measured here says nothing of another machine
+        given = (self.rule_class, self.kind, self.layout, self.asked, [*self.forms])
+        return type(self), given
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Computing:
+        made = Computing(self.rule_class, self.kind, self.layout, self.asked, [*self.forms])
+        made.tuned = dict(self.tuned)
+        return made
+
+    def use(self, rows: int | None = None, training: bool = False, kept: bool = False) -> Use:
+        """How this layer is used."""
+        return Use(self.kind, self.layout, rows, training, kept)
+
+    def named(self, training: bool) -> str:
+        """The form that the user or `tune` names, or ``"auto"``."""
+        return self.asked if self.asked != "auto" else self.tuned.get(training, "auto")
+
+    def order(self, rule: Rule, rows: int | None, training: bool, kept: bool) -> tuple[Form, ...]:
+        """The forms to try, one after the other, before the dense one.
+
+        Numbers of rows count as the next smaller power of 2, so that costs are worked out a few
+        times for a layer and not at every call.
+        """
+        if rows:
+            rows = 1 << (rows.bit_length() - 1)
+        found = self._orders.get((rows, training, kept))
+        if found is None:
+            found = self._ranked(rule, self.use(rows, training, kept))
+            self._orders[rows, training, kept] = found
+        return found
+
+    def choose(self, training: bool, name: str | None) -> None:
+        """Take a form from now on, or with None the cheapest again."""
+        if name is None:
+            self.tuned.pop(training, None)
+        else:
+            self.tuned[training] = name
+        self._orders.clear()
+
+    def _ranked(self, rule: Rule, use: Use) -> tuple[Form, ...]:
+        named = self.named(use.training)
+        if named == "dense":
+            return ()
+        costs = {form.name: form.cost(rule, use) for form in self.forms.values()}
+        names = [n for n, cost in costs.items() if cost is not None and cost < WORTHWHILE]
+        names.sort(key=lambda name: costs[name] or 0.0)
+        if named != "auto":
+            names = [named, *(n for n in names if n != named)]
+        return tuple(self.forms[name] for name in names)
 
 
 def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | None:
-    """How to compute a layer whose tensor a bound rule ties; None for the dense way.
+    """How to compute a layer whose tensor a bound rule ties; None for the dense way alone.
 
     Raises:
         TieError: if the rule asks for a form that the layer does not have.
     """
-    reduction = rule.reduction() if tensor_name == "weight" else None
     stock = parametrize.type_before_parametrizations(layer)
-    if reduction is None or len(rule.bound_layout.shape) < 2 or not has_forms(stock):
-        if rule.compute not in ("auto", "dense"):
+    computing = None
+    if tensor_name == "weight" and len(rule.bound_layout.shape) >= 2 and has_forms(stock):
+        kind, layout = _kind_of(layer), rule.bound_layout
+        use = Use(kind, layout)
+        names = [f.name for f in forms_of(type(rule)) if f.cost(rule, use) is not None]
+        computing = Computing(type(rule), kind, layout, rule.compute, names)
+    offered = [] if computing is None else list(computing.forms)
+    if rule.compute not in ("auto", "dense", *offered):
+        place = describe(layer, tensor_name)
+        fact = f"compute={rule.compute!r} is not a form of '{rule}'"
+        if not offered:
             why = f"for the {tensor_name} of a {stock.__name__}, which computes densely."
-            raise _no_such_form(layer, tensor_name, rule, why, "Leave it out.")
-        return None
-    layout = rule.bound_layout
-    convolution = not issubclass(stock, nn.Linear)
-    offered = ["dense", "reduced"]
-    if _has_windows(reduction, layout, convolution):
-        offered.append("windows")
-    if rule.compute not in ("auto", *offered):
-        names = ", ".join(map(repr, offered))
-        remedy = f"Choose 'auto' or one of {names}."
-        raise _no_such_form(layer, tensor_name, rule, "on this layer.", remedy)
-    form = rule.compute
-    if form == "auto":
-        form = choose_form(reduction, layout, convolution=convolution)
-    fallback = "dense" if reduction.shared_banks else "reduced"
-    return Computing(
-        form,
-        fallback if form == "windows" else form,
-        reduction,
-        offered,
-        channels=layout.groups * layout.canonical_shape[1],
-        groups=layout.groups,
-        kernel=layout.kernel,
-        expand=type(rule).forward,
-    )
+            raise TieError(place, f"{fact} {why}", "Leave it out.")
+        choices = ", ".join(map(repr, ["dense", *offered]))
+        raise TieError(place, f"{fact} on this layer.", f"Choose 'auto' or one of {choices}.")
+    return computing if offered else None
 
 
-def _no_such_form(
-    layer: nn.Module, tensor_name: str, rule: Rule, why: str, remedy: str
-) -> TieError:
-    fact = f"compute={rule.compute!r} is not a form of '{rule}' {why}"
-    return TieError(describe(layer, tensor_name), fact, remedy)
-
-
-def choose_form(reduction: Reduction, layout: Layout, *, convolution: bool) -> str:
-    """Which form computes a layer fastest: "dense", "reduced" or "windows".
-
-    Args:
-        reduction: what the law lets the layer save.
-        layout: the weight's layout.
-        convolution: whether the layer is a convolution or a transposed one, not a Linear.
-
-    The thresholds come from measurements at batch 1 and 32, which ``python -m benchmarks
-    --case forms`` repeats: the cheap form stands where it lost in no measured shape. "windows"
-    is a way to compute "reduced" or "dense" in eager mode; traced graphs hold those.
-    """
-    windows = _has_windows(reduction, layout, convolution)
-    if math.prod(layout.kernel) > _POSITIONS:
-        windows = False
-    if reduction.shared_banks:
-        return "windows" if windows else "dense"
-    saved = (layout.canonical_shape[1] if reduction.summed else 1) * reduction.run
-    if not convolution:
-        return "reduced" if saved > 1 else "dense"
-    if saved < (_SAVED if layout.groups == 1 else _SAVED_IN_GROUPS):
-        return "dense"
-    return "windows" if windows else "reduced"
-
-
-_SAVED = 4  # multiplications per one that is left
-_SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
-_POSITIONS = 64  # of a kernel; windows of more take much memory
-
-
-def _has_windows(reduction: Reduction, layout: Layout, convolution: bool) -> bool:
-    """Whether a convolution is left with one channel per group, and shared filters."""
-    if not convolution or layout.transposed:
-        return False
-    if reduction.shared_banks:
-        return layout.canonical_shape[1] == 1
-    return reduction.summed and layout.groups == 1 and reduction.run == 1
+def _kind_of(layer: nn.Module) -> Kind:
+    if not isinstance(layer, AnyConvolution):
+        return "linear"
+    return "transposed" if layer.transposed else "convolution"
 
 
 # The stock layers that have forms, and torch's own methods, which the forms stand for ------------

@@ -105,6 +105,16 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
     return _checked(memory, values, parametrizations["0"])
 
 
+def is_kept(values: nn.Module, layer: nn.Module) -> bool:
+    """Whether a dense form would find the weight at hand."""
+    memory: Memory | None = values.__dict__.get("kept")
+    if memory is None:
+        return False
+    if memory.frozen is not None:
+        return True
+    return memory.checked and not layer.training and not torch.is_grad_enabled()
+
+
 # The checked cache ------------------------------------------------------------------------
 
 
@@ -182,8 +192,8 @@ class FrozenWeight:
         with torch.inference_mode(False), torch.no_grad():
             weight = self.tie.weight().detach()
         computing = self.tie.computing
-        if computing is not None and computing.form != "dense":
-            return weight  # an expanded view: the structured form does not read it
+        if computing is not None and computing.order(self.tie.rule, None, False, True):
+            return weight  # perhaps an expanded view: forms do not read it
         return weight.contiguous()
 
     def holds(self) -> bool:

@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 
 from tiedparam.laws.distance import halved_difference
+from tiedparam.laws.forms import Call, Use, form
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.reduction import Reduction
+from tiedparam.products.reduced import (
+    convolution_by_sums,
+    convolution_by_windows,
+    linear_by_sums,
+)
 from tiedparam.util.errors import Reason
 
 Compute = Literal["auto", "dense", "reduced", "windows"]
-"""The forms that `tiedparam.compute.forms` knows, and ``"auto"`` for the fastest."""
+"""The forms of a law that repeats a base, and ``"auto"`` for the fastest."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,42 @@ class _Sizes:
     reduced: tuple[int, ...]
     smaller: tuple[int, ...]
     smaller_layout: Layout | None
+    reduction: Reduction
+
+
+_SAVED = 4  # multiplications per one that is left
+_SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
+_POSITIONS = 64  # of a kernel; windows of more take much memory
+_NEARLY = 0.9  # of what they stand for, where they serve
+
+
+def _cost_of_reduced(rule: Broadcast, use: Use) -> float:
+    """Where ``python -m benchmarks --case forms`` saw it lose in no shape, of batch 1 and 32."""
+    how, layout = rule.reduction(), use.layout
+    if how.shared_banks:
+        return 1.0  # each group's outputs are its own
+    saved = (layout.canonical_shape[1] if how.summed else 1) * how.run
+    enough = _SAVED if layout.groups == 1 else _SAVED_IN_GROUPS
+    if saved == 1 or (use.kind != "linear" and saved < enough):
+        return 1.0
+    return 1 / saved
+
+
+def _cost_of_windows(rule: Broadcast, use: Use) -> float | None:
+    """They do what "reduced" does, or "dense" where groups share their filters.
+
+    Which of them is faster depends on the sizes of the input, and is asked at the call.
+    """
+    how, layout = rule.reduction(), use.layout
+    if how.shared_banks:
+        offered, cost = layout.canonical_shape[1] == 1, 1.0
+    else:
+        offered = how.summed and layout.groups == 1 and how.run == 1
+        cost = _cost_of_reduced(rule, use)
+    if use.kind != "convolution" or not offered:
+        return None
+    few = prod(layout.kernel) <= _POSITIONS
+    return _NEARLY * cost if few and (how.shared_banks or cost < 1) else 1.0
 
 
 class Broadcast(Orbits):
@@ -77,8 +119,8 @@ class Broadcast(Orbits):
     split, and which of those axes are shared. Then ``V = base`` expanded along them.
 
     Args:
-        compute: the form of `tiedparam.compute.forms` that computes the layer: ``"auto"`` picks
-            the fastest; ``"dense"``, ``"reduced"`` or ``"windows"`` force one, for measuring.
+        compute: the form that computes the layer. ``"auto"`` picks the fastest; ``"dense"``,
+            ``"reduced"`` and ``"windows"`` force one, for measuring.
 
     Example:
         >>> from tiedparam.laws import Blocks, Broadcast
@@ -102,18 +144,46 @@ class Broadcast(Orbits):
         """The blocked view of the canonical weight, and the axes of it that are shared."""
         raise NotImplementedError(f"{type(self).__name__} must say which axes are shared")
 
-    def reduction(self) -> Reduction | None:
-        """What the law lets the layer save; None for a subclass that expands in its own way."""
-        if type(self).forward is not _EXPAND:
-            return None
-        blocks, layout, (summed, run) = self.blocks(), self.bound_layout, self._savings()
-        last = len(blocks.outputs) - 1
-        return Reduction(
+    def reduction(self) -> Reduction:
+        """What the law lets a layer save that computes with its weight."""
+        return self._sizes.reduction
+
+    @form(
+        "reduced",
+        cost=_cost_of_reduced,
+        where="anywhere",
+        multiply_adds=lambda rule, use: rule.reduction().entries,
+    )
+    def by_sums(self, call: Call) -> Tensor:
+        """Sum the inputs that share, multiply by the base, spread the outputs that are equal."""
+        how, weight = self._sizes.reduction, self.reduced(call.free[0])
+        if call.use.kind == "linear":
+            return linear_by_sums(call.input, weight, call.bias, how.summed, how.run)
+        return convolution_by_sums(
+            call.stock,
+            call.input,
+            weight,
+            call.bias,
+            summed=how.summed,
+            run=how.run,
+            groups=call.use.layout.groups,
+        )
+
+    @form(
+        "windows",
+        cost=_cost_of_windows,
+        multiply_adds=lambda rule, use: rule.reduction().entries,
+    )
+    def by_windows(self, call: Call) -> Tensor | None:
+        """Convolve the one channel that is left, or each with the same filters, by products."""
+        summed = self._sizes.reduction.summed
+        return convolution_by_windows(
+            call.layer,
+            call.input,
+            self.reduced(call.free[0]) if summed else call.free[0],
+            call.bias,
             summed=summed,
-            run=run,
-            # blocks of outputs that are the layer's groups, each with the same bank
-            shared_banks=last > 0 and 0 in blocks.shared and blocks.outputs[0] == layout.groups,
-            entries=prod(self._sizes.smaller),
+            where_it_pays=not call.asked,
         )
 
     def _savings(self) -> tuple[bool, int]:
@@ -187,7 +257,7 @@ class Broadcast(Orbits):
             reduced = [1 if axis in inputs else n for axis, n in enumerate(reduced)]
         smaller = blocks.together(reduced)
         rows, columns, *kernel = (*smaller, 1) if len(smaller) == 1 else smaller
-        groups = layout.groups
+        groups, split = layout.groups, len(blocks.outputs) > 1
         return _Sizes(
             kept=self._kept(blocks),
             halfway=self._halfway(blocks),
@@ -197,6 +267,13 @@ class Broadcast(Orbits):
             smaller_layout=Layout((groups * columns, rows // groups, *kernel), groups, True)
             if layout.transposed
             else None,
+            reduction=Reduction(
+                summed=summed,
+                run=run,
+                # blocks of outputs that are the layer's groups, each with the same bank
+                shared_banks=split and 0 in blocks.shared and blocks.outputs[0] == groups,
+                entries=prod(smaller),
+            ),
         )
 
     def _halfway(self, blocks: Blocks) -> tuple[int, ...] | None:
@@ -255,6 +332,3 @@ class Broadcast(Orbits):
         for axis in shared:
             first = first.narrow(axis, 0, 1)
         return values, first
-
-
-_EXPAND = Broadcast.forward  # as it is without a patch

@@ -65,6 +65,7 @@ class Call:
         stock: the stock operation, ``(input, weight, bias) → output``, with the layer's geometry
             and groups.
         use: of the layer.
+        asked: whether the form was asked for by name, so that it computes even where it loses.
     """
 
     layer: Any
@@ -73,6 +74,7 @@ class Call:
     bias: Tensor | None
     stock: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     use: Use
+    asked: bool = False
 
 
 Cost = Callable[[Any, Use], "float | None"]
@@ -90,18 +92,27 @@ class Form:
         compute: ``(rule, call)`` → the output as the dense layer gives it, up to rounding; or None
             where the form does not serve this call.
         where: where it can run.
+        multiply_adds: ``(rule, use)`` → how many it takes per row of input; None where it takes as
+            many as the dense form.
     """
 
     name: str
     cost: Cost
     compute: Callable[[Any, Call], Tensor | None]
     where: Where
+    multiply_adds: Callable[[Any, Use], int] | None = None
 
 
 Method = TypeVar("Method", bound=Callable[..., "Tensor | None"])
 
 
-def form(name: str, *, cost: Cost, where: Where = "eager") -> Callable[[Method], Method]:
+def form(
+    name: str,
+    *,
+    cost: Cost,
+    where: Where = "eager",
+    multiply_adds: Callable[[Any, Use], int] | None = None,
+) -> Callable[[Method], Method]:
     """Mark a method of a law, ``(self, call: Call) → Tensor | None``, as a form.
 
     Args:
@@ -109,6 +120,8 @@ def form(name: str, *, cost: Cost, where: Where = "eager") -> Callable[[Method],
         cost: ``(rule, use)`` → its time as a multiple of the dense form's time, which contains
             the expansion unless ``use.kept``; None where the layer has no such form.
         where: where it can run.
+        multiply_adds: ``(rule, use)`` → how many it takes per row of input, if not as many as the
+            dense form.
 
     Example:
         >>> from tiedparam.laws import form
@@ -119,7 +132,7 @@ def form(name: str, *, cost: Cost, where: Where = "eager") -> Callable[[Method],
     """
 
     def mark(method: Method) -> Method:
-        method.__form__ = Form(name, cost, method, where)  # type: ignore[attr-defined]
+        method.__form__ = Form(name, cost, method, where, multiply_adds)  # type: ignore[attr-defined]
         return method
 
     return mark

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from tiedparam.laws.distance import halved_difference, relative_distance
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.reduction import Reduction
 from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.own_members import OwnMembers
 
@@ -89,7 +88,7 @@ class Rule(nn.Module, metaclass=OwnMembers):
 
     layout: Layout | None
     compute: str = "auto"
-    """The form in which a layer is to be computed; see `reduction`."""
+    """The name of the form that is to compute the layer, ``"dense"``, or ``"auto"``; see `form`."""
 
     def __init__(self) -> None:
         """Take the options, which the docstring of the class explains."""
@@ -148,14 +147,6 @@ class Rule(nn.Module, metaclass=OwnMembers):
         `scan` and the benchmarks try each of them; what does not fit is left out by `check`.
         """
         return ({},)
-
-    def reduction(self) -> Reduction | None:
-        """What the law lets a layer save; None for laws that need the whole weight."""
-        return None
-
-    def reduced(self, base: Tensor) -> Tensor:
-        """The weight of the smaller layer that `reduction` describes."""
-        raise NotImplementedError(f"{type(self).__name__} has no smaller layer")
 
     @property
     def gains_from_cache(self) -> bool:

@@ -131,6 +131,7 @@ class HeadShareOptions(TypedDict, total=False):
 
     heads: Required[int]
     groups: Required[int]
+    compute: Literal["auto", "dense", "reduced", "windows"]
 
 
 class HeadShareTie(TieArguments, HeadShareOptions, total=False):

@@ -52,12 +52,12 @@ def _reduced_count(layer: nn.Module, tensor_name: str, rule: Rule | None) -> int
     if rule is None or rule.layout is None:
         return None
     computing = computing_of(layer, tensor_name, rule)
-    if computing is None or computing.otherwise != "reduced":
-        return None
-    stock = stock_class(layer)
-    if is_read_by_attention(stock):
+    if computing is None or is_read_by_attention(stock_class(layer)):
         return None  # attention reads the weight and does the product itself
-    return computing.reduction.entries
+    for form in computing.order(rule, None, True, False):
+        if form.multiply_adds is not None and form.where == "anywhere":
+            return form.multiply_adds(rule, computing.use(training=True))
+    return None
 
 
 def positions(model: nn.Module, example: Any) -> dict[nn.Module, int]:

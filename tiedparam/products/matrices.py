@@ -9,21 +9,16 @@ transformed; elsewhere ordinary operations are used.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tiedparam.util.torch_modes import is_traced_or_transformed, may_carry_tangents
+from tiedparam.util.torch_modes import is_ordinary
 
 _FEW = 1024  # entries: below, the shuffle's fixed cost is the larger one
 
 
 def is_eager(tensor: Tensor) -> bool:
     """Whether this is an ordinary CPU tensor that is not traced, transformed or dual."""
-    return (
-        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
-        and tensor.device.type == "cpu"
-        and not is_traced_or_transformed()
-        and not may_carry_tangents()
-    )
+    return tensor.device.type == "cpu" and is_ordinary(tensor)
 
 
 def is_unrecorded(tensor: Tensor) -> bool:

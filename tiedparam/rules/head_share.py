@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from tiedparam.laws import Reason
-from tiedparam.laws.broadcast import Blocks, Broadcast
+from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
 from tiedparam.laws.choices import why_no_count
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
@@ -26,6 +26,8 @@ class HeadShare(Broadcast):
     Args:
         heads: how many heads the rows are; it must divide the number of rows.
         groups: how many of them differ; it must divide ``heads``.
+        compute: how the layer computes: ``"auto"``, the fastest way that it has; ``"dense"``
+            or ``"reduced"`` force one, for measuring.
 
     Shapes: ``free``: ``(groups·d, *rest)``, the projection of the grouped model; ``weight``:
     ``(heads·d, *rest)``, in the canonical layout. Multiplicity ``g``. The projection is the mean of
@@ -44,8 +46,8 @@ class HeadShare(Broadcast):
     family = "repetition"
     law = "W[h·d + r] = V[(h // (heads/groups))·d + r]"
 
-    def __init__(self, heads: int, groups: int) -> None:
-        super().__init__()
+    def __init__(self, heads: int, groups: int, compute: Compute = "auto") -> None:
+        super().__init__(compute)
         self.heads: int = heads
         self.groups: int = groups
 

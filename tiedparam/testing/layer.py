@@ -29,29 +29,51 @@ from tiedparam.testing.cases import (
 )
 from tiedparam.testing.judge import close, equal, hold, identical, refused
 from tiedparam.testing.statement import states
-from tiedparam.tie.lookup import is_tied
+from tiedparam.tie.lookup import is_tied, tie_of
 from tiedparam.util.errors import TieError
 from tiedparam.util.torch_private import original_key
 
 
-@states("every law", "Let reduction() describe a layer that computes the same, or leave it out.")
+@states("every law", "Let each form compute what the dense layer does, or leave it out.")
 def layer_computes_what_its_dense_twin_computes(case: Case) -> None:
     """Output and gradients of the inputs are those of a stock layer that holds the same weight."""
     for dtype in DTYPES:
         host = case.tied(dtype)
-        twin = case.twin_of(host)
-        hold(not parametrize.is_parametrized(twin), "the twin is no stock layer")
-        inputs = case.sample_input(host.layer)
-        ours = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
-        theirs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in ours]
-        output, expected = host.output(*ours), output_of(twin, theirs)
-        hold(output.dtype == dtype, f"in {dtype} the output is {output.dtype}")
-        close(output, expected, f"the output in {dtype}", **COMPUTE[dtype])
-        output.sum().backward()
-        expected.sum().backward()
-        for x, y in zip(ours, theirs, strict=True):
-            if x.is_floating_point():
-                close(x.grad, y.grad, f"the gradient of the input in {dtype}", **COMPUTE[dtype])
+        _compare_with_twin(case, host, f"in {dtype}")
+
+
+@states("every law", "Let each form compute what the dense layer does, or leave it out.")
+def every_form_computes_what_the_dense_twin_computes(case: Case) -> None:
+    """So it is in each form that the law offers, also where another one would be faster."""
+    for dtype in DTYPES:
+        host = case.tied(dtype)
+        computing = tie_of(host.layer, host.tensor_name).computing
+        for name in computing.forms if computing is not None else ():
+            for training in (False, True):
+                computing.choose(training, name)
+            _compare_with_twin(case, host, f"in {dtype} by the form {name!r}")
+
+
+def _compare_with_twin(case: Case, host: Host, how: str) -> None:
+    dtype, twin = host.weight.dtype, case.twin_of(host)
+    host.layer.zero_grad()
+    hold(not parametrize.is_parametrized(twin), "the twin is no stock layer")
+    inputs = case.sample_input(host.layer)
+    ours = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    theirs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in ours]
+    output, expected = host.output(*ours), output_of(twin, theirs)
+    hold(output.dtype == dtype, f"{how} the output is {output.dtype}")
+    close(output, expected, f"the output {how}", **COMPUTE[dtype])
+    output.sum().backward()
+    expected.sum().backward()
+    for x, y in zip(ours, theirs, strict=True):
+        if x.is_floating_point():
+            close(x.grad, y.grad, f"the gradient of the input {how}", **COMPUTE[dtype])
+    weight = getattr(twin, host.tensor_name).grad
+    if weight is None or host.rule.reads_layers or not host.rule.has_orbits:
+        return
+    for value, folded in zip(host.free, host.rule.adjoint(weight), strict=True):
+        close(value.grad, folded, f"the gradient of the free values {how}", **COMPUTE[dtype])
 
 
 @states("every law", "Leave out extra_repr(), state `law`, and return all options in options().")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
@@ -40,9 +40,41 @@ def is_transformed() -> bool:
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_compiled() -> bool:
+    """Whether ``torch.compile`` makes a graph of this; an exporter's graphs are for others."""
+    return torch.compiler.is_compiling() and not _is_exporting()
+
+
+def _is_exporting() -> bool:
+    asked = getattr(torch.compiler, "is_exporting", None)  # torch 2.7 and newer
+    return bool(asked()) if asked is not None else False
+
+
+CAST_BY_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
+"""The dtypes that autocast makes one."""
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype to which autocast converts here, or None where it is off."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None  # (asking for meta raises)
+    return torch.get_autocast_dtype(device_type)
+
+
 def may_carry_tangents() -> bool:
     """Whether ``forward_ad.dual_level``, which counts from 0, was entered; −1 is outside."""
     return forward_ad._current_level >= 0
+
+
+def is_ordinary(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors, and nothing is traced, transformed or differentiated ahead.
+
+    None of them is a tensor of a subclass: fake, sharded, quantized.
+    """
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return False
+    return not is_traced_or_transformed() and not may_carry_tangents()
 
 
 @contextmanager
