@@ -5,14 +5,16 @@ Private parts of torch, as `torch_private` has them for modules and tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
+
+Question = TypeVar("Question", bound=Callable[..., bool])
 
 
 def is_traced() -> bool:
@@ -30,14 +32,46 @@ def is_traced_or_transformed() -> bool:
     )
 
 
+def answered_while_tracing(question: Question) -> Question:
+    """Mark a function that torch's compiler shall call while it traces, not look into.
+
+    Its answer is a constant of the graph.
+    """
+    question._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return question
+
+
+# torch's compiler cannot trace the question, or takes the answer for yes; it traces code anew
+# inside of another transform
+@answered_while_tracing
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is at work, in compiled code as well."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-# its compiler cannot trace the question, or takes the answer for yes; a constant is what it was
-# while the code was traced, and torch traces it anew inside of another transform
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def in_compiled_graph() -> bool:
+    """Whether ``torch.compile`` makes a graph for this very process, and nothing else is at work.
+
+    Exporters, which use the same tracer, write operations into files; they and the transforms of
+    ``torch.func`` need plain operations.
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()  # ``is_compiling`` is true for exporters too
+        and not _is_exported()
+        and not is_transformed()
+    )
+
+
+@answered_while_tracing
+def _is_exported() -> bool:
+    """Whether the tracer of torch.compile works for an exporter.
+
+    Up to torch 2.11 ``torch.compiler.is_exporting`` says so of every graph, and 2.6 has none.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    exporting: bool = getattr(torch.compiler, "_is_exporting_flag", False)
+    return exporting or bool(InstructionTranslator.current_tx().export)
 
 
 def is_compiled() -> bool:
