@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes, rough figures")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this; repeatable")
+    parser.add_argument("--only", action="append", default=[], metavar="THEME",
+                        help="of the case `goals`, only this module; repeatable")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the cases")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -69,12 +72,20 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(options: argparse.Namespace) -> int:
     import torch
 
+    from benchmarks import goal_cases
     from benchmarks.cases import CASES
 
+    if options.only:
+        options.case = ["goals"]
     names = options.case or [c.name for c in CASES.values() if c.in_quick or not options.quick]
     unknown = [name for name in names if name not in CASES]
     if unknown:
         print(f"no case {', '.join(unknown)}; there are: {', '.join(CASES)}", file=sys.stderr)
+        return 2
+    try:
+        goal_cases.themes(options.only)
+    except LookupError as error:
+        print(error, file=sys.stderr)
         return 2
     if options.device == "cuda" and not torch.cuda.is_available():
         print("this torch sees no CUDA device", file=sys.stderr)
@@ -82,7 +93,11 @@ def _measure(options: argparse.Namespace) -> int:
     out = options.out or (RESULTS / "quick" if options.quick else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
+    failed = False
     for name in names:
+        if name == "goals":
+            failed |= not _measure_goals(options, out)
+            continue
         started = time.perf_counter()
         case = CASES[name]
         comparisons = measure(name, options.quick, options.device, options.default_allocator)
@@ -112,10 +127,58 @@ def _measure(options: argparse.Namespace) -> int:
         met = [goal["met"] for goal in goals if goal["met"] is not None]
         print(f"{name}: {time.perf_counter() - started:.0f} s, {len(comparisons)} comparisons, "
               f"{sum(met)} of {len(met)} goals met", flush=True)  # fmt: skip
-    return 0
+    return int(failed)
 
 
-def measure(name: str, quick: bool, device: str, times_only: bool = False) -> list[dict[str, Any]]:
+def _measure_goals(options: argparse.Namespace, out: Path) -> bool:
+    """The case `goals`, module by module: each replaces what the file had of it.
+
+    Returns whether all could be measured; one that fails does not stop the others.
+    """
+    from benchmarks import goal_cases
+    from benchmarks.cases import CASES
+
+    path = out / f"{options.device}-goals.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    comparisons, themes = found.get("comparisons", []), found.get("themes", {})
+    failed = []
+    for theme in goal_cases.themes(options.only):
+        started = time.perf_counter()
+        try:
+            new = measure("goals", options.quick, options.device, only=(theme.name,))
+        except Exception:
+            traceback.print_exc()
+            failed.append(theme.name)
+            continue
+        comparisons = [c for c in comparisons if c["theme"] != theme.name] + new
+        around = surroundings(options.device, options.threads)
+        seconds = round(time.perf_counter() - started, 1)
+        themes[theme.name] = {"seconds": seconds, "commit": around["commit"],
+                              "date": around["date"], "versions": around["versions"]}  # fmt: skip
+        print(f"{theme.name}: {seconds:.0f} s, {len(new)} comparisons", flush=True)
+        write(
+            path,
+            {
+                "case": "goals",
+                "title": CASES["goals"].title,
+                "quick": options.quick,
+                **around,
+                "seconds": round(sum(t["seconds"] for t in themes.values()), 1),
+                "themes": themes,
+                "goals": goal_cases.evaluate(comparisons),
+                "comparisons": comparisons,
+            },
+        )
+    for line in goal_cases.table(goal_cases.evaluate(comparisons)):
+        print("| " + " | ".join(line) + " |")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return not failed
+
+
+def measure(
+    name: str, quick: bool, device: str, times_only: bool = False, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Run one case in this process; its comparisons."""
     import torch
 
@@ -124,7 +187,7 @@ def measure(name: str, quick: bool, device: str, times_only: bool = False) -> li
 
     torch.manual_seed(0)
     setting = Setting.quick() if quick else Setting()
-    run = Run(quick, torch.device(device), setting, times_only=times_only)
+    run = Run(quick, torch.device(device), setting, times_only=times_only, only=only)
     gc.collect()
     gc.freeze()  # the modules of torch, which every collection would walk through
     try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tiedparam as tp
 from benchmarks import contenders as made
-from benchmarks import expansions, memory, models
+from benchmarks import expansions, goal_cases, memory, models
 from benchmarks.goals import Goal
 from benchmarks.measuring import Contender, Run, Setting, summarize
 from tiedparam.compute import forward
@@ -720,6 +720,13 @@ def scaling(run: Run) -> None:
         run.compare(f"Conv2d({channels}, {channels}, {kernel}) on 14²",
                     made.channel_shared(layer)[:3], torch.randn(batch, channels, 14, 14),
                     setting=setting, axis=axis, at=at, limit=1 / channels)  # fmt: skip
+
+
+case(
+    "goals",
+    "What each law should gain, and what was reached",
+    default_allocator=False,
+)(goal_cases.measure)
 
 
 def _to(run: Run, layer: Any) -> Any:
