@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,12 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.machine import ALLOCATOR, INSTRUCTIONS, ROOT, record, surroundings
 
-# glibc's allocator maps large outputs anew at every call, and the page faults drown the
-# compute; these keep freed memory in the process. Read at start-up, hence the re-exec.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{case.name:20} {case.title}")
         return 0
     threads = {"OMP_NUM_THREADS": str(options.threads)}
-    wanted = threads if options.default_allocator else {**ALLOCATOR, **threads}
+    wanted = {**threads, **INSTRUCTIONS.get(options.isa, {})}
+    if not options.default_allocator:
+        wanted |= ALLOCATOR
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         command = [sys.executable, "-m", "benchmarks", *(arguments or sys.argv[1:])]
         os.execve(sys.executable, command, {**os.environ, **wanted, **_path()})
@@ -58,9 +55,14 @@ def _parser() -> argparse.ArgumentParser:
                         help="of the case `goals`, only this module; repeatable")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the cases")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--isa", choices=tuple(INSTRUCTIONS),
+                        help="no wider instructions: emulates a smaller processor")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--out", type=Path, help=f"where results go: {from_here}, with --quick {from_here}/quick"
+        "--out",
+        type=Path,
+        help=f"where results go: the machine's folder in {from_here}, "
+        f"with --quick in {from_here}/quick",
     )
     parser.add_argument("--report", action="store_true", help="results to docs and README")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md",
@@ -90,7 +92,8 @@ def _measure(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("this torch sees no CUDA device", file=sys.stderr)
         return 2
-    out = options.out or (RESULTS / "quick" if options.quick else RESULTS)
+    folder = RESULTS / "quick" if options.quick else RESULTS
+    out = options.out or folder / record(options.device)["key"]
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     failed = False
@@ -215,45 +218,6 @@ def _merge(fixed: list[dict[str, Any]], default: list[dict[str, Any]]) -> None:
         assert (mine["shapes"], mine["mode"]) == (other["shapes"], other["mode"])
         for name, figures in mine["contenders"].items():
             figures["default"] = other["contenders"][name]["fixed"]
-
-
-def surroundings(device: str, threads: int) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    import torch
-
-    import tiedparam
-
-    return {
-        "device": device,
-        "machine": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "threads": threads,
-        "allocator": {"fixed": ALLOCATOR, "default": "glibc's default"},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "tiedparam": tiedparam.__version__,
-        },
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def _commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        answer = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
 
 
 def _path() -> dict[str, str]:
