@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.machine import ALLOCATOR, INSTRUCTIONS, ROOT, record, surroundings
 
-# glibc's allocator maps large outputs anew at every call, and the page faults drown the
-# compute; these keep freed memory in the process. Read at start-up, hence the re-exec.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{case.name:20} {case.title}")
         return 0
     threads = {"OMP_NUM_THREADS": str(options.threads)}
-    wanted = threads if options.default_allocator else {**ALLOCATOR, **threads}
+    wanted = {**threads, **INSTRUCTIONS.get(options.isa, {})}
+    if not options.default_allocator:
+        wanted |= ALLOCATOR
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         command = [sys.executable, "-m", "benchmarks", *(arguments or sys.argv[1:])]
         os.execve(sys.executable, command, {**os.environ, **wanted, **_path()})
@@ -53,11 +51,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes, rough figures")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this; repeatable")
+    parser.add_argument("--only", action="append", default=[], metavar="THEME",
+                        help="of the case `goals`, only this module; repeatable")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the cases")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--isa", choices=tuple(INSTRUCTIONS),
+                        help="no wider instructions: emulates a smaller processor")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--out", type=Path, help=f"where results go: {from_here}, with --quick {from_here}/quick"
+        "--out",
+        type=Path,
+        help=f"where results go: the machine's folder in {from_here}, "
+        f"with --quick in {from_here}/quick",
     )
     parser.add_argument("--report", action="store_true", help="results to docs and README")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md",
@@ -69,20 +74,33 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(options: argparse.Namespace) -> int:
     import torch
 
+    from benchmarks import goal_cases
     from benchmarks.cases import CASES
 
+    if options.only:
+        options.case = ["goals"]
     names = options.case or [c.name for c in CASES.values() if c.in_quick or not options.quick]
     unknown = [name for name in names if name not in CASES]
     if unknown:
         print(f"no case {', '.join(unknown)}; there are: {', '.join(CASES)}", file=sys.stderr)
         return 2
+    try:
+        goal_cases.themes(options.only)
+    except LookupError as error:
+        print(error, file=sys.stderr)
+        return 2
     if options.device == "cuda" and not torch.cuda.is_available():
         print("this torch sees no CUDA device", file=sys.stderr)
         return 2
-    out = options.out or (RESULTS / "quick" if options.quick else RESULTS)
+    folder = RESULTS / "quick" if options.quick else RESULTS
+    out = options.out or folder / record(options.device)["key"]
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
+    failed = False
     for name in names:
+        if name == "goals":
+            failed |= not _measure_goals(options, out)
+            continue
         started = time.perf_counter()
         case = CASES[name]
         comparisons = measure(name, options.quick, options.device, options.default_allocator)
@@ -112,10 +130,58 @@ def _measure(options: argparse.Namespace) -> int:
         met = [goal["met"] for goal in goals if goal["met"] is not None]
         print(f"{name}: {time.perf_counter() - started:.0f} s, {len(comparisons)} comparisons, "
               f"{sum(met)} of {len(met)} goals met", flush=True)  # fmt: skip
-    return 0
+    return int(failed)
 
 
-def measure(name: str, quick: bool, device: str, times_only: bool = False) -> list[dict[str, Any]]:
+def _measure_goals(options: argparse.Namespace, out: Path) -> bool:
+    """The case `goals`, module by module: each replaces what the file had of it.
+
+    Returns whether all could be measured; one that fails does not stop the others.
+    """
+    from benchmarks import goal_cases
+    from benchmarks.cases import CASES
+
+    path = out / f"{options.device}-goals.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    comparisons, themes = found.get("comparisons", []), found.get("themes", {})
+    failed = []
+    for theme in goal_cases.themes(options.only):
+        started = time.perf_counter()
+        try:
+            new = measure("goals", options.quick, options.device, only=(theme.name,))
+        except Exception:
+            traceback.print_exc()
+            failed.append(theme.name)
+            continue
+        comparisons = [c for c in comparisons if c["theme"] != theme.name] + new
+        around = surroundings(options.device, options.threads)
+        seconds = round(time.perf_counter() - started, 1)
+        themes[theme.name] = {"seconds": seconds, "commit": around["commit"],
+                              "date": around["date"], "versions": around["versions"]}  # fmt: skip
+        print(f"{theme.name}: {seconds:.0f} s, {len(new)} comparisons", flush=True)
+        write(
+            path,
+            {
+                "case": "goals",
+                "title": CASES["goals"].title,
+                "quick": options.quick,
+                **around,
+                "seconds": round(sum(t["seconds"] for t in themes.values()), 1),
+                "themes": themes,
+                "goals": goal_cases.evaluate(comparisons),
+                "comparisons": comparisons,
+            },
+        )
+    for line in goal_cases.table(goal_cases.evaluate(comparisons)):
+        print("| " + " | ".join(line) + " |")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return not failed
+
+
+def measure(
+    name: str, quick: bool, device: str, times_only: bool = False, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Run one case in this process; its comparisons."""
     import torch
 
@@ -124,7 +190,7 @@ def measure(name: str, quick: bool, device: str, times_only: bool = False) -> li
 
     torch.manual_seed(0)
     setting = Setting.quick() if quick else Setting()
-    run = Run(quick, torch.device(device), setting, times_only=times_only)
+    run = Run(quick, torch.device(device), setting, times_only=times_only, only=only)
     gc.collect()
     gc.freeze()  # the modules of torch, which every collection would walk through
     try:
@@ -152,45 +218,6 @@ def _merge(fixed: list[dict[str, Any]], default: list[dict[str, Any]]) -> None:
         assert (mine["shapes"], mine["mode"]) == (other["shapes"], other["mode"])
         for name, figures in mine["contenders"].items():
             figures["default"] = other["contenders"][name]["fixed"]
-
-
-def surroundings(device: str, threads: int) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    import torch
-
-    import tiedparam
-
-    return {
-        "device": device,
-        "machine": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "threads": threads,
-        "allocator": {"fixed": ALLOCATOR, "default": "glibc's default"},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "tiedparam": tiedparam.__version__,
-        },
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def _commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        answer = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
 
 
 def _path() -> dict[str, str]:

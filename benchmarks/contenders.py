@@ -218,6 +218,27 @@ def expansion(name: str, make: Callable[[], Tensor], weights: tuple[Tensor, ...]
     return Contender(name, lambda x: make(), weights, (), make)
 
 
+def dense_and_tied(root: nn.Module, path: str, tensor_name: str) -> list[Contender]:
+    """The dense layer and the tied one, of a model in which one tensor is tied."""
+    tied: Any = root.get_submodule(path)
+    alone = nn.ModuleDict({"root": deepcopy(root)})
+    dense: Any = tp.remove_tie(
+        alone["root"].get_submodule(path) if path else alone["root"], tensor_name
+    )
+    expansion = tied.parametrizations[tensor_name]
+    sources = [getattr(layer, name) for layer, name in tp.get_tie(tied, tensor_name).sources()]
+    weights = (*expansion.parameters(), *sources)
+    first = getattr(dense, tensor_name)
+    return [
+        Contender("dense", dense, (first,), _others(dense, tensor_name), lambda: first),
+        Contender("tiedparam", tied, weights, _others(tied, tensor_name), expansion),
+    ]
+
+
+def _others(layer: nn.Module, tensor_name: str) -> tuple[Tensor, ...]:
+    return tuple(p for name, p in layer.named_parameters(recurse=False) if name != tensor_name)
+
+
 def _leaf(value: Tensor | None) -> Tensor:
     assert value is not None
     return value.detach().clone().requires_grad_()

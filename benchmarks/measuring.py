@@ -77,6 +77,7 @@ class Run:
         device: where the layers are.
         comparisons: one entry for each shape and mode, as the result file has it.
         times_only: whether bytes were counted already, with the other allocator.
+        only: the modules of the case `goals` to measure; all if empty.
     """
 
     quick: bool = False
@@ -84,6 +85,7 @@ class Run:
     setting: Setting = field(default_factory=Setting)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     times_only: bool = False
+    only: Sequence[str] = ()
 
     def compare(
         self,

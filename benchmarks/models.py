@@ -141,7 +141,9 @@ def tie_everywhere(model: nn.Module, rule: str) -> int:
     waiting: dict[tuple[Any, ...], nn.Module] = {}
     count = 0
     for layer in layers:
-        chosen = variants(rule, layer)[0]
+        chosen = next(iter(variants(rule, layer)), None)
+        if chosen is None:
+            continue
         if "source" in chosen:
             key = (type(layer), tuple(layer.weight.shape))
             source = waiting.pop(key, None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import tiedparam as tp
+from benchmarks.cases.enrolled import case
 from benchmarks.goals import Goal
 from benchmarks.measuring import Run
 
@@ -77,6 +78,11 @@ def _goals() -> Iterator[Goal]:
 GOALS = tuple(_goals())
 
 
+@case(
+    "expansion",
+    "Every law: the expansion alone, and its adjoint, against a clone of the weight",
+    GOALS,
+)
 def measure(run: Run) -> None:
     """Every law with free values, at every size."""
     for name, kind in tp.available_rules().items():
