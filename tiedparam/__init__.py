@@ -8,26 +8,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tiedparam._version import __version__
-from tiedparam.compute.frozen import frozen
-from tiedparam.laws.layout import Layout
-from tiedparam.laws.registry import available_rules, register_rule
-from tiedparam.laws.rule import Example, Rule
-from tiedparam.layer.free_values import free_values
-from tiedparam.layer.register import register_tie
-from tiedparam.layer.remove import remove_tie
-from tiedparam.layer.residual import residual
-from tiedparam.layer.values import assign_, init_
-from tiedparam.state.dictionaries import dense_state_dict, tie_state_dict, untie_state_dict
-from tiedparam.state.optimizer_laws import register_optimizer
-from tiedparam.tie.lookup import get_tie, is_tied
-from tiedparam.tie.owner import Owner, owner
-from tiedparam.util.errors import TieError, TieWarning
 
 if TYPE_CHECKING:
+    from tiedparam import laws as laws
+    from tiedparam import rules as rules
     from tiedparam import testing as testing
+    from tiedparam.compute.frozen import frozen
     from tiedparam.files.export import export_dense
     from tiedparam.files.load import load
     from tiedparam.files.save import save
+    from tiedparam.laws.layout import Layout
+    from tiedparam.laws.registry import available_rules, register_rule
+    from tiedparam.laws.rule import Example, Rule
+    from tiedparam.layer.free_values import free_values
+    from tiedparam.layer.register import register_tie
+    from tiedparam.layer.remove import remove_tie
+    from tiedparam.layer.residual import residual
+    from tiedparam.layer.values import assign_, init_
     from tiedparam.model.pictures import draw_orbits, draw_residuals, draw_scan, draw_weights
     from tiedparam.model.plan import Plan, PlanEntry
     from tiedparam.model.plan_file import read_plan, write_plan
@@ -35,6 +32,11 @@ if TYPE_CHECKING:
     from tiedparam.model.scan import scan
     from tiedparam.model.scan_report import ScanReport
     from tiedparam.model.tie_model import tie_model, untie_model
+    from tiedparam.state.dictionaries import dense_state_dict, tie_state_dict, untie_state_dict
+    from tiedparam.state.optimizer_laws import register_optimizer
+    from tiedparam.tie.lookup import get_tie, is_tied
+    from tiedparam.tie.owner import Owner, owner
+    from tiedparam.util.errors import TieError, TieWarning
 
 __all__ = [
     "Example",
@@ -80,41 +82,62 @@ __all__ = [
     "write_plan",
 ]
 
-# The rooms of whole models and of files are entered when they are first asked for: that halves
-# the time of an import.
-_LATER = {
-    "export_dense": "tiedparam.files.export",
-    "load": "tiedparam.files.load",
-    "save": "tiedparam.files.save",
-    "draw_orbits": "tiedparam.model.pictures",
-    "draw_residuals": "tiedparam.model.pictures",
-    "draw_scan": "tiedparam.model.pictures",
-    "draw_weights": "tiedparam.model.pictures",
-    "Plan": "tiedparam.model.plan",
-    "PlanEntry": "tiedparam.model.plan",
-    "read_plan": "tiedparam.model.plan_file",
-    "write_plan": "tiedparam.model.plan_file",
-    "Report": "tiedparam.model.report",
-    "TieReport": "tiedparam.model.report",
-    "report": "tiedparam.model.report",
-    "scan": "tiedparam.model.scan",
-    "ScanReport": "tiedparam.model.scan_report",
-    "tie_model": "tiedparam.model.tie_model",
-    "untie_model": "tiedparam.model.tie_model",
+# Every name is fetched when it is first asked for, so that an import costs next to nothing where
+# only a part is used, or none: programs import much that they do not run. Type checkers read the
+# imports above instead.
+_PLACES = {
+    "frozen": "compute.frozen",
+    "export_dense": "files.export",
+    "load": "files.load",
+    "save": "files.save",
+    "Layout": "laws.layout",
+    "available_rules": "laws.registry",
+    "register_rule": "laws.registry",
+    "Example": "laws.rule",
+    "Rule": "laws.rule",
+    "free_values": "layer.free_values",
+    "register_tie": "layer.register",
+    "remove_tie": "layer.remove",
+    "residual": "layer.residual",
+    "assign_": "layer.values",
+    "init_": "layer.values",
+    "draw_orbits": "model.pictures",
+    "draw_residuals": "model.pictures",
+    "draw_scan": "model.pictures",
+    "draw_weights": "model.pictures",
+    "Plan": "model.plan",
+    "PlanEntry": "model.plan",
+    "read_plan": "model.plan_file",
+    "write_plan": "model.plan_file",
+    "Report": "model.report",
+    "TieReport": "model.report",
+    "report": "model.report",
+    "scan": "model.scan",
+    "ScanReport": "model.scan_report",
+    "tie_model": "model.tie_model",
+    "untie_model": "model.tie_model",
+    "dense_state_dict": "state.dictionaries",
+    "tie_state_dict": "state.dictionaries",
+    "untie_state_dict": "state.dictionaries",
+    "register_optimizer": "state.optimizer_laws",
+    "get_tie": "tie.lookup",
+    "is_tied": "tie.lookup",
+    "Owner": "tie.owner",
+    "owner": "tie.owner",
+    "TieError": "util.errors",
+    "TieWarning": "util.errors",
 }
+_ROOMS = ("laws", "rules", "testing")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":
-        return import_module("tiedparam.testing")
-    if name not in _LATER:
+    if name in _ROOMS:
+        return import_module(f"tiedparam.{name}")
+    if name not in _PLACES:
         raise AttributeError(f"module 'tiedparam' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_LATER[name]), name)
+    value = globals()[name] = getattr(import_module(f"tiedparam.{_PLACES[name]}"), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "testing"})
-
-
-import_module("tiedparam.rules")  # last: a rule's file may import tiedparam itself
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import subprocess
 import sys
 
 import pytest
+from torch import nn
 
 import tiedparam as tp
 from tests.support import ROOT
@@ -20,8 +22,9 @@ def names_for_type_checkers() -> dict[str, str]:
 
 
 def test_type_checkers_and_python_find_the_same_names():
-    assert names_for_type_checkers() == {**tp._LATER, "testing": "tiedparam"}
-    assert len(tp._LATER) > 10
+    places = {name: f"tiedparam.{place}" for name, place in tp._PLACES.items()}
+    assert names_for_type_checkers() == {**places, **dict.fromkeys(tp._ROOMS, "tiedparam")}
+    assert {*tp._PLACES, "__version__"} == set(tp.__all__)
     for name in tp.__all__:
         assert getattr(tp, name) is not None
     assert set(tp.__all__) <= set(dir(tp))
@@ -33,17 +36,65 @@ def test_what_there_is_not_is_said_as_by_any_module():
     assert not hasattr(tp, "nothing")
 
 
-def test_an_import_enters_neither_whole_models_nor_files():
-    code = (
-        "import sys, tiedparam as tp; rooms = lambda: {m.split('.')[1] for m in sys.modules if "
-        "m.startswith('tiedparam.')}; "
-        "print(sorted({'model', 'files', 'cli', 'testing'} & rooms())); tp.tie_model; "
-        "from tiedparam import save; print(sorted({'model', 'files'} & rooms()))"
-    )
+def said_by(code: str) -> list[str]:
+    """What a fresh process prints."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
-    assert done.stdout.split("\n")[:2] == ["[]", "['files', 'model']"]
+    return done.stdout.splitlines()
+
+
+def test_an_import_enters_no_room_and_a_name_those_that_it_needs():
+    code = (
+        "import sys, tiedparam as tp; rooms = lambda: {m.split('.')[1] for m in sys.modules if "
+        "m.startswith('tiedparam.')}; "
+        "print(sorted(rooms()), 'torch' in sys.modules); tp.register_tie; "
+        "print(sorted({'model', 'files', 'cli', 'testing', 'rules'} & rooms())); tp.tie_model; "
+        "from tiedparam import save; print(sorted({'model', 'files', 'rules'} & rooms()))"
+    )
+    assert said_by(code) == ["['_version'] False", "[]", "['files', 'model']"]
+
+
+ALL = len(tp.available_rules())
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        f"print(len(tp.available_rules()) == {ALL})",
+        f"from tiedparam.laws import available_rules; print(len(available_rules()) == {ALL})",
+        "print(tp.register_tie(torch.nn.Linear(4, 4), 'flip_sym').weight.shape == (4, 4))",
+        "print(tp.residual(torch.nn.Linear(4, 4), 'symmetric') > 0)",
+        "print(tp.tie_model(torch.nn.Linear(4, 4), {'': 'flip_sym'}) is not None)",
+        "print(tp.scan(torch.nn.Linear(4, 4)) is not None)",
+        "print(tp.rules.FlipSym.name == 'flip_sym' and issubclass(tp.laws.Coded, tp.Rule))",
+        "from tiedparam.rules.flip_sym import FlipSym; print(FlipSym.name == 'flip_sym')",
+        "tp.register_rule('flip_sym')(type('Mine', (tp.Rule,), {}))",
+    ],
+)
+def test_every_law_is_known_to_whoever_asks_first(ask):
+    start = "import torch, tiedparam as tp\n"
+    if "register_rule" in ask:  # a name of ours is taken before anything of ours was imported
+        ask = f"try: {ask}\nexcept tp.TieError as error: print('belongs to' in str(error))"
+    assert said_by(start + ask) == ["True"]
+
+
+def test_a_pickle_needs_no_import():
+    pickled = pickle.dumps(tp.register_tie(nn.Linear(4, 4), "flip_sym"))
+    code = f"import pickle; layer = pickle.loads({pickled!r}); import tiedparam as tp; "
+    assert said_by(code + "print(tp.get_tie(layer).name, layer.weight.shape)") == [
+        "flip_sym torch.Size([4, 4])"
+    ]
+
+
+def test_a_star_imports_all_that_is_public():
+    code = "from tiedparam import *; import tiedparam; print(set(tiedparam.__all__) - set(dir()))"
+    assert said_by(code) == ["set()"]
+
+
+def test_a_name_is_fetched_once():
+    code = "import tiedparam as tp; first = tp.frozen; print(vars(tp)['frozen'] is first)"
+    assert said_by(code) == ["True"]
 
 
 def test_the_contract_is_there_when_it_is_first_asked_for_and_needs_no_test_library():
@@ -51,7 +102,4 @@ def test_the_contract_is_there_when_it_is_first_asked_for_and_needs_no_test_libr
         "import sys, tiedparam as tp; print('testing' in dir(tp), tp.testing.check_rule.__name__, "
         "sorted({'pytest', 'hypothesis', 'safetensors', 'numpy.testing'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert done.stdout == "True check_rule []\n"
+    assert said_by(code) == ["True check_rule []"]

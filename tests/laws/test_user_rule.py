@@ -420,7 +420,7 @@ def test_register_rule_needs_a_name():
 
 @pytest.mark.slow
 def test_a_rule_in_a_file_of_the_library_may_import_tiedparam():
-    """``import tiedparam as tp`` at its top, as users write it, while tiedparam is imported."""
+    """``import tiedparam as tp`` at its top, as users write it, while the rules are imported."""
     code = (
         "import sys, types, tiedparam.rules as rules\n"
         "import importlib, tiedparam\n"
@@ -434,6 +434,7 @@ def test_a_rule_in_a_file_of_the_library_may_import_tiedparam():
         "            print('seen')\n"
         "sys.meta_path.insert(0, Finder())\n"
         "import tiedparam\n"
+        "assert 'copy' in tiedparam.available_rules()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "seen\n"

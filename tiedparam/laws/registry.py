@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import Any, Protocol, TypeVar, cast
 
 from tiedparam.laws.rule import Rule
@@ -11,6 +12,13 @@ from tiedparam.laws.rule_table import RuleTable, why_unknown
 from tiedparam.util.errors import TieError
 
 _RULES: dict[str, type[Rule]] = {}
+
+
+def _known() -> dict[str, type[Rule]]:
+    """All rules by name; the library's own are imported when somebody first asks for any."""
+    import_module("tiedparam.rules")  # which imports this room, so that it cannot be done above
+    return _RULES
+
 
 R = TypeVar("R", bound=type[Rule])
 
@@ -46,7 +54,7 @@ def register_rule(name: str) -> Callable[[R], R]:
         for member in ("examples", "variants"):
             if not inspect.ismethod(getattr(rule, member)):
                 raise TypeError(f"{rule.__qualname__}.{member} must be a classmethod")
-        known = _RULES.get(name)
+        known = _known().get(name)
         # a reloaded module defines the same rule once more: that is a replacement
         if known is not None and _place(known) != _place(rule):
             raise TieError(
@@ -81,7 +89,7 @@ def available_rules() -> RuleTable:
         >>> tp.available_rules()["flip_sym"].law
         'W[i, j, x] = ±W[j, i, flip(x)]'
     """
-    return RuleTable(sorted(_RULES.items()))
+    return RuleTable(sorted(_known().items()))
 
 
 def find_rule(name: str) -> type[Rule]:
@@ -90,9 +98,10 @@ def find_rule(name: str) -> type[Rule]:
     Raises:
         TieError: if there is none; the message suggests the nearest names.
     """
-    if name in _RULES:
-        return _RULES[name]
-    raise TieError(f"'{name}'", *why_unknown(name, _RULES))
+    known = _known()
+    if name in known:
+        return known[name]
+    raise TieError(f"'{name}'", *why_unknown(name, known))
 
 
 # What a user states of a law ----------------------------------------------------------------------
@@ -226,5 +235,5 @@ def is_pair(rule: Any) -> bool:
 def _takes(rule: Any, option: str) -> bool:
     """Whether it is the law's own option."""
     if isinstance(rule, str):
-        rule = _RULES.get(rule)
+        rule = _known().get(rule)
     return isinstance(rule, type) and option in inspect.signature(rule).parameters

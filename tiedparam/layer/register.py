@@ -6,7 +6,7 @@ The overloads are generated; the work is in `tie_one`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,7 +15,6 @@ from typing_extensions import Unpack
 from tiedparam.laws.block import Range
 from tiedparam.laws.registry import Laws, make_rule, with_part
 from tiedparam.laws.rule import Rule
-from tiedparam.layer import rule_options
 from tiedparam.layer.checks import Init, check_arguments
 from tiedparam.layer.concerns import check_max_residual
 from tiedparam.layer.tie_one import Settings, tie_one
@@ -23,6 +22,9 @@ from tiedparam.state import optimizer_moves
 from tiedparam.tie.target import Target
 from tiedparam.util.errors import warn
 from tiedparam.util.never_compiled import never_compiled
+
+if TYPE_CHECKING:  # a class for the options of every law
+    from tiedparam.layer import rule_options
 
 Layer = TypeVar("Layer", bound=nn.Module)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -11,13 +11,15 @@ from typing_extensions import Unpack
 from tiedparam.laws.block import Range
 from tiedparam.laws.registry import Laws, make_rule, with_part
 from tiedparam.laws.rule import Rule
-from tiedparam.layer import rule_options
 from tiedparam.layer.checks import check_arguments, why_no_values
 from tiedparam.tie.binding import bind
 from tiedparam.tie.target import Target
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.errors import TieError, raise_if
 from tiedparam.util.torch_private import has_values
+
+if TYPE_CHECKING:  # a class for the options of every law
+    from tiedparam.layer import rule_options
 
 
 # begin: by python docs/make_signatures.py

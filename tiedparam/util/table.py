@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any, ClassVar, Generic, TypeVar
 
 from tiedparam.util.errors import Reason, visible
@@ -97,7 +96,7 @@ class Table(Generic[Record]):
 
         def row(tag: str, line: list[str]) -> str:
             inside = (
-                f"<{tag}{style}>{escape(cell)}</{tag}>"
+                f"<{tag}{style}>{_escaped(cell)}</{tag}>"
                 for cell, style in zip(line, styles, strict=True)
             )
             return f"<tr>{''.join(inside)}</tr>"
@@ -197,10 +196,10 @@ class TableReport(Generic[Record]):
         shown, notes = self._shortened(str)
         steps = "\n".join(self.next_steps())
         parts = [
-            f"<p>{escape(self.headline())}</p>" if self.headline() else "",
+            f"<p>{_escaped(self.headline())}</p>" if self.headline() else "",
             shown.html() if shown.records else "",
-            *(f"<p>{escape(note)}</p>" for note in notes),
-            f"<pre>{escape(steps)}</pre>" if steps else "",
+            *(f"<p>{_escaped(note)}</p>" for note in notes),
+            f"<pre>{_escaped(steps)}</pre>" if steps else "",
         ]
         return "".join(part + "\n" for part in parts if part)
 
@@ -228,3 +227,9 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)
+
+
+def _escaped(text: str) -> str:
+    from html import escape  # for notebooks alone: its table of entities is long
+
+    return escape(text)
