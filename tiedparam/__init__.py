@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from tiedparam.model.scan import scan
     from tiedparam.model.scan_report import ScanReport
     from tiedparam.model.tie_model import tie_model, untie_model
+    from tiedparam.model.tune import tune
+    from tiedparam.model.tune_report import TuneReport
     from tiedparam.state.dictionaries import dense_state_dict, tie_state_dict, untie_state_dict
     from tiedparam.state.optimizer_laws import register_optimizer
     from tiedparam.tie.lookup import get_tie, is_tied
@@ -50,6 +52,7 @@ __all__ = [
     "TieError",
     "TieReport",
     "TieWarning",
+    "TuneReport",
     "__version__",
     "assign_",
     "available_rules",
@@ -77,6 +80,7 @@ __all__ = [
     "scan",
     "tie_model",
     "tie_state_dict",
+    "tune",
     "untie_model",
     "untie_state_dict",
     "write_plan",
@@ -116,6 +120,8 @@ _PLACES = {
     "ScanReport": "model.scan_report",
     "tie_model": "model.tie_model",
     "untie_model": "model.tie_model",
+    "tune": "model.tune",
+    "TuneReport": "model.tune_report",
     "dense_state_dict": "state.dictionaries",
     "tie_state_dict": "state.dictionaries",
     "untie_state_dict": "state.dictionaries",

@@ -12,6 +12,7 @@ take; both are kept here, in a `Computing`. `tiedparam.compute.forward` computes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -41,6 +42,7 @@ class Computing:
         asked: the form that the law's ``compute=`` names; ``"auto"`` or ``"dense"`` if none.
         tuned: the form that was measured to be fastest, without gradients and with.
         forms: those that the law offers for this layer, by name.
+        seen: where the names of the forms that compute are noted, while somebody looks; or None.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Computing:
         self.forms: dict[str, Form] = {
             form.name: form for form in forms_of(rule_class) if form.name in names
         }
+        self.seen: list[str] | None = None
         self._orders: dict[tuple[int | None, bool, bool], tuple[Form, ...]] = {}
 
     def __reduce__(self) -> Any:
@@ -90,12 +93,9 @@ class Computing:
             self._orders[rows, training, kept] = found
         return found
 
-    def choose(self, training: bool, name: str | None) -> None:
-        """Take a form from now on, or with None the cheapest again."""
-        if name is None:
-            self.tuned.pop(training, None)
-        else:
-            self.tuned[training] = name
+    def choose(self, tuned: Mapping[bool, str]) -> None:
+        """Take these forms from now on, without gradients and with; where none is named, any."""
+        self.tuned = dict(tuned)
         self._orders.clear()
 
     def _ranked(self, rule: Rule, use: Use) -> tuple[Form, ...]:

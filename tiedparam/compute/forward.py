@@ -107,6 +107,8 @@ def _computed(
             call = Call(layer, input, free, bias, stock(), use, form.name == named)
         y = form.compute(rule, call)
         if y is not None:
+            if computing.seen is not None:
+                computing.seen.append(form.name)
             return y
     return None
 

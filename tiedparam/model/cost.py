@@ -93,7 +93,7 @@ def positions(model: nn.Module, example: Any) -> dict[nn.Module, int]:
         if isinstance(layer, counted)
     ]
     try:
-        with _in_eval_mode(model), torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             if isinstance(example, Mapping):
                 model(**example)
             else:
@@ -105,7 +105,8 @@ def positions(model: nn.Module, example: Any) -> dict[nn.Module, int]:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,0 +1,110 @@
+"""What `tune` found, as a table that people read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tiedparam.compute.timing import Time
+from tiedparam.util.errors import Reason
+from tiedparam.util.table import Column, Table, TableReport
+
+
+@dataclass(frozen=True)
+class TunedRow:
+    """One tied layer.
+
+    Attributes:
+        layer: path of the layer in the model.
+        rule: the rule with its options, as text.
+        shape: of the weight.
+        form: the form that the layer computes in from now on.
+        automatic: the form that the library would have taken; None if the layer was not called.
+        times: for each form that serves, the median of its time and the spread, in seconds; of a
+            layer that is called several times, added up.
+    """
+
+    layer: str
+    rule: str
+    shape: tuple[int, ...]
+    form: str
+    automatic: str | None
+    times: dict[str, Time]
+
+    @property
+    def gain(self) -> float | None:
+        """How many times as fast as the dense form the layer computes now."""
+        return self._ratio("dense")
+
+    @property
+    def gain_by_tuning(self) -> float | None:
+        """How many times as fast as before."""
+        return self._ratio(self.automatic)
+
+    def _ratio(self, form: str | None) -> float | None:
+        if form not in self.times:
+            return None
+        return self.times[form].seconds / self.times[self.form].seconds
+
+
+@dataclass(frozen=True)
+class _Milliseconds:
+    """What a form took in each row."""
+
+    form: str
+
+    def __call__(self, row: TunedRow) -> float | None:
+        return row.times[self.form].seconds * 1e3 if self.form in row.times else None
+
+
+@dataclass(frozen=True)
+class TuneReport(TableReport[TunedRow]):
+    """The forms that were measured, and those that were taken.
+
+    Attributes:
+        tuned: one row for every tied layer whose law offers forms.
+        training: whether forward and backward were measured, or forward alone.
+
+    Example:
+        >>> layer = tp.register_tie(nn.Linear(64, 64), "row_repeat")
+        >>> found = tp.tune(layer, torch.randn(32, 64), training=True)
+        >>> found.training, len(found.rows())
+        (True, 1)
+    """
+
+    tuned: tuple[TunedRow, ...]
+    training: bool
+
+    def table(self) -> Table[TunedRow]:
+        """A row for each layer, and a column for each form."""
+        forms = dict.fromkeys(form for row in self.tuned for form in row.times)
+        columns: list[Column[TunedRow]] = [
+            Column("layer", "layer", lambda row: row.layer or "the model itself"),
+            Column("rule", "rule", lambda row: row.rule),
+            Column("shape", "shape", lambda row: row.shape),
+            *(Column(f"{form}_ms", f"{form}, ms", _Milliseconds(form)) for form in forms),
+            Column("form", "takes", lambda row: row.form),
+            Column("automatic", "before", lambda row: row.automatic),
+            Column("gain", "× dense", lambda row: row.gain),
+        ]
+        return Table(columns, self.tuned)
+
+    def remarks(self) -> list[Reason]:
+        """What was measured, and which layers were not."""
+        if not self.tuned:
+            return [Reason("No tied layer has another form than the dense one.")]
+        what = "Forward and backward pass" if self.training else "Forward pass without gradients"
+        remarks = [Reason(f"{what}; medians.")]
+        left = [row.layer or "the model itself" for row in self.tuned if not row.times]
+        if left:
+            names = ", ".join(left)
+            remarks.append(Reason(f"Not measured: {names}: not called, or compute= names a form."))
+        return remarks
+
+    def to_data(self) -> dict[str, Any]:
+        """Rows, notes, and what was measured."""
+        return {
+            "kind": "tune",
+            "training": self.training,
+            **super().to_data(),
+        }
