@@ -26,11 +26,10 @@ from tiedparam.tie.interposed import is_bare
 from tiedparam.util.torch_modes import (
     CAST_BY_AUTOCAST,
     autocast_dtype,
-    is_compiled,
+    in_compiled_graph,
     is_ordinary,
     is_traced,
     is_traced_or_transformed,
-    is_transformed,
 )
 from tiedparam.util.torch_private import (
     convolution_of,
@@ -142,8 +141,8 @@ def _runs_here(
         or (device != "cpu" and not asked)
     ):
         return False
-    if is_compiled():
-        return form.where == "compiled" and not is_transformed()
+    if in_compiled_graph():
+        return form.where == "compiled"
     return is_ordinary(input, *free) and (bias is None or is_ordinary(bias))
 
 

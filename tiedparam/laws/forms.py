@@ -44,6 +44,11 @@ class Use:
             on the batch.
         training: whether gradients are recorded.
         kept: whether the weight is at hand (`frozen`), so that the dense form expands nothing.
+
+    Example:
+        >>> from tiedparam.laws import Layout, Use
+        >>> Use("linear", Layout((64, 64)), rows=32).training
+        False
     """
 
     kind: Kind
@@ -66,6 +71,14 @@ class Call:
             and groups.
         use: of the layer.
         asked: whether the form was asked for by name, so that it computes even where it loses.
+
+    Example:
+        >>> from tiedparam.laws import Call, Layout, Use
+        >>> row, x = torch.ones(1, 4), torch.ones(2, 4)
+        >>> call = Call(None, x, (row,), None, nn.functional.linear, Use("linear", Layout((8, 4))))
+        >>> call.stock(call.input, *call.free, call.bias)  # one of the eight equal outputs
+        tensor([[4.],
+                [4.]])
     """
 
     layer: Any
@@ -125,10 +138,14 @@ def form(
 
     Example:
         >>> from tiedparam.laws import form
-        >>> class Equal(tp.Rule):
-        ...     @form("summed", cost=lambda rule, use: 0.5 if use.kind == "linear" else None)
-        ...     def by_one_sum(self, call):
-        ...         return call.stock(call.input.sum(-1, keepdim=True), call.free[0], call.bias)
+        >>> class OneRow(tp.rules.RowRepeat):
+        ...     @form("summed", cost=lambda rule, use: 0.1 if use.kind == "linear" else None)
+        ...     def by_one_product(self, call):
+        ...         (row,) = call.free
+        ...         return (call.input @ row.T).expand(-1, 8) + call.bias
+        >>> layer = tp.register_tie(nn.Linear(4, 8), OneRow, init="rescale")
+        >>> layer(torch.ones(2, 4)).shape
+        torch.Size([2, 8])
     """
 
     def mark(method: Method) -> Method:

@@ -56,7 +56,7 @@ def tune(model: nn.Module, *inputs: Any, training: bool = False) -> TuneReport:
             the dense one. Nothing was changed then, nor if the model raises.
 
     Example:
-        >>> layer = tp.register_tie(nn.Linear(64, 64), "row_repeat")
+        >>> layer = tp.register_tie(nn.Linear(64, 64), "row_repeat", init="rescale")
         >>> found = tp.tune(layer, torch.randn(32, 64))
         >>> [(row.layer, row.rule, sorted(row.times)) for row in found.tuned]
         [('', 'row_repeat(groups=1)', ['dense', 'reduced'])]

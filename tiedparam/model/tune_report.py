@@ -66,7 +66,7 @@ class TuneReport(TableReport[TunedRow]):
         training: whether forward and backward were measured, or forward alone.
 
     Example:
-        >>> layer = tp.register_tie(nn.Linear(64, 64), "row_repeat")
+        >>> layer = tp.register_tie(nn.Linear(64, 64), "row_repeat", init="rescale")
         >>> found = tp.tune(layer, torch.randn(32, 64), training=True)
         >>> found.training, len(found.rows())
         (True, 1)

@@ -43,7 +43,7 @@ class Opaque:
     Arguments are given by position. Second derivatives exist in eager mode; torch has none for
     compiled graphs. Operators are made at first use, since making one takes a millisecond.
 
-    Example:
+    As in:
         >>> import tiedparam.products.opaque as opaque
         >>> def forward(x, row):
         ...     return torch.mul(x, row)
@@ -68,9 +68,11 @@ class Opaque:
         output: Callable[..., Tensor],
     ) -> None:
         name, _, arguments = schema.partition("(")
-        self.name = name.strip()
-        self.arguments = arguments.rpartition(")")[0]
-        self.forward, self.backward, self.output = forward, backward, output
+        self.name: str = name.strip()
+        self.arguments: str = arguments.rpartition(")")[0]
+        self.forward: Callable[..., Tensor] = forward
+        self.backward: Callable[..., Sequence[Tensor | None]] = backward
+        self.output: Callable[..., Tensor] = output
         _PRODUCTS[self.name] = self
 
     def __call__(self, *arguments: Any) -> Tensor:

@@ -74,16 +74,6 @@ def _is_exported() -> bool:
     return exporting or bool(InstructionTranslator.current_tx().export)
 
 
-def is_compiled() -> bool:
-    """Whether ``torch.compile`` makes a graph of this; an exporter's graphs are for others."""
-    return torch.compiler.is_compiling() and not _is_exporting()
-
-
-def _is_exporting() -> bool:
-    asked = getattr(torch.compiler, "is_exporting", None)  # torch 2.7 and newer
-    return bool(asked()) if asked is not None else False
-
-
 CAST_BY_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
 """The dtypes that autocast makes one."""
 
