@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam.laws.forms import Form, Kind, Use, forms_of
@@ -41,6 +42,7 @@ class Computing:
         channels: how many channels or features of input the weight takes.
         asked: the form that the law's ``compute=`` names; ``"auto"`` or ``"dense"`` if none.
         tuned: the form that was measured to be fastest, without gradients and with.
+        measured: how many times as fast as densely the layer then computed.
         forms: those that the law offers for this layer, by name.
         seen: where the names of the forms that compute are noted, while somebody looks; or None.
     """
@@ -55,6 +57,7 @@ class Computing:
         self.channels: int = layout.groups * layout.canonical_shape[1]
         self.asked: str = asked
         self.tuned: dict[bool, str] = {}
+        self.measured: dict[bool, float] = {}
         self.forms: dict[str, Form] = {
             form.name: form for form in forms_of(rule_class) if form.name in names
         }
@@ -68,7 +71,7 @@ class Computing:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Computing:
         made = Computing(self.rule_class, self.kind, self.layout, self.asked, [*self.forms])
-        made.tuned = dict(self.tuned)
+        made.tuned, made.measured = dict(self.tuned), dict(self.measured)
         return made
 
     def use(self, rows: int | None = None, training: bool = False, kept: bool = False) -> Use:
@@ -98,6 +101,34 @@ class Computing:
         self.tuned = dict(tuned)
         self._orders.clear()
 
+    def keep(self, form: str, training: bool, gain: float) -> None:
+        """Take the form that was measured to be fastest, and remember what it gains."""
+        self.choose({**self.tuned, training: form})
+        self.measured[training] = gain
+
+    def predicted_gain(
+        self, rule: Rule, like: Tensor, rows: int | None, training: bool
+    ) -> float | None:
+        """How many times as fast as densely the layer computes, by the costs of its forms.
+
+        Args:
+            rule: the law.
+            like: a tensor with the dtype and on the device of the free values; one on the meta
+                device stands for the CPU.
+            rows: how many vectors of input are multiplied; None for a usual batch.
+            training: whether gradients are recorded.
+
+        Returns:
+            1.0 where no form serves; None if its cost for such a use is not known.
+        """
+        device = "cpu" if like.is_meta else like.device.type
+        named = self.named(training)
+        for form in self.order(rule, rows, training, False):
+            if serves(form, like.dtype, device, asked=form.name == named):
+                cost = form.cost(rule, self.use(rows, training))
+                return 1 / cost if cost else None
+        return 1.0
+
     def _ranked(self, rule: Rule, use: Use) -> tuple[Form, ...]:
         named = self.named(use.training)
         if named == "dense":
@@ -108,6 +139,17 @@ class Computing:
         if named != "auto":
             names = [named, *(n for n in names if n != named)]
         return tuple(self.forms[name] for name in names)
+
+
+def serves(form: Form, dtype: torch.dtype, device: str, *, asked: bool) -> bool:
+    """Whether an ordinary call can be computed in a form, with such numbers on such a device."""
+    if form.where == "anywhere":
+        return True
+    # costs are those of a CPU; on other devices whoever asks for a form may have it
+    return dtype in _PRECISE and (device == "cpu" or asked)
+
+
+_PRECISE = (torch.float32, torch.float64)
 
 
 def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiedparam.compute.forms import TORCHS_OWN, Computing, kind_with_forms
+from tiedparam.compute.forms import TORCHS_OWN, Computing, kind_with_forms, serves
 from tiedparam.compute.kept import is_kept
 from tiedparam.laws.forms import Call, Form
 from tiedparam.laws.rule import Rule
@@ -134,19 +134,14 @@ def _runs_here(
         return True
     dtype, device = input.dtype, input.device.type
     if (
-        dtype not in _PRECISE
+        not serves(form, dtype, device, asked=asked)
         or any(value.dtype is not dtype for value in free)
         or autocast_dtype(device) is not None
-        # costs are those of a CPU; on other devices whoever asks for a form may have it
-        or (device != "cpu" and not asked)
     ):
         return False
     if in_compiled_graph():
         return form.where == "compiled"
     return is_ordinary(input, *free) and (bias is None or is_ordinary(bias))
-
-
-_PRECISE = (torch.float32, torch.float64)
 
 
 # What the kinds of layer do -----------------------------------------------------------------

@@ -81,6 +81,11 @@ _SAVED = 4  # multiplications per one that is left
 _SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
 _POSITIONS = 64  # of a kernel; windows of more take much memory
 _NEARLY = 0.9  # of what they stand for, where they serve
+_PER_VALUE = {"linear": 5, "convolution": 70, "transposed": 120}  # of input and output
+_SUMMED = 20  # per value, in a convolution of one channel
+_PER_CALL = 600_000  # some 15 µs
+_EXPANDING = 1.7  # of that, in the dense form
+_BACKWARD = 2.5  # of that, with gradients
 
 
 def _cost_of_reduced(rule: Broadcast, use: Use) -> float:
@@ -92,7 +97,23 @@ def _cost_of_reduced(rule: Broadcast, use: Use) -> float:
     enough = _SAVED if layout.groups == 1 else _SAVED_IN_GROUPS
     if saved == 1 or (use.kind != "linear" and saved < enough):
         return 1.0
-    return 1 / saved
+    return min(_NEARLY, _share_of_time(how, use))
+
+
+def _share_of_time(how: Reduction, use: Use) -> float:
+    """Of the dense form's time, in multiply-adds that the dense layer makes in as much time.
+
+    On the machine of the result files it is right by a factor of 1.5, so that a report can say
+    what a tie gains; whether the form is taken does not depend on it.
+    """
+    layout = use.layout
+    dense = prod(layout.canonical_shape)
+    moved = layout.canonical_shape[0] + layout.groups * layout.canonical_shape[1]
+    rows = use.rows or (64 if use.kind == "linear" else 4096)
+    per_call = _PER_CALL * (_BACKWARD if use.training else 1)
+    per_value = _SUMMED if use.kind == "convolution" and how.summed else _PER_VALUE[use.kind]
+    reduced = per_call + rows * (how.entries + per_value * moved)
+    return min(_NEARLY, reduced / (_EXPANDING * per_call + rows * dense))
 
 
 def _cost_of_windows(rule: Broadcast, use: Use) -> float | None:

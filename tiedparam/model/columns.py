@@ -16,6 +16,13 @@ def _span(multiplicity: tuple[int, int] | None) -> str:
     return show(least) if least == most else f"{show(least)}–{show(most)}"
 
 
+def _gains(row: Any) -> str:
+    """``8.3 / 7.1`` without gradients and with; once where they are equal."""
+    both: tuple[float | None, ...] = (row.gain_inference, row.gain_training)
+    shown = [show(gain if gain is None else float(f"{gain:.2g}")) for gain in both]
+    return " / ".join(dict.fromkeys(shown))
+
+
 WHAT_IT_TIES: list[Column[Any]] = [
     Column("tensor", "tensor", lambda r: key_of(r.layer, r.tensor_name)),
     Column("rule", "rule", lambda r: r.rule),
@@ -29,6 +36,9 @@ WHAT_IT_TIES: list[Column[Any]] = [
 WHAT_IT_COSTS: list[Column[Any]] = [
     Column("multiply_adds_dense", "mult-adds", lambda r: r.multiply_adds_dense),
     Column("multiply_adds_tied", "tied", lambda r: r.multiply_adds_tied),
+]
+WHAT_IT_GAINS: list[Column[Any]] = [
+    Column("gain_inference", "× dense", lambda r: r.gain_inference, _gains),
 ]
 WHERE_IT_LIES: list[Column[Any]] = [
     Column("layer", "", lambda r: r.layer),

@@ -1,26 +1,30 @@
-"""How many multiply-adds a layer needs, dense and tied, and on how many positions it works.
+"""What a tie saves while a layer computes: multiply-adds, and time.
 
-Counted per position: a row of a Linear layer's input, an output position of a convolution, an
-input position of a transposed one, a time step of a recurrent layer. A sum of inputs, a
-bias and a spread output cost no multiplication and are not counted; torch's
+Multiply-adds are counted per position: a row of a Linear layer's input, an output position of a
+convolution, an input position of a transposed one, a time step of a recurrent layer. A sum of
+inputs, a bias and a spread output cost no multiplication and are not counted; torch's
 ``FlopCounterMode`` counts two for every multiply-add.
+
+Time is what `tune` measured, or what the forms of the law are said to cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tiedparam.compute.forms import computing_of
+from tiedparam.compute.forms import Computing, computing_of
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.host import stock_class
 from tiedparam.util.torch_private import AnyConvolution, is_read_by_attention
 
 _ONCE_PER_POSITION = (nn.Linear, nn.Bilinear, AnyConvolution, nn.RNNBase, nn.RNNCellBase)
+_LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
 
 
 def multiply_adds(
@@ -40,7 +44,7 @@ def multiply_adds(
     """
     if len(shape) < 2:
         return (0, 0)  # a bias is added
-    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+    if isinstance(layer, _LOOKED_UP):
         return (0, 0)  # rows are looked up
     if not isinstance(layer, (*_ONCE_PER_POSITION, nn.MultiheadAttention)):
         return None
@@ -60,35 +64,101 @@ def _reduced_count(layer: nn.Module, tensor_name: str, rule: Rule | None) -> int
     return None
 
 
-def positions(model: nn.Module, example: Any) -> dict[nn.Module, int]:
-    """On how many positions each Linear and convolution works for an input.
+@dataclass(frozen=True)
+class Gains:
+    """How many times as fast as with its expanded weight a layer computes under a law.
+
+    Attributes:
+        inference: without gradients; None if it is not known.
+        training: with gradients, forward and backward; None if it is not known.
+        measured: whether `tune` measured them, for each of the two.
+    """
+
+    inference: float | None = None
+    training: float | None = None
+    measured: tuple[bool, bool] = (False, False)
+
+
+def gains(
+    layer: nn.Module,
+    tensor_name: str,
+    rule: Rule,
+    like: Tensor,
+    *,
+    computing: Computing | None,
+    rows: int | None = None,
+) -> Gains:
+    """What a tie gains over computing with the expanded weight.
+
+    Args:
+        layer: the layer.
+        tensor_name: which of its tensors.
+        rule: a rule that is bound to it.
+        like: a tensor with the dtype and on the device of the free values.
+        computing: how the layer computes under the rule, and what `tune` measured of it; None if
+            densely.
+        rows: how many vectors of input one call multiplies; None for a usual batch.
+
+    Returns:
+        1 for a layer that computes densely. Nothing for biases, and where it is not known how the
+        layer uses the tensor.
+    """
+    known = (*_ONCE_PER_POSITION, *_LOOKED_UP, nn.MultiheadAttention)
+    if len(rule.bound_layout.shape) < 2 or not isinstance(layer, known):
+        return Gains()
+    if computing is None or is_read_by_attention(stock_class(layer)):
+        return Gains(1.0, 1.0)
+    inference, training = (
+        computing.measured[recorded]
+        if recorded in computing.measured
+        else computing.predicted_gain(rule, like, rows, recorded)
+        for recorded in (False, True)
+    )
+    return Gains(inference, training, (False in computing.measured, True in computing.measured))
+
+
+@dataclass(frozen=True)
+class Work:
+    """On how much a layer works for an example.
+
+    Attributes:
+        positions: over all calls; see the top of this file.
+        rows: how many vectors of input one call multiplies, on average.
+    """
+
+    positions: int
+    rows: int
+
+
+def work(model: nn.Module, example: Any) -> dict[nn.Module, Work]:
+    """On how much each Linear and convolution works for an input.
 
     Args:
         model: it runs once, in eval mode and without gradients; its modes are put back.
         example: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
 
     Returns:
-        Counts by layer, over all calls; layers that were not called are left out.
+        By layer; layers that were not called are left out.
     """
     if not isinstance(example, (Tensor, tuple, list, Mapping)):
         raise TypeError(
             "example= takes a tensor, a tuple of arguments or a mapping of keyword arguments, not "
             f"{type(example).__name__}"
         )
-    counts: dict[nn.Module, int] = {}
+    calls: dict[nn.Module, list[Work]] = {}
 
-    def count(layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(layer, AnyConvolution) and layer.transposed:
-            worked = inputs[0].numel() // layer.in_channels
-        elif isinstance(layer, AnyConvolution):
-            worked = output.numel() // layer.out_channels
+    def count(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(layer, AnyConvolution):
+            input = args[0] if args else kwargs["input"]
+            rows = input.numel() // layer.in_channels
+            positions = rows if layer.transposed else output.numel() // layer.out_channels
         else:
-            worked = output.numel() // layer.out_features
-        counts[layer] = counts.get(layer, 0) + worked
+            rows = positions = output.numel() // layer.out_features
+        calls.setdefault(layer, []).append(Work(positions, rows))
 
     counted = (nn.Linear, nn.Bilinear, AnyConvolution)
     hooks = [
-        layer.register_forward_hook(count)
+        layer.register_forward_hook(count, with_kwargs=True)
         for layer in model.modules()
         if isinstance(layer, counted)
     ]
@@ -101,7 +171,10 @@ def positions(model: nn.Module, example: Any) -> dict[nn.Module, int]:
     finally:
         for hook in hooks:
             hook.remove()
-    return counts
+    return {
+        layer: Work(sum(w.positions for w in made), sum(w.rows for w in made) // len(made))
+        for layer, made in calls.items()
+    }
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from tiedparam.laws.rule import Rule
 from tiedparam.model import cost
-from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
+from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_GAINS, WHAT_IT_TIES, WHERE_IT_LIES
 from tiedparam.model.reasons import Skipped
 from tiedparam.state.optimizer_moves import as_optimizers
 from tiedparam.tie.lookup import origins, ties_in
@@ -41,6 +41,12 @@ class TieRow:
         multiply_adds_dense: multiply-adds per position without the tie, None if unknown.
         multiply_adds_tied: the same with the tie, in training.
         positions: on how many positions the layer works for the example; None without one.
+        gain_inference: how many times as fast the layer computes without gradients as it would
+            with its expanded weight: as `tune` measured it here, or by the law's costs, for the
+            example or a usual batch. None for a bias, or if it is not known.
+        gain_training: the same with gradients, forward and backward.
+        inference_measured: whether `gain_inference` was measured.
+        training_measured: whether `gain_training` was measured.
         bytes_per_value: of the stored type.
         trained: whether gradients reach what the tensor is computed from.
     """
@@ -56,6 +62,10 @@ class TieRow:
     multiply_adds_dense: int | None
     multiply_adds_tied: int | None
     positions: int | None
+    gain_inference: float | None
+    gain_training: float | None
+    inference_measured: bool
+    training_measured: bool
     bytes_per_value: int
     trained: bool
 
@@ -95,9 +105,12 @@ class Totals:
     multiply_adds_tied: int | None = None
 
 
-_COLUMNS: list[Column[TieRow]] = [*WHAT_IT_TIES, *WHAT_IT_COSTS]
+_COLUMNS: list[Column[TieRow]] = [*WHAT_IT_TIES, *WHAT_IT_COSTS, *WHAT_IT_GAINS]
 _ONLY_DATA: list[Column[TieRow]] = [
     *WHERE_IT_LIES,
+    Column("gain_training", "", lambda r: r.gain_training),
+    Column("inference_measured", "", lambda r: r.inference_measured),
+    Column("training_measured", "", lambda r: r.training_measured),
     Column("positions", "", lambda r: r.positions),
     Column("bytes_per_value", "", lambda r: r.bytes_per_value),
     Column("trained", "", lambda r: r.trained),
@@ -249,16 +262,16 @@ def report(
 
 def tie_rows(model: nn.Module, example: Any = None) -> tuple[TieRow, ...]:
     """One row for every tied tensor of the model; a layer with two names has one row."""
-    positions = cost.positions(model, example) if example is not None else {}
+    work = cost.work(model, example) if example is not None else {}
     paths = {id(module): path for path, module in model.named_modules()}
     return tuple(
-        _row(path, tie, paths, positions)
+        _row(path, tie, paths, work.get(layer))
         for path, layer in model.named_modules()
         for tie in ties_in(layer)
     )
 
 
-def _row(path: str, tie: Tie, paths: dict[int, str], positions: dict[nn.Module, int]) -> TieRow:
+def _row(path: str, tie: Tie, paths: dict[int, str], work: cost.Work | None) -> TieRow:
     layer, name, rule = tie.layer, tie.tensor_name, tie.rule
     refuse_exchanged(tie.values)  # what is said would be of a layer that is gone
     shape = rule.bound_layout.shape
@@ -268,6 +281,10 @@ def _row(path: str, tie: Tie, paths: dict[int, str], positions: dict[nn.Module, 
     sample: list[Tensor] = [*stored]
     if not stored and not rule.reads_layers:  # laws together may leave nothing
         sample = [tie.tied()]
+    like = sample[0] if sample else torch.empty(())
+    gains = cost.gains(
+        layer, name, rule, like, computing=tie.computing, rows=work.rows if work else None
+    )
     return TieRow(
         layer=path,
         tensor_name=name,
@@ -283,7 +300,11 @@ def _row(path: str, tie: Tie, paths: dict[int, str], positions: dict[nn.Module, 
         residual=tie.residual_at_tying,
         multiply_adds_dense=costs[0] if costs else None,
         multiply_adds_tied=costs[1] if costs else None,
-        positions=positions.get(layer),
+        positions=work.positions if work else None,
+        gain_inference=gains.inference,
+        gain_training=gains.training,
+        inference_measured=gains.measured[0],
+        training_measured=gains.measured[1],
         bytes_per_value=sample[0].element_size() if sample else 0,
         trained=any(parameter.requires_grad for parameter in stored),
     )

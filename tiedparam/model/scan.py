@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedparam.compute.forms import computing_of
 from tiedparam.laws.distance import relative_distance
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import PART, available_rules, make_rule
@@ -80,11 +81,11 @@ def scan(
         raise TypeError(f"pairs= takes a number of pairs per tensor, 0 or more, not {pairs!r}")
     chosen = _chosen_rules(rules)
     tensors, left_out = tensors_of(model)
-    positions = cost.positions(model, example) if example is not None else {}
+    work = cost.work(model, example) if example is not None else {}
     passes = sum(pairs > 0 or not choice.rule.reads_layers for choice in chosen)
     total = sum(t.value.numel() for t in tensors) * passes
     with progress_bar(total, "scanning", progress) as advance, torch.no_grad():
-        looked = _Scan(chosen, positions, advance, left_out)
+        looked = _Scan(chosen, work, advance, left_out)
         found = {id(tensor): list(looked.laws_on(tensor)) for tensor in tensors}
         searched = looked.copies_among(tensors, pairs, found)
         left_out += looked.idle()
@@ -139,12 +140,12 @@ class _Scan:
     def __init__(
         self,
         rules: list[_Choice],
-        positions: dict[nn.Module, int],
+        work: dict[nn.Module, cost.Work],
         advance: Callable[[int], None],
         left_out: list[Skipped],
     ) -> None:
         self.rules = rules
-        self.positions = positions
+        self.work = work
         self.advance = advance
         self.left_out = left_out
         self._broken: set[type[Rule]] = set()
@@ -291,6 +292,15 @@ class _Scan:
         residual, constant = rule.residual(tensor.value), tensor.moments.constant
         shape = tuple(tensor.value.shape)
         costs = cost.multiply_adds(tensor.layer, tensor.name, shape, rule)
+        work = self.work.get(tensor.layer)
+        gains = cost.gains(
+            tensor.layer,
+            tensor.name,
+            rule,
+            tensor.value,
+            computing=computing_of(tensor.layer, tensor.name, rule),
+            rows=work.rows if work else None,
+        )
         text = str(rule)
         if rule.reads_layers:
             place = key_of(options["source"], options.get("source_name", tensor.name))
@@ -315,7 +325,9 @@ class _Scan:
             constant=constant,
             multiply_adds_dense=costs[0] if costs else None,
             multiply_adds_tied=costs[1] if costs else None,
-            positions=self.positions.get(tensor.layer),
+            positions=work.positions if work else None,
+            gain_inference=gains.inference,
+            gain_training=gains.training,
         )
 
     def _of_shape(self, rule: Rule, value: Tensor) -> _OfShape:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from tiedparam.laws.rule import Rule
-from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_TIES, WHERE_IT_LIES
+from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_GAINS, WHAT_IT_TIES, WHERE_IT_LIES
 from tiedparam.model.near_copies import SAMPLED
 from tiedparam.model.next_steps import in_python
 from tiedparam.model.plan import Plan, PlanEntry
@@ -51,6 +51,10 @@ class Candidate:
         multiply_adds_dense: multiply-adds per position without the tie, None if unknown.
         multiply_adds_tied: the same with the tie, in training.
         positions: on how many positions the layer works for the example; None without one.
+        gain_inference: how many times as fast the layer would compute without gradients as with
+            its expanded weight, by the law's costs, for the example or a usual batch. None for a
+            bias, or if it is not known.
+        gain_training: the same with gradients, forward and backward.
     """
 
     layer: str
@@ -71,6 +75,8 @@ class Candidate:
     multiply_adds_dense: int | None
     multiply_adds_tied: int | None
     positions: int | None = None
+    gain_inference: float | None = None
+    gain_training: float | None = None
 
     @property
     def compression(self) -> float:
@@ -115,9 +121,11 @@ _COLUMNS: list[Column[Candidate]] = [
     Column("expected", "random", lambda c: c.expected),
     Column("relative", "relative", lambda c: c.relative),
     *WHAT_IT_COSTS,
+    *WHAT_IT_GAINS,
 ]
 _ONLY_DATA: list[Column[Candidate]] = [
     *WHERE_IT_LIES,
+    Column("gain_training", "", lambda c: c.gain_training),
     Column("z_score", "", lambda c: c.z_score),
     Column("p_value", "", lambda c: c.p_value),
     Column("constant", "", lambda c: c.constant),

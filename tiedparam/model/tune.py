@@ -81,8 +81,8 @@ def tune(model: nn.Module, *inputs: Any, training: bool = False) -> TuneReport:
             hook.remove()
     rows = tuple(one.row() for one in measured.values())
     for one, row in zip(measured.values(), rows, strict=True):
-        if row.times:
-            one.computing.choose({**one.computing.tuned, training: row.form})
+        if row.gain is not None:
+            one.computing.keep(row.form, training, row.gain)
     return TuneReport(rows, training)
 
 
