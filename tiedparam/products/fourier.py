@@ -1,0 +1,290 @@
+"""Products with circulant, Toeplitz and Hankel matrices by fast Fourier transforms.
+
+A matrix that is constant along its diagonals convolves, so its product is one of spectra: n·log n
+operations for each row instead of n². Such a matrix is part of a circulant one whose length is
+free, and lengths differ much: the transform of 1,021 values takes nine times as long as that of
+1,024. Rows are taken in blocks that caches hold; nothing but the input and the values is kept for
+gradients, and their spectra are computed again.
+
+An output differs from the exact one by at most ``2·log₂(length)·ε·‖w‖₂·‖x‖₂``, for the row ``x``
+it came from and the values ``w``, in all that was tried; so a small output beside large ones has
+fewer correct digits than the dense product gives it. A row with an infinite value is NaN
+throughout, as with most dense products.
+
+It serves float32 and float64, where torch runs eagerly on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_BYTES = 1 << 20
+"""Of rows that are transformed at once: what a core's cache holds."""
+
+
+def circulant_product(input: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """``y[o] = Σ_c w[(o − c) mod n] · x[c] + bias[o]`` for every row of ``(*, n)``.
+
+    Example:
+        >>> from tiedparam.products.fourier import circulant_product
+        >>> x = torch.tensor([0.0, 1.0, 0.0])  # the second column
+        >>> circulant_product(x, torch.tensor([1.0, 2.0, 3.0]), None).round()
+        tensor([3., 1., 2.])
+    """
+    return _multiplied(input, values, bias, _circle_of_circulant(input.shape[-1]))
+
+
+def toeplitz_product(input: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """``y[o] = Σ_c w[o − c] · x[c] + bias[o]``, the values from ``w[−(n − 1)]`` to ``w[m − 1]``.
+
+    Example:
+        >>> from tiedparam.products.fourier import toeplitz_product
+        >>> x = torch.tensor([0.0, 1.0, 0.0])  # the second column
+        >>> toeplitz_product(x, torch.tensor([1.0, 2.0, 3.0, 4.0]), None).round()
+        tensor([2., 3.])
+    """
+    return _multiplied(input, values, bias, _circle(_Toeplitz, input, values))
+
+
+def hankel_product(input: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """``y[o] = Σ_c w[o + c] · x[c] + bias[o]``, the values from ``w[0]`` to ``w[m + n − 2]``.
+
+    Example:
+        >>> from tiedparam.products.fourier import hankel_product
+        >>> x = torch.tensor([0.0, 1.0, 0.0])  # the second column
+        >>> hankel_product(x, torch.tensor([1.0, 2.0, 3.0, 4.0]), None).round()
+        tensor([2., 3.])
+    """
+    return _multiplied(input, values, bias, _circle(_Hankel, input, values))
+
+
+def _multiplied(input: Tensor, values: Tensor, bias: Tensor | None, circle: _Circle) -> Tensor:
+    values = values.reshape(-1)
+    needed = (tensor.requires_grad for tensor in (input, values, bias) if tensor is not None)
+    if torch.is_grad_enabled() and any(needed):
+        return _Product.apply(input, values, bias, circle)  # type: ignore[no-any-return,no-untyped-call]
+    return circle.product(input, values, bias)
+
+
+def _circle(kind: type[_Circle], input: Tensor, values: Tensor) -> _Circle:
+    inputs = input.shape[-1]
+    return _shared(kind, values.numel() - inputs + 1, inputs)
+
+
+# Lengths ----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(256)
+def good_length(least: int) -> int:
+    """A length of at least ``least`` that is transformed fast.
+
+    Real transforms are fast for multiples of 8 whose other factors are 2, 3, 5 and 7, and faster
+    by a quarter for powers of 2; odd lengths take three times as long.
+
+    Example:
+        >>> from tiedparam.products.fourier import good_length
+        >>> good_length(2047), good_length(1999), good_length(1100), good_length(3)
+        (2048, 2048, 1120, 8)
+    """
+    power = max(8, 1 << (least - 1).bit_length())
+    smooth = -(-least // 8) * 8
+    while _largest_factor(smooth) > 7:
+        smooth += 8
+    return power if 4 * power <= 5 * smooth else smooth
+
+
+def _largest_factor(number: int) -> int:
+    factor = 2
+    while factor * factor <= number:
+        if number % factor:
+            factor += 1
+        else:
+            number //= factor
+    return number
+
+
+# Matrices as part of circulant ones -------------------------------------------------------
+
+
+class _Circle(ABC):
+    """A matrix ``(outputs, inputs)`` as the upper left part of a circulant one of ``length``."""
+
+    turned: ClassVar[bool] = False
+    """Whether the inputs go round the other way."""
+
+    def __init__(self, outputs: int, inputs: int, length: int) -> None:
+        self.outputs, self.inputs, self.length = outputs, inputs, length
+
+    @abstractmethod
+    def laid(self, values: Tensor) -> Tensor:
+        """The values laid round the circle: ``(length,)``, or less if zeros follow."""
+
+    @abstractmethod
+    def collected(self, around: Tensor) -> Tensor:
+        """The adjoint of `laid`, from ``(length,)``."""
+
+    def product(self, input: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """Of every row of the input with the matrix."""
+        spectrum, blocks = self.spectra(self.laid(values)), self.blocks(input)
+        if blocks is None:
+            return self._block(input, spectrum, bias)
+        output = input.new_empty(*input.shape[:-1], self.outputs)
+        rows, outputs = input.reshape(-1, self.inputs), output.view(-1, self.outputs)
+        for block in blocks:
+            outputs[block] = self._block(rows[block], spectrum, bias)
+        return output
+
+    def gradients(
+        self, input: Tensor, values: Tensor, gradient: Tensor, of_input: bool, of_values: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of a product's input and values, by recorded operations."""
+        spectrum = self.spectra(self.laid(values)).conj_physical_() if of_input else None
+        blocks, total = self.blocks(input), None
+        if blocks is None:
+            d_input, total = self._gradients_of_block(input, gradient, spectrum, of_values)
+        else:
+            d_input = input.new_empty(input.shape) if of_input else None
+            d_rows = d_input.view(-1, self.inputs) if d_input is not None else None
+            rows, gradients = input.reshape(-1, self.inputs), gradient.reshape(-1, self.outputs)
+            for block in blocks:
+                of_rows, part = self._gradients_of_block(
+                    rows[block], gradients[block], spectrum, of_values
+                )
+                if d_rows is not None:
+                    d_rows[block] = of_rows
+                total = part if total is None or part is None else total + part
+        if not of_values:
+            return d_input, None
+        if total is None:  # no rows
+            return d_input, values.new_zeros(values.shape)
+        return d_input, self.collected(torch.fft.irfft(total, self.length))
+
+    def spectra(self, rows: Tensor) -> Tensor:
+        """Of rows that zeros follow."""
+        return torch.fft.rfft(rows, self.length)
+
+    def blocks(self, input: Tensor) -> list[slice] | None:
+        """Rows that are transformed together; None if all of them are."""
+        rows = input.numel() // self.inputs
+        step = max(1, BLOCK_BYTES // (self.length * input.element_size()))
+        if 0 < rows <= step:
+            return None
+        return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
+
+    def _block(self, rows: Tensor, spectrum: Tensor, bias: Tensor | None) -> Tensor:
+        spectra = self.spectra(rows)
+        if self.turned:
+            spectra.conj_physical_()
+        return self._back(spectra.mul_(spectrum), self.outputs, bias)
+
+    def _back(self, spectra: Tensor, size: int, bias: Tensor | None = None) -> Tensor:
+        """The first ``size`` values of each row."""
+        rows = torch.fft.irfft(spectra, self.length)
+        if size == self.length:
+            return rows if bias is None else rows.add_(bias)
+        rows = rows[..., :size]
+        return rows.contiguous() if bias is None else rows + bias
+
+    def _gradients_of_block(
+        self, rows: Tensor, gradients: Tensor, spectrum: Tensor | None, of_values: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        spectra = self.spectra(gradients)
+        d_rows = total = None
+        if spectrum is not None:
+            shares = spectra * spectrum
+            if self.turned:
+                shares.conj_physical_()
+            d_rows = self._back(shares, self.inputs)
+        if of_values:
+            of_rows = self.spectra(rows)
+            if not self.turned:
+                of_rows.conj_physical_()
+            total = of_rows.mul_(spectra).reshape(-1, of_rows.shape[-1]).sum(0)
+        return d_rows, total
+
+
+class _Circulant(_Circle):
+    """A circulant matrix of a good length."""
+
+    def laid(self, values: Tensor) -> Tensor:
+        return values
+
+    def collected(self, around: Tensor) -> Tensor:
+        return around
+
+
+class _Wrapped(_Circle):
+    """A circulant matrix within a longer one, where two diagonals have each value but one."""
+
+    def laid(self, values: Tensor) -> Tensor:
+        gap = values.new_zeros(self.length - 2 * self.inputs + 1)
+        return torch.cat([values, gap, values[1:]])
+
+    def collected(self, around: Tensor) -> Tensor:
+        above = around[self.length - self.inputs + 1 :]
+        return around[: self.inputs] + F.pad(above, (1, 0))
+
+
+class _Toeplitz(_Circle):
+    """A Toeplitz matrix, whose diagonals above the main one come last on the circle."""
+
+    def laid(self, values: Tensor) -> Tensor:
+        above = self.inputs - 1
+        gap = values.new_zeros(self.length - self.outputs - above)
+        return torch.cat([values[above:], gap, values[:above]])
+
+    def collected(self, around: Tensor) -> Tensor:
+        return torch.cat([around[self.length - self.inputs + 1 :], around[: self.outputs]])
+
+
+class _Hankel(_Circle):
+    """A Hankel matrix: a convolution with the inputs in the other order."""
+
+    turned = True
+
+    def laid(self, values: Tensor) -> Tensor:
+        return values
+
+    def collected(self, around: Tensor) -> Tensor:
+        return around[: self.outputs + self.inputs - 1]
+
+
+@functools.lru_cache(256)
+def _shared(kind: type[_Circle], outputs: int, inputs: int) -> _Circle:
+    return kind(outputs, inputs, good_length(outputs + inputs - 1))
+
+
+@functools.lru_cache(256)
+def _circle_of_circulant(size: int) -> _Circle:
+    """Of its own length, if that takes less than twice as long as a good one."""
+    if size % 2 == 0 and _largest_factor(size) <= 13:
+        return _Circulant(size, size, size)
+    return _shared(_Wrapped, size, size)
+
+
+class _Product(torch.autograd.Function):
+    """``(input, values, bias)`` → the product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, values: Tensor, bias: Tensor | None, circle: _Circle
+    ) -> Tensor:
+        ctx.save_for_backward(input, values)
+        ctx.circle = circle
+        return circle.product(input, values, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        input, values = ctx.saved_tensors
+        of_input, of_values, of_bias = ctx.needs_input_grad[:3]
+        circle: _Circle = ctx.circle
+        found: tuple[Tensor | None, Tensor | None] = (None, None)
+        if of_input or of_values:
+            found = circle.gradients(input, values, gradient, of_input, of_values)
+        return *found, gradient.reshape(-1, circle.outputs).sum(0) if of_bias else None, None
