@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tiedparam.laws import pairs
+from tiedparam.laws import look_up, pairs
 from tiedparam.products.matrices import is_eager, is_unrecorded, transposed
 from tiedparam.rules import flip_sym
 
@@ -25,17 +25,24 @@ LAYERS = [
 ]
 
 
-@pytest.fixture(params=[0, 6, 10**6], ids=["no look-up", "small tiles", "look-up"])
+WAYS = {"no look-up": (0, 0, 384), "small tiles": (0, 6, 3), "look-up": (0, 10**6, 384)}
+WAYS["take"] = (10**6, 10**6, 384)
+KEPT = (pairs._places, pairs._members, pairs.shared_expansion)
+"""By sizes, and the tiles are another in a test."""
+
+
+@pytest.fixture(params=WAYS)
 def bounds(request, monkeypatch):
     """Weights of this size are looked up; larger ones are cut into tiles of few channels."""
-    monkeypatch.setattr(pairs, "TABLE_ENTRIES", request.param)
-    monkeypatch.setattr(flip_sym, "_TILE", {0: 384, 6: 3, 10**6: 384}[request.param])
-    # tables are kept by sizes, and the tiles are another now
-    pairs._places.cache_clear()
-    pairs._members.cache_clear()
-    yield request.param
-    pairs._places.cache_clear()
-    pairs._members.cache_clear()
+    small, entries, tile = WAYS[request.param]
+    monkeypatch.setattr(look_up, "SMALL", small)
+    monkeypatch.setattr(pairs, "TABLE_ENTRIES", entries)
+    monkeypatch.setattr(flip_sym, "_TILE", tile)
+    for kept in KEPT:
+        kept.cache_clear()
+    yield entries
+    for kept in KEPT:
+        kept.cache_clear()
 
 
 def formula(rule, free):
@@ -100,14 +107,14 @@ def test_signed_zeros_and_infinities_stay_where_they_are(bounds):
 
 
 def test_tables_belong_to_no_layer():
-    layer = tp.register_tie(nn.Conv2d(6, 6, 3, bias=False), "flip_sym")
-    layer(torch.randn(1, 6, 4, 4))
+    layer = tp.register_tie(nn.Conv2d(24, 24, 3, bias=False), "flip_sym")
+    layer(torch.randn(1, 24, 4, 4))
     tensors = [*layer.parameters(), *layer.buffers()]
     assert sum(t.numel() for t in tensors) == tp.get_tie(layer).free_count
     moved = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
     moved.load_state_dict(layer.state_dict())
     assert torch.equal(moved.weight, layer.weight)
-    other = tp.register_tie(nn.Conv2d(6, 6, 3), "flip_sym")
+    other = tp.register_tie(nn.Conv2d(24, 24, 3), "flip_sym")
     made = pairs._places.cache_info().misses
     assert other.weight.shape == layer.weight.shape
     assert pairs._places.cache_info().misses == made  # one table for both
@@ -115,11 +122,11 @@ def test_tables_belong_to_no_layer():
 
 
 def test_a_table_that_was_made_in_inference_mode_serves_training():
-    layer = tp.register_tie(nn.Linear(7, 7), "flip_sym")
+    layer = tp.register_tie(nn.Linear(70, 70), "flip_sym")
     pairs._places.cache_clear()
     with torch.inference_mode():
-        layer(torch.randn(1, 7))
-    layer(torch.randn(1, 7)).sum().backward()
+        layer(torch.randn(1, 70))
+    layer(torch.randn(1, 70)).sum().backward()
     assert layer.parametrizations.weight.original0.grad is not None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,8 +15,10 @@ from torch import Tensor
 from tiedparam.laws.distance import halved_difference
 from tiedparam.laws.forms import Call, Use, form
 from tiedparam.laws.layout import Layout
+from tiedparam.laws.look_up import LookedUp
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.reduction import Reduction
+from tiedparam.products.matrices import is_eager
 from tiedparam.products.reduced import (
     convolution_by_sums,
     convolution_by_windows,
@@ -69,12 +72,58 @@ class _Sizes:
     """Shapes on the way from the base to the full and to the reduced weight."""
 
     kept: tuple[int, ...]
-    halfway: tuple[int, ...] | None
-    full: tuple[int, ...]
     reduced: tuple[int, ...]
     smaller: tuple[int, ...]
     smaller_layout: Layout | None
     reduction: Reduction
+    views: _Views
+
+
+class _Views(LookedUp):
+    """The base, expanded along the shared axes.
+
+    Args:
+        kept: the blocked shape of the base.
+        halfway: that of all but the outputs expanded, or None.
+        full: the blocked shape of the weight.
+        layout: of the weight.
+    """
+
+    def __init__(
+        self,
+        kept: tuple[int, ...],
+        halfway: tuple[int, ...] | None,
+        full: tuple[int, ...],
+        layout: Layout,
+    ) -> None:
+        self.kept, self.halfway, self.full, self.layout = kept, halfway, full, layout
+        self.shape = layout.shape
+
+    def __call__(self, base: Tensor) -> Tensor:
+        """The weight: a view of the base where it is large."""
+        if is_eager(base):
+            look_up = self.look_up(base)
+            if look_up is not None:
+                return look_up(base)
+        return self.expand(base)
+
+    def expand(self, free: Tensor) -> Tensor:
+        values = free.reshape(self.kept)
+        if self.halfway is not None:
+            values = values.expand(self.halfway).contiguous()
+        canonical = values.expand(self.full).reshape(self.layout.canonical_shape)
+        return self.layout.native(canonical)
+
+
+@functools.lru_cache(64)
+def _views(
+    kept: tuple[int, ...],
+    halfway: tuple[int, ...] | None,
+    full: tuple[int, ...],
+    layout: Layout,
+) -> _Views:
+    """One for all layers of a shape: they share its table."""
+    return _Views(kept, halfway, full, layout)
 
 
 _SAVED = 4  # multiplications per one that is left
@@ -243,12 +292,7 @@ class Broadcast(Orbits):
     def forward(self, *free: Tensor) -> Tensor:
         """Expand the base along the shared axes."""
         (base,) = free
-        sizes, layout = self._sizes, self.bound_layout
-        values = base.reshape(sizes.kept)
-        if sizes.halfway is not None:
-            values = values.expand(sizes.halfway).contiguous()
-        canonical = values.expand(sizes.full).reshape(layout.canonical_shape)
-        return layout.native(canonical)
+        return self._sizes.views(base)
 
     def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
         """Fit the rule to one tensor, and count the sizes on the way to its weight."""
@@ -279,10 +323,9 @@ class Broadcast(Orbits):
         smaller = blocks.together(reduced)
         rows, columns, *kernel = (*smaller, 1) if len(smaller) == 1 else smaller
         groups, split = layout.groups, len(blocks.outputs) > 1
+        kept = self._kept(blocks)
         return _Sizes(
-            kept=self._kept(blocks),
-            halfway=self._halfway(blocks),
-            full=blocks.shape,
+            kept=kept,
             reduced=tuple(reduced),
             smaller=smaller,
             smaller_layout=Layout((groups * columns, rows // groups, *kernel), groups, True)
@@ -295,6 +338,7 @@ class Broadcast(Orbits):
                 shared_banks=split and 0 in blocks.shared and blocks.outputs[0] == groups,
                 entries=prod(smaller),
             ),
+            views=_views(kept, self._halfway(blocks), blocks.shape, layout),
         )
 
     def _halfway(self, blocks: Blocks) -> tuple[int, ...] | None:

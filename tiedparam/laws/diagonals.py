@@ -75,14 +75,12 @@ class AntiDiagonals(LinearMap):
     def __init__(self, rows: int, columns: int) -> None:
         self.rows: int = rows
         self.columns: int = columns
+        self.shape: tuple[int, ...] = (rows, columns)
 
     @property
     def count(self) -> int:
         """How many values there are."""
         return self.rows + self.columns - 1
-
-    def __deepcopy__(self, memo: dict[int, object]) -> AntiDiagonals:
-        return self  # nothing in it changes
 
     def expand(self, free: Tensor) -> Tensor:
         """Row ``o`` is the window that begins at ``w[o]``."""

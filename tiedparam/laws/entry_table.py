@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tiedparam.laws.linear_map import LinearMap
+from tiedparam.laws.look_up import LookUp
 from tiedparam.laws.pattern import Pattern
 from tiedparam.products.matrices import is_unrecorded, transposed
 from tiedparam.util.torch_modes import (
@@ -99,9 +99,6 @@ class EntryTable(LinearMap):
         linear.__dict__.update(_is_linear=True, _linear=linear)
         return linear
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> EntryTable:
-        return self  # nothing in it changes
-
     @property
     def linear(self) -> EntryTable:
         """Zeros in the place of the fixed numbers."""
@@ -109,7 +106,15 @@ class EntryTable(LinearMap):
 
     def __call__(self, free: Tensor, *constants: Tensor) -> Tensor:
         """The weight in its shape."""
-        return self.made(free, *constants).view(self.shape)
+        return self.made(free, *constants)
+
+    def look_up(self, free: Tensor) -> LookUp | None:
+        """Not where there are fixed numbers."""
+        return super().look_up(free) if self._is_linear else None
+
+    def in_plain_operations(self, free: Tensor, *constants: Tensor) -> Tensor:
+        """`expand`, which has gradients."""
+        return self.expand(free, *constants).view(self.shape)
 
     def expand(self, free: Tensor, *constants: Tensor) -> Tensor:
         """``(cells, values of a cell)`` → ``(cells, entries of a cell)``.

@@ -1,21 +1,24 @@
 """A linear map and its adjoint, as one node of the graph each.
 
 They are each other's derivative. Recorded operation by operation they would cost several times as
-much, and their gradients would be scattered where they can be gathered.
+much, and their gradients would be scattered where they can be gathered. Small weights are looked
+up all the same: see `tiedparam.laws.look_up`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tiedparam.laws.look_up import LookedUp
+from tiedparam.products.matrices import is_eager
 from tiedparam.util.torch_modes import is_traced_or_transformed, may_carry_tangents
 
 
-class LinearMap(ABC):
+class LinearMap(LookedUp):
     """From free values to a weight, up to a constant weight, and back by the adjoint."""
 
     @abstractmethod
@@ -33,6 +36,9 @@ class LinearMap(ABC):
 
     def made(self, free: Tensor, *constants: Tensor) -> Tensor:
         """The weight: plain operations where torch traces or transforms them, else one node."""
+        if is_eager(free):
+            look_up = self.look_up(free)
+            return self.recorded(free, *constants) if look_up is None else look_up(free)
         if is_traced_or_transformed() or may_carry_tangents():
             return self.in_plain_operations(free, *constants)
         return self.recorded(free, *constants)
@@ -51,7 +57,7 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, free: Tensor, linear_map: LinearMap, *constants: Tensor) -> Tensor:
         ctx.map, ctx.shape, ctx.others = linear_map, free.shape, (None,) * (1 + len(constants))
-        return linear_map.expand(free, *constants)
+        return linear_map.expand(free, *constants).view(linear_map.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,8 +4,8 @@ The entries of a pair are equal, or one is minus the other. A law gives two form
 expansion (free values → weight) and that of its adjoint (the sum over each orbit). In eager mode
 
 * a large weight is made by one node of the graph (`LinearMap`);
-* a small weight, or a small part of a large one, is one look-up, since there the number of
-  operations is all that counts. The table is made once for all weights of a shape, and belongs
+* one of middle size, or a part of that size of a large one, is one look-up, since there the number
+  of operations is all that counts. The table is made once for all weights of a shape, and belongs
   to no layer and no checkpoint. `TABLE_ENTRIES` bounds it, so that it stays far below what a
   large weight takes.
 """
@@ -49,13 +49,16 @@ class Expansion(LinearMap):
         """Expand, by the way that is fastest here."""
         if not is_eager(free):
             return self.expand(free).reshape(self.shape)
+        look_up = self.look_up(free)
+        if look_up is not None:
+            return look_up(free)
         if prod(self.shape) <= TABLE_ENTRIES:
             values = free.view(1, -1)
             places = _places(self.formula, self.sizes, free.numel())
             if places.signed:
                 values = _beside_negatives(values)
             return values.view(-1).index_select(0, places.columns).view(self.shape)
-        return self.recorded(free).view(self.shape)
+        return self.recorded(free)
 
     def expand(self, free: Tensor) -> Tensor:
         """By the formula."""
@@ -64,9 +67,6 @@ class Expansion(LinearMap):
     def fold(self, weight: Tensor) -> Tensor:
         """By the formula of the adjoint."""
         return self.adjoint(weight, self.sizes)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Expansion:
-        return self  # nothing in it changes
 
 
 @functools.lru_cache(_SHAPES)

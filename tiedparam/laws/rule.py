@@ -212,7 +212,8 @@ class Rule(nn.Module, metaclass=OwnMembers):
                 return ()
             self._refuse_sources()
             cotangent = weight.clone() if weight.is_inference() else weight.detach()
-            return torch.autograd.grad(self.forward(*free), free, cotangent)
+            # contiguous, for the order of a sum may go by the strides
+            return torch.autograd.grad(self.forward(*free), free, cotangent.contiguous())
 
     def multiplicities(self) -> tuple[Tensor, ...]:
         """How many entries share each free value, as float64 tensors shaped like them."""

@@ -18,7 +18,7 @@ _FEW = 1024  # entries: below, the shuffle's fixed cost is the larger one
 
 def is_eager(tensor: Tensor) -> bool:
     """Whether this is an ordinary CPU tensor that is not traced, transformed or dual."""
-    return tensor.device.type == "cpu" and is_ordinary(tensor)
+    return tensor.is_cpu and is_ordinary(tensor)
 
 
 def is_unrecorded(tensor: Tensor) -> bool:

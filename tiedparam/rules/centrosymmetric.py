@@ -54,12 +54,12 @@ class Centrosymmetric(Orbits):
     def forward(self, *free: Tensor) -> Tensor:
         """The first half, and the same in reverse: read row by row the matrix is a palindrome."""
         (half,) = free
-        return _palindrome(prod(self.bound_layout.shape)).made(half).view(self.bound_layout.shape)
+        return _palindrome(self.bound_layout.shape).made(half)
 
     def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Each entry of the first half plus its image."""
         with torch.inference_mode(False), torch.no_grad():
-            half = _palindrome(weight.numel()).fold(weight.detach())
+            half = _palindrome(self.bound_layout.shape).fold(weight.detach())
             return (half.view(self.free_shapes()[0]),)
 
     def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -83,23 +83,23 @@ class Centrosymmetric(Orbits):
 
 
 class _Palindrome(LinearMap):
-    """``entries`` numbers in a row from the first half of them."""
+    """The entries, row by row, from the first half of them."""
 
-    def __init__(self, entries: int) -> None:
-        self.entries = entries
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
 
     def expand(self, free: Tensor) -> Tensor:
         half = free.reshape(-1)
-        return torch.cat([half, half[: self.entries // 2].flip(0)])
+        return torch.cat([half, half[: prod(self.shape) // 2].flip(0)]).view(self.shape)
 
     def fold(self, weight: Tensor) -> Tensor:
         numbers = weight.reshape(-1)
-        half = numbers[: -(self.entries // -2)].clone()
-        half[: self.entries // 2] += numbers[len(half) :].flip(0)
+        half = numbers[: -(len(numbers) // -2)].clone()
+        half[: len(numbers) // 2] += numbers[len(half) :].flip(0)
         return half
 
 
 @functools.lru_cache(64)
-def _palindrome(entries: int) -> _Palindrome:
-    """One for all layers of a size: torch 2.6 compiles them anew for another object."""
-    return _Palindrome(entries)
+def _palindrome(shape: tuple[int, ...]) -> _Palindrome:
+    """One for all layers of a shape: torch 2.6 compiles them anew for another object."""
+    return _Palindrome(shape)

@@ -160,7 +160,7 @@ class _Components(LinearMap):
     """From the first block column to the whole weight; ``n`` components."""
 
     def __init__(self, layout: Layout, n: int) -> None:
-        self.layout, self.n = layout, n
+        self.layout, self.n, self.shape = layout, n, layout.shape
 
     def expand(self, free: Tensor) -> Tensor:
         layout, n = self.layout, self.n

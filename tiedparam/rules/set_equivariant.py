@@ -147,7 +147,7 @@ class _Blocks(LinearMap):
     """From the two entries of each block to the whole weight."""
 
     def __init__(self, layout: Layout, items: int) -> None:
-        self.layout, self.items = layout, items
+        self.layout, self.items, self.shape = layout, items, layout.shape
 
     def in_plain_operations(self, free: Tensor, *constants: Tensor) -> Tensor:
         """`expand` without a write in place, which ONNX does not have."""
