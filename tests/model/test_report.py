@@ -139,6 +139,37 @@ def test_multiply_adds_of_an_example():
     assert "Multiply-adds" not in str(tp.report(tied_model()))
 
 
+def test_gains_are_predicted_until_they_are_measured():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    plan = {"0": "row_repeat", "1": "persymmetric"}
+    dry = tp.tie_model(model, plan, dry_run=True).ties
+    tp.tie_model(model, plan)
+    predicted, dense = tp.report(model).ties
+    assert [(row.gain_inference, row.gain_training) for row in dry] == [
+        (row.gain_inference, row.gain_training) for row in (predicted, dense)
+    ]
+    assert predicted.gain_inference > 1
+    assert (dense.gain_inference, dense.gain_training) == (1, 1)
+    assert not any(row.inference_measured or row.training_measured for row in (predicted, dense))
+
+    (tuned,) = (row for row in tp.tune(model, torch.randn(4, 8)).tuned if row.times)
+    keys = list(model.state_dict())
+    for held in (model, copy.deepcopy(model)):
+        measured = tp.report(held).ties[0]
+        assert measured.gain_inference == tuned.gain
+        assert measured.gain_training == predicted.gain_training
+        assert (measured.inference_measured, measured.training_measured) == (True, False)
+    assert tp.report(model).rows()[0]["inference_measured"]
+    assert list(model.state_dict()) == keys
+    assert tp.report(pickle.loads(pickle.dumps(model))).ties == (predicted, dense)
+    (tuned,) = (row for row in tp.tune(model, torch.randn(4, 8), training=True).tuned if row.times)
+    measured = tp.report(model).ties[0]
+    assert (measured.gain_training, measured.training_measured) == (tuned.gain, True)
+    tp.untie_model(model)
+    tp.tie_model(model, plan)
+    assert tp.report(model).ties[0].gain_inference == predicted.gain_inference
+
+
 def test_a_source_outside_and_rules_that_torch_registered():
     outside = nn.Linear(3, 3)
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import tiedparam as tp
 from tests.support.models import ResNet, encoder, images, noisy, plant
 from tests.support.unchanged import everything
-from tiedparam.laws import Linked
+from tiedparam.laws import Linked, form
 from tiedparam.model import cost, near_copies, scan_report
+from tiedparam.rules import Circulant
 
 
 def by_name(report: tp.ScanReport) -> dict[tuple[str, str], object]:
@@ -476,14 +477,14 @@ def test_attention_embeddings_and_unknown_layers():
     assert costs["cell", "weight_ih"] == (36, 36)
 
 
-def test_counting_positions_leaves_the_model_as_it_was():
+def test_counting_work_leaves_the_model_as_it_was():
     model = ResNet()
     model.layer1.eval()
     before = everything(model)
-    counts = cost.positions(model, images())
+    counts = cost.work(model, images())
     assert everything(model) == before
-    assert {counts[model.stem], counts[model.layer2.conv2]} == {72}
-    assert counts[model.head] == 2
+    assert {counts[model.stem].positions, counts[model.layer2.conv2].positions} == {72}
+    assert counts[model.head] == cost.Work(positions=2, rows=2)
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -494,11 +495,111 @@ def test_counting_positions_leaves_the_model_as_it_was():
             return self.layer(x) + self.layer(y)
 
     twice = Twice()
-    assert cost.positions(twice, (torch.randn(5, 3), torch.randn(1, 3))) == {twice.layer: 6}
+    inputs = torch.randn(5, 3), torch.randn(1, 3)
+    assert cost.work(twice, inputs) == {twice.layer: cost.Work(positions=6, rows=3)}
     with pytest.raises(RuntimeError):
-        cost.positions(twice, (torch.randn(5, 2), torch.randn(1, 3)))
+        cost.work(twice, (torch.randn(5, 2), torch.randn(1, 3)))
     assert not twice.layer._forward_hooks
     assert twice.training
+
+
+def test_rows_are_what_a_form_multiplies():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, stride=2), nn.ConvTranspose2d(4, 4, 3, stride=2))
+    strided, transposed = cost.work(model, torch.randn(2, 4, 7, 7)).values()
+    assert strided == cost.Work(positions=2 * 3 * 3, rows=2 * 7 * 7)
+    assert transposed == cost.Work(positions=2 * 3 * 3, rows=2 * 3 * 3)
+
+
+# Gains -----------------------------------------------------------------------------------------
+
+
+def priced(cost, where="eager"):
+    """A law with one form more, which costs so much."""
+
+    class Priced(Circulant):
+        @form("by_price", cost=cost, where=where)
+        def by_price(self, call):
+            return None
+
+    return Priced
+
+
+def gains_of(model, law, **options):
+    return {
+        f"{row.layer}.{row.tensor_name}".lstrip("."): (row.gain_inference, row.gain_training)
+        for row in tp.scan(model, [law], **options).candidates
+    }
+
+
+def test_gains_are_what_the_cheapest_form_costs():
+    law = priced(lambda rule, use: 0.25 if use.training else 0.125)
+    report = tp.scan(nn.Linear(8, 8), [law])
+    (row,) = report.candidates
+    assert (row.gain_inference, row.gain_training) == (8, 4)
+    head, _, line = str(report).splitlines()[2:5]
+    assert head.endswith(" × dense")
+    assert line.endswith(" 8 / 4")
+    data = report.rows()[0]
+    assert (data["gain_inference"], data["gain_training"]) == (8, 4)
+    hardly = priced(lambda rule, use: 0.96)
+    assert gains_of(nn.Linear(8, 8), hardly) == {"weight": (1, 1)}
+    assert str(tp.scan(nn.Linear(8, 8), [hardly])).splitlines()[4].endswith(" 1")
+    unknown = priced(lambda rule, use: None if use.training else 0.5)
+    assert gains_of(nn.Linear(8, 8), unknown) == {"weight": (2, 1)}
+
+
+def test_gains_are_those_of_the_example():
+    asked = []
+
+    def cost(rule, use):
+        asked.append(use.rows)
+        return 1.0 if use.rows is None else 1 / use.rows
+
+    assert gains_of(nn.Linear(8, 8), priced(cost)) == {"weight": (1, 1)}
+    assert set(asked) == {None}
+    example = torch.randn(3, 5, 8)
+    assert gains_of(nn.Linear(8, 8), priced(cost), example=example)["weight"] == (15, 15)
+
+
+def test_gains_of_the_forms_that_serve():
+    half = priced(lambda rule, use: 0.5)
+    assert gains_of(nn.Linear(8, 8).bfloat16(), half) == {"weight": (1, 1)}
+    anywhere = priced(lambda rule, use: 0.5, where="anywhere")
+    assert gains_of(nn.Linear(8, 8).bfloat16(), anywhere) == {"weight": (2, 2)}
+    on_meta = tp.register_tie(nn.Linear(8, 8, device="meta"), half)
+    assert tp.report(on_meta).ties[0].gain_inference == 2
+    for compute, gain in (("dense", 1), ("by_price", 0.5)):
+        slow = priced(lambda rule, use: 2.0)()
+        slow.compute = compute
+        layer = tp.register_tie(nn.Linear(8, 8), slow)
+        assert tp.report(layer).ties[0].gain_training == gain
+
+
+def test_gains_are_not_said_where_nothing_is_known():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+    model = nn.ModuleDict(
+        {"attention": nn.MultiheadAttention(8, 2), "table": nn.Embedding(8, 8), "own": Own(),
+         "cell": nn.GRUCell(8, 8), "linear": nn.Linear(8, 8)}
+    )  # fmt: skip
+    gains = gains_of(model, "row_repeat")
+    assert {"own.weight", "linear.bias", "cell.weight_hh", "table.weight"} <= set(gains)
+    for name, gain in gains.items():
+        if name == "linear.weight":
+            assert gain > (1, 1)
+        else:
+            unknown = "bias" in name or name == "own.weight"
+            assert gain == ((None, None) if unknown else (1, 1)), name
+    assert " –" in str(tp.scan(model["own"], ["row_repeat"])).splitlines()[4][-3:]
+
+
+# Far below any noise: 1,024 times as many multiplications, and not a thousand times the speed
+def test_gains_are_no_counts_of_multiplications():
+    inference, training = gains_of(nn.Linear(1024, 1024), "row_repeat")["weight"]
+    assert 10 < training <= inference < 100
 
 
 # Size ------------------------------------------------------------------------------------------
@@ -543,7 +644,7 @@ def test_the_report_is_text_markdown_html_json_and_rows():
     assert (headline, empty) == (report.headline(), "")
     assert text[0].split() == [
         "tensor", "rule", "shape", "dense", "free", "ratio", "mult.", "residual", "random",
-        "relative", "mult-adds", "tied",
+        "relative", "mult-adds", "tied", "×", "dense",
     ]  # fmt: skip
     hidden = len(report.candidates) - 40
     assert hidden > 0
