@@ -123,10 +123,6 @@ def _measure(options: argparse.Namespace) -> int:
                 "comparisons": comparisons,
             },
         )
-        if name == "scaling":
-            from benchmarks import plots
-
-            plots.scaling(path, out / f"{options.device}-scaling.png")
         met = [goal["met"] for goal in goals if goal["met"] is not None]
         print(f"{name}: {time.perf_counter() - started:.0f} s, {len(comparisons)} comparisons, "
               f"{sum(met)} of {len(met)} goals met", flush=True)  # fmt: skip

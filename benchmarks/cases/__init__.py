@@ -21,7 +21,8 @@ for _name in (
     "every_rule",
     "starting",
     "forms",
-    "sizes",
+    "bytes_needed",
+    "families",
 ):
     importlib.import_module(f"{__name__}.{_name}")
 
