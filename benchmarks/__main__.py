@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, write results, and generate docs/benchmarks.md."""
+"""``python -m benchmarks``: measure, write results, and generate the pages of docs."""
 
 from __future__ import annotations
 

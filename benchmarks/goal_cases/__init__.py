@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import contenders as made
-from benchmarks.goals import Goal
+from benchmarks.goals import Goal, number
 from benchmarks.measuring import Contender, Run
 
 ROWS: dict[str, tuple[str, str]] = {
@@ -182,9 +182,3 @@ def verdict(goal: dict[str, Any]) -> str:
     if goal["met"]:
         return "met"
     return f"**missed**: {goal['tried']}" if goal["tried"] else "**missed**"
-
-
-def number(value: float) -> str:
-    """Three digits, without exponents: 0.0123, 1.23, 12.3, 1230."""
-    shown = f"{value:.3g}"
-    return f"{float(shown):.0f}" if "e" in shown and abs(value) >= 1 else shown
