@@ -148,7 +148,7 @@ def _others(results: Sequence[Result], device: str) -> str:
     if stages:
         times = span([ratio for found in stages.values() for ratio in found], "")
         text += (
-            "Laws without a form of their own make the weight anew in each call, which matters for\n"
+            "Laws without a form of their own make the weight anew in each call. That matters for\n"
             f"small batches: a training step of a ResNet stage takes {times} of dense's time\n"
             f"({', '.join(f'`{law}`' for law in stages)}). "
         )
