@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
+import tiedparam as tp
 from benchmarks import __main__ as command
 from benchmarks import goal_cases
 from benchmarks.goals import Goal
@@ -148,3 +150,15 @@ def test_a_goal_may_be_met_in_another_way():
     # the worst is one that misses, if there is one
     both = close.evaluate([entry(tiedparam=1.011), entry(tiedparam=1.012), entry(tiedparam=1.5)])
     assert both["value"] == 1.5
+
+
+def test_the_form_that_a_layer_takes_is_noted():
+    entries = [{"mode": "inference"}, {"mode": "training"}]
+    goal_cases.note_forms(entries, tp.register_tie(nn.Linear(64, 64), "row_repeat"), 8)
+    assert [e["form"] for e in entries] == ["reduced", "reduced"]
+    goal_cases.note_forms(entries, tp.register_tie(nn.Linear(4, 4), "index", index=_index()), 8)
+    assert [e["form"] for e in entries] == ["dense", "dense"]
+
+
+def _index():
+    return torch.arange(16).view(4, 4) % 3
