@@ -6,12 +6,15 @@ tables behind it, a page for each machine; `charts` the pictures; `readme` the t
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+from benchmarks import goal_cases, result_files
 from benchmarks.report import charts, readme, summary, tables
-from benchmarks.report.results import COMMAND, load, machines, of_machine
+from benchmarks.report.results import COMMAND, files, load, machines, of_machine
 
-__all__ = ["COMMAND", "load", "write", "write_readme"]
+__all__ = ["COMMAND", "files", "load", "write", "write_readme"]
 
 
 def pages(results: Path) -> dict[str, str]:
@@ -24,8 +27,18 @@ def pages(results: Path) -> dict[str, str]:
     return made
 
 
+def judge(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of the case `goals`, judged by the goals as they are now."""
+    return {**result, "goals": goal_cases.evaluate(result["comparisons"])}
+
+
 def write(results: Path, page: Path) -> None:
-    """Write the page, the tables behind it, and the charts."""
+    """Write the page, the tables behind it, and the charts.
+
+    The goals are judged again first, so that one may be reworded without measuring.
+    """
+    for path in files(results, "goals"):
+        result_files.write(path, judge(json.loads(path.read_text(encoding="utf-8"))))
     for name, text in pages(results).items():
         path = page if name == "benchmarks.md" else page.parent / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,15 @@ Result = dict[str, Any]
 Comparison = dict[str, Any]
 
 
+def files(folder: Path, case: str = "*") -> list[Path]:
+    """The result files, without those of quick runs."""
+    return [p for p in sorted(folder.rglob(f"*-{case}.json")) if "quick" not in p.parts]
+
+
 def load(folder: Path) -> list[Result]:
     """The result files by machine, those without limits first, and in the order of the cases."""
     order = list(CASES)
-    paths = [p for p in sorted(folder.rglob("*.json")) if "quick" not in p.parts]
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in files(folder)]
     known = [result for result in found if result.get("case") in CASES]
 
     def place(result: Result) -> Any:

@@ -40,7 +40,8 @@ python -m benchmarks --report             # this page, its charts, and the table
 
 The extra `[bench]` installs the other libraries, and matplotlib, which draws. On your own layers,
 `tiedparam.tune(model, input)` measures which form is fastest, and `tiedparam.report` says what a
-tie would save.
+tie would save. Results go to a folder for your machine: add it and run `--report`, and the ranges
+span it as well.
 """
 
 
@@ -212,10 +213,13 @@ def _goals(results: Sequence[Result]) -> Iterator[str]:
         rows.append([title, wanted, *cells])
     met = sum(goal["met"] for goals in measured for goal in goals)
     places = [result["machine"]["name"] for result in found]
+    others = [goal["met"] for r in results if r["case"] != "goals" for goal in r["goals"]]
+    others = [found for found in others if found is not None]
     yield (
         f"## Goals: {met} of {sum(map(len, measured))} met\n\n"
         "How many of a row's goals are met. [The tables](#machines) have every figure with its\n"
-        "spread.\n\n" + table(["case", "goal", *places], rows)
+        f"spread. Single cases have goals as well, of which {sum(others)} of {len(others)} are met.\n\n"
+        + table(["case", "goal", *places], rows)
     )
     missed = "".join(_missed(found))
     if missed:

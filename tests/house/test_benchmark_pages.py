@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import machine, report
+from benchmarks import goal_cases, machine, report
 from benchmarks.cases import CASES
 from benchmarks.cases.families import FAMILIES
 from benchmarks.goals import Goal
@@ -112,6 +112,25 @@ def test_the_page_lists_what_is_missed_with_the_floor_and_what_was_tried(tmp_pat
     assert line in pages["benchmarks.md"]
     assert "### Measured for the goals: x" in pages["tables/one.md"]
     assert "| **missed**: All of it. |" in pages["tables/one.md"]
+
+
+def test_the_goals_of_the_result_files_are_judged_as_now():
+    for path in report.files(command.RESULTS, "goals"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert json.loads(json.dumps(report.judge(result))) == result, f"run {report.COMMAND}"
+
+
+def test_a_goal_may_be_reworded_without_measuring(tmp_path, monkeypatch):
+    comparisons = [{**c, "theme": "x"} for c in SAMPLE["comparisons"]]
+    path = tmp_path / "cpu-goals.json"
+    command.write(path, {**SAMPLE, "case": "goals", "goals": [], "comparisons": comparisons})
+    goal = Goal("in other words", "speedup", 5, "inference", row="head_share")
+    theme = goal_cases.Theme("x", lambda run: None, (goal,))
+    monkeypatch.setattr(goal_cases, "themes", lambda only=(): [theme])
+    report.write(tmp_path, tmp_path / "benchmarks.md")
+    (found,) = json.loads(path.read_text(encoding="utf-8"))["goals"]
+    assert (found["goal"], found["value"], found["met"]) == ("in other words", 5, True)
+    assert "| in other words | 5 × " in (tmp_path / "tables" / "one.md").read_text("utf-8")
 
 
 def test_the_pages_are_current():
