@@ -218,7 +218,7 @@ def _goals(results: Sequence[Result]) -> Iterator[str]:
     yield (
         f"## Goals: {met} of {sum(map(len, measured))} met\n\n"
         "How many of a row's goals are met. [The tables](#machines) have every figure with its\n"
-        f"spread. Single cases have goals as well, of which {sum(others)} of {len(others)} are met.\n\n"
+        f"spread. Single cases have goals as well; {sum(others)} of {len(others)} are met.\n\n"
         + table(["case", "goal", *places], rows)
     )
     missed = "".join(_missed(found))
