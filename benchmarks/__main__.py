@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, write results, and generate docs/benchmarks.md."""
+"""``python -m benchmarks``: measure, write results, and generate the pages of docs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ALLOCATOR, INSTRUCTIONS, ROOT, record, surroundings
+from benchmarks.result_files import write
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -139,7 +140,9 @@ def _measure_goals(options: argparse.Namespace, out: Path) -> bool:
 
     path = out / f"{options.device}-goals.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    comparisons, themes = found.get("comparisons", []), found.get("themes", {})
+    there = {theme.name for theme in goal_cases.themes()}
+    comparisons = [c for c in found.get("comparisons", []) if c["theme"] in there]
+    themes = {name: about for name, about in found.get("themes", {}).items() if name in there}
     failed = []
     for theme in goal_cases.themes(options.only):
         started = time.perf_counter()
@@ -220,19 +223,6 @@ def _path() -> dict[str, str]:
     """So that child processes find this package from any folder."""
     found = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{ROOT}{os.pathsep}{found}" if found else str(ROOT)}
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """JSON with one line for each comparison and goal: small, and readable in a diff."""
-    lines = []
-    for key, value in result.items():
-        if isinstance(value, list):
-            rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in value)
-            text = f"[\n{rows}\n ]" if value else "[]"
-        else:
-            text = json.dumps(value, ensure_ascii=False)
-        lines.append(f" {json.dumps(key)}: {text}")
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -146,3 +146,9 @@ def _microseconds(mine: dict[str, float], other: dict[str, float]) -> float:
     if other["extra_us"] == 0:  # the reference: the difference round by round is exact
         return mine["extra_us"]
     return (mine["ms"] - other["ms"]) * 1e3
+
+
+def number(value: float) -> str:
+    """Three digits, without exponents: 0.0123, 1.23, 12.3, 1230."""
+    shown = f"{value:.3g}"
+    return f"{float(shown):.0f}" if "e" in shown and abs(value) >= 1 else shown

@@ -23,6 +23,7 @@ for _name in (
     "forms",
     "bytes_needed",
     "families",
+    "peers",
 ):
     importlib.import_module(f"{__name__}.{_name}")
 

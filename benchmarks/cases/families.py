@@ -125,7 +125,7 @@ FAMILIES = (
     default_allocator=False,
 )
 def scaling(run: Run) -> None:
-    setting = dataclasses.replace(run.setting, seconds=min(0.5, run.setting.seconds))
+    setting = dataclasses.replace(run.setting, seconds=min(0.35, run.setting.seconds))
     for family in FAMILIES:
         for size, batch in family.points(run.quick):
             layer = placed(run, family.layer(size))

@@ -33,7 +33,7 @@ _LAYERS: tuple[Layer, ...] = (
 
 @case(
     "forms",
-    "The grounds of `choose_form`: every form, over kinds of layers, channels and batch",
+    "The form that a broadcast law takes, against all that it offers",
     default_allocator=False,
 )
 def forms(run: Run) -> None:

@@ -10,6 +10,9 @@ Each module here measures one theme. It has
 
 A new module is found by being here. ``python -m benchmarks --case goals`` measures all of them,
 ``--only fourier`` one; what is measured replaces what the result file had of that module.
+
+A missed goal should have a ``floor``, the name of a contender that shows what torch's operations
+allow, and say in ``tried`` what was tried. Example: ``resnet.py``.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import tiedparam as tp
 from benchmarks import contenders as made
-from benchmarks.goals import Goal
+from benchmarks.goals import Goal, number
 from benchmarks.measuring import Contender, Run
+from tiedparam.tie.lookup import tie_of
 
 ROWS: dict[str, tuple[str, str]] = {
     "symmetric": (
@@ -136,6 +141,15 @@ def against_dense(layer: Any, rule: str, *forms: str, **options: Any) -> list[Co
     return found
 
 
+def note_forms(comparisons: Sequence[dict[str, Any]], layer: Any, rows: int) -> None:
+    """Note which form the tied layer takes for so many rows, for goals with ``or_dense``."""
+    computing = tie_of(layer).computing
+    for comparison in comparisons:
+        training = comparison["mode"] == "training"
+        order = computing.order(tp.get_tie(layer), rows, training, False) if computing else ()
+        comparison["form"] = order[0].name if order else "dense"
+
+
 def both_modes(
     row: str, text: str, bounds: tuple[float | None, float | None], measure: str = "speedup",
     **settings: Any,
@@ -182,9 +196,3 @@ def verdict(goal: dict[str, Any]) -> str:
     if goal["met"]:
         return "met"
     return f"**missed**: {goal['tried']}" if goal["tried"] else "**missed**"
-
-
-def number(value: float) -> str:
-    """Three digits, without exponents: 0.0123, 1.23, 12.3, 1230."""
-    shown = f"{value:.3g}"
-    return f"{float(shown):.0f}" if "e" in shown and abs(value) >= 1 else shown
