@@ -18,63 +18,76 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiedparam.products.opaque import Opaque
+
+Diagonal = Literal["circulant", "toeplitz", "hankel"]
+"""What is constant along its diagonals, or along its anti-diagonals."""
 BLOCK_BYTES = 1 << 20
 """Of rows that are transformed at once: what a core's cache holds."""
 
 
-def circulant_product(input: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """``y[o] = Σ_c w[(o − c) mod n] · x[c] + bias[o]`` for every row of ``(*, n)``.
+def diagonal_product(
+    input: Tensor, values: Tensor, bias: Tensor | None, matrix: Diagonal
+) -> Tensor:
+    """Every row of the input times the transposed matrix, plus the bias.
+
+    Args:
+        input: ``(*, n)``.
+        values: ``(1, n)`` or ``(1, m + n − 1)``, along the edge of the matrix.
+        bias: ``(m,)`` or None.
+        matrix: what the values say.
+
+            * ``"circulant"``: ``W[o, c] = w[(o − c) mod n]``.
+            * ``"toeplitz"``: ``W[o, c] = w[o − c]``, from ``w[−(n − 1)]`` to ``w[m − 1]``.
+            * ``"hankel"``: ``W[o, c] = w[o + c]``, from ``w[0]`` to ``w[m + n − 2]``.
 
     Example:
-        >>> from tiedparam.products.fourier import circulant_product
-        >>> x = torch.tensor([0.0, 1.0, 0.0])  # the second column
-        >>> circulant_product(x, torch.tensor([1.0, 2.0, 3.0]), None).round()
+        >>> from tiedparam.products.fourier import diagonal_product
+        >>> x, values = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+        >>> diagonal_product(x, values[:, :3], None, "circulant").round()  # the second column
         tensor([3., 1., 2.])
-    """
-    return _multiplied(input, values, bias, _circle_of_circulant(input.shape[-1]))
-
-
-def toeplitz_product(input: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """``y[o] = Σ_c w[o − c] · x[c] + bias[o]``, the values from ``w[−(n − 1)]`` to ``w[m − 1]``.
-
-    Example:
-        >>> from tiedparam.products.fourier import toeplitz_product
-        >>> x = torch.tensor([0.0, 1.0, 0.0])  # the second column
-        >>> toeplitz_product(x, torch.tensor([1.0, 2.0, 3.0, 4.0]), None).round()
+        >>> diagonal_product(x, values, None, "toeplitz").round()
         tensor([2., 3.])
     """
-    return _multiplied(input, values, bias, _circle(_Toeplitz, input, values))
+    return _PRODUCT(input, values, bias, matrix)
 
 
-def hankel_product(input: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """``y[o] = Σ_c w[o + c] · x[c] + bias[o]``, the values from ``w[0]`` to ``w[m + n − 2]``.
-
-    Example:
-        >>> from tiedparam.products.fourier import hankel_product
-        >>> x = torch.tensor([0.0, 1.0, 0.0])  # the second column
-        >>> hankel_product(x, torch.tensor([1.0, 2.0, 3.0, 4.0]), None).round()
-        tensor([2., 3.])
-    """
-    return _multiplied(input, values, bias, _circle(_Hankel, input, values))
+def _forward(input: Tensor, values: Tensor, bias: Tensor | None, matrix: Diagonal) -> Tensor:
+    return _circle_of(matrix, input, values).product(input, values, bias)
 
 
-def _multiplied(input: Tensor, values: Tensor, bias: Tensor | None, circle: _Circle) -> Tensor:
-    values = values.reshape(-1)
-    needed = (tensor.requires_grad for tensor in (input, values, bias) if tensor is not None)
-    if torch.is_grad_enabled() and any(needed):
-        return _Product.apply(input, values, bias, circle)  # type: ignore[no-any-return,no-untyped-call]
-    return circle.product(input, values, bias)
+def _backward(
+    needs: Sequence[bool],
+    gradient: Tensor,
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    matrix: Diagonal,
+) -> tuple[Tensor | None, ...]:
+    of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if needs[2] else None
+    if not needs[0] and not needs[1]:
+        return None, None, of_bias
+    circle = _circle_of(matrix, input, values)
+    return *circle.gradients(input, values, gradient, needs[0], needs[1]), of_bias
 
 
-def _circle(kind: type[_Circle], input: Tensor, values: Tensor) -> _Circle:
-    inputs = input.shape[-1]
-    return _shared(kind, values.numel() - inputs + 1, inputs)
+def _output(input: Tensor, values: Tensor, bias: Tensor | None, matrix: Diagonal) -> Tensor:
+    return input.new_empty(*input.shape[:-1], _circle_of(matrix, input, values).outputs)
+
+
+_PRODUCT = Opaque(
+    "diagonal_product(Tensor input, Tensor values, Tensor? bias, str matrix) -> Tensor",
+    _forward,
+    _backward,
+    output=_output,
+)
 
 
 # Lengths ----------------------------------------------------------------------------------
@@ -131,7 +144,7 @@ class _Circle(ABC):
 
     def product(self, input: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Of every row of the input with the matrix."""
-        spectrum, blocks = self.spectra(self.laid(values)), self.blocks(input)
+        spectrum, blocks = self.spectrum(values), self.blocks(input)
         if blocks is None:
             return self._block(input, spectrum, bias)
         output = input.new_empty(*input.shape[:-1], self.outputs)
@@ -144,7 +157,7 @@ class _Circle(ABC):
         self, input: Tensor, values: Tensor, gradient: Tensor, of_input: bool, of_values: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Of a product's input and values, by recorded operations."""
-        spectrum = self.spectra(self.laid(values)).conj_physical_() if of_input else None
+        spectrum = self.spectrum(values).conj_physical_() if of_input else None
         blocks, total = self.blocks(input), None
         if blocks is None:
             d_input, total = self._gradients_of_block(input, gradient, spectrum, of_values)
@@ -163,11 +176,16 @@ class _Circle(ABC):
             return d_input, None
         if total is None:  # no rows
             return d_input, values.new_zeros(values.shape)
-        return d_input, self.collected(torch.fft.irfft(total, self.length))
+        around = self.collected(torch.fft.irfft(total, self.length))
+        return d_input, around.view(values.shape)
+
+    def spectrum(self, values: Tensor) -> Tensor:
+        """Of the values, ``(1, count)``."""
+        return self.spectra(self.laid(values.reshape(-1)))
 
     def spectra(self, rows: Tensor) -> Tensor:
         """Of rows that zeros follow."""
-        return torch.fft.rfft(rows, self.length)
+        return torch.fft.rfft(rows.contiguous(), self.length)  # else the output is not either
 
     def blocks(self, input: Tensor) -> list[slice] | None:
         """Rows that are transformed together; None if all of them are."""
@@ -252,39 +270,19 @@ class _Hankel(_Circle):
         return values
 
     def collected(self, around: Tensor) -> Tensor:
-        return around[: self.outputs + self.inputs - 1]
+        return around[: self.outputs + self.inputs - 1].clone()
 
 
 @functools.lru_cache(256)
-def _shared(kind: type[_Circle], outputs: int, inputs: int) -> _Circle:
+def circle(matrix: Diagonal, outputs: int, inputs: int) -> _Circle:
+    """The circle that holds a matrix: a circulant one's own, unless that takes twice as long."""
+    if matrix == "circulant" and inputs % 2 == 0 and _largest_factor(inputs) <= 13:
+        return _Circulant(outputs, inputs, inputs)
+    kind = {"circulant": _Wrapped, "toeplitz": _Toeplitz, "hankel": _Hankel}[matrix]
     return kind(outputs, inputs, good_length(outputs + inputs - 1))
 
 
-@functools.lru_cache(256)
-def _circle_of_circulant(size: int) -> _Circle:
-    """Of its own length, if that takes less than twice as long as a good one."""
-    if size % 2 == 0 and _largest_factor(size) <= 13:
-        return _Circulant(size, size, size)
-    return _shared(_Wrapped, size, size)
-
-
-class _Product(torch.autograd.Function):
-    """``(input, values, bias)`` → the product."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, values: Tensor, bias: Tensor | None, circle: _Circle
-    ) -> Tensor:
-        ctx.save_for_backward(input, values)
-        ctx.circle = circle
-        return circle.product(input, values, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        input, values = ctx.saved_tensors
-        of_input, of_values, of_bias = ctx.needs_input_grad[:3]
-        circle: _Circle = ctx.circle
-        found: tuple[Tensor | None, Tensor | None] = (None, None)
-        if of_input or of_values:
-            found = circle.gradients(input, values, gradient, of_input, of_values)
-        return *found, gradient.reshape(-1, circle.outputs).sum(0) if of_bias else None, None
+def _circle_of(matrix: Diagonal, input: Tensor, values: Tensor) -> _Circle:
+    inputs = input.shape[-1]
+    outputs = inputs if matrix == "circulant" else values.numel() - inputs + 1
+    return circle(matrix, outputs, inputs)
