@@ -7,6 +7,10 @@ and the dense form is the fallback.
 Forms run only where nothing stands between the layer and its weight, and for inputs that the dense
 layer takes: see `tiedparam.tie.interposed`. Everywhere else the layer computes densely, by torch's
 own path. What a form can run in is said by its ``where``.
+
+The dense form runs here too where an ordinary call would only expand the weight and call torch's
+operation: the calls in between, which ask again what is known here, cost a small layer as much as
+it computes.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiedparam.compute.forms import TORCHS_OWN, Computing, kind_with_forms, serves
-from tiedparam.compute.kept import is_kept
+from tiedparam.compute.kept import Memory, is_kept
 from tiedparam.laws.forms import Call, Form
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.interposed import is_bare
@@ -56,9 +60,11 @@ def cheap_forward(stock: type[nn.Module]) -> Forward | None:
 
     def cheap(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
         values = lists_in_tables(layer).get("weight")
-        computing: Computing | None = None if values is None else values.__dict__.get("computing")
-        if computing is None or stock.forward is not own.forward or own.hands_on(layer):
+        if values is None or stock.forward is not own.forward or own.hands_on(layer):
             return None
+        computing: Computing | None = values.__dict__.get("computing")
+        if computing is None:
+            return _dense(layer, values, stock_of, args, kwargs)
         if len(args) > len(names) or (not args and "input" not in kwargs):
             return None  # the stock forward says what is wrong with them
         if kwargs and not kwargs.keys() <= set(names[len(args) :]):
@@ -67,9 +73,42 @@ def cheap_forward(stock: type[nn.Module]) -> Forward | None:
         input = given["input"]
         if not isinstance(input, Tensor) or input.is_nested or not fits(layer, computing, input):
             return None
-        return _computed(layer, values, computing, input, lambda: stock_of(layer, **given))
+        y = _computed(layer, values, computing, input, lambda: stock_of(layer, **given))
+        return _dense(layer, values, stock_of, args, kwargs) if y is None else y
 
     return cheap
+
+
+def _dense(
+    layer: nn.Module,
+    values: Any,
+    stock_of: Callable[..., Stock],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """The output in the dense form, or None where more than expanding the weight is to be done."""
+    free: tuple[Any, ...] = tuple(parameters_of(values).values())
+    # first, so that a compiled graph is guarded by nothing of the rest
+    if kwargs or len(args) != 1 or not free or not is_ordinary(*free) or free[0].is_meta:
+        return None
+    memory: Memory | None = values.__dict__.get("kept")
+    if memory is None or memory.frozen is not None or memory.checked:
+        return None  # None: a list of torch's own
+    table: dict[str, Any] = parameters_of(layer)
+    parametrizations: dict[str, Any] = submodules_of(values)
+    rule: Rule = parametrizations["0"]
+    if (
+        "bias" not in table  # it is tied as well
+        or len(parametrizations) > 1
+        or rule.reads_layers
+        or not is_bare(values, rule)
+    ):
+        return None
+    try:
+        weight = rule.forward(*free)
+    except AttributeError:
+        return None  # the property says what raised it
+    return stock_of(layer, *args)(args[0], weight, table["bias"])
 
 
 def _computed(

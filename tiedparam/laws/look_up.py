@@ -30,21 +30,22 @@ class LookUp:
 
     Attributes:
         places: for each entry, in the weight's shape.
-        signs: 1 and −1; None if no entry is minus a value.
+        signs: 1 and −1, in every dtype that is looked up; None if no entry is minus a value.
         zeros: which entries are 0; None if none are.
     """
 
     places: Tensor
-    signs: Tensor | None
+    signs: dict[torch.dtype, Tensor] | None
     zeros: Tensor | None
 
     @classmethod
     def of(cls, labels: Tensor) -> LookUp:
         """From the number of each entry's value, from 1; negative where it is minus it; or 0."""
         negative, zeros = labels < 0, labels == 0
+        signs = torch.where(negative, -1, 1)
         return cls(
             (labels.abs() - 1).clamp(min=0).to(torch.int64),
-            torch.where(negative, -1, 1).to(torch.int8) if bool(negative.any()) else None,
+            {dtype: signs.to(dtype) for dtype in _LOOKED_UP} if bool(negative.any()) else None,
             zeros if bool(zeros.any()) else None,
         )
 
@@ -52,7 +53,7 @@ class LookUp:
         """The weight, by recorded operations."""
         weight = torch.take(free, self.places)
         if self.signs is not None:
-            weight = weight.mul_(self.signs)
+            weight = weight.mul_(self.signs[weight.dtype])
         # not by a product, which makes NaN of infinity
         return weight if self.zeros is None else weight.masked_fill_(self.zeros, 0)
 

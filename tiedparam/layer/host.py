@@ -172,16 +172,22 @@ def _function(member: Any) -> FunctionType:
 
 def _forward_of(stock: type[nn.Module], names: tuple[str, ...]) -> Callable[..., Any]:
     """The forward of tied layers of a stock class, which tries its cheaper form first."""
-    special = cheap_forward(stock) if "weight" in names else recurrent.computation(stock)
+    cheap = cheap_forward(stock) if "weight" in names else None
+    of_recurrent = recurrent.computation(stock)
 
     def computed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = special(self, *args, **kwargs) if special is not None else None
-        return stock.forward(self, *args, **kwargs) if result is None else result
+        computes = stock.forward if of_recurrent is None else of_recurrent
+        return computes(self, *args, **kwargs)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            refuse_training_forward(self)
+        result = None if cheap is None else cheap(self, *args, **kwargs)
+        if result is not None:
+            return result
+        if compiling:
             return computed(self, *args, **kwargs)
-        refuse_training_forward(self)
         outer = getattr(inside, "call", None)
         inside.call = (self, args, kwargs)
         try:
