@@ -29,4 +29,5 @@ def measure(run: Run) -> None:
             batch = 4 if run.quick else 32
             run.compare(f"{channels} channels on {size}², {rule}", found,
                         torch.randn(batch, channels, size, size),
-                        modes=("training",), tolerance=1e-6, in_double=True, setting=longer)  # fmt: skip
+                        modes=("training",), tolerance=1e-6, in_double=True,
+                        setting=longer)  # fmt: skip
