@@ -90,7 +90,7 @@ def bars(results: Sequence[Result], device: str) -> Any:
     panel.set(xscale="log", xlabel="times faster than the dense layer (the least of the machines)")
     panel.set_yticks(list(places), [f"{f.title}: {f.label(f.usual[0])}" for f in FAMILIES])
     panel.xaxis.set_major_formatter("{x:g}")
-    panel.margins(x=0.08)
+    panel.margins(x=0.12)
     panel.legend(frameon=False, loc="lower right")
     return figure
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks import goal_cases
-from benchmarks.cases.families import FAMILIES, Family
+from benchmarks.cases.families import FAMILIES, SIZE, Family
 from benchmarks.report import charts, tables
 from benchmarks.report.results import (
     COMMAND,
@@ -56,6 +56,23 @@ def render(results: Sequence[Result]) -> str:
     return "\n".join(part for part in parts if part).rstrip() + "\n"
 
 
+_PICTURES = {
+    "gains": (
+        "How many times faster than dense each law is",
+        "Each bar ends at the least of the machines, the line at the most.",
+    ),
+    "sizes": (
+        "Time against size: dense, tied, and the limit",
+        "The limit is dense's time times the law's share of the operations: what lies above it is\n"
+        "memory, fixed costs, and kernels that reach less than those of a dense product.",
+    ),
+    "rows": (
+        "How many times faster than dense, against the number of rows",
+        f"Linear layers of {SIZE:,} features, the least of the machines.",
+    ),
+}
+
+
 # The answer -------------------------------------------------------------------------------
 
 
@@ -71,19 +88,14 @@ def _answer(results: Sequence[Result], device: str) -> str:
         "computes as a dense one.\n\n"
     )
     text += table(HEAD, lines(results, device)) + "\n" + _others(results, device)
-    text += _picture(device, "gains", "Gain of each law")
-    text += _picture(device, "sizes", "Time against size: dense, tied, and the limit")
-    text += _picture(device, "rows", "Gain against the number of rows")
+    for name, (title, caption) in _PICTURES.items():
+        text += f"\n![{title}]({charts.FOLDER}/{device}-{name}.svg)\n\n{caption}\n"
     return text
 
 
 def lines(results: Sequence[Result], device: str) -> list[list[str]]:
     """A line for each family."""
     return [line for family in FAMILIES if (line := _line(results, device, family))]
-
-
-def _picture(device: str, name: str, title: str) -> str:
-    return f"\n![{title}]({charts.FOLDER}/{device}-{name}.svg)\n"
 
 
 def _line(results: Sequence[Result], device: str, family: Family) -> list[str] | None:
@@ -160,7 +172,7 @@ def _others(results: Sequence[Result], device: str) -> str:
         )
     if text:
         text += (
-            "For inference [`frozen`](inference.md) keeps the weight, and none of this is left.\n"
+            "For inference [`frozen`](inference.md) keeps the weight, and nothing is made anew.\n"
         )
     return text
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import goal_cases
-from benchmarks.report.results import COMMAND, Comparison, Result, number, table
+from benchmarks.goals import number
+from benchmarks.report.results import COMMAND, Comparison, Result, table
 
 FOLDER = "tables"
 """Of the pages, below the documents."""
