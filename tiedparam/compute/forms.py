@@ -62,6 +62,7 @@ class Computing:
             form.name: form for form in forms_of(rule_class) if form.name in names
         }
         self.seen: list[str] | None = None
+        self._usual: tuple[Use, Use] = self.use(), self.use(training=True)
         self._orders: dict[tuple[int | None, bool, bool], tuple[Form, ...]] = {}
 
     def __reduce__(self) -> Any:
@@ -77,6 +78,10 @@ class Computing:
     def use(self, rows: int | None = None, training: bool = False, kept: bool = False) -> Use:
         """How this layer is used."""
         return Use(self.kind, self.layout, rows, training, kept)
+
+    def usual(self, training: bool) -> Use:
+        """How this layer is used, without the number of rows; made once."""
+        return self._usual[training]
 
     def named(self, training: bool) -> str:
         """The form that the user or `tune` names, or ``"auto"``."""

@@ -126,9 +126,7 @@ def _computed(
     if type(rule).forward is not computing.expand:
         return None
     free: Any = tuple(parameters_of(values).values()) or _of_replica(values, rule)
-    recorded = torch.is_grad_enabled() and (
-        input.requires_grad or any(value.requires_grad for value in free)
-    )
+    recorded = torch.is_grad_enabled() and _need_gradients(input, *free)
     forms = _order(layer, values, computing, rule, input, recorded)
     if not forms or not is_bare(values, rule):
         return None  # the weight is not what the free values alone say
@@ -141,7 +139,7 @@ def _computed(
         if not _runs_here(form, input, free, bias, asked=form.name == named):
             continue
         if call is None or call.asked is not (form.name == named):
-            use = computing.use(None, recorded)
+            use = computing.usual(recorded)
             call = Call(layer, input, free, bias, stock(), use, form.name == named)
         y = form.compute(rule, call)
         if y is not None:
@@ -149,6 +147,13 @@ def _computed(
                 computing.seen.append(form.name)
             return y
     return None
+
+
+def _need_gradients(*tensors: Tensor) -> bool:
+    for tensor in tensors:  # noqa: SIM110 — at every call, and faster
+        if tensor.requires_grad:
+            return True
+    return False
 
 
 def _order(
@@ -240,13 +245,14 @@ def _agree(input: Tensor, free: tuple[Tensor, ...], bias: Tensor | None) -> bool
     device, dtype = input.device, input.dtype
     if input.layout is not torch.strided:
         return False
-    if any(value.device != device for value in free):
-        return False
+    alike = bias is None or bias.dtype is dtype
+    for value in free:
+        if value.device != device:
+            return False
+        alike = alike and value.dtype is dtype
     if bias is not None and bias.is_meta is not input.is_meta:
         return False  # on another device the operation says so itself
-    kinds = {dtype, *(value.dtype for value in free)}
-    if bias is not None:
-        kinds.add(bias.dtype)
-    if len(kinds) == 1:
+    if alike:
         return True
+    kinds = {dtype, *(value.dtype for value in free), dtype if bias is None else bias.dtype}
     return autocast_dtype(device.type) is not None and kinds <= CAST_BY_AUTOCAST

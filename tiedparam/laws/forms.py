@@ -58,7 +58,7 @@ class Use:
     kept: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # made at every call, and frozen ones take longer
 class Call:
     """One call of a layer, which a form computes.
 
