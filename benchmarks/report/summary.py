@@ -201,7 +201,8 @@ def _peers(results: Sequence[Result]) -> str:
     head = ["layer", "other library", "inference", "training step"]
     return (
         "## Against other libraries\n\n"
-        "How many times faster a tied layer is than the same law in another library.\n\n"
+        "How many times faster a tied layer is than the same law in another library; below 1, it\n"
+        "is slower. e2cnn keeps its filters in evaluation mode, as `frozen` would.\n\n"
         + table(head, rows)
     )
 
