@@ -34,4 +34,5 @@ def _fixed_seed():
 @pytest.fixture
 def registry(monkeypatch):
     """Rules registered during the test are forgotten after it."""
+    _registry.available_rules()  # which imports the library's own, not to be forgotten
     monkeypatch.setattr(_registry, "_RULES", dict(_registry._RULES))
