@@ -8,16 +8,23 @@ same bits at every run, on every device.
 from __future__ import annotations
 
 import functools
+from math import log2
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiedparam.laws.forms import Call, Use, form
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
+from tiedparam.laws.time_of_dense import time_of_dense, usual_rows
+from tiedparam.products.fourier import Diagonal, diagonal_product, length_of
 from tiedparam.util.errors import Reason
+
+Compute = Literal["auto", "dense", "fft"]
+"""The forms of laws that convolve, and ``"auto"`` for the fastest."""
 
 _FEW = 65_536
 """Up to so many entries all rows are summed at once. The padding makes them twice as many, which
@@ -25,15 +32,60 @@ for larger matrices takes longer than to sum strips of rows first, and then the 
 _STRIP = 32
 
 
+def _cost_of_fourier(rule: OfDiagonals, use: Use) -> float | None:
+    """In microseconds, from layers of 32 to 4,096 features and 1 to 512 rows in either form.
+
+    ``python -m benchmarks --case goals --only fourier`` compares some of them again.
+    """
+    if use.kind != "linear":
+        return None
+    outputs, inputs = use.layout.canonical_shape
+    length, rows = length_of(rule.matrix, outputs, inputs), usual_rows(use)
+    once = _PER_CALL if length == outputs else _EMBEDDED
+    each = length * log2(length) * (_AT_ONCE + rows) / _SPEED
+    if length & (length - 1):
+        each *= _NOT_OF_TWOS
+    time = _TRAINING[0] * once + _TRAINING[1] * each if use.training else once + each
+    return time / time_of_dense(use, expanded=8_000.0, folded=1_500.0)
+
+
+_PER_CALL = 42.0
+_EMBEDDED = 70.0
+_SPEED = 4_500.0  # of length · log₂(length)
+_NOT_OF_TWOS = 2.0  # at most, for the lengths that are taken
+_AT_ONCE = 6  # rows that take as long as what is done once: plans, and the values
+_TRAINING = (4.4, 3.3)
+
+
+def _multiply_adds(rule: OfDiagonals, use: Use) -> int:
+    """Of two real transforms, and the product of their spectra."""
+    length = length_of(rule.matrix, *use.layout.canonical_shape)
+    return round(length * (2.5 * log2(length) + 2))
+
+
 class OfDiagonals(Orbits):
     """A law of whole matrices, whose expansion is one of the maps below.
 
-    A subclass states `law`, `symmetries`, `examples` and which map it is; `check` too, if it needs
-    more than a matrix.
+    A subclass states `law`, `symmetries`, `examples`, which map it is, and how
+    `tiedparam.products.fourier` calls its matrix; `check` too, if it needs more than a matrix.
+
+    Args:
+        compute: the form that computes a Linear layer. ``"auto"`` picks the fastest; ``"dense"``
+            and ``"fft"`` force one, for measuring.
     """
 
     expansion: ClassVar[type[AntiDiagonals]]
+    matrix: ClassVar[Diagonal]
     _expansion: AntiDiagonals
+
+    def __init__(self, compute: Compute = "auto") -> None:
+        super().__init__()
+        self.compute = compute
+
+    @form("fft", cost=_cost_of_fourier, where="compiled", multiply_adds=_multiply_adds)
+    def by_fourier(self, call: Call) -> Tensor:
+        """Multiply spectra, since such a matrix convolves."""
+        return diagonal_product(call.input, call.free[0], call.bias, self.matrix)
 
     def check(self, layout: Layout) -> Reason | None:
         """The weight must be a matrix."""

@@ -56,7 +56,7 @@ def register_tie(
     layer: Layer,
     rule: Literal["circulant"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.TieArguments],
+    **options: Unpack[rule_options.CirculantTie],
 ) -> Layer: ...
 @overload
 def register_tie(
@@ -91,7 +91,7 @@ def register_tie(
     layer: Layer,
     rule: Literal["hankel"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.TieArguments],
+    **options: Unpack[rule_options.HankelTie],
 ) -> Layer: ...
 @overload
 def register_tie(
@@ -203,7 +203,7 @@ def register_tie(
     layer: Layer,
     rule: Literal["toeplitz"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.TieArguments],
+    **options: Unpack[rule_options.ToeplitzTie],
 ) -> Layer: ...
 @overload
 def register_tie(

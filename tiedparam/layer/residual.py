@@ -64,6 +64,7 @@ def residual(
     root: nn.Module | None = ...,
     rows: Range | None = ...,
     columns: Range | None = ...,
+    **options: Unpack[rule_options.CirculantOptions],
 ) -> float: ...
 @overload
 def residual(
@@ -118,6 +119,7 @@ def residual(
     root: nn.Module | None = ...,
     rows: Range | None = ...,
     columns: Range | None = ...,
+    **options: Unpack[rule_options.HankelOptions],
 ) -> float: ...
 @overload
 def residual(
@@ -290,6 +292,7 @@ def residual(
     root: nn.Module | None = ...,
     rows: Range | None = ...,
     columns: Range | None = ...,
+    **options: Unpack[rule_options.ToeplitzOptions],
 ) -> float: ...
 @overload
 def residual(

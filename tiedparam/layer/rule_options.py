@@ -65,6 +65,7 @@ class BlockCirculantOptions(TypedDict, total=False):
     """The options of ``block_circulant``."""
 
     block: Required[int]
+    compute: Literal["auto", "dense", "fft"]
 
 
 class BlockCirculantTie(TieArguments, BlockCirculantOptions, total=False):
@@ -80,6 +81,16 @@ class ChannelSharedOptions(TypedDict, total=False):
 
 class ChannelSharedTie(TieArguments, ChannelSharedOptions, total=False):
     """All that `register_tie` takes by name for ``channel_shared``."""
+
+
+class CirculantOptions(TypedDict, total=False):
+    """The options of ``circulant``."""
+
+    compute: Literal["auto", "dense", "fft"]
+
+
+class CirculantTie(TieArguments, CirculantOptions, total=False):
+    """All that `register_tie` takes by name for ``circulant``."""
 
 
 class CopyOptions(TypedDict, total=False):
@@ -124,6 +135,16 @@ class GroupConvOptions(TypedDict, total=False):
 
 class GroupConvTie(TieArguments, GroupConvOptions, total=False):
     """All that `register_tie` takes by name for ``group_conv``."""
+
+
+class HankelOptions(TypedDict, total=False):
+    """The options of ``hankel``."""
+
+    compute: Literal["auto", "dense", "fft"]
+
+
+class HankelTie(TieArguments, HankelOptions, total=False):
+    """All that `register_tie` takes by name for ``hankel``."""
 
 
 class HeadShareOptions(TypedDict, total=False):
@@ -257,6 +278,16 @@ class SquaredCopyOptions(TypedDict, total=False):
 
 class SquaredCopyTie(TieArguments, SquaredCopyOptions, total=False):
     """All that `register_tie` takes by name for ``squared_copy``."""
+
+
+class ToeplitzOptions(TypedDict, total=False):
+    """The options of ``toeplitz``."""
+
+    compute: Literal["auto", "dense", "fft"]
+
+
+class ToeplitzTie(TieArguments, ToeplitzOptions, total=False):
+    """All that `register_tie` takes by name for ``toeplitz``."""
 
 
 class WithinOptions(TypedDict, total=False):

@@ -25,9 +25,12 @@ import torch
 from torch import Tensor
 
 from tiedparam.products.opaque import Opaque
+from tiedparam.util.torch_modes import plain_numbers
 
 LONG = 48
 """From here on blocks are transformed by `torch.fft`."""
+FEW = 1 << 17
+"""Parts that are no matter, in memory and in cache."""
 
 
 def block_circulant_product(
@@ -107,8 +110,9 @@ _PRODUCT = Opaque(
 
 
 def _blocks(rows: Tensor, values: Tensor, block: int) -> list[slice]:
-    """Rows whose parts, in and out, take a quarter of what the matrix would."""
-    step = max(64, min(values.shape[0] * block, values.shape[1]) // 8)
+    """Rows whose parts take no more than a quarter of what the matrix would, or little at all."""
+    outputs, inputs = values.shape[0] * block, values.shape[1]
+    step = max(1, min(outputs, inputs) // 8, FEW // (outputs + inputs))
     return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 
@@ -175,12 +179,13 @@ class _Frequencies(_Transform):
     """Of long blocks: complex numbers."""
 
     def parts(self, rows: Tensor) -> Tensor:
-        spectra = torch.fft.rfft(rows.reshape(-1, self.block))
+        spectra: Tensor = torch.fft.rfft(rows.reshape(-1, self.block))
         return spectra.t().contiguous().view(-1, len(rows), rows.shape[1] // self.block)
 
     def back(self, parts: Tensor) -> Tensor:
         spectra = parts.reshape(len(parts), -1).t().contiguous()  # takes less than to read columns
-        return torch.fft.irfft(spectra, self.block).view(parts.shape[1], -1)
+        rows: Tensor = torch.fft.irfft(spectra, self.block)
+        return rows.view(parts.shape[1], -1)
 
     def times(
         self, left: Tensor, right: Tensor, *, turn_left: bool = False, turn_right: bool = False
@@ -194,16 +199,15 @@ def _transform(block: int) -> _Transform:
 
 
 @functools.lru_cache(64)
-@torch.inference_mode(False)
 def _tables(block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """The transform of one block as a matrix, and the transposed inverse.
 
     Rows: the cosines of the frequencies in between, the sines, and the frequencies that have none:
     0, and ``b / 2`` if there is one.
     """
-    with torch.no_grad():
-        place = torch.arange(block, dtype=torch.float64, device="cpu")
-        inner = torch.arange(1, (block + 1) // 2, dtype=torch.float64, device="cpu")
+    with plain_numbers():
+        place = torch.arange(block, dtype=torch.float64)
+        inner = torch.arange(1, (block + 1) // 2, dtype=torch.float64)
         angles = 2 * math.pi / block * torch.outer(inner, place).remainder(block)
         alone = [torch.ones_like(place), torch.cos(math.pi * place)][: 2 - block % 2]
         table = torch.cat([angles.cos(), -angles.sin(), torch.stack(alone)])

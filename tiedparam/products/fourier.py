@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiedparam.products.opaque import Opaque
+from tiedparam.util.torch_modes import answered_while_tracing
 
 Diagonal = Literal["circulant", "toeplitz", "hankel"]
 """What is constant along its diagonals, or along its anti-diagonals."""
@@ -136,11 +137,11 @@ class _Circle(ABC):
 
     @abstractmethod
     def laid(self, values: Tensor) -> Tensor:
-        """The values laid round the circle: ``(length,)``, or less if zeros follow."""
+        """The values laid round the circle: ``(1, length)``, or less if zeros follow."""
 
     @abstractmethod
     def collected(self, around: Tensor) -> Tensor:
-        """The adjoint of `laid`, from ``(length,)``."""
+        """The adjoint of `laid`, from ``(1, length)``."""
 
     def product(self, input: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Of every row of the input with the matrix."""
@@ -169,29 +170,29 @@ class _Circle(ABC):
                 of_rows, part = self._gradients_of_block(
                     rows[block], gradients[block], spectrum, of_values
                 )
-                if d_rows is not None:
+                if d_rows is not None and of_rows is not None:
                     d_rows[block] = of_rows
                 total = part if total is None or part is None else total + part
         if not of_values:
             return d_input, None
         if total is None:  # no rows
             return d_input, values.new_zeros(values.shape)
-        around = self.collected(torch.fft.irfft(total, self.length))
-        return d_input, around.view(values.shape)
+        return d_input, self.collected(torch.fft.irfft(total, self.length))
 
     def spectrum(self, values: Tensor) -> Tensor:
         """Of the values, ``(1, count)``."""
-        return self.spectra(self.laid(values.reshape(-1)))
+        return self.spectra(self.laid(values))
 
     def spectra(self, rows: Tensor) -> Tensor:
         """Of rows that zeros follow."""
-        return torch.fft.rfft(rows.contiguous(), self.length)  # else the output is not either
+        spectra: Tensor = torch.fft.rfft(rows.contiguous(), self.length)  # so is the output then
+        return spectra
 
     def blocks(self, input: Tensor) -> list[slice] | None:
-        """Rows that are transformed together; None if all of them are."""
+        """Rows that are transformed together; None if all of them are, in the input's shape."""
         rows = input.numel() // self.inputs
         step = max(1, BLOCK_BYTES // (self.length * input.element_size()))
-        if 0 < rows <= step:
+        if 0 < rows <= step and input.dim() > 1:
             return None
         return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
 
@@ -203,7 +204,7 @@ class _Circle(ABC):
 
     def _back(self, spectra: Tensor, size: int, bias: Tensor | None = None) -> Tensor:
         """The first ``size`` values of each row."""
-        rows = torch.fft.irfft(spectra, self.length)
+        rows: Tensor = torch.fft.irfft(spectra, self.length)
         if size == self.length:
             return rows if bias is None else rows.add_(bias)
         rows = rows[..., :size]
@@ -223,7 +224,7 @@ class _Circle(ABC):
             of_rows = self.spectra(rows)
             if not self.turned:
                 of_rows.conj_physical_()
-            total = of_rows.mul_(spectra).reshape(-1, of_rows.shape[-1]).sum(0)
+            total = of_rows.mul_(spectra).flatten(0, -2).sum(0, keepdim=True)
         return d_rows, total
 
 
@@ -241,12 +242,12 @@ class _Wrapped(_Circle):
     """A circulant matrix within a longer one, where two diagonals have each value but one."""
 
     def laid(self, values: Tensor) -> Tensor:
-        gap = values.new_zeros(self.length - 2 * self.inputs + 1)
-        return torch.cat([values, gap, values[1:]])
+        gap = values.new_zeros(1, self.length - 2 * self.inputs + 1)
+        return torch.cat([values, gap, values[:, 1:]], 1)
 
     def collected(self, around: Tensor) -> Tensor:
-        above = around[self.length - self.inputs + 1 :]
-        return around[: self.inputs] + F.pad(above, (1, 0))
+        above = around[:, self.length - self.inputs + 1 :]
+        return around[:, : self.inputs] + F.pad(above, (1, 0))
 
 
 class _Toeplitz(_Circle):
@@ -254,11 +255,12 @@ class _Toeplitz(_Circle):
 
     def laid(self, values: Tensor) -> Tensor:
         above = self.inputs - 1
-        gap = values.new_zeros(self.length - self.outputs - above)
-        return torch.cat([values[above:], gap, values[:above]])
+        gap = values.new_zeros(1, self.length - self.outputs - above)
+        return torch.cat([values[:, above:], gap, values[:, :above]], 1)
 
     def collected(self, around: Tensor) -> Tensor:
-        return torch.cat([around[self.length - self.inputs + 1 :], around[: self.outputs]])
+        above = around[:, self.length - self.inputs + 1 :]
+        return torch.cat([above, around[:, : self.outputs]], 1)
 
 
 class _Hankel(_Circle):
@@ -270,19 +272,31 @@ class _Hankel(_Circle):
         return values
 
     def collected(self, around: Tensor) -> Tensor:
-        return around[: self.outputs + self.inputs - 1].clone()
+        return around[:, : self.outputs + self.inputs - 1].clone()
+
+
+_KINDS: dict[Diagonal, Callable[[int, int, int], _Circle]] = {
+    "circulant": _Wrapped,
+    "toeplitz": _Toeplitz,
+    "hankel": _Hankel,
+}
 
 
 @functools.lru_cache(256)
-def circle(matrix: Diagonal, outputs: int, inputs: int) -> _Circle:
+def _circle(matrix: Diagonal, outputs: int, inputs: int) -> _Circle:
     """The circle that holds a matrix: a circulant one's own, unless that takes twice as long."""
     if matrix == "circulant" and inputs % 2 == 0 and _largest_factor(inputs) <= 13:
         return _Circulant(outputs, inputs, inputs)
-    kind = {"circulant": _Wrapped, "toeplitz": _Toeplitz, "hankel": _Hankel}[matrix]
-    return kind(outputs, inputs, good_length(outputs + inputs - 1))
+    return _KINDS[matrix](outputs, inputs, good_length(outputs + inputs - 1))
+
+
+@answered_while_tracing
+def length_of(matrix: Diagonal, outputs: int, inputs: int) -> int:
+    """How long the transforms are by which a matrix is multiplied."""
+    return _circle(matrix, outputs, inputs).length
 
 
 def _circle_of(matrix: Diagonal, input: Tensor, values: Tensor) -> _Circle:
     inputs = input.shape[-1]
     outputs = inputs if matrix == "circulant" else values.numel() - inputs + 1
-    return circle(matrix, outputs, inputs)
+    return _circle(matrix, outputs, inputs)

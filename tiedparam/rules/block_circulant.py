@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import gcd
+from math import gcd, log2
 from typing import Any
 
 from torch import Tensor, nn
 
-from tiedparam.laws import Orbits, Reason
+from tiedparam.laws import Call, Orbits, Reason, Use, form
 from tiedparam.laws.choices import why_no_count
+from tiedparam.laws.diagonals import Compute
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.laws.time_of_dense import time_of_dense, usual_rows
+from tiedparam.products.circulant_blocks import LONG, block_circulant_product
+
+
+def _cost_of_fourier(rule: BlockCirculant, use: Use) -> float | None:
+    """In microseconds, from layers of 64 to 4,096 features, 1 to 512 rows, and blocks from 2 on.
+
+    ``python -m benchmarks --case goals --only fourier`` compares some of them again.
+    """
+    if use.kind != "linear":
+        return None
+    (outputs, inputs), rows, block = use.layout.canonical_shape, usual_rows(use), rule.block
+    transformed = outputs * inputs / block + rows * (outputs + inputs)
+    each = 1 / 380 if block >= LONG else block / 35_000 + 1 / 2_300
+    time = transformed * each + 2 * rows * outputs * inputs / block / 35_000
+    time = 4.2 * 80.0 + 3.3 * time if use.training else 80.0 + time
+    return time / time_of_dense(use, expanded=2_500.0, folded=500.0)
+
+
+def _multiply_adds(rule: BlockCirculant, use: Use) -> int:
+    """Of the transforms there and back, and of four real products for each frequency in between."""
+    (outputs, inputs), block = use.layout.canonical_shape, rule.block
+    each = block if block < LONG else 1.25 * log2(block)
+    return round((outputs + inputs) * each + 2 * outputs * inputs / block)
 
 
 @register_rule("block_circulant")
@@ -24,6 +49,8 @@ class BlockCirculant(Orbits):
 
     Args:
         block: ``b``, which must divide the numbers of outputs and inputs.
+        compute: the form that computes a Linear layer. ``"auto"`` picks the fastest; ``"dense"``
+            and ``"fft"`` force one, for measuring.
 
     Shapes, for ``m`` outputs and ``n`` inputs:
 
@@ -49,13 +76,19 @@ class BlockCirculant(Orbits):
     family = "matrices"
     law = "W[b·i + r, b·j + s] = w[i, j, (s − r) mod b]"
 
-    def __init__(self, block: int) -> None:
+    def __init__(self, block: int, compute: Compute = "auto") -> None:
         super().__init__()
         self.block = block
+        self.compute = compute
 
     def options(self) -> dict[str, Any]:
         """``block``."""
         return {"block": self.block}
+
+    @form("fft", cost=_cost_of_fourier, where="compiled", multiply_adds=_multiply_adds)
+    def by_fourier(self, call: Call) -> Tensor:
+        """Multiply frequency by frequency, since blocks convolve."""
+        return block_circulant_product(call.input, call.free[0], call.bias, self.block)
 
     def check(self, layout: Layout) -> Reason | None:
         """``block`` must be a positive divisor of both sides of a matrix."""

@@ -12,6 +12,7 @@ from tiedparam.laws.diagonals import AntiDiagonals, OfDiagonals, WrappedDiagonal
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.products.fourier import Diagonal
 
 
 @register_rule("circulant")
@@ -39,6 +40,7 @@ class Circulant(OfDiagonals):
     family = "matrices"
     law = "W[o, c] = w[(o − c) mod n]"
     expansion: ClassVar[type[AntiDiagonals]] = WrappedDiagonals
+    matrix: ClassVar[Diagonal] = "circulant"
 
     def check(self, layout: Layout) -> Reason | None:
         """The weight must be a square matrix."""

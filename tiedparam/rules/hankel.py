@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tiedparam.laws.diagonals import AntiDiagonals, OfDiagonals
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.products.fourier import Diagonal
 
 
 @register_rule("hankel")
@@ -41,6 +42,7 @@ class Hankel(OfDiagonals):
     family = "matrices"
     law = "W[o, c] = w[o + c]"
     expansion: ClassVar[type[AntiDiagonals]] = AntiDiagonals
+    matrix: ClassVar[Diagonal] = "hankel"
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The matrix moved by one along its anti-diagonals, where it has entries to move."""

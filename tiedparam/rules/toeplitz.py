@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tiedparam.laws.diagonals import AntiDiagonals, Diagonals, OfDiagonals
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.products.fourier import Diagonal
 
 
 @register_rule("toeplitz")
@@ -41,6 +42,7 @@ class Toeplitz(OfDiagonals):
     family = "matrices"
     law = "W[o, c] = w[o − c]"
     expansion: ClassVar[type[AntiDiagonals]] = Diagonals
+    matrix: ClassVar[Diagonal] = "toeplitz"
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The matrix moved by one along its diagonals, where it has entries to move."""

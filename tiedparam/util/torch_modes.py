@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
-Question = TypeVar("Question", bound=Callable[..., bool])
+Question = TypeVar("Question", bound=Callable[..., "bool | int"])
 
 
 def is_traced() -> bool:
