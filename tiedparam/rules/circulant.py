@@ -23,6 +23,10 @@ class Circulant(OfDiagonals):
     Such matrices are those that commute with a turn of all features by one place. For a matrix of
     circulant blocks, and one that is not square, there is `block_circulant`.
 
+    Args:
+        compute: the form that computes a Linear layer. ``"auto"`` picks the fastest; ``"dense"``
+            and ``"fft"`` force one, for measuring.
+
     Shapes: ``free``: ``(1, n)``, the first column; ``weight``: the layer's own, ``(n, n)``.
     Multiplicity ``n``.
 

@@ -21,6 +21,10 @@ class Hankel(OfDiagonals):
     As ``scipy.linalg.hankel(first column, last row)``: every output sees a window of one sequence
     of weights, one place further on each time. It is square or not.
 
+    Args:
+        compute: the form that computes a Linear layer. ``"auto"`` picks the fastest; ``"dense"``
+            and ``"fft"`` force one, for measuring.
+
     Shapes, for ``m`` outputs and ``n`` inputs:
 
     * ``free``: ``(1, m + n − 1)``, in the order ``w[0]``, …, ``w[m + n − 2]``: the first row, and

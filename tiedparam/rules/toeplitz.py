@@ -21,6 +21,10 @@ class Toeplitz(OfDiagonals):
     As ``scipy.linalg.toeplitz(first column, first row)``: a filter that slides over the inputs,
     and at the ends over none. It is square or not.
 
+    Args:
+        compute: the form that computes a Linear layer. ``"auto"`` picks the fastest; ``"dense"``
+            and ``"fft"`` force one, for measuring.
+
     Shapes, for ``m`` outputs and ``n`` inputs:
 
     * ``free``: ``(1, m + n − 1)``, the diagonals in the order ``w[−(n − 1)]``, …, ``w[0]``, …,
