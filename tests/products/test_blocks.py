@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import tiedparam as tp
+from tests.support import computing_of
 from tiedparam.products import quarter_turns, sets
-from tiedparam.tie.lookup import tie_of
 
 BOUNDS = {torch.float64: 1e-11, torch.float32: 2e-4}
 
@@ -58,7 +58,7 @@ class Watched:
 
     def __init__(self, layer, form):
         self.calls = 0
-        computing = tie_of(layer, "weight").computing
+        computing = computing_of(layer)
         known = computing.forms[form]
 
         def compute(rule, call):
@@ -206,7 +206,7 @@ LARGE = [
 @pytest.mark.parametrize(("form", "build", "rule", "options"), LARGE, ids=[c[2] for c in LARGE])
 def test_is_taken_where_it_was_measured_to_win(form, build, rule, options):
     tied = tp.register_tie(build(), rule, **options)
-    computing, law = tie_of(tied, "weight").computing, tp.get_tie(tied)
+    computing, law = computing_of(tied), tp.get_tie(tied)
     rows = 32 * 196 if isinstance(tied, nn.Conv2d) else 64
     for training in (False, True):
         for count in (rows, None):
@@ -226,7 +226,7 @@ def test_is_taken_where_it_was_measured_to_win(form, build, rule, options):
 )
 def test_small_layers_stay_dense_where_the_form_loses(build, rule, options):
     tied = tp.register_tie(build(), rule, **options)
-    computing, law = tie_of(tied, "weight").computing, tp.get_tie(tied)
+    computing, law = computing_of(tied), tp.get_tie(tied)
     assert not computing.order(law, 512, False, False)
     assert not computing.order(law, 512, True, True)
 
@@ -248,7 +248,7 @@ def test_small_layers_stay_dense_where_the_form_loses(build, rule, options):
 )
 def test_what_has_no_such_form(build, rule, options, offered):
     tied = tp.register_tie(build(), rule, **options)
-    computing = tie_of(tied, "weight").computing
+    computing = computing_of(tied)
     assert (list(computing.forms) if computing else []) == offered
 
 
