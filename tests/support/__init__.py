@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,11 @@ def peers() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = project["optional-dependencies"]["ecosystem"]
     return {re.match(r"[\w-]+", requirement)[0] for requirement in needed}
+
+
+def computing_of(layer: nn.Module) -> Any:
+    """How a tied layer computes; None if densely alone."""
+    return tie_of(layer, "weight").computing
 
 
 def form_of(layer: nn.Module, *, traced: bool = False) -> str:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import gcd, prod
+from math import prod
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from tiedparam.laws.forms import Call, Use, form
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.look_up import SMALL, LookedUp
 from tiedparam.laws.orbits import Orbits
-from tiedparam.laws.reduction import Reduction
+from tiedparam.laws.reduction import Reduction, equal_outputs, summed_inputs
 from tiedparam.products.matrices import is_eager
 from tiedparam.products.reduced import (
     convolution_by_sums,
@@ -145,7 +145,7 @@ def _cost_of_reduced(rule: Broadcast, use: Use) -> float:
     how, layout = rule.reduction(), use.layout
     if how.shared_banks:
         return 1.0  # each group's outputs are its own
-    saved = (layout.canonical_shape[1] if how.summed else 1) * how.run
+    saved = how.inputs.copies * how.outputs.copies
     enough = _SAVED if layout.groups == 1 else _SAVED_IN_GROUPS
     if saved == 1 or (use.kind != "linear" and saved < enough):
         return 1.0
@@ -181,7 +181,7 @@ def _cost_of_windows(rule: Broadcast, use: Use) -> float | None:
     if how.shared_banks:
         offered, cost = layout.canonical_shape[1] == 1, 1.0
     else:
-        offered = how.summed and layout.groups == 1 and how.run == 1
+        offered = how.summed and layout.groups == 1 and how.outputs.copies == 1
         cost = _cost_of_reduced(rule, use)
     if use.kind != "convolution" or not offered:
         return None
@@ -235,15 +235,9 @@ class Broadcast(Orbits):
         """Sum the inputs that share, multiply by the base, spread the outputs that are equal."""
         how, weight = self._sizes.reduction, self.reduced(call.free[0])
         if call.use.kind == "linear":
-            return linear_by_sums(call.input, weight, call.bias, how.summed, how.run)
+            return linear_by_sums(call.input, weight, call.bias, how.inputs, how.outputs)
         return convolution_by_sums(
-            call.stock,
-            call.input,
-            weight,
-            call.bias,
-            summed=how.summed,
-            run=how.run,
-            groups=call.use.layout.groups,
+            call.stock, call.input, weight, call.bias, how.inputs, how.outputs
         )
 
     @form(
@@ -263,23 +257,13 @@ class Broadcast(Orbits):
             where_it_pays=not call.asked,
         )
 
-    def _savings(self) -> tuple[bool, int]:
-        """Whether inputs can be summed first, and how many outputs in a run are equal."""
-        blocks, layout = self.blocks(), self.bound_layout
-        outputs, inputs = (*layout.canonical_shape, 1)[:2]  # a bias has no input axis
-        different = (*blocks.together(self._kept(blocks)), 1)[1]
-        last = len(blocks.outputs) - 1
-        # a run of equal rows must end where a block of rows or a group of the layer ends
-        run = gcd(blocks.outputs[last], outputs // layout.groups) if last in blocks.shared else 1
-        return different == 1 < inputs, run
-
     @staticmethod
     def _kept(blocks: Blocks) -> tuple[int, ...]:
         """The blocked shape of the base."""
         return tuple(1 if axis in blocks.shared else n for axis, n in enumerate(blocks.shape))
 
     def reduced(self, base: Tensor) -> Tensor:
-        """The weight of the smaller layer: one row per run, one column if inputs are summed."""
+        """The weight of the smaller layer: one row for those that are equal, and one column."""
         sizes = self._sizes
         if base.shape == sizes.smaller and sizes.smaller_layout is None:
             return base  # every view would cost time, forward and back
@@ -321,26 +305,31 @@ class Broadcast(Orbits):
 
     def _measure(self) -> _Sizes:
         """The sizes that every forward needs, counted once."""
-        blocks, layout, (summed, run) = self.blocks(), self.bound_layout, self._savings()
-        reduced, first_input = list(blocks.shape), len(blocks.outputs)
-        reduced[first_input - 1] //= run
-        if summed:
-            inputs = range(first_input, first_input + len(blocks.axes[1]))
-            reduced = [1 if axis in inputs else n for axis, n in enumerate(reduced)]
+        blocks, layout = self.blocks(), self.bound_layout
+        *before, last = blocks.outputs
+        first, in_parts = len(blocks.outputs), (*blocks.axes, (1,))[1]  # a bias has no inputs
+        outputs = equal_outputs(blocks.outputs, blocks.shared, layout)
+        inputs = summed_inputs(in_parts, [axis - first for axis in blocks.shared], layout)
+        run = (*before, last // outputs.copies)
+        reduced = outputs.kept if outputs.sizes == blocks.outputs else run
+        if len(blocks.axes) > 1:
+            reduced += inputs.kept[-len(blocks.axes[1]) :]
+        reduced += blocks.shape[len(reduced) :]  # kernel positions as they are
         smaller = blocks.together(reduced)
         rows, columns, *kernel = (*smaller, 1) if len(smaller) == 1 else smaller
         groups, split = layout.groups, len(blocks.outputs) > 1
         kept = self._kept(blocks)
         return _Sizes(
             kept=kept,
-            reduced=tuple(reduced),
+            reduced=reduced,
             smaller=smaller,
             smaller_layout=Layout((groups * columns, rows // groups, *kernel), groups, True)
             if layout.transposed
             else None,
             reduction=Reduction(
-                summed=summed,
-                run=run,
+                inputs=inputs,
+                outputs=outputs,
+                summed=columns == 1 < (*layout.canonical_shape, 1)[1],
                 # blocks of outputs that are the layer's groups, each with the same bank
                 shared_banks=split and 0 in blocks.shared and blocks.outputs[0] == groups,
                 entries=prod(smaller),

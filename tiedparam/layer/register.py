@@ -42,7 +42,7 @@ def register_tie(
     layer: Layer,
     rule: Literal["centrosymmetric"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.TieArguments],
+    **options: Unpack[rule_options.CentrosymmetricTie],
 ) -> Layer: ...
 @overload
 def register_tie(

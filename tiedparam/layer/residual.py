@@ -43,6 +43,7 @@ def residual(
     root: nn.Module | None = ...,
     rows: Range | None = ...,
     columns: Range | None = ...,
+    **options: Unpack[rule_options.CentrosymmetricOptions],
 ) -> float: ...
 @overload
 def residual(

@@ -72,6 +72,16 @@ class BlockCirculantTie(TieArguments, BlockCirculantOptions, total=False):
     """All that `register_tie` takes by name for ``block_circulant``."""
 
 
+class CentrosymmetricOptions(TypedDict, total=False):
+    """The options of ``centrosymmetric``."""
+
+    compute: Literal["auto", "dense", "halves", "turned"]
+
+
+class CentrosymmetricTie(TieArguments, CentrosymmetricOptions, total=False):
+    """All that `register_tie` takes by name for ``centrosymmetric``."""
+
+
 class ChannelSharedOptions(TypedDict, total=False):
     """The options of ``channel_shared``."""
 
@@ -131,6 +141,7 @@ class GroupConvOptions(TypedDict, total=False):
 
     group: Literal["p4", "p4m"]
     lift: bool
+    compute: Literal["auto", "dense", "fourier", "reduced"]
 
 
 class GroupConvTie(TieArguments, GroupConvOptions, total=False):
@@ -163,6 +174,7 @@ class HypercomplexOptions(TypedDict, total=False):
     """The options of ``hypercomplex``."""
 
     algebra: Literal["complex", "quaternion"]
+    compute: Literal["auto", "dense", "components", "three"]
 
 
 class HypercomplexTie(TieArguments, HypercomplexOptions, total=False):
@@ -208,6 +220,7 @@ class MaskedOptions(TypedDict, total=False):
     mask: Tensor | str | None
     blocks: int | None
     width: int | Sequence[int] | None
+    compute: Literal["auto", "dense", "blocks"]
 
 
 class MaskedTie(TieArguments, MaskedOptions, total=False):
@@ -263,6 +276,7 @@ class SetEquivariantOptions(TypedDict, total=False):
     """The options of ``set_equivariant``."""
 
     items: Required[int]
+    compute: Literal["auto", "dense", "items"]
 
 
 class SetEquivariantTie(TieArguments, SetEquivariantOptions, total=False):

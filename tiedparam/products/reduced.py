@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,30 +30,61 @@ Operation = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """The stock operation: input, weight and bias to output."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """An axis in parts, along some of which everything is equal.
+
+    Attributes:
+        sizes: of the parts; the product is the size of the axis.
+        shared: along which parts.
+        whole: the size of the axis.
+        kept: the sizes with 1 where everything is equal.
+        copies: how many stand for one.
+
+    Example:
+        >>> from tiedparam.products.reduced import Parts
+        >>> heads = Parts((4, 2, 64), shared=(1,))  # pairs of equal heads
+        >>> heads.kept, heads.copies
+        ((4, 1, 64), 2)
+    """
+
+    sizes: tuple[int, ...]
+    shared: tuple[int, ...] = ()
+    whole: int = field(init=False, repr=False, compare=False)
+    kept: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    copies: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # once, and not at every call, which torch.compile would have to read
+        kept = tuple(1 if part in self.shared else n for part, n in enumerate(self.sizes))
+        object.__setattr__(self, "kept", kept)
+        object.__setattr__(self, "whole", math.prod(self.sizes))
+        object.__setattr__(self, "copies", self.whole // math.prod(kept))
+
+
 def linear_by_sums(
-    x: Tensor, weight: Tensor, bias: Tensor | None, summed: bool, run: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, inputs: Parts, outputs: Parts
 ) -> Tensor:
-    """A Linear layer with equal columns, if ``summed``, and rows that are equal ``run`` by run.
+    """A Linear layer with equal columns or equal rows.
 
     Args:
         x: ``(*, inputs)``.
-        weight: of the smaller layer, ``(outputs / run, 1 or inputs)``.
+        weight: of the smaller layer.
         bias: ``(outputs,)`` or None.
-        summed: whether the inputs are summed first.
-        run: how many outputs are equal.
+        inputs: along which parts inputs are summed first.
+        outputs: along which parts outputs are equal.
     """
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if summed:
-            x = x.sum(-1, keepdim=True)
-        if run == 1:
+        x = _sum_inputs(x, inputs, 0)
+        if outputs.copies == 1:
             return F.linear(x, weight, bias)
         # one row is a matrix-vector product, which the general product does not notice
         one = weight.shape[0] == 1
         y = (x @ weight.squeeze(0)).unsqueeze(-1) if one else F.linear(x, weight)
-        return _spread(y, run, bias, 0)
+        return _spread(y, outputs, bias, 0)
 
-    return _without_overflow(compute, summed, x, weight, bias)
+    return _without_overflow(compute, inputs.copies > 1, x, weight, bias)
 
 
 def convolution_by_sums(
@@ -60,10 +92,8 @@ def convolution_by_sums(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    summed: bool,
-    run: int,
-    groups: int,
+    inputs: Parts,
+    outputs: Parts,
 ) -> Tensor:
     """The same of a convolution or a transposed one, which ``operation`` computes.
 
@@ -72,19 +102,16 @@ def convolution_by_sums(
         x: with or without an axis of samples.
         weight: of the smaller layer, as the operation takes it.
         bias: ``(outputs,)`` or None.
-        summed: whether the inputs of each group are summed first.
-        run: how many consecutive outputs are equal.
-        groups: of the layer.
+        inputs: along which parts channels are summed first, those of each group by themselves.
+        outputs: along which parts channels are equal; a group of the layer has them whole.
     """
-    axes = weight.dim() - 2
+    axes, equal = weight.dim() - 2, outputs.copies > 1
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = operation(
-            _sum_inputs(x, groups, axes) if summed else x, weight, bias if run == 1 else None
-        )
-        return _formatted(y if run == 1 else _spread(y, run, bias, axes), x)
+        y = operation(_sum_inputs(x, inputs, axes), weight, None if equal else bias)
+        return _formatted(_spread(y, outputs, bias, axes) if equal else y, x)
 
-    return _without_overflow(compute, summed, x, weight, bias)
+    return _without_overflow(compute, inputs.copies > 1, x, weight, bias)
 
 
 def convolution_by_windows(
@@ -138,30 +165,41 @@ def convolution_by_windows(
 # The pieces ------------------------------------------------------------------------------
 
 
-def _sum_inputs(x: Tensor, groups: int, axes: int) -> Tensor:
-    """The sum over the input channels of each group: ``(…, groups, *positions)``."""
-    if groups == 1:
+def _sum_inputs(x: Tensor, parts: Parts, axes: int) -> Tensor:
+    """The sum over the parts that share, before ``axes`` spatial axes."""
+    if parts.copies == 1:
+        return x
+    count = len(parts.sizes)
+    if count == 1:
         return x.sum(-axes - 1, keepdim=True)
-    split = (groups, x.shape[-axes - 1] // groups)
-    return torch.unflatten(x, -axes - 1, split).sum(-axes - 1)
+    first = -axes - count
+    kept = count - len(parts.shared)
+    over = [first + part for part in parts.shared]
+    summed = torch.unflatten(x, -axes - 1, parts.sizes).sum(over)
+    if kept == 0:
+        return summed.unsqueeze(-axes - 1)
+    return summed if kept == 1 else summed.flatten(-axes - kept, -axes - 1)
 
 
-def _spread(y: Tensor, run: int, bias: Tensor | None, axes: int) -> Tensor:
-    """Repeat every output ``run`` times, in memory of its own, and add the bias."""
+def _spread(y: Tensor, parts: Parts, bias: Tensor | None, axes: int) -> Tensor:
+    """Repeat the outputs that are equal, in memory of their own, and add the bias."""
     channel = -axes - 1
-    outputs = y.shape[channel]
-    if outputs == 1 and bias is not None:
+    if y.shape[channel] == 1 and bias is not None:
         bias = bias if bias.dtype == y.dtype else bias.to(y.dtype)
         return y + (bias.reshape(-1, *(1,) * axes) if axes else bias)
+    apart = torch.unflatten(y, channel, parts.kept)
     if bias is None:
-        spread = y.unsqueeze(channel).repeat_interleave(run, channel)
+        before, after = (-1,) * (y.dim() - axes - 1), (-1,) * axes
+        spread = apart.expand(*before, *parts.sizes, *after).clone(
+            memory_format=torch.contiguous_format
+        )
     else:
-        spread = y.unsqueeze(channel) + bias.to(y.dtype).reshape(outputs, run, *(1,) * axes)
+        spread = apart + bias.to(y.dtype).reshape(*parts.sizes, *(1,) * axes)
     if is_traced():  # which would write the sizes down as constants
-        return spread.flatten(channel - 1, channel)
+        return spread.flatten(-axes - len(parts.sizes), channel)
     # no view for autograd, as stock layers return none: under fully_shard the hook on an output
     # that is a view would not survive an in-place ReLU
-    shape = (*y.shape[:channel], outputs * run, *y.shape[y.dim() - axes :])
+    shape = (*y.shape[:channel], parts.whole, *y.shape[y.dim() - axes :])
     return reshaped_in_place(spread.contiguous(), shape)
 
 

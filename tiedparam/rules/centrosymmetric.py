@@ -5,16 +5,39 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from tiedparam.laws import Reason
+from tiedparam.laws import Call, Reason, Use, form
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.laws.times import Time, relative_time
+from tiedparam.products.half_turns import halved_product, turned_product
+
+Compute = Literal["auto", "dense", "halves", "turned"]
+
+
+def _cost_of_turned(rule: Centrosymmetric, use: Use) -> float | None:
+    outputs, _ = use.layout.shape
+    if use.kind != "linear" or outputs % 2:
+        return None
+    return relative_time(use, Time(60, values=0.4), _PALINDROME)
+
+
+def _cost_of_halves(rule: Centrosymmetric, use: Use) -> float | None:
+    outputs, inputs = use.layout.shape
+    if use.kind != "linear" or outputs % 2 or inputs % 2:
+        return None
+    sums = 0.4 if use.training else 0.23
+    return relative_time(use, Time(78, 0.5, values=0.4, entries=sums), _PALINDROME)
+
+
+_PALINDROME = Time(44, entries=0.3)
 
 
 @register_rule("centrosymmetric")
@@ -28,6 +51,12 @@ class Centrosymmetric(Orbits):
     stores them; ``weight``: any matrix ``(m, n)``.
 
     Multiplicity 2, and 1 in the middle of a matrix of odd sizes.
+
+    Args:
+        compute: how a Linear layer computes: ``"auto"``, the fastest way; ``"halves"``, sums and
+            differences of inputs each by half of the matrix (for even sizes), ``"turned"``, the
+            input and its reverse by the upper half (for an even number of outputs), or
+            ``"dense"`` force one, for measuring.
 
     Source: Weaver 1985, "Centrosymmetric (cross-symmetric) matrices, their basic properties,
     eigenvalues, and eigenvectors".
@@ -43,6 +72,10 @@ class Centrosymmetric(Orbits):
     law = "W = JWJ"
     states_whole_group = True
 
+    def __init__(self, compute: Compute = "auto") -> None:
+        super().__init__()
+        self.compute = compute
+
     def check(self, layout: Layout) -> Reason | None:
         """The tensor must be a matrix."""
         return why_no_matrix(layout)
@@ -55,6 +88,26 @@ class Centrosymmetric(Orbits):
         """The first half, and the same in reverse: read row by row the matrix is a palindrome."""
         (half,) = free
         return _palindrome(self.bound_layout.shape).made(half)
+
+    @form("turned", cost=_cost_of_turned, where="compiled")
+    def by_turning(self, call: Call) -> Tensor:
+        """Multiply the input and its reverse by the upper half: ``W(Jx) = J(Wx)``."""
+        return turned_product(call.input, self._upper(call.free[0]), call.bias)
+
+    @form(
+        "halves",
+        cost=_cost_of_halves,
+        where="compiled",
+        multiply_adds=lambda rule, use: rule.free_count,
+    )
+    def by_halves(self, call: Call) -> Tensor:
+        """Multiply sums and differences of inputs, each by a quarter of the matrix."""
+        return halved_product(call.input, self._upper(call.free[0]), call.bias)
+
+    def _upper(self, half: Tensor) -> Tensor:
+        """The rows above the middle."""
+        rows, columns = self.bound_layout.shape
+        return half.view(rows // 2, columns)
 
     def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Each entry of the first half plus its image."""

@@ -7,15 +7,40 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from tiedparam.laws import Reason
+from tiedparam.laws import Call, Reason, Use, form
 from tiedparam.laws.choices import why_not_one_of
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.laws.times import Time, relative_time
+from tiedparam.products.quarter_turns import quarter_turn_product
+from tiedparam.products.reduced import Parts, convolution_by_sums
 
 PlaneGroup = Literal["p4", "p4m"]
+Compute = Literal["auto", "dense", "fourier", "reduced"]
 _LIFTING = "V[o, g, i, x] = V[o, 0, i, g⁻¹x]"
+
+
+def _cost_of_fourier(rule: GroupConv, use: Use) -> float | None:
+    if not _is_pointwise(use) or use.layout.groups > 1 or rule.lift or rule.group != "p4":
+        return None
+    fourier = Time(200, 6 / 16, values=1.1, entries=1.0)
+    return relative_time(use, fourier, dense=Time(50, entries=1.2))
+
+
+def _cost_of_reduced(rule: GroupConv, use: Use) -> float | None:
+    if not _is_pointwise(use) or not rule.lift:
+        return None
+    if use.layout.groups > 1:
+        return 1.0  # not measured
+    size = 8 if rule.group == "p4m" else 4
+    reduced = Time(50, 1 / size, values=0.45)
+    return relative_time(use, reduced, dense=Time(50, values=0.7, entries=1.2))
+
+
+def _is_pointwise(use: Use) -> bool:
+    return use.kind == "convolution" and use.layout.kernel == (1, 1)
 
 
 @register_rule("group_conv")
@@ -42,6 +67,9 @@ class GroupConv(Orbits):
     Args:
         group: ``"p4"``, quarter turns; ``"p4m"``, with flips.
         lift: whether the inputs are plain channels and not fields.
+        compute: how a 1×1 convolution computes: ``"auto"``, the fastest way; ``"fourier"``, by the
+            transform over quarter turns (p4, between fields), ``"reduced"``, one channel for the
+            equal ones of a field (with ``lift``), or ``"dense"`` force one, for measuring.
 
     Shapes: for ``O`` fields of outputs and ``I`` fields (or plain channels) of inputs in a group
     of the convolution, and ``P`` kernel positions, ``free``: ``(O, I·|G|·P)``, or with ``lift``
@@ -66,8 +94,11 @@ class GroupConv(Orbits):
     law: str = "V[o, g, i, h, x] = V[o, 0, i, g⁻¹h, g⁻¹x]"
     states_whole_group = True
 
-    def __init__(self, group: PlaneGroup = "p4", *, lift: bool = False) -> None:
+    def __init__(
+        self, group: PlaneGroup = "p4", *, lift: bool = False, compute: Compute = "auto"
+    ) -> None:
         super().__init__()
+        self.compute = compute
         self.group: PlaneGroup = group
         self.lift = lift
         self.law = _LIFTING if lift else type(self).law
@@ -122,6 +153,36 @@ class GroupConv(Orbits):
             before = [_before(element, each) for each in range(size)]
             image = image[:, before] if self.lift else image[:, before][:, :, :, before]
             yield layout.native(image.reshape(layout.canonical_shape))
+
+    @form(
+        "reduced",
+        cost=_cost_of_reduced,
+        where="anywhere",
+        multiply_adds=lambda rule, use: rule.free_count,
+    )
+    def by_one_channel(self, call: Call) -> Tensor:
+        """Compute one channel of a field: a single position is the same in every orientation."""
+        outputs, inputs, *kernel = self.bound_layout.shape
+        fields = Parts((outputs // self._size, self._size), shared=(1,))
+        weight = call.free[0].view(fields.sizes[0], inputs, *kernel)
+        return convolution_by_sums(
+            call.stock, call.input, weight, call.bias, Parts((inputs,)), fields
+        )
+
+    @form(
+        "fourier",
+        cost=_cost_of_fourier,
+        where="compiled",
+        multiply_adds=lambda rule, use: 6 * rule.free_count // 4,
+    )
+    def by_fourier(self, call: Call) -> Tensor | None:
+        """Multiply where a convolution over the group is a few products, if no pixel is skipped."""
+        layer, (outputs, inputs, *_) = call.layer, self.bound_layout.shape
+        plain = layer.stride == (1, 1) and layer.padding in ((0, 0), "valid", "same")
+        if not plain or not call.input.is_contiguous():
+            return None
+        free = call.free[0].view(outputs // 4, inputs // 4, 4)
+        return quarter_turn_product(call.input, free, call.bias)
 
     @classmethod
     def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:

@@ -10,22 +10,41 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tiedparam.laws import Reason
+from tiedparam.laws import Call, Reason, Use, form
 from tiedparam.laws.choices import why_not_one_of
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.laws.times import Time, relative_time
+from tiedparam.products.hypercomplex import SIGNS, complex_product, component_product
 
 Algebra = Literal["complex", "quaternion"]
+Compute = Literal["auto", "dense", "components", "three"]
 _COMPONENTS: dict[Algebra, int] = {"complex": 2, "quaternion": 4}
 _LAWS: dict[Algebra, str] = {
     "complex": "W = [[A, −B], [B, A]]",
     "quaternion": "W = [[A, −B, −C, −D], [B, A, −D, C], [C, D, A, −B], [D, −C, B, A]]",
 }
-# e[p]·e[q] = _SIGNS[p][q]·e[p ^ q], for 1, i, j, k; those of 1, i are the complex ones
-_SIGNS = ((1, 1, 1, 1), (1, -1, 1, -1), (1, -1, -1, 1), (1, 1, -1, -1))
+
+
+def _cost_of_components(rule: Hypercomplex, use: Use) -> float | None:
+    if use.kind != "linear":
+        return None
+    if rule.algebra == "complex":
+        return relative_time(use, Time(68, values=0.3), _COMPLEX_BLOCKS)
+    return relative_time(use, Time(112, values=0.6), Time(60, entries=0.35))
+
+
+def _cost_of_three(rule: Hypercomplex, use: Use) -> float | None:
+    if use.kind != "linear" or rule.algebra != "complex":
+        return None
+    sums = 0.35 if use.training else 0.15
+    return relative_time(use, Time(65, 0.75, values=0.3, entries=sums), _COMPLEX_BLOCKS)
+
+
+_COMPLEX_BLOCKS = Time(50, entries=0.4)
 
 
 @register_rule("hypercomplex")
@@ -49,6 +68,9 @@ class Hypercomplex(Orbits):
 
     Args:
         algebra: ``"complex"`` or ``"quaternion"``.
+        compute: how a Linear layer computes: ``"auto"``, the fastest way; ``"components"``, every
+            component by every other without the whole matrix, ``"three"``, a complex product as
+            three real ones, or ``"dense"`` force one, for measuring.
 
     Shapes: with ``n`` components, ``free``: ``(O, C/(g·n), *kernel)`` in the canonical layout, the
     first block column, which is A, B, …, one below the other in each group; ``weight``: the
@@ -73,8 +95,9 @@ class Hypercomplex(Orbits):
     law: str = _LAWS["complex"]
     states_whole_group = True
 
-    def __init__(self, algebra: Algebra = "complex") -> None:
+    def __init__(self, algebra: Algebra = "complex", compute: Compute = "auto") -> None:
         super().__init__()
+        self.compute = compute
         self.algebra: Algebra = algebra
         self.law = _LAWS.get(algebra, self.law) if isinstance(algebra, str) else self.law
 
@@ -110,6 +133,21 @@ class Hypercomplex(Orbits):
         (column,) = free
         return _components(self.bound_layout, _COMPONENTS[self.algebra]).made(column)
 
+    @form("components", cost=_cost_of_components, where="compiled")
+    def by_components(self, call: Call) -> Tensor:
+        """Multiply every component by ``A, B, …``, and add up what belongs together."""
+        return component_product(call.input, call.free[0], call.bias, _COMPONENTS[self.algebra])
+
+    @form(
+        "three",
+        cost=_cost_of_three,
+        where="compiled",
+        multiply_adds=lambda rule, use: 3 * rule.free_count // 2,
+    )
+    def by_three_products(self, call: Call) -> Tensor:
+        """Multiply complex numbers by three real products and not four."""
+        return complex_product(call.input, call.free[0], call.bias)
+
     def adjoint(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The sum over the blocks of each component, with their signs."""
         with torch.inference_mode(False), torch.no_grad():
@@ -133,7 +171,7 @@ class Hypercomplex(Orbits):
         for unit in range(1, n):
             image = torch.empty_like(blocks)
             for p, q in product(range(n), repeat=2):
-                sign = _SIGNS[p][unit] * _SIGNS[q][unit]
+                sign = SIGNS[p][unit] * SIGNS[q][unit]
                 image[:, p, :, q] = sign * blocks[:, p ^ unit, :, q ^ unit]
             yield layout.native(image.reshape(layout.canonical_shape))
 
@@ -167,7 +205,7 @@ class _Components(LinearMap):
         blocks = free.reshape(layout.groups, n, -1, *free.shape[1:]).unbind(1)
         signed = {1: blocks, -1: [-block for block in blocks]}
         rows = [
-            torch.cat([signed[_SIGNS[p ^ q][q]][p ^ q] for q in range(n)], 2)  # along the inputs
+            torch.cat([signed[SIGNS[p ^ q][q]][p ^ q] for q in range(n)], 2)  # along the inputs
             for p in range(n)
         ]
         return layout.native(torch.cat(rows, 1).view(layout.canonical_shape)).contiguous()
@@ -194,7 +232,7 @@ class _Components(LinearMap):
         )
         column = blocks[:, :, :, 0].clone(memory_format=torch.contiguous_format)
         for part, q in product(range(n), range(1, n)):
-            column[:, part].add_(blocks[:, part ^ q, :, q], alpha=_SIGNS[part][q])
+            column[:, part].add_(blocks[:, part ^ q, :, q], alpha=SIGNS[part][q])
         return column.view(outputs, inputs // n, *kernel)
 
 

@@ -8,17 +8,28 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tiedparam.laws import Reason
+from tiedparam.laws import Call, Reason, Use, form
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.masks import OnMask, mask_of, numbered, spread_over
 from tiedparam.laws.pattern import Pattern
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.laws.times import Time, relative_time
+from tiedparam.products.blocks import block_diagonal_product
 from tiedparam.util.torch_modes import plain_numbers
 
 Zeros = Literal["lower", "upper", "block_diagonal", "banded"]
+Compute = Literal["auto", "dense", "blocks"]
 _PATTERNS = get_args(Zeros)
 _NAMES = ", ".join(f"'{name}'" for name in _PATTERNS)
+
+
+def _cost_of_blocks(rule: Masked, use: Use) -> float | None:
+    if rule.blocks is None or use.kind != "linear":
+        return None
+    narrow = min(use.layout.shape) / rule.blocks  # such products are slow
+    blocks = Time(30, 1 / rule.blocks, values=0.1 + 10 / narrow)
+    return relative_time(use, blocks, dense=Time(40, entries=0.7))
 
 
 @register_rule("masked")
@@ -46,6 +57,8 @@ class Masked(OnMask):
         blocks: how many blocks; must divide the outputs and the inputs.
         width: how many diagonals beside the main one a band has on each side, or such numbers
             ``(below, above)``.
+        compute: how a Linear layer with ``"block_diagonal"`` computes: ``"auto"``, the fastest
+            way; ``"blocks"``, each block by itself, or ``"dense"`` force one, for measuring.
 
     Shapes: ``free``: ``(1, entries that are True)``, in the order of the tensor; ``weight``: any
     with two axes or more, or with ``mask=`` any.
@@ -70,8 +83,10 @@ class Masked(OnMask):
         mask: Tensor | str | None = None,
         blocks: int | None = None,
         width: int | Sequence[int] | None = None,
+        compute: Compute = "auto",
     ) -> None:
         super().__init__()
+        self.compute = compute
         self.pattern: Zeros | None = pattern
         self.blocks = blocks
         self.width: Any = list(width) if isinstance(width, tuple) else width
@@ -166,6 +181,18 @@ class Masked(OnMask):
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The weight with zeros off the mask."""
         yield torch.where(self.free_entries.to(weight.device), weight, torch.zeros_like(weight))
+
+    @form(
+        "blocks",
+        cost=_cost_of_blocks,
+        where="anywhere",
+        multiply_adds=lambda rule, use: rule.free_count,
+    )
+    def by_blocks(self, call: Call) -> Tensor:
+        """Multiply each block by itself; row by row, the free values are the blocks."""
+        (outputs, inputs), count = self.bound_layout.shape, self.blocks or 1
+        shape = (count, outputs // count, inputs // count)
+        return block_diagonal_product(call.input, call.free[0].view(shape), call.bias)
 
     def find_pattern(self) -> Pattern:
         """Read off the mask."""
