@@ -74,11 +74,7 @@ def measure(run: Run) -> None:
 def _compare(run: Run, law: str, n: int, batch: int = 64, *forms: str, **options: Any) -> None:
     layer = nn.Linear(n, n, device=run.device)
     contenders, x = against_dense(layer, law, *forms, **options), torch.randn(batch, n)
-<<<<<<< HEAD
-    setting = run.setting if run.quick else Setting(seconds=1.5)
-=======
     setting = run.setting if run.quick else Setting(seconds=1.0)
->>>>>>> fourier
     # the gradient of C3A's input is not that of its output (PEFT 0.21.2), so it does not train
     others = _of_c3a(contenders[0].forward, **options) if law == "block_circulant" else []
     for mode, found in (("inference", contenders + others), ("training", contenders)):

@@ -133,9 +133,7 @@ _NEARLY = 0.9  # of what they stand for, where they serve
 _PER_VALUE = {"linear": 5, "convolution": 70, "transposed": 120}  # of input and output
 _SUMMED = 20  # per value, in a convolution of one channel
 _PER_CALL = 600_000  # some 15 µs
-_SPREADING = (
-    2**18
-)  # multiply-adds that take as long as spreading outputs; small weights are cheaper
+_SPREADING = 2**18  # multiply-adds that take as long as spreading outputs
 _EXPANDING = 1.7  # of that, in the dense form
 _BACKWARD = 2.5  # of that, with gradients
 
@@ -149,7 +147,7 @@ def _cost_of_reduced(rule: Broadcast, use: Use) -> float:
     enough = _SAVED if layout.groups == 1 else _SAVED_IN_GROUPS
     if saved == 1 or (use.kind != "linear" and saved < enough):
         return 1.0
-    spreads = use.kind == "linear" and 1 < how.run < layout.canonical_shape[0]
+    spreads = use.kind == "linear" and 1 < how.outputs.copies < layout.canonical_shape[0]
     entries = prod(layout.canonical_shape)
     if spreads and entries <= SMALL and use.rows is not None and use.rows * entries <= _SPREADING:
         return 1.0

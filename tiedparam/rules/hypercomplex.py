@@ -217,7 +217,7 @@ class _Components(LinearMap):
         ones = (1,) * (free.dim() - 1)
         blocks = free.reshape(layout.groups, n, -1, *free.shape[1:])
         which = torch.tensor([p ^ q for p, q in product(range(n), repeat=2)], device=free.device)
-        signs = [_SIGNS[p ^ q][q] for p, q in product(range(n), repeat=2)]
+        signs = [SIGNS[p ^ q][q] for p, q in product(range(n), repeat=2)]
         signed = torch.tensor(signs, dtype=free.dtype, device=free.device).view(-1, 1, *ones)
         chosen = blocks.index_select(1, which) * signed
         shape = (layout.groups, n, n, outputs // layout.groups // n, inputs // n, *kernel)
