@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tiedparam.laws.linear_map import LinearMap
+from tiedparam.laws.look_up import SMALL
 from tiedparam.products.matrices import is_eager
 
 TABLE_ENTRIES = 147_456
@@ -39,6 +40,7 @@ class Expansion(LinearMap):
         shape: the weight's shape.
         count: how many free values there are.
         looked_up: whether that is faster than the formula.
+        small: whether the weight is small enough for torch's own ``take``.
     """
 
     formula: Callable[[Tensor, Any], Tensor]
@@ -47,15 +49,16 @@ class Expansion(LinearMap):
     shape: tuple[int, ...]
     count: int
     looked_up: bool
+    small: bool
 
     def __call__(self, free: Tensor) -> Tensor:
         """Expand, by the way that is fastest here."""
         if not is_eager(free):
             return self.formula(free, self.sizes).reshape(self.shape)
-        look_up = self.look_up(free)
+        look_up = self.look_up(free) if self.small else None
         if look_up is not None:
             return look_up(free)
-        if torch.is_grad_enabled() and free.requires_grad:
+        if free.requires_grad and torch.is_grad_enabled():
             return self.recorded(free)
         return self.expand(free)
 
@@ -94,7 +97,8 @@ def shared_expansion(
         count: how many free values there are.
         most_entries: weights of so many are looked up, larger ones are made by the formula.
     """
-    return Expansion(expand, fold, sizes, shape, count, prod(shape) <= most_entries)
+    entries = prod(shape)
+    return Expansion(expand, fold, sizes, shape, count, entries <= most_entries, entries <= SMALL)
 
 
 def look_up(
