@@ -167,7 +167,7 @@ def test_the_oracle_reads_what_is_saved(net, file):
         assert bits(value) == bits(state[key])
     with safetensors.safe_open(file, "pt") as opened:
         header = json.loads(opened.metadata()["tiedparam"])
-    assert header["layout"] == 2
+    assert header["layout"] == 3
     assert header["aliases"]["out.weight"] == "words.weight"
     assert {tie["rule"] for tie in header["ties"]} == {
         "channel_shared", "copy", "flip_sym", "repeat", "row_repeat", "squared_copy",
@@ -517,8 +517,7 @@ FAULTS = {
         "would form a cycle",
     ),
     "stacked": (change_tie("stem", stacked=True), "another parametrization was stacked"),
-    "newer layout": (lambda h, t: h.update(layout=3), "layout version 3.*Update tiedparam"),
-    "older layout": (lambda h, t: h.update(layout=1), "layout version 1.*Export it as a dense"),
+    "newer layout": (lambda h, t: h.update(layout=4), "layout version 4.*Update tiedparam"),
     "no version": (lambda h, t: h.update(layout=None), "malformed"),
     "unknown field": (lambda h, t: h.update(more=1), "malformed"),
     "malformed tie": (lambda h, t: h["ties"].append({"layer": "x"}), "malformed"),

@@ -255,10 +255,19 @@ def test_stored_order_is_fixed():
     layer = tp.register_tie(nn.Conv1d(2, 2, 3), "flip_sym")
     with torch.no_grad():
         values = torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0])
-        layer.parametrizations.weight.original0.copy_(values.reshape(7, 1))
+        layer.parametrizations.weight.original0.copy_(values.reshape(1, 7))
     assert layer.weight.tolist() == [
-        [[0.0, 12.0, 0.0], [1.0, 10.0, 2.0]],
-        [[2.0, 10.0, 1.0], [3.0, 11.0, 3.0]],
+        [[3.0, 11.0, 3.0], [0.0, 1.0, 2.0]],
+        [[2.0, 1.0, 0.0], [10.0, 12.0, 10.0]],
+    ]
+    layer = tp.register_tie(nn.Conv1d(3, 3, 2), "flip_sym")
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.copy_(torch.arange(9.0).reshape(1, 9))
+    # read kernel by kernel: diagonal, two free, an image, diagonal, one free, two images, diagonal
+    assert layer.weight.tolist() == [
+        [[6.0, 6.0], [0.0, 1.0], [2.0, 3.0]],
+        [[1.0, 0.0], [7.0, 7.0], [4.0, 5.0]],
+        [[3.0, 2.0], [5.0, 4.0], [8.0, 8.0]],
     ]
 
 

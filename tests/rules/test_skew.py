@@ -131,10 +131,10 @@ def test_stored_order_is_fixed():
     tp.assign_(layer, free=torch.tensor([[1.0, 2.0, 3.0]]))
     assert layer.weight.tolist() == [[0.0, -3.0, -1.0], [3.0, 0.0, -2.0], [1.0, 2.0, 0.0]]
     layer = tp.register_tie(nn.Conv1d(2, 2, 3), "flip_sym", sign=-1)
-    tp.assign_(layer, free=torch.tensor([[1.0], [2.0], [3.0], [4.0], [10.0]]))
+    tp.assign_(layer, free=torch.tensor([[1.0, 2.0, 3.0, 4.0, 10.0]]))
     assert layer.weight.tolist() == [
-        [[1.0, 0.0, -1.0], [2.0, -10.0, -3.0]],
-        [[3.0, 10.0, -2.0], [4.0, 0.0, -4.0]],
+        [[4.0, 0.0, -4.0], [1.0, 2.0, 3.0]],
+        [[-3.0, -2.0, -1.0], [10.0, 0.0, -10.0]],
     ]
 
 

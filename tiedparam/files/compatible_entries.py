@@ -21,6 +21,7 @@ from tiedparam.laws.coded import data_of
 from tiedparam.laws.functions import Functions
 from tiedparam.laws.rule import Rule
 from tiedparam.state.dictionaries import tie_state_dict
+from tiedparam.state.entries import renew_entries
 from tiedparam.tie.binding import bind
 from tiedparam.tie.lookup import named_ties_in
 from tiedparam.tie.target import Target
@@ -61,7 +62,12 @@ def entries_for(
     """
     where = f"'{stored.path}'"
     entries = _with_aliases(stored, header)
-    slots = _slots(model, stored, header, new, functions)
+    probes = [(tie, _probe(tie, model, stored, header, functions)) for tie, _ in new]
+    for prefix, present in named_ties_in(model):
+        renew_entries(present.rule, prefix + present.tensor_name, entries)
+    for tie, rule in probes:
+        renew_entries(rule, tie.key, entries)
+    slots = _slots(model, probes)
     refuse(where, _misfits(entries, slots), DOES_NOT_FIT)
     for key in [prefix + tie.tensor_name for prefix, tie in named_ties_in(model)]:
         if key in entries:  # widened before it is projected, not after
@@ -117,13 +123,20 @@ class _Slot:
         self.shape, self.dtype, self.tensor, self.dense = tuple(shape), dtype, tensor, dense
 
 
-def _slots(
+def _probe(
+    tie: StoredTie,
     model: nn.Module,
     file: StoredCheckpoint,
     header: Header,
-    new: list[tuple[StoredTie, Rule]],
     functions: Functions,
-) -> dict[str, _Slot]:
+) -> Rule:
+    """The rule of a tie that will be made, bound to its tensor."""
+    rule = tie.make(functions, tie.data_in(file, header.aliases))
+    bind(rule, Target(model.get_submodule(tie.layer), tie.tensor, model))
+    return rule
+
+
+def _slots(model: nn.Module, new: list[tuple[StoredTie, Rule]]) -> dict[str, _Slot]:
     """All names that the model will take, the ties that will be made included."""
     slots = {
         key: _Slot(value.shape, value.dtype, id(value))
@@ -133,15 +146,12 @@ def _slots(
     for prefix, tie in named_ties_in(model):
         name, place = tie.tensor_name, placeholder(tie)
         slots[prefix + name] = _Slot(place.shape, place.dtype, (id(tie.layer), name), dense=True)
-    for stored, _ in new:
+    for stored, rule in new:
         slot = slots.pop(stored.key)
-        data = stored.data_in(file, header.aliases)
-        probe = stored.make(functions, data)
-        bind(probe, Target(model.get_submodule(stored.layer), stored.tensor, model))
-        for number, shape in enumerate(probe.free_shapes()):
+        for number, shape in enumerate(rule.free_shapes()):
             key = original_key(stored.layer, stored.tensor, number)
             slots[key] = _Slot(shape, slot.dtype, (slot.tensor, number))
-        for name, value in data_of(probe).items():
+        for name, value in data_of(rule).items():
             slots[stored.path_of_rule + name] = _Slot(value.shape, value.dtype, (slot.tensor, name))
     return slots
 

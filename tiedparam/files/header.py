@@ -21,8 +21,11 @@ from tiedparam.tie.lookup import ties_in
 from tiedparam.util.errors import TieError, key_of
 from tiedparam.util.torch_private import state_version_of
 
-LAYOUT_VERSION = 2
-"""The version of the header and of how rules lay out their free values."""
+LAYOUT_VERSION = 3
+"""The version of the header and of how rules lay out their free values.
+
+Earlier ones are read: a law tells its own free values of before by their shapes (`earlier`).
+"""
 
 _MOST_COPIES = 200
 """Copies that read each other in turn; Python's recursion ends before that."""
@@ -86,8 +89,10 @@ def read(metadata: Mapping[str, str]) -> Header | None:
         version = content.pop("layout")
         if type(version) is not int or version < 1:
             raise ValueError("no version")
-        if version != LAYOUT_VERSION:
-            raise _another_version(version)
+        if version > LAYOUT_VERSION:
+            place = f"layout version {version}"
+            fact = f"it has {place}, and this tiedparam reads up to {LAYOUT_VERSION}."
+            raise TieError(place, fact, "Update tiedparam.")
         header = Header(
             [StoredTie.read(tie) for tie in content.pop("ties")],
             _read_table(content.pop("aliases"), str),
@@ -105,19 +110,6 @@ def read(metadata: Mapping[str, str]) -> Header | None:
         fact = "its header is malformed."
         raise TieError("its header", fact, "Fetch or save it again.") from error
     return header
-
-
-def _another_version(version: int) -> TieError:
-    place = f"layout version {version}"
-    if version < LAYOUT_VERSION:
-        return TieError(
-            place,
-            f"it has {place}, whose free values lie in another order than those of version "
-            f"{LAYOUT_VERSION}.",
-            "Export it as a dense file with the tiedparam that wrote it.",
-        )
-    fact = f"it has {place}, and this tiedparam reads {LAYOUT_VERSION}."
-    return TieError(place, fact, "Update tiedparam.")
 
 
 def _longest_chain(ties: list[StoredTie]) -> int:

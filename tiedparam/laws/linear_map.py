@@ -61,7 +61,11 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        folded: Tensor = _Fold.apply(gradient, ctx.map)
+        folded: Tensor
+        if torch.is_grad_enabled():
+            folded = _Fold.apply(gradient, ctx.map)
+        else:  # nobody will differentiate again
+            folded = ctx.map.fold(gradient.contiguous())
         return folded.view(ctx.shape), *ctx.others
 
 

@@ -1,13 +1,12 @@
 """Laws that pair entries: expanded fast in eager mode, by plain operations in a trace.
 
 The entries of a pair are equal, or one is minus the other. A law gives two formulas, that of the
-expansion (free values → weight) and that of its adjoint (the sum over each orbit). In eager mode
-
-* a large weight is made by one node of the graph (`LinearMap`);
-* one of middle size, or a part of that size of a large one, is one look-up, since there the number
-  of operations is all that counts. The table is made once for all weights of a shape, and belongs
-  to no layer and no checkpoint. `TABLE_ENTRIES` bounds it, so that it stays far below what a
-  large weight takes.
+expansion (free values → weight) and that of its adjoint (the sum over each orbit). In eager mode a
+weight is made by one node of the graph (`LinearMap`): a large one by the formula; one of middle
+size, or a part of that size of a large one, by one look-up, and its gradient by two, since there
+the number of operations is all that counts. The tables are made once for all weights of a shape,
+and belong to no layer and no checkpoint. `TABLE_ENTRIES` bounds them, so that they stay far below
+what a large weight takes.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tiedparam.laws.linear_map import LinearMap
+from tiedparam.laws.look_up import SMALL
 from tiedparam.products.matrices import is_eager
 
 TABLE_ENTRIES = 147_456
@@ -38,35 +38,44 @@ class Expansion(LinearMap):
         adjoint: ``(weight, sizes) → free``, called without gradients only.
         sizes: what both need to know.
         shape: the weight's shape.
+        count: how many free values there are.
+        looked_up: whether that is faster than the formula.
+        small: whether the weight is small enough for torch's own ``take``.
     """
 
     formula: Callable[[Tensor, Any], Tensor]
     adjoint: Callable[[Tensor, Any], Tensor]
     sizes: Any
     shape: tuple[int, ...]
+    count: int
+    looked_up: bool
+    small: bool
 
     def __call__(self, free: Tensor) -> Tensor:
         """Expand, by the way that is fastest here."""
         if not is_eager(free):
-            return self.expand(free).reshape(self.shape)
-        look_up = self.look_up(free)
+            return self.formula(free, self.sizes).reshape(self.shape)
+        look_up = self.look_up(free) if self.small else None
         if look_up is not None:
             return look_up(free)
-        if prod(self.shape) <= TABLE_ENTRIES:
-            values = free.view(1, -1)
-            places = _places(self.formula, self.sizes, free.numel())
-            if places.signed:
-                values = _beside_negatives(values)
-            return values.view(-1).index_select(0, places.columns).view(self.shape)
-        return self.recorded(free)
+        if free.requires_grad and torch.is_grad_enabled():
+            return self.recorded(free)
+        return self.expand(free)
 
     def expand(self, free: Tensor) -> Tensor:
-        """By the formula."""
-        return self.formula(free, self.sizes)
+        """By a look-up or by the formula."""
+        if not self.looked_up:
+            return self.formula(free, self.sizes).view(self.shape)
+        places = _places(self.formula, self.sizes, self.count)
+        values = _beside_negatives(free.reshape(1, -1)) if places.signed else free
+        # of one row: a look-up along the last of two axes costs more
+        return values.reshape(-1).index_select(0, places.columns).view(self.shape)
 
     def fold(self, weight: Tensor) -> Tensor:
-        """By the formula of the adjoint."""
-        return self.adjoint(weight, self.sizes)
+        """By two look-ups or by the formula of the adjoint."""
+        if not self.looked_up:
+            return self.adjoint(weight, self.sizes)
+        return fold_pairs(self.formula, weight.view(-1), self.sizes, self.count)
 
 
 @functools.lru_cache(_SHAPES)
@@ -75,9 +84,21 @@ def shared_expansion(
     fold: Callable[[Tensor, Any], Tensor],
     sizes: Any,
     shape: tuple[int, ...],
+    count: int,
+    most_entries: int = TABLE_ENTRIES,
 ) -> Expansion:
-    """One for all layers of a shape: torch 2.6 compiles them anew for another object."""
-    return Expansion(expand, fold, sizes, shape)
+    """One for all layers of a shape: torch 2.6 compiles them anew for another object.
+
+    Args:
+        expand: the formula.
+        fold: that of the adjoint.
+        sizes: what both need to know.
+        shape: the weight's shape.
+        count: how many free values there are.
+        most_entries: weights of so many are looked up, larger ones are made by the formula.
+    """
+    entries = prod(shape)
+    return Expansion(expand, fold, sizes, shape, count, entries <= most_entries, entries <= SMALL)
 
 
 def look_up(
@@ -98,12 +119,21 @@ def look_up(
 def fold_pairs(
     expand: Callable[[Tensor, Any], Tensor], weight: Tensor, sizes: Any, count: int
 ) -> Tensor:
-    """The adjoint of `look_up`, if no free value stands for more than two entries."""
+    """The adjoint of `look_up`, if no free value stands for more than two entries.
+
+    Args:
+        expand: the formula.
+        weight: ``(n, entries)``, or the entries of one weight.
+        sizes: what the formula needs to know.
+        count: how many free values there are.
+    """
     members = _members(expand, sizes, count)
-    first = weight.index_select(1, members.first)
-    second = weight.index_select(1, members.last)
+    first, second = (weight.index_select(-1, places) for places in (members.first, members.last))
     if members.signs is not None:
-        first, second = first * members.signs[0], second * members.signs[1]
+        first, second = first * members.signs[0], second * members.signs[1, : members.paired]
+    if members.single is None:
+        first.narrow(-1, 0, members.paired).add_(second)
+        return first
     # where, since for a single entry the sum would count it twice
     return torch.where(members.single, first, first + second)
 
@@ -127,14 +157,16 @@ class _Members:
 
     Attributes:
         first: the first one's place, in int32.
-        last: the last one's.
-        single: whether they are the same.
+        last: the last one's, of the first ``paired`` values.
+        paired: how many values come before those that all have one entry only.
+        single: whether the two are the same; None if that is so from ``paired`` on alone.
         signs: ``(2, values)``, those of the first and of the last one; None if all are 1.
     """
 
     first: Tensor
     last: Tensor
-    single: Tensor
+    paired: int
+    single: Tensor | None
     signs: Tensor | None
 
 
@@ -176,6 +208,13 @@ def _members(expand: Callable[[Tensor, Any], Tensor], sizes: Any, count: int) ->
         )
         signs = torch.stack([labels[first], labels[last]]).sign().to(torch.int8)
         signed = bool((signs < 0).any())
+        single, paired = first == last, int((first != last).sum())
+        if bool(single[:paired].any()):
+            paired = count
         return _Members(
-            first.to(torch.int32), last.to(torch.int32), first == last, signs if signed else None
+            first.to(torch.int32),
+            last[:paired].to(torch.int32),
+            paired,
+            single if paired == count and bool(single.any()) else None,
+            signs if signed else None,
         )

@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiedparam.laws import Reason
+from tiedparam.laws import Reason, mirrored_kernels
+from tiedparam.laws.earlier import (
+    ReorderedLaw,
+    of_layout_1,
+    of_layout_2,
+    shape_of_layout_2,
+    shapes_of_layout_1,
+)
 from tiedparam.laws.layout import Layout
+from tiedparam.laws.mirrored_kernels import Kernels
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.pairs import (
     TABLE_ENTRIES,
@@ -23,10 +31,11 @@ from tiedparam.laws.pairs import (
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
 from tiedparam.products.matrices import is_unrecorded, transposed
+from tiedparam.util.errors import TieError
 
 
 @register_rule("flip_sym")
-class FlipSym(Orbits):
+class FlipSym(Orbits, ReorderedLaw):
     """A kernel that is its own flip-transpose, or minus it: ``W[i, j, x] = ±W[j, i, flip(x)]``.
 
     ``flip`` mirrors a kernel position along every spatial axis; ``i, j`` are channels of
@@ -41,9 +50,9 @@ class FlipSym(Orbits):
     Shapes, with ``c`` channels per group, ``g`` groups and ``P`` kernel positions:
 
     * ``free``: one tensor of ``g·(c²P + sign·f)/2`` values, ``f = c`` if every kernel size is odd,
-      else 0. In this order: for each of the first ``P // 2`` positions the slice
-      ``(g, c, c)``; then, if ``P`` is odd, the lower triangles of the slice at the centre,
-      ``(g, c(c + sign)/2)``, by tiles (see `_centre`). With ``sign=-1`` they are without the
+      else 0. Of kernels of several positions they are the half of the kernels that
+      `tiedparam.laws.mirrored_kernels` describes, one after the other; of matrices the lower
+      triangles ``(g, c(c + sign)/2)``, by tiles (see `_centre`), with ``sign=-1`` without the
       diagonal, which is 0.
     * ``weight``: the layer's own, ``O == C`` in every group.
 
@@ -65,6 +74,7 @@ class FlipSym(Orbits):
     law: str = "W[i, j, x] = ±W[j, i, flip(x)]"
     complex_valued = False
     _expansion: Expansion
+    _free_shape: tuple[int, ...]
 
     def __init__(self, sign: Sign = 1) -> None:
         super().__init__()
@@ -99,15 +109,28 @@ class FlipSym(Orbits):
         return None
 
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """One matrix, so that optimizers which spare vectors from decay treat it as a weight."""
-        groups, c, positions, sign = self._sizes()
-        count = groups * _free_count(c, positions, sign)
-        columns = c if count % c == 0 else c // 2
-        return ((count // columns, columns),)
+        """One matrix, so that optimizers which spare vectors from decay treat it as a weight.
+
+        Its shape tells in which order the values are: see `from_earlier`.
+        """
+        sizes = self._sizes()
+        if sizes.positions == 1:
+            return (shape_of_layout_2(sizes),)
+        rows = sizes.groups * (sizes.c if sizes.c % 2 else sizes.c // 2)
+        if sizes.free_count == rows * sizes.c:
+            rows = sizes.groups
+        return ((rows, sizes.free_count // rows),)
 
     def forward(self, *free: Tensor) -> Tensor:
-        """Mirror the first half of the positions to the second; unpack the centre."""
+        """Reverse the free kernels to their images; unpack a matrix."""
         (values,) = free
+        if values.shape != self._free_shape:  # those of an earlier layout would fit in number
+            raise TieError(
+                f"'{self}'",
+                f"the free values have the shape {tuple(values.shape)}, not {self._free_shape}.",
+                "Load those of an earlier tiedparam with load_state_dict, which brings them into "
+                "today's order.",
+            )
         return self._expansion(values)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -122,8 +145,24 @@ class FlipSym(Orbits):
         return self._free_half(mean.to(weight.dtype))
 
     def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """The members in the first half of the positions."""
+        """The members that lie where the free values are read."""
         return self._free_half(self._blocks(weight.detach()))
+
+    def from_earlier(self, free: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """Those of layout 2, which were slices at positions, and of layout 1, two tensors."""
+        sizes, shapes = self._sizes(), [tuple(values.shape) for values in free]
+        if shapes == list(self.free_shapes()):
+            return None  # where shapes of two layouts are equal, so is the order
+        if shapes == [shape_of_layout_2(sizes)]:
+            split = sizes.positions // 2 * sizes.groups * sizes.c**2
+            halves, packed = free[0].flatten().tensor_split([split])
+            middle = _expand(packed, sizes) if sizes.positions % 2 else None
+            return self._free_half(of_layout_2(halves, middle, sizes))
+        if sizes.sign == 1 and shapes == shapes_of_layout_1(sizes):
+            layout = self.bound_layout
+            canonical = of_layout_1(free, sizes).reshape(layout.canonical_shape)
+            return self._free_half(self._blocks(layout.native(canonical)))
+        return None
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The flip-transpose, group by group."""
@@ -137,13 +176,28 @@ class FlipSym(Orbits):
         """Fit the rule to one tensor, and choose how to expand its weight."""
         reason = super().bind(layout, dtype)
         if reason is None:
-            self._expansion = shared_expansion(_expand, _fold, self._sizes(), layout.shape)
+            self._choose_expansion()
         return reason
 
-    def _sizes(self) -> Sizes:
+    def __setstate__(self, state: Any) -> None:
+        """A pickle may be older than the expansion."""
+        super().__setstate__(state)
+        if self.layout is not None:
+            self._choose_expansion()
+
+    def _choose_expansion(self) -> None:
+        sizes, shape = self._sizes(), self.bound_layout.shape
+        if sizes.positions == 1:
+            formulas, most = (_expand, _fold), TABLE_ENTRIES
+        else:
+            formulas, most = (mirrored_kernels.expand, mirrored_kernels.fold), _LOOKED_UP
+        self._expansion = shared_expansion(*formulas, sizes, shape, sizes.free_count, most)
+        (self._free_shape,) = self.free_shapes()
+
+    def _sizes(self) -> Kernels:
         """Groups, channels per group, kernel positions, and the sign."""
         layout = self.bound_layout
-        return layout.groups, layout.canonical_shape[1], prod(layout.kernel), self.sign
+        return Kernels(layout.groups, layout.canonical_shape[1], prod(layout.kernel), self.sign)
 
     def _signed(self, images: Tensor) -> Tensor:
         return images if self.sign == 1 else -images
@@ -154,18 +208,16 @@ class FlipSym(Orbits):
         A transposed convolution stores the transposed blocks. By the law these are the flipped
         ones, or minus these, which obey it too, so that no rearranging is needed.
         """
-        groups, c, positions, _ = self._sizes()
-        return weight.reshape(groups, c, c, positions)
+        sizes = self._sizes()
+        return weight.reshape(sizes.groups, sizes.c, sizes.c, sizes.positions)
 
     def _free_half(self, blocks: Tensor) -> tuple[Tensor, ...]:
-        positions = blocks.shape[-1]
-        half = positions // 2
-        parts = [blocks[..., :half].permute(3, 0, 1, 2).flatten()]
-        if positions % 2:
-            parts.append(_triangles(blocks[..., half], self.sign).flatten())
-        (shape,) = self.free_shapes()
-        # cat copies: a slice would keep the full weight's storage alive (S15)
-        return (torch.cat(parts).reshape(shape),)
+        sizes, (shape,) = self._sizes(), self.free_shapes()
+        if sizes.positions == 1:
+            free = _triangles(blocks[..., 0], self.sign)
+        else:
+            free = mirrored_kernels.free_of(blocks, sizes)
+        return (free.reshape(shape),)
 
     @classmethod
     def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
@@ -196,60 +248,33 @@ class FlipSym(Orbits):
 
 
 Sign = Literal[1, -1]
-Sizes = tuple[int, int, int, Sign]
+
+_LOOKED_UP = 82_944
+"""Up to so many entries kernels are looked up one by one: 96 × 96 channels with a 3×3 kernel."""
 
 
 def _is_sign(sign: object) -> bool:
     return isinstance(sign, int) and not isinstance(sign, bool) and sign in (1, -1)
 
 
-def _free_count(c: int, positions: int, sign: Sign) -> int:
-    """How many values one group of ``c`` channels has."""
-    return (c * c * positions + (sign * c if positions % 2 else 0)) // 2
+def _free_count(c: int, sign: Sign) -> int:
+    """How many values a symmetric or skew matrix has."""
+    return c * (c + sign) // 2
 
 
-def _expand(free: Tensor, sizes: Sizes) -> Tensor:
-    """The weight of `FlipSym` as ``(groups·c, c, positions)``.
-
-    Short runs are what makes copies slow. So all slices are laid side by side, row by row, and
-    one transposition of each row's ``(positions, c)`` then puts the positions last.
-    """
-    groups, c, positions, sign = sizes
-    rows, half = groups * c, positions // 2
-    free = free.reshape(-1)
-    unrecorded = is_unrecorded(free)
-    parts: list[Tensor] = []
-    images: list[Tensor] = []
-    if half:
-        slices = free[: half * rows * c].reshape(half * groups, c, c)
-        parts.extend(slices.reshape(half, rows, 1, c).unbind())
-        mirrored = transposed(slices, unrecorded)
-        mirrored = mirrored if sign == 1 else -mirrored
-        images.extend(mirrored.reshape(half, rows, 1, c).unbind())
-    if positions % 2:
-        packed = free[half * rows * c :].reshape(groups, -1)
-        parts.append(_centre(packed, c, sign, unrecorded).reshape(rows, 1, c))
-    return transposed(torch.cat([*parts, *reversed(images)], 1), unrecorded)
+def _expand(free: Tensor, sizes: Kernels) -> Tensor:
+    """The matrices of `FlipSym` as ``(groups, c, c)``."""
+    packed = free.reshape(sizes.groups, -1)
+    return _centre(packed, sizes.c, sizes.sign, is_unrecorded(free))
 
 
-def _fold(weight: Tensor, sizes: Sizes) -> Tensor:
+def _fold(weight: Tensor, sizes: Kernels) -> Tensor:
     """The adjoint of `_expand`: each entry plus its mirror image, or minus it."""
-    groups, c, positions, sign = sizes
-    rows, half = groups * c, positions // 2
-    entries = transposed(weight.reshape(rows, c, positions), True)
-    free = weight.new_empty(groups * _free_count(c, positions, sign))
-    slices = free[: half * rows * c].reshape(half, rows, c)
-    for x, values in enumerate(slices.unbind()):
-        image = transposed(entries[:, positions - 1 - x].reshape(groups, c, c), True)
-        torch.add(entries[:, x], image.reshape(rows, c), alpha=sign, out=values)
-    if positions % 2:
-        centre = entries[:, half].reshape(groups, c, c)
-        free[half * rows * c :] = _fold_centre(centre, sign).flatten()
-    return free
+    groups, c, _, sign = sizes
+    return _fold_centre(weight.reshape(groups, c, c), sign)
 
 
-# The slice at the centre, a symmetric or skew matrix: squares along the diagonal, and below each a
-# panel ------------------------------------------------------------------------------------
+# A symmetric or skew matrix: squares along the diagonal, and below each a panel ---------------
 
 _TILE = isqrt(TABLE_ENTRIES)
 
@@ -267,7 +292,7 @@ def _pieces(packed: Tensor, c: int, sign: Sign) -> list[tuple[Tensor, Tensor]]:
     counts = []
     for start, stop in _tiles(c):
         size = stop - start
-        counts += [_free_count(size, 1, sign), (c - stop) * size]
+        counts += [_free_count(size, sign), (c - stop) * size]
     parts = packed.split(counts, 1)
     return [
         (triangle, panel.reshape(-1, c - stop, stop - start) if stop < c else panel)
@@ -304,7 +329,7 @@ def _centre(packed: Tensor, c: int, sign: Sign, unrecorded: bool) -> Tensor:
 def _fold_centre(matrices: Tensor, sign: Sign) -> Tensor:
     """The adjoint of `_centre`."""
     n, c, _ = matrices.shape
-    packed = matrices.new_empty(n, _free_count(c, 1, sign))
+    packed = matrices.new_empty(n, _free_count(c, sign))
     for (start, stop), (triangle, panel) in zip(_tiles(c), _pieces(packed, c, sign), strict=True):
         tile = matrices[:, start:stop, start:stop].reshape(n, -1)
         triangle.copy_(fold_pairs(_UNPACKED[sign], tile, stop - start, triangle.shape[1]))

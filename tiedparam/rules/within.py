@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tiedparam.laws import Reason
 from tiedparam.laws.block import Block, Range, as_slice, block_of, shown
 from tiedparam.laws.coded import Coded
+from tiedparam.laws.earlier import ReorderedLaw, renewed
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import law_text, make_rule, register_rule, stated
@@ -19,7 +20,7 @@ from tiedparam.laws.rule import Example, Rule
 
 
 @register_rule("within")
-class Within(Orbits):
+class Within(Orbits, ReorderedLaw):
     """A law on a block of a tensor, the rest free: W[rows, columns] = S(W[rows, columns]).
 
     `register_tie` makes it of any law with ``rows=`` or ``columns=``:
@@ -146,6 +147,12 @@ class Within(Orbits):
         """`forward` with zeros in the place of fixed numbers."""
         own, rest = self._parted(free)
         return self._block.joined(self.inner.spread(*own), rest)
+
+    def from_earlier(self, free: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """The law's, if they lie in an earlier order, and the rest."""
+        own, rest = self._parted(free)
+        free_values = renewed(self.inner, own)
+        return None if free_values is None else (*free_values, *rest)
 
     def _parted(self, free: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         count = len(free) - len(self._block.rest_shapes)

@@ -19,6 +19,7 @@ from tiedparam.state.entries import (
     as_float,
     both_forms,
     disagreement,
+    renew_entries,
     warn_projected,
     why_unfit,
     why_unfit_free,
@@ -88,6 +89,7 @@ def untie_state_dict(model: nn.Module, tied: Mapping[str, Tensor]) -> OrderedDic
         >>> nn.Linear(4, 4).load_state_dict(dense)
         <All keys matched successfully>
     """
+    tied = _renewed(model, tied)
     return untie_with(model, tied, _Expander(model, tied).weight)
 
 
@@ -119,6 +121,7 @@ def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict
     """
     problems: list[Reason] = []
     projected: list[tuple[str, float]] = []
+    dense = _renewed(model, dense)
     result: OrderedDict[str, Tensor] = OrderedDict(dense)
     expander = _Expander(model, dense)
     _copy_metadata(dense, result)
@@ -132,6 +135,15 @@ def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict
         listed = some_of([str(reason) for reason in problems], "\n")
         raise TieError(place, f"{place} does not fit the tied model:\n{listed}", "")
     warn_projected(projected)
+    return result
+
+
+def _renewed(model: nn.Module, entries: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """A copy of a dictionary in which free values of an earlier layout lie as today's do."""
+    result: OrderedDict[str, Tensor] = OrderedDict(entries)
+    _copy_metadata(entries, result)
+    for prefix, tie in named_ties_in(model):
+        renew_entries(tie.rule, prefix + tie.tensor_name, result)
     return result
 
 

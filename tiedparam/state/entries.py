@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -10,17 +11,37 @@ from torch import Tensor
 
 from tiedparam.laws.coded import Coded
 from tiedparam.laws.distance import relative_distance
+from tiedparam.laws.earlier import renewed
+from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.errors import Reason, quoted, shown_shape, some_of, warn
 from tiedparam.util.sharded import whole
-from tiedparam.util.torch_private import has_values
+from tiedparam.util.torch_private import has_values, original_key
 
 RESIDUAL_TO_WARN = 1e-3
 """A loaded weight that is further from the law than this is projected with a `TieWarning`."""
 
 SIGNATURE = "tiedparam"
 """The key of the rules in a state dict's metadata."""
+
+
+def renew_entries(rule: Rule, key: str, entries: MutableMapping[str, Any]) -> None:
+    """Bring free values of an earlier layout into today's order and place.
+
+    Args:
+        rule: the law of the tensor.
+        key: the tensor's key in a dense model.
+        entries: a dictionary that may have its free values.
+    """
+    layer, _, name = key.rpartition(".")
+    keys = (original_key(layer, name, number) for number in itertools.count())
+    there = list(itertools.takewhile(entries.__contains__, keys))
+    free = renewed(rule, [unguard(entries[k]) for k in there]) if there else None
+    if free is not None:
+        for k in there:
+            del entries[k]
+        entries.update({original_key(layer, name, i): value for i, value in enumerate(free)})
 
 
 def why_unfit(tie: Tie, key: str, value: Any) -> Reason | None:

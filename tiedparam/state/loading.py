@@ -23,6 +23,7 @@ from tiedparam.state.entries import (
     as_float,
     both_forms,
     disagreement,
+    renew_entries,
     warn_projected,
     why_other_data,
     why_unfit,
@@ -56,6 +57,7 @@ def accept(
     for tie in ties_in(layer):
         key, keys = prefix + tie.tensor_name, tie.keys(prefix)
         reason: Reason | None = None
+        renew_entries(tie.rule, key, state_dict)
         if key in state_dict:
             value = state_dict.pop(key)
             reason = _why_not_loaded(tie, key, value, keys, state_dict)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tiedparam.state.optimizer_earlier import renew_state
 from tiedparam.state.optimizer_groups import times
 from tiedparam.state.optimizer_laws import parameter_shaped_state, why_no_steps
 from tiedparam.tie.marks import FREE, RETIRED
@@ -119,6 +120,7 @@ def _check_state(optimizer: Optimizer) -> None:
     involved = [getattr(p, FREE) for p in held if hasattr(p, FREE)]
     if not involved:
         return
+    renew_state(optimizer)
     reason = why_no_steps(optimizer)
     if reason is not None:
         steps = f"the {type(optimizer).__name__} steps the free values of {involved[0]}."

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tiedparam.state.optimizer_earlier import renew_state
 from tiedparam.state.optimizer_exchange import Exchange, moved_state, new_names
 from tiedparam.state.optimizer_groups import among, destination, exchange, times
 from tiedparam.state.optimizer_guard import holds_retired, watch_rates
@@ -109,6 +110,7 @@ def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:
     _refuse_unmapped(change, list(optimizers))
     moves = []
     for optimizer in optimizers:
+        renew_state(optimizer)
         groups = [
             group
             for group in optimizer.param_groups
