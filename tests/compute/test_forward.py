@@ -741,3 +741,59 @@ def test_a_form_that_a_layer_has_not_is_refused(layer, inputs):
     assert tie_of(layer).computing is None
     x = torch.randn(inputs, 5, 3)
     torch.testing.assert_close(layer(*x), dense(*x))
+
+
+# Dense at once --------------------------------------------------------------------------------
+
+LAYERS_AND_INPUTS = [
+    (lambda: nn.Linear(6, 6), (3, 6)),
+    (lambda: nn.Linear(6, 6, bias=False), (6,)),
+    (lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), (2, 4, 5, 5)),
+    (lambda: nn.ConvTranspose1d(4, 4, 3, stride=2), (2, 4, 5)),
+]
+
+
+@pytest.mark.parametrize(("build", "shape"), LAYERS_AND_INPUTS)
+def test_nothing_is_called_between_a_bare_layer_and_its_weight(build, shape, monkeypatch):
+    layer, x, called = tp.register_tie(build(), "flip_sym"), torch.randn(shape), []
+    kind = type(layer.parametrizations.weight)
+    compute = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self: called.append(1) or compute(self))
+    dense = tp.untie_model(copy.deepcopy(layer))
+    called.clear()
+    output = layer(x)
+    assert torch.equal(output, dense(x))
+    assert not called
+    output.sum().backward()
+    assert layer.parametrizations.weight.original0.grad is not None
+    # and where somebody listens, everything is called
+    handle = layer.parametrizations.weight[0].register_forward_hook(lambda *_: None)
+    assert torch.equal(layer(x), output)
+    assert len(called) == 1
+    handle.remove()
+    layer(input=x)
+    assert len(called) == 2
+    if layer.bias is not None:
+        tp.register_tie(layer, "row_repeat", "bias")
+        called.clear()
+        layer(x)
+        assert len(called) == 2  # both tensors, by torch's own path
+
+
+def test_an_attribute_error_of_a_law_is_told_as_before():
+    class Broken(tp.Rule):
+        law = "W = w"
+
+        def free_shapes(self):
+            return (self.bound_layout.shape,)
+
+        def forward(self, w):
+            return w.nothing if getattr(self, "broken", False) else w + 0
+
+        def symmetries(self, weight):
+            return ()
+
+    layer = tp.register_tie(nn.Linear(3, 3), Broken)
+    layer.parametrizations.weight[0].broken = True
+    with pytest.raises(tp.TieError, match="computing the tied 'weight'.* raised AttributeError"):
+        layer(torch.randn(2, 3))

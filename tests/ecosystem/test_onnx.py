@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -108,3 +111,62 @@ def test_attention():
     program = exported(layer, (x,), dynamic=False)
     with torch.no_grad():
         torch.testing.assert_close(run(program, (x,)), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def untied_copy(model: nn.Module) -> nn.Module:
+    """As docs/inference.md has it, for files that load as fast as those of stock layers."""
+    return tp.untie_model(copy.deepcopy(model))
+
+
+@pytest.mark.feature("Compile and export", "ONNX of a dense copy: one tensor and one node a layer")
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_a_dense_copy_exports_its_weight(dynamo):
+    onnx = pytest.importorskip("onnx")
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    tp.register_tie(model[0], "flip_sym")
+    tp.register_tie(model[2], "copy", source="0", root=model)
+    x = torch.randn(1, 8, 7, 7)
+    expected = model(x).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if dynamo:
+            proto = torch.onnx.export(
+                untied_copy(model), (x,), dynamo=True, verbose=False
+            ).model_proto
+        else:
+            file = io.BytesIO()
+            torch.onnx.export(untied_copy(model), (x,), file, dynamo=False)
+            proto = onnx.load_from_string(file.getvalue())
+    nodes = [node.op_type for node in proto.graph.node]
+    # the older exporter names equal tensors once
+    assert [node for node in nodes if node != "Identity"] == ["Conv", "Relu", "Conv"]
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+    assert tp.is_tied(model[0])  # the model itself stays tied
+    assert tp.is_tied(model[2])
+
+
+FEW_NODES = {
+    "block_circulant": {"block": 4},
+    "centrosymmetric": {},
+    "circulant": {},
+    "hankel": {},
+    "head_share": {"heads": 8, "groups": 2},
+    "hypercomplex": {"algebra": "quaternion"},
+    "masked": {"pattern": "lower"},
+    "row_repeat": {"groups": 4},
+    "set_equivariant": {"items": 8},
+    "toeplitz": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.feature("Compile and export", "ONNX of most laws: at most 7 nodes make the weight")
+@pytest.mark.parametrize("rule", FEW_NODES)
+def test_few_nodes_make_a_weight(rule):
+    layer = tp.register_tie(nn.Linear(256, 256), rule, init="rescale", **FEW_NODES[rule])
+    graph = exported(layer, (torch.randn(2, 256),), dynamic=False).model.graph
+    assert len([*graph]) <= 1 + 7, [node.op_type for node in graph]

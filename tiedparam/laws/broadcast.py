@@ -15,7 +15,7 @@ from torch import Tensor
 from tiedparam.laws.distance import halved_difference
 from tiedparam.laws.forms import Call, Use, form
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.look_up import LookedUp
+from tiedparam.laws.look_up import SMALL, LookedUp
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.reduction import Reduction
 from tiedparam.products.matrices import is_eager
@@ -133,6 +133,9 @@ _NEARLY = 0.9  # of what they stand for, where they serve
 _PER_VALUE = {"linear": 5, "convolution": 70, "transposed": 120}  # of input and output
 _SUMMED = 20  # per value, in a convolution of one channel
 _PER_CALL = 600_000  # some 15 µs
+_SPREADING = (
+    2**18
+)  # multiply-adds that take as long as spreading outputs; small weights are cheaper
 _EXPANDING = 1.7  # of that, in the dense form
 _BACKWARD = 2.5  # of that, with gradients
 
@@ -145,6 +148,10 @@ def _cost_of_reduced(rule: Broadcast, use: Use) -> float:
     saved = (layout.canonical_shape[1] if how.summed else 1) * how.run
     enough = _SAVED if layout.groups == 1 else _SAVED_IN_GROUPS
     if saved == 1 or (use.kind != "linear" and saved < enough):
+        return 1.0
+    spreads = use.kind == "linear" and 1 < how.run < layout.canonical_shape[0]
+    entries = prod(layout.canonical_shape)
+    if spreads and entries <= SMALL and use.rows is not None and use.rows * entries <= _SPREADING:
         return 1.0
     return min(_NEARLY, _share_of_time(how, use))
 

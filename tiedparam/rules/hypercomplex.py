@@ -172,6 +172,20 @@ class _Components(LinearMap):
         ]
         return layout.native(torch.cat(rows, 1).view(layout.canonical_shape)).contiguous()
 
+    def in_plain_operations(self, free: Tensor, *constants: Tensor) -> Tensor:
+        """`expand` by five operations, for each one is a node of an exported graph."""
+        layout, n = self.layout, self.n
+        outputs, inputs, *kernel = layout.canonical_shape
+        ones = (1,) * (free.dim() - 1)
+        blocks = free.reshape(layout.groups, n, -1, *free.shape[1:])
+        which = torch.tensor([p ^ q for p, q in product(range(n), repeat=2)], device=free.device)
+        signs = [_SIGNS[p ^ q][q] for p, q in product(range(n), repeat=2)]
+        signed = torch.tensor(signs, dtype=free.dtype, device=free.device).view(-1, 1, *ones)
+        chosen = blocks.index_select(1, which) * signed
+        shape = (layout.groups, n, n, outputs // layout.groups // n, inputs // n, *kernel)
+        weight = chosen.reshape(shape).transpose(2, 3).reshape(layout.canonical_shape)
+        return layout.native(weight)
+
     def fold(self, weight: Tensor) -> Tensor:
         layout, n = self.layout, self.n
         outputs, inputs, *kernel = layout.canonical_shape
