@@ -19,6 +19,7 @@ from tiedparam.laws.look_up import SMALL, LookedUp
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.reduction import Reduction
 from tiedparam.products.matrices import is_eager
+from tiedparam.products.one_filter import FEW_TAPS
 from tiedparam.products.reduced import (
     convolution_by_sums,
     convolution_by_windows,
@@ -130,6 +131,7 @@ _SAVED = 4  # multiplications per one that is left
 _SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
 _POSITIONS = 64  # of a kernel; windows of more take much memory
 _NEARLY = 0.9  # of what they stand for, where they serve
+_LONG_KERNEL = 13  # along the last axis; with more, half of it is too much padding for torch
 _PER_VALUE = {"linear": 5, "convolution": 70, "transposed": 120}  # of input and output
 _SUMMED = 20  # per value, in a convolution of one channel
 _PER_CALL = 600_000  # some 15 µs
@@ -178,15 +180,25 @@ def _cost_of_windows(rule: Broadcast, use: Use) -> float | None:
     Which of them is faster depends on the sizes of the input, and is asked at the call.
     """
     how, layout = rule.reduction(), use.layout
-    if how.shared_banks:
-        offered, cost = layout.canonical_shape[1] == 1, 1.0
-    else:
-        offered = how.summed and layout.groups == 1 and how.run == 1
-        cost = _cost_of_reduced(rule, use)
-    if use.kind != "convolution" or not offered:
+    if use.kind != "convolution":
         return None
-    few = prod(layout.kernel) <= _POSITIONS
-    return _NEARLY * cost if few and (how.shared_banks or cost < 1) else 1.0
+    if how.shared_banks:
+        return _cost_of_streams(layout, use.training) if layout.canonical_shape[1] == 1 else None
+    if not how.summed or layout.groups > 1 or how.run > 1:
+        return None
+    cost = _cost_of_reduced(rule, use)
+    return _NEARLY * cost if prod(layout.kernel) <= _POSITIONS and cost < 1 else 1.0
+
+
+def _cost_of_streams(layout: Layout, training: bool) -> float:
+    """For ``over="groups"``; ``python -m benchmarks --case goals --only streams``."""
+    if layout.canonical_shape[0] > layout.groups:
+        return _NEARLY if prod(layout.kernel) <= _POSITIONS else 1.0
+    if layout.kernel[-1] > _LONG_KERNEL:
+        return 0.2
+    if training and max(layout.kernel) > FEW_TAPS:
+        return 0.6 if len(layout.kernel) == 1 else 0.5
+    return _NEARLY  # where a dilation calls for much padding
 
 
 class Broadcast(Orbits):
@@ -249,6 +261,7 @@ class Broadcast(Orbits):
     @form(
         "windows",
         cost=_cost_of_windows,
+        where="compiled",
         multiply_adds=lambda rule, use: rule.reduction().entries,
     )
     def by_windows(self, call: Call) -> Tensor | None:
