@@ -24,8 +24,8 @@ from tiedparam.products.opaque import Opaque
 
 FEW_FILTERS = 8
 """Up to so many, the windows of a signal are added up one by one; a product has too few rows."""
-BLOCK_BYTES = {True: 2 << 20, False: 8 << 20}
-"""Of output, where windows are added up and elsewhere: what caches hold, and what is enough."""
+BLOCK_BYTES = 2 << 20
+"""Of output: as much as a core's own caches hold, here and on machines with smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ def pays(
     entries = prod(outputs)
     total = n * groups * m * entries
     if groups == 1:  # against one channel that is convolved with m filters
-        return m > 1 and n > 1 if grad else total >= _MANY and positions <= _FEW_POSITIONS
+        if m == 1 or n == 1:  # one sample is one block
+            return False
+        return grad or (total >= _MANY and positions <= _FEW_POSITIONS)
     if m == 1 or total < _SOME:
         return False
     if len(outputs) == 1:
@@ -180,7 +182,7 @@ def _forward(
         offsets = offsets.repeat(n, 1, 1) if groups > 1 else offsets.expand(n, m, 1)
     inputs, outputs = input.reshape(n * groups, *sizes), output.view(n * groups, m, -1)
     few = _adds_up(m, sizes)
-    for start, stop in _blocks(outputs, positions, few):
+    for start, stop in _blocks(outputs, positions):
         windows, block = frame.windows(inputs[start:stop]), outputs[start:stop]
         added = None if offsets is None else offsets[start:stop]
         if few:
@@ -215,7 +217,7 @@ def _backward(
     d_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
     d_filters, sums = None, []
     columns = filters.t().contiguous()
-    for start, stop in _blocks(gradients, positions, _adds_up(m, sizes)):
+    for start, stop in _blocks(gradients, positions):
         block = gradients[start:stop]
         if of_input:
             shares = torch.bmm(columns.expand(stop - start, positions, m), block)
@@ -262,7 +264,7 @@ def _adds_up(m: int, sizes: list[int]) -> bool:
     return m <= FEW_FILTERS and len(sizes) == 1
 
 
-def _blocks(output: Tensor, positions: int, few: bool) -> Iterator[tuple[int, int]]:
+def _blocks(output: Tensor, positions: int) -> Iterator[tuple[int, int]]:
     """Rows of ``(rows, m, entries)`` that are computed together.
 
     The windows of a block, of which there are as many as positions, take at most four times what
@@ -270,6 +272,6 @@ def _blocks(output: Tensor, positions: int, few: bool) -> Iterator[tuple[int, in
     """
     rows, m, entries = output.shape
     bytes_of_row = max(m, positions // 4) * entries * output.element_size()
-    step = max(1, min(rows, BLOCK_BYTES[few] // bytes_of_row))
+    step = max(1, min(rows, BLOCK_BYTES // bytes_of_row))
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
