@@ -69,11 +69,12 @@ class Computing:
     def __reduce__(self) -> Any:
         # pickles name no function, and what was measured here says nothing of another machine
         given = (self.rule_class, self.kind, self.layout, self.asked, [*self.forms])
-        return type(self), given
+        return type(self), given, {"_ranks": self._ranks}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Computing:
         made = Computing(self.rule_class, self.kind, self.layout, self.asked, [*self.forms])
         made.tuned, made.measured = dict(self.tuned), dict(self.measured)
+        made._ranks = dict(self._ranks)
         return made
 
     def use(self, rows: int | None = None, training: bool = False, kept: bool = False) -> Use:
@@ -143,9 +144,7 @@ class Computing:
                 return 1 / cost if cost else None
         return 1.0
 
-    def _ranked(
-        self, rule: Rule, rows: int | None, training: bool, kept: bool
-    ) -> tuple[str, ...]:
+    def _ranked(self, rule: Rule, rows: int | None, training: bool, kept: bool) -> tuple[str, ...]:
         found = self._ranks.get((rows, training, kept))
         if found is None:
             use = self.use(rows, training, kept)
