@@ -84,7 +84,7 @@ def test_one_graph_for_every_batch(name):
     layer, dense, x = twins(name)
     graphs = []
     compiled = torch.compile(layer, backend=recorder(graphs), fullgraph=True, dynamic=True)
-    for n in (8, 9, 17):
+    for n in (12, 13, 17):  # no other size of the layer: those would be taken for the same
         batch = x.detach()[:1].repeat(n, *(1,) * (x.dim() - 1)).requires_grad_()
         torch.testing.assert_close(compiled(batch), dense(batch), rtol=1e-5, atol=1e-5)
     assert len(graphs) == 1

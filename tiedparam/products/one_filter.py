@@ -211,7 +211,8 @@ class _Padded:
         self.sizes = [s + 2 * p for s, p in zip(sizes, padding, strict=True)]
         entries = prod(self.sizes)
         fitting = bytes // ((entries + spare) * like.element_size())
-        self.rows = max(1, min(n * channels, fitting // 16 * 16))
+        # torch's fast kernel takes channels by 16
+        self.rows = max(1, min(n * channels, fitting // 16 * 16 or fitting))
         self.room = like.new_zeros(self.rows, entries + spare)
         self._all = self.room[:, :entries].view(self.rows, *self.sizes)
         inner = self._all
