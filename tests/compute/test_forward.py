@@ -470,7 +470,7 @@ def test_streams_by_windows_equal_the_dense_layer(case, block, few):
     layer, x = case
     layer, dense = twins(layer, "channel_shared", over="groups", compute="windows")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "BLOCK_BYTES", {True: block, False: block})
+        patch.setattr(windows, "BLOCK_BYTES", block)
         patch.setattr(windows, "FEW_FILTERS", few)
         if x.dim() > layer.weight.dim() - 1 and x.numel():
             assert_computed_by_windows(layer, x)
@@ -479,7 +479,8 @@ def test_streams_by_windows_equal_the_dense_layer(case, block, few):
 
 def assert_computed_by_windows(layer, x):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reduced, "convolve", lambda *a: torch.zeros(0))
+        for product in ("convolve", "one_filter"):
+            patch.setattr(reduced, product, lambda *a: torch.zeros(0))
         assert layer(x).shape == (0,)
 
 
@@ -498,7 +499,7 @@ def test_summed_convolutions_by_windows_equal_the_dense_layer(case, block, long)
     layer, x = case
     layer, dense = twins(layer, "channel_shared", over="in", compute="windows")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "BLOCK_BYTES", {True: block, False: block})
+        patch.setattr(windows, "BLOCK_BYTES", block)
         patch.setattr(windows, "_LONG", long)
         assert_computed_by_windows(layer, x)
         assert_equal_to_dense(layer, dense, x)
@@ -599,9 +600,10 @@ def test_where_windows_pay_at_its_edges():
     assert windows_pay(2, 1, 2, (4, 4))
     assert not windows_pay(1, 1, 64, (28, 28))
     assert not windows_pay(2, 1, 1, (28, 28))
-    assert windows_pay(1, 1, 64, (128, 128), grad=False)
-    assert not windows_pay(1, 1, 64, (128, 127), grad=False)
-    assert not windows_pay(1, 1, 64, (128, 128), kernel=5, grad=False)
+    assert windows_pay(2, 1, 64, (128, 64), grad=False)
+    assert not windows_pay(2, 1, 64, (128, 63), grad=False)
+    assert not windows_pay(2, 1, 64, (128, 64), kernel=5, grad=False)
+    assert not windows_pay(1, 1, 64, (128, 128), grad=False)
     # streams: large outputs, several filters, signals and large images
     assert windows_pay(1, 32, 4, (1024,))
     assert not windows_pay(1, 32, 4, (1023,))

@@ -27,7 +27,7 @@ def _scale(x: Tensor, row: Tensor, bias: Tensor | None, times: int) -> Tensor:
 def _gradients(
     needs: Sequence[bool], gradient: Tensor, x: Tensor, row: Tensor, bias: Tensor | None, times: int
 ) -> Sequence[Tensor | None]:
-    CALLS.append("backward")
+    CALLS.append("backward, recorded" if torch.is_grad_enabled() else "backward")
     return (
         gradient * row * times if needs[0] else None,
         (gradient * x).sum(0) * times if needs[1] else None,

@@ -63,16 +63,18 @@ class Computing:
         }
         self.seen: list[str] | None = None
         self._usual: tuple[Use, Use] = self.use(), self.use(training=True)
-        self._orders: dict[tuple[int | None, bool, bool], tuple[Form, ...]] = {}
+        self._ranks: dict[tuple[int | None, bool, bool], tuple[str, ...]] = {}
+        self._orders: dict[tuple[int | None, bool, bool, str], tuple[Form, ...]] = {}
 
     def __reduce__(self) -> Any:
         # pickles name no function, and what was measured here says nothing of another machine
         given = (self.rule_class, self.kind, self.layout, self.asked, [*self.forms])
-        return type(self), given
+        return type(self), given, {"_ranks": self._ranks}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Computing:
         made = Computing(self.rule_class, self.kind, self.layout, self.asked, [*self.forms])
         made.tuned, made.measured = dict(self.tuned), dict(self.measured)
+        made._ranks = dict(self._ranks)
         return made
 
     def use(self, rows: int | None = None, training: bool = False, kept: bool = False) -> Use:
@@ -93,18 +95,26 @@ class Computing:
         Numbers of rows count as the next smaller power of 2, so that costs are worked out a few
         times for a layer and not at every call.
         """
+        named = self.named(training)
         if rows:
             rows = 1 << (rows.bit_length() - 1)
-        found = self._orders.get((rows, training, kept))
+        found = self._orders.get((rows, training, kept, named))
         if found is None:
-            found = self._ranked(rule, self.use(rows, training, kept))
-            self._orders[rows, training, kept] = found
+            names = self._ranked(rule, rows, training, kept) if named != "dense" else ()
+            if named not in ("auto", "dense"):
+                names = (named, *(n for n in names if n != named))
+            found = tuple([self.forms[name] for name in names])
+            self._orders[rows, training, kept, named] = found
         return found
+
+    def rank(self, rule: Rule) -> None:
+        """Rank the forms for traced graphs now: a tracer may take sizes for symbols."""
+        for training in (False, True):
+            self.order(rule, None, training, False)
 
     def choose(self, tuned: Mapping[bool, str]) -> None:
         """Take these forms from now on, without gradients and with; where none is named, any."""
         self.tuned = dict(tuned)
-        self._orders.clear()
 
     def keep(self, form: str, training: bool, gain: float) -> None:
         """Take the form that was measured to be fastest, and remember what it gains."""
@@ -134,16 +144,15 @@ class Computing:
                 return 1 / cost if cost else None
         return 1.0
 
-    def _ranked(self, rule: Rule, use: Use) -> tuple[Form, ...]:
-        named = self.named(use.training)
-        if named == "dense":
-            return ()
-        costs = {form.name: form.cost(rule, use) for form in self.forms.values()}
-        names = [n for n, cost in costs.items() if cost is not None and cost < WORTHWHILE]
-        names.sort(key=lambda name: costs[name] or 0.0)
-        if named != "auto":
-            names = [named, *(n for n in names if n != named)]
-        return tuple(self.forms[name] for name in names)
+    def _ranked(self, rule: Rule, rows: int | None, training: bool, kept: bool) -> tuple[str, ...]:
+        found = self._ranks.get((rows, training, kept))
+        if found is None:
+            use = self.use(rows, training, kept)
+            costs = {form.name: form.cost(rule, use) for form in self.forms.values()}
+            names = [n for n, cost in costs.items() if cost is not None and cost < WORTHWHILE]
+            found = tuple(sorted(names, key=lambda name: costs[name] or 0.0))
+            self._ranks[rows, training, kept] = found
+        return found
 
 
 def serves(form: Form, dtype: torch.dtype, device: str, *, asked: bool) -> bool:
@@ -170,6 +179,8 @@ def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | 
         use = Use(kind, layout)
         names = [f.name for f in forms_of(type(rule)) if f.cost(rule, use) is not None]
         computing = Computing(type(rule), kind, layout, rule.compute, names)
+        if rule.compute == "auto":
+            computing.rank(rule)
     offered = [] if computing is None else list(computing.forms)
     if rule.compute not in ("auto", "dense", *offered):
         place = describe(layer, tensor_name)

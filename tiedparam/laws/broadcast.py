@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tiedparam.laws.broadcast_costs import cost_of_reduced, cost_of_windows
 from tiedparam.laws.distance import halved_difference
-from tiedparam.laws.forms import Call, Use, form
+from tiedparam.laws.forms import Call, form
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.look_up import SMALL, LookedUp
 from tiedparam.laws.orbits import Orbits
@@ -126,6 +127,7 @@ def _views(
     return _Views(kept, halfway, full, layout)
 
 
+<<<<<<< HEAD
 _SAVED = 4  # multiplications per one that is left
 _SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
 _POSITIONS = 64  # of a kernel; windows of more take much memory
@@ -187,6 +189,8 @@ def _cost_of_windows(rule: Broadcast, use: Use) -> float | None:
     return _NEARLY * cost if few and (how.shared_banks or cost < 1) else 1.0
 
 
+=======
+>>>>>>> streams
 class Broadcast(Orbits):
     """A base, repeated along the shared axes of a blocked view of the canonical weight.
 
@@ -225,7 +229,7 @@ class Broadcast(Orbits):
 
     @form(
         "reduced",
-        cost=_cost_of_reduced,
+        cost=cost_of_reduced,
         where="anywhere",
         multiply_adds=lambda rule, use: rule.reduction().entries,
     )
@@ -240,7 +244,8 @@ class Broadcast(Orbits):
 
     @form(
         "windows",
-        cost=_cost_of_windows,
+        cost=cost_of_windows,
+        where="compiled",
         multiply_adds=lambda rule, use: rule.reduction().entries,
     )
     def by_windows(self, call: Call) -> Tensor | None:

@@ -29,20 +29,33 @@ from tiedparam.products.opaque import Opaque
 FEW_TAPS = 3
 """Up to so many along each of at most two axes, torch's gradient of the filter is the faster."""
 _PIECE = 16  # entries of the gradient; fewer make the product slow, more make it large
-_PADDED_BYTES, _BAND_BYTES = 2 << 20, 256 << 10  # of input in a block
+_PADDED_BYTES, _BAND_BYTES = 2 << 20, 256 << 10  # of input in a block, as caches hold it
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
-def most_padding() -> int:
-    """How many entries of padding along the last axis torch's fast kernel takes."""
-    return 6 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
+MOST_PADDING = 6 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
+"""How many entries of padding along the last axis torch's fast kernel takes."""
 
 
-def gains(kernel: Sequence[int], padding: Sequence[int], *, training: bool) -> bool:
-    """Whether `one_filter` does more here than torch's own convolution."""
-    if padding[-1] > most_padding():
-        return True
-    return training and not _few(kernel)
+def gains(kernel: Sequence[int], padding: Sequence[int], entries: int, *, training: bool) -> bool:
+    """Whether `one_filter` is faster than torch's own convolution in float32.
+
+    The bounds come from ``python -m benchmarks --case goals --only streams``.
+
+    Args:
+        kernel: its sizes.
+        padding: along each axis.
+        entries: of the output.
+        training: whether gradients are recorded.
+    """
+    long = padding[-1] > MOST_PADDING and kernel[-1] > 1
+    taps = entries * prod(kernel)
+    if training:
+        return taps >= _MANY_TAPS and (long or not _few(kernel))
+    return long and taps >= _SOME_TAPS
+
+
+_SOME_TAPS, _MANY_TAPS = 1 << 17, 1 << 19
 
 
 def _few(kernel: Sequence[int]) -> bool:
@@ -161,7 +174,7 @@ def _filtered(
     convolve: Any = _CONVOLUTIONS[filter.dim() - 1]
     n, channels, *sizes = input.shape
     weight = filter.expand(channels, 1, *filter.shape).contiguous()
-    if padding[-1] <= most_padding():
+    if padding[-1] <= MOST_PADDING:
         plain: Tensor = convolve(input, weight, bias, 1, padding, dilation, channels)
         return plain.contiguous()
     rows = n * channels
@@ -198,11 +211,14 @@ class _Padded:
         self.sizes = [s + 2 * p for s, p in zip(sizes, padding, strict=True)]
         entries = prod(self.sizes)
         fitting = bytes // ((entries + spare) * like.element_size())
-        self.rows = max(1, min(n * channels, fitting // 16 * 16))
+        # torch's fast kernel takes channels by 16
+        self.rows = max(1, min(n * channels, fitting // 16 * 16 or fitting))
         self.room = like.new_zeros(self.rows, entries + spare)
-        inner: Any = (slice(p, p + s) for s, p in zip(sizes, padding, strict=True))
         self._all = self.room[:, :entries].view(self.rows, *self.sizes)
-        self._inner = self._all[(slice(None), *inner)]
+        inner = self._all
+        for axis, (size, before) in enumerate(zip(sizes, padding, strict=True), 1):
+            inner = inner.narrow(axis, before, size)
+        self._inner = inner
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int]]:
         """From where to where each block goes."""
@@ -238,8 +254,9 @@ def _taps(
     padded = _Padded(input, padding, _BAND_BYTES, max(0, end - prod(padded_sizes)))
     rows, length = padded.room.shape
     laid = input.new_zeros(rows, pieces * _PIECE)
-    inner: Any = (slice(None), *(slice(0, size) for size in gradient.shape[2:]))
-    places = laid[:, : prod(grid)].view(rows, *grid)[inner]
+    places = laid[:, : prod(grid)].view(rows, *grid)
+    for axis, size in enumerate(gradient.shape[2:], 1):
+        places = places.narrow(axis, 0, size)
     inputs = input.reshape(n * channels, *sizes)
     gradients = gradient.reshape(n * channels, *over, outputs)
     leading = list(kernel[:-1])

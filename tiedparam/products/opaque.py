@@ -117,7 +117,8 @@ class Opaque:
 
     def _needed(self, needs: list[bool], gradient: Tensor, *arguments: Any) -> list[Tensor]:
         """The gradients that are asked for, and no others: operators return no None."""
-        given = self.backward(needs, gradient, *arguments)
+        with torch.no_grad():  # compiled graphs leave the mode as it is: nobody records here
+            given = self.backward(needs, gradient, *arguments)
         return [g.contiguous() for g in given if g is not None]
 
 

@@ -15,14 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiedparam.products.windows import (
-    Geometry,
-    convolve,
-    convolves,
-    outputs_of,
-    pays,
-    summed_channels,
-)
+from tiedparam.products.one_filter import gains, one_filter
+from tiedparam.products.windows import Geometry, convolve, outputs_of, pays, summed_channels
 from tiedparam.util.torch_modes import CAST_BY_AUTOCAST, autocast_dtype, is_traced, is_transformed
 from tiedparam.util.torch_private import padding_of, reshaped_in_place
 
@@ -135,16 +129,17 @@ def convolution_by_windows(
     """
     kernel = filters.shape[2:]
     axes = len(kernel)
-    if not convolves(x, filters) or x.dim() != axes + 2 or _is_channels_last(x):
+    if x.dim() != axes + 2 or 0 in x.shape or _is_channels_last(x):
         return None
     sizes, padding, around = tuple(x.shape[2:]), layer.padding, None
     if layer.padding_mode != "zeros" or isinstance(padding, str):
-        around = padding_of(layer)  # padded here, by torch
-        sizes = tuple(
-            size + before + after
-            for size, before, after in zip(sizes, around[-2::-2], around[::-2], strict=True)
-        )
-        padding = (0,) * axes
+        around = padding_of(layer)
+        before, after = tuple(around[-2::-2]), tuple(around[::-2])
+        if layer.padding_mode == "zeros" and before == after:
+            padding, around = before, None
+        else:  # padded here, by torch
+            sizes = tuple(sum(three) for three in zip(sizes, before, after, strict=True))
+            padding = (0,) * axes
     geometry = Geometry(tuple(kernel), layer.stride, padding, layer.dilation)
     outputs = outputs_of(geometry, sizes)
     if min(outputs) <= 0:
@@ -152,13 +147,22 @@ def convolution_by_windows(
     m, positions = filters.shape[0], math.prod(kernel)
     grad = torch.is_grad_enabled() and (x.requires_grad or filters.requires_grad)
     groups = 1 if summed else x.shape[1]
-    if where_it_pays and not pays(len(x), groups, m, positions, outputs, grad=grad):
-        return None
+    alone = m == 1 and not summed and max(geometry.stride) == 1
+    if where_it_pays:
+        entries = len(x) * groups * math.prod(outputs)
+        if alone:
+            faster = x.dtype is torch.float32 and gains(kernel, padding, entries, training=grad)
+        else:
+            faster = pays(len(x), groups, m, positions, outputs, grad=grad)
+        if not faster:
+            return None
     if summed:
         x = summed_channels(x)
     if around is not None:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, around, mode=mode)
+    if alone:
+        return one_filter(x, filters.reshape(kernel), bias, padding, geometry.dilation)
     return convolve(x, filters.reshape(m, positions), bias, geometry)
 
 

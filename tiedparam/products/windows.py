@@ -5,14 +5,14 @@ the windows. torch's kernels for such layers are slow, above all backward: the g
 input takes several times as long as the product with the transposed filters. The output is much
 larger than the input and than the caches, so everything is done block by block.
 
-It serves where torch runs eagerly on a CPU; `convolves` tells.
+It is an `Opaque` product, for ordinary tensors on a CPU.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiedparam.products.matrices import is_eager
+from tiedparam.products.opaque import Opaque
 
 FEW_FILTERS = 8
 """Up to so many, the windows of a signal are added up one by one; a product has too few rows."""
-BLOCK_BYTES = {True: 2 << 20, False: 8 << 20}
-"""Of output, where windows are added up and elsewhere: what caches hold, and what is enough."""
+BLOCK_BYTES = 2 << 20
+"""Of output: as much as a core's own caches hold, here and on machines with smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,7 @@ class _Frame:
     def __init__(self, geometry: Geometry, sizes: tuple[int, ...]) -> None:
         self.geometry, self.sizes = geometry, sizes
         self.padded_sizes = [s + 2 * p for s, p in zip(sizes, geometry.padding, strict=True)]
-        self.outputs = tuple(
-            (size - d * (k - 1) - 1) // s + 1
-            for size, k, s, d in zip(
-                self.padded_sizes, geometry.kernel, geometry.stride, geometry.dilation, strict=True
-            )
-        )
+        self.outputs = outputs_of(geometry, sizes)
         self.padding = [p for p in geometry.padding[::-1] for _ in range(2)]
         strides = [prod(self.padded_sizes[axis:]) for axis in range(len(sizes) + 1)]
         self._strides = (
@@ -96,21 +91,17 @@ class _Frame:
         return padded.as_strided(shape, self._strides)
 
 
-def convolves(input: Tensor, filters: Tensor) -> bool:
-    """Whether `convolve` can take these tensors now."""
-    return (
-        is_eager(input)
-        and is_eager(filters)
-        and input.dtype in (torch.float32, torch.float64)
-        and input.dtype == filters.dtype
-        and not torch.is_autocast_enabled("cpu")
-        and input.numel() > 0
-    )
-
-
-def outputs_of(geometry: Geometry, sizes: tuple[int, ...]) -> tuple[int, ...]:
+def outputs_of(geometry: Geometry, sizes: Sequence[int]) -> tuple[int, ...]:
     """The output's sizes; some are 0 or less if the kernel is larger than the input."""
-    return _Frame(geometry, sizes).outputs
+    around = zip(
+        sizes,
+        geometry.kernel,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        strict=True,
+    )
+    return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in around)
 
 
 def pays(
@@ -131,7 +122,9 @@ def pays(
     entries = prod(outputs)
     total = n * groups * m * entries
     if groups == 1:  # against one channel that is convolved with m filters
-        return m > 1 and n > 1 if grad else total >= _MANY and positions <= _FEW_POSITIONS
+        if m == 1 or n == 1:  # one sample is one block
+            return False
+        return grad or (total >= _MANY and positions <= _FEW_POSITIONS)
     if m == 1 or total < _SOME:
         return False
     if len(outputs) == 1:
@@ -166,73 +159,94 @@ def convolve(input: Tensor, filters: Tensor, bias: Tensor | None, geometry: Geom
     Returns:
         ``(n, groups·m, *output sizes)``, in memory of its own.
     """
-    output: Tensor = _Convolve.apply(input, filters, bias, geometry)
+    return _product(
+        input,
+        filters,
+        bias,
+        geometry.kernel,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+    )
+
+
+def _forward(
+    input: Tensor, filters: Tensor, bias: Tensor | None, *geometry: Sequence[int]
+) -> Tensor:
+    n, groups, *sizes = input.shape
+    m, positions = filters.shape
+    frame = _Frame(Geometry(*map(tuple, geometry)), tuple(sizes))
+    output = input.new_empty(n, groups * m, *frame.outputs)
+    offsets = None if bias is None else bias.reshape(groups, m, 1)
+    if offsets is not None:  # one for each sample and group
+        offsets = offsets.repeat(n, 1, 1) if groups > 1 else offsets.expand(n, m, 1)
+    inputs, outputs = input.reshape(n * groups, *sizes), output.view(n * groups, m, -1)
+    few = _adds_up(m, sizes)
+    for start, stop in _blocks(outputs, positions):
+        windows, block = frame.windows(inputs[start:stop]), outputs[start:stop]
+        added = None if offsets is None else offsets[start:stop]
+        if few:
+            _add_up(frame, windows, filters, block.view(stop - start, m, *frame.outputs))
+            if added is not None:
+                block += added
+            continue
+        flat = windows.reshape(stop - start, positions, -1)
+        each = filters.expand(stop - start, m, positions)
+        if added is None:
+            torch.bmm(each, flat, out=block)
+        else:
+            torch.baddbmm(added, each, flat, out=block)
     return output
 
 
-class _Convolve(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, filters: Tensor, bias: Tensor | None, geometry: Geometry
-    ) -> Tensor:
-        ctx.save_for_backward(input, filters)
-        ctx.geometry = geometry
-        n, groups, *sizes = input.shape
-        m, positions = filters.shape
-        frame = _Frame(geometry, tuple(sizes))
-        output = input.new_empty(n, groups * m, *frame.outputs)
-        offsets = None if bias is None else bias.reshape(groups, m, 1)
-        if offsets is not None:  # one for each sample and group
-            offsets = offsets.repeat(n, 1, 1) if groups > 1 else offsets.expand(n, m, 1)
-        inputs, outputs = input.reshape(n * groups, *sizes), output.view(n * groups, m, -1)
-        few = _adds_up(m, sizes)
-        for start, stop in _blocks(outputs, positions, few):
-            windows, block = frame.windows(inputs[start:stop]), outputs[start:stop]
-            added = None if offsets is None else offsets[start:stop]
-            if few:
-                _add_up(frame, windows, filters, block.view(stop - start, m, *frame.outputs))
-                if added is not None:
-                    block += added
-                continue
-            flat = windows.reshape(stop - start, positions, -1)
-            each = filters.expand(stop - start, m, positions)
-            if added is None:
-                torch.bmm(each, flat, out=block)
-            else:
-                torch.baddbmm(added, each, flat, out=block)
-        return output
+def _backward(
+    needs: Sequence[bool],
+    gradient: Tensor,
+    input: Tensor,
+    filters: Tensor,
+    bias: Tensor | None,
+    *geometry: Sequence[int],
+) -> tuple[Tensor | None, ...]:
+    # recorded operation by operation for second derivatives
+    of_input, of_filters, of_bias = needs
+    n, groups, *sizes = input.shape
+    m, positions = filters.shape
+    frame = _Frame(Geometry(*map(tuple, geometry)), tuple(sizes))
+    inputs = input.reshape(n * groups, *sizes)
+    gradients = gradient.reshape(n * groups, m, -1)
+    d_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    d_filters, sums = None, []
+    columns = filters.t().contiguous()
+    for start, stop in _blocks(gradients, positions):
+        block = gradients[start:stop]
+        if of_input:
+            shares = torch.bmm(columns.expand(stop - start, positions, m), block)
+            d_inputs[start:stop] = frame.scattered(shares)
+        if of_filters:
+            flat = frame.windows(inputs[start:stop]).reshape(stop - start, positions, -1)
+            part = torch.bmm(flat, block.transpose(1, 2)).sum(0)
+            d_filters = part if d_filters is None else d_filters.add_(part)
+        if of_bias:
+            sums.append(block.sum(2))
+    return (
+        d_inputs.view(input.shape) if of_input else None,
+        None if d_filters is None else d_filters.t(),
+        torch.cat(sums).view(n, -1).sum(0) if of_bias else None,
+    )
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        # recorded operation by operation for second derivatives
-        input, filters = ctx.saved_tensors
-        geometry: Geometry = ctx.geometry
-        of_input, of_filters, of_bias = ctx.needs_input_grad[:3]
-        n, groups, *sizes = input.shape
-        m, positions = filters.shape
-        frame = _Frame(geometry, tuple(sizes))
-        inputs = input.reshape(n * groups, *sizes)
-        gradients = gradient.reshape(n * groups, m, -1)
-        d_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-        d_filters, sums = None, []
-        columns = filters.t().contiguous()
-        for start, stop in _blocks(gradients, positions, _adds_up(m, sizes)):
-            block = gradients[start:stop]
-            if of_input:
-                shares = torch.bmm(columns.expand(stop - start, positions, m), block)
-                d_inputs[start:stop] = frame.scattered(shares)
-            if of_filters:
-                flat = frame.windows(inputs[start:stop]).reshape(stop - start, positions, -1)
-                part = torch.bmm(flat, block.transpose(1, 2)).sum(0)
-                d_filters = part if d_filters is None else d_filters.add_(part)
-            if of_bias:
-                sums.append(block.sum(2))
-        return (
-            d_inputs.view(input.shape) if of_input else None,
-            None if d_filters is None else d_filters.t(),
-            torch.cat(sums).view(n, -1).sum(0) if of_bias else None,
-            None,
-        )
+
+def _output(input: Tensor, filters: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    n, groups, *sizes = input.shape
+    return input.new_empty(n, groups * filters.shape[0], *outputs_of(Geometry(*geometry), sizes))
+
+
+_product = Opaque(
+    "convolve_by_windows(Tensor input, Tensor filters, Tensor? bias,"
+    " int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor",
+    _forward,
+    _backward,
+    _output,
+)
 
 
 def _add_up(frame: _Frame, windows: Tensor, filters: Tensor, output: Tensor) -> None:
@@ -250,7 +264,7 @@ def _adds_up(m: int, sizes: list[int]) -> bool:
     return m <= FEW_FILTERS and len(sizes) == 1
 
 
-def _blocks(output: Tensor, positions: int, few: bool) -> Iterator[tuple[int, int]]:
+def _blocks(output: Tensor, positions: int) -> Iterator[tuple[int, int]]:
     """Rows of ``(rows, m, entries)`` that are computed together.
 
     The windows of a block, of which there are as many as positions, take at most four times what
@@ -258,6 +272,6 @@ def _blocks(output: Tensor, positions: int, few: bool) -> Iterator[tuple[int, in
     """
     rows, m, entries = output.shape
     bytes_of_row = max(m, positions // 4) * entries * output.element_size()
-    step = max(1, min(rows, BLOCK_BYTES[few] // bytes_of_row))
+    step = max(1, min(rows, BLOCK_BYTES // bytes_of_row))
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
