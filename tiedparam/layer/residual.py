@@ -261,6 +261,7 @@ def residual(
     root: nn.Module | None = ...,
     rows: Range | None = ...,
     columns: Range | None = ...,
+    **options: Unpack[rule_options.SkewOptions],
 ) -> float: ...
 @overload
 def residual(
@@ -282,6 +283,7 @@ def residual(
     root: nn.Module | None = ...,
     rows: Range | None = ...,
     columns: Range | None = ...,
+    **options: Unpack[rule_options.SymmetricOptions],
 ) -> float: ...
 @overload
 def residual(
