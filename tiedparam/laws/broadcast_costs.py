@@ -33,11 +33,11 @@ def cost_of_reduced(rule: Broadcast, use: Use) -> float:
     how, layout = rule.reduction(), use.layout
     if how.shared_banks:
         return 1.0  # each group's outputs are its own
-    saved = (layout.canonical_shape[1] if how.summed else 1) * how.run
+    saved = how.inputs.copies * how.outputs.copies
     enough = _SAVED if layout.groups == 1 else _SAVED_IN_GROUPS
     if saved == 1 or (use.kind != "linear" and saved < enough):
         return 1.0
-    spreads = use.kind == "linear" and 1 < how.run < layout.canonical_shape[0]
+    spreads = use.kind == "linear" and 1 < how.outputs.copies < layout.canonical_shape[0]
     entries = prod(layout.canonical_shape)
     if spreads and entries <= SMALL and use.rows is not None and use.rows * entries <= _SPREADING:
         return 1.0
@@ -70,7 +70,7 @@ def cost_of_windows(rule: Broadcast, use: Use) -> float | None:
         return None
     if how.shared_banks:
         return _cost_of_streams(layout, use.training) if layout.canonical_shape[1] == 1 else None
-    if not how.summed or layout.groups > 1 or how.run > 1:
+    if not how.summed or layout.groups > 1 or how.outputs.copies > 1:
         return None
     cost = cost_of_reduced(rule, use)
     return _NEARLY * cost if prod(layout.kernel) <= _POSITIONS and cost < 1 else 1.0

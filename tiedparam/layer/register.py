@@ -182,7 +182,7 @@ def register_tie(
     layer: Layer,
     rule: Literal["skew"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.TieArguments],
+    **options: Unpack[rule_options.SkewTie],
 ) -> Layer: ...
 @overload
 def register_tie(
@@ -196,7 +196,7 @@ def register_tie(
     layer: Layer,
     rule: Literal["symmetric"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.TieArguments],
+    **options: Unpack[rule_options.SymmetricTie],
 ) -> Layer: ...
 @overload
 def register_tie(

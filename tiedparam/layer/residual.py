@@ -262,6 +262,7 @@ def residual(
     root: nn.Module | None = ...,
     rows: Range | None = ...,
     columns: Range | None = ...,
+    **options: Unpack[rule_options.SkewOptions],
 ) -> float: ...
 @overload
 def residual(
@@ -283,6 +284,7 @@ def residual(
     root: nn.Module | None = ...,
     rows: Range | None = ...,
     columns: Range | None = ...,
+    **options: Unpack[rule_options.SymmetricOptions],
 ) -> float: ...
 @overload
 def residual(

@@ -130,6 +130,7 @@ class FlipSymOptions(TypedDict, total=False):
     """The options of ``flip_sym``."""
 
     sign: Literal[1, -1]
+    compute: Literal["auto", "dense", "panels"]
 
 
 class FlipSymTie(TieArguments, FlipSymOptions, total=False):
@@ -283,6 +284,16 @@ class SetEquivariantTie(TieArguments, SetEquivariantOptions, total=False):
     """All that `register_tie` takes by name for ``set_equivariant``."""
 
 
+class SkewOptions(TypedDict, total=False):
+    """The options of ``skew``."""
+
+    compute: Literal["auto", "dense", "panels"]
+
+
+class SkewTie(TieArguments, SkewOptions, total=False):
+    """All that `register_tie` takes by name for ``skew``."""
+
+
 class SquaredCopyOptions(TypedDict, total=False):
     """The options of ``squared_copy``."""
 
@@ -292,6 +303,16 @@ class SquaredCopyOptions(TypedDict, total=False):
 
 class SquaredCopyTie(TieArguments, SquaredCopyOptions, total=False):
     """All that `register_tie` takes by name for ``squared_copy``."""
+
+
+class SymmetricOptions(TypedDict, total=False):
+    """The options of ``symmetric``."""
+
+    compute: Literal["auto", "dense", "panels"]
+
+
+class SymmetricTie(TieArguments, SymmetricOptions, total=False):
+    """All that `register_tie` takes by name for ``symmetric``."""
 
 
 class ToeplitzOptions(TypedDict, total=False):

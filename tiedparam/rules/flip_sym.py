@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import isqrt, prod
+from math import prod
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiedparam.laws import Reason, mirrored_kernels
+from tiedparam.laws import Call, Reason, Use, form, mirrored_kernels
 from tiedparam.laws.earlier import (
     ReorderedLaw,
     of_layout_1,
@@ -31,7 +31,28 @@ from tiedparam.laws.pairs import (
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
 from tiedparam.products.matrices import is_unrecorded, transposed
+from tiedparam.products.panels import symmetric_product
+from tiedparam.products.tiles import TILE, Sign, packed_count, tiles
 from tiedparam.util.errors import TieError
+
+Compute = Literal["auto", "dense", "panels"]
+
+
+def _panels_cost(rule: FlipSym, use: Use) -> float | None:
+    """What ``python -m benchmarks --case goals --only panels`` found, counted in rows of a product.
+
+    Products by panels are a little slower; the dense form expands, and folds backward.
+    """
+    c, rows = use.layout.canonical_shape[1], 64 if use.rows is None else use.rows
+    if prod(use.layout.kernel) > 1 or use.kind == "transposed" or c <= TILE:
+        return None
+    product, squares = 1 + 250 / c, 5 + 10_000 / c
+    expansion = 0 if use.kept else 30 + 45_000 / c
+    if not use.training:
+        return (rows * product + squares) / (rows + expansion)
+    if c < 2 * TILE:
+        rows *= 2  # numbers of rows stand for up to twice as many, with which it could lose
+    return (3 * rows * product + 3 * squares + 30) / (3 * rows + 60 + 2 * expansion)
 
 
 @register_rule("flip_sym")
@@ -46,6 +67,8 @@ class FlipSym(Orbits, ReorderedLaw):
 
     Args:
         sign: 1 or −1.
+        compute: ``"auto"``, the fastest way; ``"dense"``, with the expanded weight; or, for a
+            Linear layer or a 1×1 convolution, ``"panels"``, with the free values as they are.
 
     Shapes, with ``c`` channels per group, ``g`` groups and ``P`` kernel positions:
 
@@ -76,9 +99,10 @@ class FlipSym(Orbits, ReorderedLaw):
     _expansion: Expansion
     _free_shape: tuple[int, ...]
 
-    def __init__(self, sign: Sign = 1) -> None:
+    def __init__(self, sign: Sign = 1, compute: Compute = "auto") -> None:
         super().__init__()
         self.sign: Sign = sign
+        self.compute = compute
         if _is_sign(sign):
             self.law = f"W[i, j, x] = {'' if sign == 1 else '−'}W[j, i, flip(x)]"
 
@@ -172,6 +196,17 @@ class FlipSym(Orbits, ReorderedLaw):
         images = torch.cat([group.transpose(0, 1).flip(axes) for group in groups])
         yield layout.native(self._signed(images))
 
+    @form("panels", cost=_panels_cost, where="compiled")
+    def by_panels(self, call: Call) -> Tensor | None:
+        """A matrix times every position's channels, of which only the lower half is read."""
+        axes, layer = len(call.use.layout.kernel), call.layer
+        if axes:
+            moved = isinstance(layer.padding, tuple) and any(layer.padding)
+            if moved or any(step != 1 for step in layer.stride) or not call.input.is_contiguous():
+                return None  # torch's own convolution knows best, as of other memory formats
+        free, groups = call.free[0].reshape(-1), self.bound_layout.groups
+        return symmetric_product(call.input, free, call.bias, self.sign, groups=groups, axes=axes)
+
     def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
         """Fit the rule to one tensor, and choose how to expand its weight."""
         reason = super().bind(layout, dtype)
@@ -247,19 +282,12 @@ class FlipSym(Orbits, ReorderedLaw):
         )
 
 
-Sign = Literal[1, -1]
-
 _LOOKED_UP = 82_944
 """Up to so many entries kernels are looked up one by one: 96 × 96 channels with a 3×3 kernel."""
 
 
 def _is_sign(sign: object) -> bool:
     return isinstance(sign, int) and not isinstance(sign, bool) and sign in (1, -1)
-
-
-def _free_count(c: int, sign: Sign) -> int:
-    """How many values a symmetric or skew matrix has."""
-    return c * (c + sign) // 2
 
 
 def _expand(free: Tensor, sizes: Kernels) -> Tensor:
@@ -276,27 +304,18 @@ def _fold(weight: Tensor, sizes: Kernels) -> Tensor:
 
 # A symmetric or skew matrix: squares along the diagonal, and below each a panel ---------------
 
-_TILE = isqrt(TABLE_ENTRIES)
-
-
-def _tiles(c: int) -> list[tuple[int, int]]:
-    """Where the tiles of ``c`` channels start and stop: as large as a table may be."""
-    return [(start, min(c, start + _TILE)) for start in range(0, c, _TILE)]
-
 
 def _pieces(packed: Tensor, c: int, sign: Sign) -> list[tuple[Tensor, Tensor]]:
     """Views of ``(n, c(c + sign)/2)``: for each tile its triangle and the panel below it.
 
     The last tile's panel is empty, and is left as it is: DTensor cannot reshape it.
     """
-    counts = []
-    for start, stop in _tiles(c):
-        size = stop - start
-        counts += [_free_count(size, sign), (c - stop) * size]
+    sizes = [(stop - start, c - stop) for start, stop in tiles(c)]
+    counts = [count for size, below in sizes for count in (packed_count(size, sign), below * size)]
     parts = packed.split(counts, 1)
     return [
         (triangle, panel.reshape(-1, c - stop, stop - start) if stop < c else panel)
-        for (start, stop), triangle, panel in zip(_tiles(c), parts[::2], parts[1::2], strict=True)
+        for (start, stop), triangle, panel in zip(tiles(c), parts[::2], parts[1::2], strict=True)
     ]
 
 
@@ -307,7 +326,7 @@ def _centre(packed: Tensor, c: int, sign: Sign, unrecorded: bool) -> Tensor:
     # written in place where nobody records: joining the rows would copy the whole again
     matrices = packed.new_empty(n, c, c) if unrecorded and len(pieces) > 1 else None
     rows = []
-    for number, (start, stop) in enumerate(_tiles(c)):
+    for number, (start, stop) in enumerate(tiles(c)):
         triangle, panel = pieces[number]
         size = stop - start
         tile = look_up(_UNPACKED[sign], triangle, size, size * size, unrecorded).reshape(
@@ -315,7 +334,7 @@ def _centre(packed: Tensor, c: int, sign: Sign, unrecorded: bool) -> Tensor:
         )
         row = [
             earlier[:, start - before : stop - before]
-            for (_, before), (_, earlier) in zip(_tiles(c)[:number], pieces[:number], strict=True)
+            for (_, before), (_, earlier) in zip(tiles(c)[:number], pieces[:number], strict=True)
         ]
         row.append(tile)
         if stop < c:
@@ -329,8 +348,8 @@ def _centre(packed: Tensor, c: int, sign: Sign, unrecorded: bool) -> Tensor:
 def _fold_centre(matrices: Tensor, sign: Sign) -> Tensor:
     """The adjoint of `_centre`."""
     n, c, _ = matrices.shape
-    packed = matrices.new_empty(n, _free_count(c, sign))
-    for (start, stop), (triangle, panel) in zip(_tiles(c), _pieces(packed, c, sign), strict=True):
+    packed = matrices.new_empty(n, packed_count(c, sign))
+    for (start, stop), (triangle, panel) in zip(tiles(c), _pieces(packed, c, sign), strict=True):
         tile = matrices[:, start:stop, start:stop].reshape(n, -1)
         triangle.copy_(fold_pairs(_UNPACKED[sign], tile, stop - start, triangle.shape[1]))
         if stop < c:
@@ -343,7 +362,7 @@ def _fold_centre(matrices: Tensor, sign: Sign) -> Tensor:
 def _triangles(matrices: Tensor, sign: Sign) -> Tensor:
     """The inverse of `_centre`, reading the lower triangles."""
     parts = []
-    for start, stop in _tiles(matrices.shape[1]):
+    for start, stop in tiles(matrices.shape[1]):
         tile = matrices[:, start:stop, start:stop]
         # below the diagonal there is the triangle of a tile that is smaller by one
         parts.append(_packed(tile if sign == 1 else tile[:, 1:, :-1]))

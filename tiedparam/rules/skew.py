@@ -11,7 +11,7 @@ from tiedparam.laws import Reason
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.rules.flip_sym import FlipSym
+from tiedparam.rules.flip_sym import Compute, FlipSym
 
 
 @register_rule("skew")
@@ -21,6 +21,9 @@ class Skew(FlipSym):
     The name of `flip_sym` with ``sign=-1`` for matrices alone. Its eigenvalues are imaginary and
     ``⟨Ax, x⟩ = 0``: it turns features and does not stretch them, so that ``dx/dt = Ax`` keeps
     lengths, and ``exp(A)`` is a rotation.
+
+    Args:
+        compute: as `flip_sym` takes it.
 
     Shapes: ``free``: one tensor of ``n(n − 1)/2`` values, as `flip_sym` stores them; ``weight``:
     ``(n, n)``, with zeros on the diagonal. Multiplicity 2.
@@ -36,8 +39,8 @@ class Skew(FlipSym):
     family = "matrices"
     law: str = "W[i, j] = −W[j, i]"
 
-    def __init__(self) -> None:
-        super().__init__(-1)
+    def __init__(self, compute: Compute = "auto") -> None:
+        super().__init__(-1, compute)
         self.law = type(self).law
 
     def options(self) -> dict[str, Any]:

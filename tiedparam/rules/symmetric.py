@@ -11,7 +11,7 @@ from tiedparam.laws import Reason
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.rules.flip_sym import FlipSym
+from tiedparam.rules.flip_sym import Compute, FlipSym
 
 
 @register_rule("symmetric")
@@ -19,6 +19,9 @@ class Symmetric(FlipSym):
     """A matrix that is its own transpose: ``W[i, j] = W[j, i]``.
 
     The name of `flip_sym` for matrices alone. Its eigenvalues are real, and ``⟨Ax, y⟩ = ⟨x, Ay⟩``.
+
+    Args:
+        compute: as `flip_sym` takes it.
 
     Shapes: ``free``: one tensor of ``n(n + 1)/2`` values, as `flip_sym` stores them; ``weight``:
     ``(n, n)``. Multiplicity 2, and 1 on the diagonal.
@@ -34,8 +37,8 @@ class Symmetric(FlipSym):
     family = "matrices"
     law: str = "W[i, j] = W[j, i]"
 
-    def __init__(self) -> None:
-        super().__init__(1)
+    def __init__(self, compute: Compute = "auto") -> None:
+        super().__init__(1, compute)
         self.law = type(self).law
 
     def check(self, layout: Layout) -> Reason | None:
