@@ -26,8 +26,7 @@ def block_diagonal_product(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Te
         y = torch.bmm(parts, blocks.mT)
     else:
         y = torch.baddbmm(bias.reshape(count, 1, outputs), parts, blocks.mT)
-    # cloned: for one row the transpose is contiguous already, and would be a view to autograd
-    y = y.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    y = y.transpose(0, 1).contiguous()
     if is_traced():  # which would write the sizes down as constants
         return y.flatten(1).unflatten(0, x.shape[:-1]) if x.dim() != 2 else y.flatten(1)
     return reshaped_in_place(y, (*x.shape[:-1], count * outputs))
