@@ -16,7 +16,7 @@ from tiedparam.laws.broadcast_costs import cost_of_reduced, cost_of_windows
 from tiedparam.laws.distance import halved_difference
 from tiedparam.laws.forms import Call, form
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.look_up import SMALL, LookedUp
+from tiedparam.laws.look_up import LookedUp
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.reduction import Reduction, equal_outputs, summed_inputs
 from tiedparam.products.matrices import is_eager
@@ -127,70 +127,6 @@ def _views(
     return _Views(kept, halfway, full, layout)
 
 
-<<<<<<< HEAD
-_SAVED = 4  # multiplications per one that is left
-_SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
-_POSITIONS = 64  # of a kernel; windows of more take much memory
-_NEARLY = 0.9  # of what they stand for, where they serve
-_PER_VALUE = {"linear": 5, "convolution": 70, "transposed": 120}  # of input and output
-_SUMMED = 20  # per value, in a convolution of one channel
-_PER_CALL = 600_000  # some 15 µs
-_SPREADING = 2**18  # multiply-adds that take as long as spreading outputs
-_EXPANDING = 1.7  # of that, in the dense form
-_BACKWARD = 2.5  # of that, with gradients
-
-
-def _cost_of_reduced(rule: Broadcast, use: Use) -> float:
-    """Where ``python -m benchmarks --case forms`` saw it lose in no shape, of batch 1 and 32."""
-    how, layout = rule.reduction(), use.layout
-    if how.shared_banks:
-        return 1.0  # each group's outputs are its own
-    saved = how.inputs.copies * how.outputs.copies
-    enough = _SAVED if layout.groups == 1 else _SAVED_IN_GROUPS
-    if saved == 1 or (use.kind != "linear" and saved < enough):
-        return 1.0
-    spreads = use.kind == "linear" and 1 < how.outputs.copies < layout.canonical_shape[0]
-    entries = prod(layout.canonical_shape)
-    if spreads and entries <= SMALL and use.rows is not None and use.rows * entries <= _SPREADING:
-        return 1.0
-    return min(_NEARLY, _share_of_time(how, use))
-
-
-def _share_of_time(how: Reduction, use: Use) -> float:
-    """Of the dense form's time, in multiply-adds that the dense layer makes in as much time.
-
-    On the machine of the result files it is right by a factor of 1.5, so that a report can say
-    what a tie gains; whether the form is taken does not depend on it.
-    """
-    layout = use.layout
-    dense = prod(layout.canonical_shape)
-    moved = layout.canonical_shape[0] + layout.groups * layout.canonical_shape[1]
-    rows = use.rows or (64 if use.kind == "linear" else 4096)
-    per_call = _PER_CALL * (_BACKWARD if use.training else 1)
-    per_value = _SUMMED if use.kind == "convolution" and how.summed else _PER_VALUE[use.kind]
-    reduced = per_call + rows * (how.entries + per_value * moved)
-    return min(_NEARLY, reduced / (_EXPANDING * per_call + rows * dense))
-
-
-def _cost_of_windows(rule: Broadcast, use: Use) -> float | None:
-    """They do what "reduced" does, or "dense" where groups share their filters.
-
-    Which of them is faster depends on the sizes of the input, and is asked at the call.
-    """
-    how, layout = rule.reduction(), use.layout
-    if how.shared_banks:
-        offered, cost = layout.canonical_shape[1] == 1, 1.0
-    else:
-        offered = how.summed and layout.groups == 1 and how.outputs.copies == 1
-        cost = _cost_of_reduced(rule, use)
-    if use.kind != "convolution" or not offered:
-        return None
-    few = prod(layout.kernel) <= _POSITIONS
-    return _NEARLY * cost if few and (how.shared_banks or cost < 1) else 1.0
-
-
-=======
->>>>>>> streams
 class Broadcast(Orbits):
     """A base, repeated along the shared axes of a blocked view of the canonical weight.
 
