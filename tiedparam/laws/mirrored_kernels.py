@@ -84,7 +84,7 @@ def expand(free: Tensor, sizes: Kernels) -> Tensor:
     groups, c, positions, sign = sizes
     if not is_unrecorded(free):
         return _in_plain_operations(free.reshape(-1), sizes)
-    values, plan = free.reshape(-1), _plan(sizes)
+    values, plan = free.contiguous().view(-1), _plan(sizes)
     weight = values.new_empty(groups * c, c, positions)
     if plan.runs:
         reversed_ = values.narrow(0, 0, plan.split).flip(0)
