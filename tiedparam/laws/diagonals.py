@@ -18,6 +18,7 @@ from torch import Tensor
 from tiedparam.laws.forms import Call, Use, form
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.linear_map import LinearMap
+from tiedparam.laws.look_up import SMALL
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.time_of_dense import time_of_dense, usual_rows
 from tiedparam.products.fourier import Diagonal, diagonal_product, length_of
@@ -40,6 +41,8 @@ def _cost_of_fourier(rule: OfDiagonals, use: Use) -> float | None:
     if use.kind != "linear":
         return None
     outputs, inputs = use.layout.canonical_shape
+    if outputs * inputs <= SMALL:
+        return 1.0  # a small weight is looked up at once
     length, rows = length_of(rule.matrix, outputs, inputs), usual_rows(use)
     once = _PER_CALL if length == outputs else _EMBEDDED
     each = length * log2(length) * (_AT_ONCE + rows) / _SPEED
