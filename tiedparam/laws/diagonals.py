@@ -33,13 +33,11 @@ for larger matrices takes longer than to sum strips of rows first, and then the 
 _STRIP = 32
 
 
-def _cost_of_fourier(rule: OfDiagonals, use: Use) -> float | None:
+def _cost_of_fourier(rule: OfDiagonals, use: Use) -> float:
     """In microseconds, from layers of 32 to 4,096 features and 1 to 512 rows in either form.
 
     ``python -m benchmarks --case goals --only fourier`` compares some of them again.
     """
-    if use.kind != "linear":
-        return None
     outputs, inputs = use.layout.canonical_shape
     if outputs * inputs <= SMALL:
         return 1.0  # a small weight is looked up at once
