@@ -71,8 +71,9 @@ def test_larger_weights_and_other_dtypes_are_computed_as_before(rule):
     assert made.look_up(free) is not None
     assert made.look_up(free.double()) is not None
     assert made.look_up(free.bfloat16()) is None  # in which sums lose digits
-    ((made, free),) = maps_of(tp.register_tie(nn.Linear(65, 65), rule))
-    assert made.look_up(free) is None
+    larger = maps_of(tp.register_tie(nn.Linear(65, 65), rule))
+    assert [made for made, free in larger if made.look_up(free) is not None] == []
+    assert larger or rule == "skew"  # which does not even ask
 
 
 def test_fixed_numbers_are_not_looked_up():
@@ -91,7 +92,8 @@ def test_the_table_is_in_no_copy_and_no_file(rule):
     del vars(made)["_look_up"]
     with torch.inference_mode():
         layer(torch.randn(1, 60))
-    assert len(pickle.dumps(layer)) == before
+    assert len(pickle.dumps(layer)) < before + 100  # the table has 28,800 bytes
+    assert b"_look_up" not in pickle.dumps(layer)
     assert b"_look_up" not in pickle.dumps(copy.deepcopy(layer))
     layer(torch.randn(1, 60)).sum().backward()  # a table made in inference mode serves training
     assert layer.parametrizations.weight.original0.grad is not None
