@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -82,6 +85,7 @@ def test_inductor_keeps_the_product():
 @pytest.mark.parametrize("name", ["one filter", "banks", "sum"])
 def test_one_graph_for_every_batch(name):
     layer, dense, x = twins(name)
+    layer = copy.deepcopy(pickle.loads(pickle.dumps(layer)))
     graphs = []
     compiled = torch.compile(layer, backend=recorder(graphs), fullgraph=True, dynamic=True)
     for n in (12, 13, 17):  # no other size of the layer: those would be taken for the same

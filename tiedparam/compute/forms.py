@@ -69,12 +69,16 @@ class Computing:
     def __reduce__(self) -> Any:
         # pickles name no function, and what was measured here says nothing of another machine
         given = (self.rule_class, self.kind, self.layout, self.asked, [*self.forms])
-        return type(self), given, {"_ranks": self._ranks}
+        return type(self), given, self._ranks
+
+    def __setstate__(self, ranks: dict[tuple[int | None, bool, bool], tuple[str, ...]]) -> None:
+        self._ranks.update(ranks)
+        self._settle()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Computing:
         made = Computing(self.rule_class, self.kind, self.layout, self.asked, [*self.forms])
         made.tuned, made.measured = dict(self.tuned), dict(self.measured)
-        made._ranks = dict(self._ranks)
+        made.__setstate__(self._ranks)
         return made
 
     def use(self, rows: int | None = None, training: bool = False, kept: bool = False) -> Use:
@@ -101,20 +105,23 @@ class Computing:
         found = self._orders.get((rows, training, kept, named))
         if found is None:
             names = self._ranked(rule, rows, training, kept) if named != "dense" else ()
-            if named not in ("auto", "dense"):
-                names = (named, *(n for n in names if n != named))
-            found = tuple([self.forms[name] for name in names])
-            self._orders[rows, training, kept, named] = found
+            found = self._orders[rows, training, kept, named] = self._arranged(names, named)
         return found
 
     def rank(self, rule: Rule) -> None:
-        """Rank the forms for traced graphs now: a tracer may take sizes for symbols."""
+        """Order the forms for traced graphs.
+
+        A tracer may take sizes for symbols, which do not compare, and traces anew where it has
+        seen something written down.
+        """
         for training in (False, True):
-            self.order(rule, None, training, False)
+            self._ranked(rule, None, training, False)
+        self._settle()
 
     def choose(self, tuned: Mapping[bool, str]) -> None:
         """Take these forms from now on, without gradients and with; where none is named, any."""
         self.tuned = dict(tuned)
+        self._settle()
 
     def keep(self, form: str, training: bool, gain: float) -> None:
         """Take the form that was measured to be fastest, and remember what it gains."""
@@ -143,6 +150,20 @@ class Computing:
                 cost = form.cost(rule, self.use(rows, training))
                 return 1 / cost if cost else None
         return 1.0
+
+    def _settle(self) -> None:
+        for training in (False, True):
+            names = self._ranks.get((None, training, False))
+            if names is not None:
+                named = self.named(training)
+                self._orders[None, training, False, named] = self._arranged(names, named)
+
+    def _arranged(self, names: tuple[str, ...], named: str) -> tuple[Form, ...]:
+        if named == "dense":
+            return ()
+        if named != "auto":
+            names = (named, *(n for n in names if n != named))
+        return tuple([self.forms[name] for name in names])
 
     def _ranked(self, rule: Rule, rows: int | None, training: bool, kept: bool) -> tuple[str, ...]:
         found = self._ranks.get((rows, training, kept))
@@ -179,8 +200,6 @@ def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | 
         use = Use(kind, layout)
         names = [f.name for f in forms_of(type(rule)) if f.cost(rule, use) is not None]
         computing = Computing(type(rule), kind, layout, rule.compute, names)
-        if rule.compute == "auto":
-            computing.rank(rule)
     offered = [] if computing is None else list(computing.forms)
     if rule.compute not in ("auto", "dense", *offered):
         place = describe(layer, tensor_name)
@@ -190,7 +209,10 @@ def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | 
             raise TieError(place, f"{fact} {why}", "Leave it out.")
         choices = ", ".join(map(repr, ["dense", *offered]))
         raise TieError(place, f"{fact} on this layer.", f"Choose 'auto' or one of {choices}.")
-    return computing if offered else None
+    if computing is None or not offered:
+        return None
+    computing.rank(rule)
+    return computing
 
 
 def _kind_of(layer: nn.Module) -> Kind:
