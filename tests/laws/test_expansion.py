@@ -10,8 +10,8 @@ from torch import nn
 
 import tiedparam as tp
 from tiedparam.laws import look_up, pairs
+from tiedparam.products import tiles
 from tiedparam.products.matrices import is_eager, is_unrecorded, transposed
-from tiedparam.rules import flip_sym
 
 LAYERS = [
     lambda: nn.Linear(9, 9),
@@ -37,7 +37,7 @@ def bounds(request, monkeypatch):
     small, entries, tile = WAYS[request.param]
     monkeypatch.setattr(look_up, "SMALL", small)
     monkeypatch.setattr(pairs, "TABLE_ENTRIES", entries)
-    monkeypatch.setattr(flip_sym, "_TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     for kept in KEPT:
         kept.cache_clear()
     yield entries

@@ -136,5 +136,5 @@ def test_editors_see_the_options():
     over, compute = inspect.signature(RULES["channel_shared"]).parameters.values()
     assert (over.name, over.default, compute.name) == ("over", "in", "compute")
     assert list(inspect.signature(RULES["copy"]).parameters) == ["source", "source_name", "fn"]
-    assert not inspect.signature(RULES["circulant"]).parameters
+    assert not inspect.signature(RULES["persymmetric"]).parameters
     assert inspect.getdoc(RULES["flip_sym"]).startswith("A kernel that is its own flip-transpose")
