@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import tiedparam as tp
-from tests.support import form_of
+from tests.support import computing_of, form_of
 from tests.support.tensors import free_value
-from tiedparam.tie.lookup import tie_of
 
 # law, inputs, outputs, options; odd and prime sizes, not square, short blocks and long ones
 LAYERS: list[tuple[str, int, int, dict[str, Any]]] = [
@@ -191,8 +190,7 @@ def test_exported_programs_hold_plain_operations(given):
 def chosen(law: str, n: int, rows: int, *, kept: bool = False, **options: Any) -> str:
     """The form of a square layer without gradients."""
     layer = tp.register_tie(nn.Linear(n, n), law, init="rescale", **options)
-    tie = tie_of(layer, "weight")
-    order = tie.computing.order(tie.rule, rows, False, kept)
+    order = computing_of(layer).order(tp.get_tie(layer), rows, False, kept)
     return order[0].name if order else "dense"
 
 
