@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Call, Reason, Use, form, mirrored_kernels
-from tiedparam.laws.earlier import (
-    ReorderedLaw,
+from tiedparam.laws.earlier import ReorderedLaw
+from tiedparam.laws.layout import Layout
+from tiedparam.laws.mirrored_kernels import (
+    Kernels,
     of_layout_1,
     of_layout_2,
     shape_of_layout_2,
     shapes_of_layout_1,
 )
-from tiedparam.laws.layout import Layout
-from tiedparam.laws.mirrored_kernels import Kernels
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.pairs import (
     TABLE_ENTRIES,
@@ -29,11 +29,12 @@ from tiedparam.laws.pairs import (
 )
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.products.matrices import is_unrecorded, transposed
+from tiedparam.products.packed_tiles import TILE, Sign, packed_count, tiles
+from tiedparam.products.packed_triangles import packed_triangle, unpacked, unpacked_skew
 from tiedparam.products.panels import symmetric_product
-from tiedparam.products.tiles import TILE, Sign, packed_count, tiles
-from tiedparam.products.triangles import packed_triangle, unpacked, unpacked_skew
+from tiedparam.products.transposition import transposed
 from tiedparam.util.errors import TieError
+from tiedparam.util.torch_modes import is_unrecorded
 
 Compute = Literal["auto", "dense", "panels"]
 
