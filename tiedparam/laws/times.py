@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tiedparam.laws.forms import Use
 
-_USUAL_ROWS = 64  # of a Linear layer where a graph serves any number
+_USUAL_ROWS = 64  # of a Linear layer
 _USUAL_POSITIONS = 4096  # of a convolution's samples together
 _LARGE = 1 << 21  # entries that no cache near the core holds
 
@@ -48,6 +48,11 @@ def relative_time(use: Use, form: Time, dense: Time) -> float:
     return _total(use, form) / _total(use, _KEPT if use.kept else dense)
 
 
+def rows_multiplied(use: Use) -> int:
+    """How many vectors of input; as many as usual where a graph serves any number."""
+    return use.rows or (_USUAL_ROWS if use.kind == "linear" else _USUAL_POSITIONS)
+
+
 def is_trained(use: Use) -> bool:
     """Whether gradients of the free values are taken: not where the weight is kept."""
     return use.training and not use.kept
@@ -56,7 +61,7 @@ def is_trained(use: Use) -> bool:
 def _total(use: Use, time: Time) -> float:
     outputs, inputs = use.layout.canonical_shape[:2]
     entries, values = prod(use.layout.canonical_shape), outputs + use.layout.groups * inputs
-    rows = use.rows or (_USUAL_ROWS if use.kind == "linear" else _USUAL_POSITIONS)
+    rows = rows_multiplied(use)
     reading = 0.2 if entries > _LARGE else 0.06
     # a product of few rows is slower for each of them
     each = reading + 0.0225 * rows + 0.015 * min(rows, 8)

@@ -29,6 +29,7 @@ from tiedparam.laws.pairs import (
 )
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.laws.times import rows_multiplied
 from tiedparam.products.packed_tiles import TILE, Sign, packed_count, tiles
 from tiedparam.products.packed_triangles import packed_triangle, unpacked, unpacked_skew
 from tiedparam.products.panels import symmetric_product
@@ -44,7 +45,7 @@ def _panels_cost(rule: FlipSym, use: Use) -> float | None:
 
     Products by panels are a little slower; the dense form expands, and folds backward.
     """
-    c, rows = use.layout.canonical_shape[1], 64 if use.rows is None else use.rows
+    c, rows = use.layout.canonical_shape[1], rows_multiplied(use)
     if prod(use.layout.kernel) > 1 or use.kind == "transposed" or c <= TILE:
         return None
     product, squares = 1 + 250 / c, 5 + 10_000 / c
