@@ -204,7 +204,9 @@ def test_large_layers_take_it_and_small_ones_do_not():
     assert chosen("hankel", 1024, 64) == "fft"
     assert chosen("block_circulant", 1024, 64, block=64) == "fft"
     assert chosen("block_circulant", 64, 64, block=16) == "dense"
-    assert chosen("block_circulant", 1024, 64, block=2) == "dense"
+    for rows in (1, 8, 64):
+        assert chosen("block_circulant", 1024, rows, block=2) == "dense"
+    assert chosen("circulant", 1024, 8, kept=True) == "fft"  # which is read for few rows
 
 
 @pytest.mark.parametrize("law", ["circulant", "toeplitz", "hankel"])

@@ -52,7 +52,7 @@ def _cost_of_fourier(rule: OfDiagonals, use: Use) -> float:
     return relative_time(use, Time(call + _AT_ONCE * row, product=0, row=row), dense)
 
 
-_DENSE, _DENSE_TRAINED = Time(35, entries=0.065), Time(180, product=3, entries=0.49)
+_DENSE, _DENSE_TRAINED = Time(33, entries=0.065), Time(175, product=3, entries=0.49)
 _PER_CALL = 42.0
 _EMBEDDED = 70.0
 _SPEED = 4_500.0  # of length · log₂(length)

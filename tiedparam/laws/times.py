@@ -62,7 +62,7 @@ def _total(use: Use, time: Time) -> float:
     outputs, inputs = use.layout.canonical_shape[:2]
     entries, values = prod(use.layout.canonical_shape), outputs + use.layout.groups * inputs
     rows = rows_multiplied(use)
-    reading = 0.2 if entries > _LARGE else 0.06
+    reading = 0.2 if entries > _LARGE else 0.05
     # a product of few rows is slower for each of them
     each = reading + 0.0225 * rows + 0.015 * min(rows, 8)
     nanoseconds = entries * (time.product * each + time.entries) + rows * values * time.values

@@ -23,13 +23,14 @@ def _cost_of_fourier(rule: BlockCirculant, use: Use) -> float:
 
     ``python -m benchmarks --case goals --only fourier`` compares some of them again.
     """
-    (outputs, inputs), block = use.layout.canonical_shape, rule.block
-    each = 2.63 if block >= LONG else block / 35 + 0.435  # nanoseconds for each value's transform
-    row = 2 * outputs * inputs / block / 35_000
+    block = rule.block
+    # nanoseconds for each value's transform; the shortest are narrow products
+    each = 2.63 if block >= LONG else block / 35 + 0.3 + 1.5 / block
     if not is_trained(use):
-        return relative_time(use, Time(80, 0, each, each / block, row), Time(35, entries=0.34))
-    fourier = Time(336, 0, 3.3 * each, 3.3 * each / block, 3.3 * row)
-    return relative_time(use, fourier, Time(180, product=3, entries=1.82))
+        fourier = Time(80, 2.5 / block, values=each, entries=each / block)
+        return relative_time(use, fourier, dense=Time(35, entries=0.34))
+    fourier = Time(336, 8.3 / block, values=3.3 * each, entries=4.5 * each / block)
+    return relative_time(use, fourier, dense=Time(180, product=3, entries=1.82))
 
 
 def _multiply_adds(rule: BlockCirculant, use: Use) -> int:
