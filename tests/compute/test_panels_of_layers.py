@@ -9,10 +9,8 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tiedparam.compute.forms import computing_of
+from tests.support import computing_of
 from tiedparam.laws import Use
-from tiedparam.laws.forms import forms_of
-from tiedparam.tie.lookup import tie_of
 
 C = 400  # more than one tile
 
@@ -33,7 +31,7 @@ def _untied(layer: nn.Module) -> nn.Module:
 
 def taken(layer: nn.Module, *inputs) -> list[str]:
     """The forms that computed a call."""
-    computing = tie_of(layer, "weight").values.computing
+    computing = computing_of(layer)
     computing.seen = []
     layer(*inputs)
     seen, computing.seen = computing.seen, None
@@ -118,8 +116,11 @@ def test_layers_without_panels_say_so(build):
 def cost(c: int, rows: int | None, **how) -> float:
     layer = tp.register_tie(nn.Linear(c, c), "flip_sym", init="rescale")
     rule = tp.get_tie(layer)
-    (panels,) = forms_of(type(rule))
-    found = panels.cost(rule, Use("linear", rule.bound_layout, rows, **how))
+    found = (
+        computing_of(layer)
+        .forms["panels"]
+        .cost(rule, Use("linear", rule.bound_layout, rows, **how))
+    )
     assert found is not None
     return found
 
@@ -162,11 +163,11 @@ def test_half_precision_and_autocast_are_dense():
 
 def test_a_layer_offers_panels_by_its_own_sizes():
     layer = tp.register_tie(nn.Conv2d(2 * C, 2 * C, 1, groups=2), "flip_sym", init="rescale")
-    computing = computing_of(layer, "weight", tp.get_tie(layer))
+    computing = computing_of(layer)
     assert computing is not None
     assert list(computing.forms) == ["panels"]
     small = tp.register_tie(nn.Conv2d(2 * C, 2 * C, 1, groups=4), "flip_sym", init="rescale")
-    assert computing_of(small, "weight", tp.get_tie(small)) is None
+    assert computing_of(small) is None
 
 
 def test_compiled_layers_hold_one_operator():

@@ -285,6 +285,30 @@ def test_forward_compute_under_a_wrapper_equals_the_dense_layer(ranks, how):
                 assert_close(result["gradients"][key], value)
 
 
+@pytest.mark.feature("Distributed", "forms of laws (FFT, blocks, panels, …) under DDP and FSDP2")
+@pytest.mark.parametrize("which", list(worker.BY_FORMS))
+@pytest.mark.parametrize(
+    "how", ["ddp", *(pytest.param(how, marks=with_fsdp2) for how in ("layers", "root"))]
+)
+def test_layers_compute_in_their_forms_under_a_wrapper(ranks, which, how):
+    results = ranks(worker.step_by_forms, which=which, how=how)
+    net = worker.net_by_forms(which)
+    dense = tp.untie_model(copy.deepcopy(net))
+    expected = dense(worker.input_of_forms(which))
+    expected.square().mean().backward()
+    wanted = {}
+    for number, (layer, twin) in enumerate(zip(net, dense, strict=True)):
+        wanted[f"{number}.bias"] = twin.bias.grad
+        for index, value in enumerate(tp.get_tie(layer).adjoint(twin.weight.grad)):
+            wanted[f"{number}.parametrizations.weight.original{index}"] = value
+    for result, part in zip(results, expected.detach().chunk(2), strict=True):
+        assert result["forms"] == [[form] for _, _, form, _ in worker.BY_FORMS[which]]
+        assert_close(result["output"], part)
+        assert result["gradients"].keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert_close(result["gradients"][key], value)
+
+
 def assert_refused(message: str | None, *parts: str) -> None:
     """A scenario's attempt was refused, with a message that says all of this."""
     assert message is not None, "not refused"

@@ -1,4 +1,4 @@
-"""Fast expansions against the plain formula: look-ups, transpositions, and their adjoint."""
+"""Fast expansions against the plain formula: look-ups, tiles, and their adjoint."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import nn
 
 import tiedparam as tp
 from tiedparam.laws import look_up, pairs
-from tiedparam.products import tiles
-from tiedparam.products.matrices import is_eager, is_unrecorded, transposed
+from tiedparam.rules import flip_sym
 
 LAYERS = [
     lambda: nn.Linear(9, 9),
@@ -37,7 +36,8 @@ def bounds(request, monkeypatch):
     small, entries, tile = WAYS[request.param]
     monkeypatch.setattr(look_up, "SMALL", small)
     monkeypatch.setattr(pairs, "TABLE_ENTRIES", entries)
-    monkeypatch.setattr(tiles, "TILE", tile)
+    cut = lambda n: [(start, min(n, start + tile)) for start in range(0, n, tile)]  # noqa: E731
+    monkeypatch.setattr(flip_sym, "tiles", cut)
     for kept in KEPT:
         kept.cache_clear()
     yield entries
@@ -135,35 +135,6 @@ def test_traced_graphs_hold_no_table():
     program = torch.export.export(layer, (torch.randn(1, 8, 5, 5),))
     assert not program.constants
     assert sum(t.numel() for t in program.state_dict.values()) == tp.get_tie(layer).free_count
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 5), (3, 5, 1), (2, 3, 4), (1, 40, 70), (5, 64, 33)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_transposed(shape, dtype):
-    matrices = torch.randn(shape).to(dtype)
-    for swift in (True, False):
-        result = transposed(matrices, swift)
-        assert result.is_contiguous()
-        assert torch.equal(result, matrices.transpose(1, 2))
-    strided = torch.randn(shape[0], shape[1], 2 * shape[2])[..., ::2]
-    assert torch.equal(transposed(strided, True), strided.transpose(1, 2))
-
-
-def test_who_is_eager():
-    x = torch.randn(3, requires_grad=True)
-    assert is_eager(x)
-    assert not is_unrecorded(x)
-    with torch.no_grad():
-        assert is_unrecorded(x)
-    assert is_unrecorded(x.detach())
-    assert not is_eager(x.to("meta"))
-    seen = []
-    torch.func.vmap(lambda y: seen.append(is_eager(y)) or y)(x.detach()[None])
-    with torch.autograd.forward_ad.dual_level():
-        seen.append(is_eager(x))
-    torch.compile(lambda y: seen.append(is_eager(y)) or y + 1, backend="eager")(x)
-    torch.jit.trace(lambda y: seen.append(is_eager(y)) or y + 1, (x.detach(),), check_trace=False)
-    assert seen == [False] * 4
 
 
 @pytest.mark.parametrize("sign", [1, -1])

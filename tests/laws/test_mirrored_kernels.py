@@ -10,8 +10,14 @@ from torch import Tensor, nn
 
 import tiedparam as tp
 from tests.support.cases import same_bits
-from tiedparam.laws.earlier import shape_of_layout_2, shapes_of_layout_1
-from tiedparam.laws.mirrored_kernels import Kernels, expand, fold, free_of
+from tiedparam.laws.mirrored_kernels import (
+    Kernels,
+    expand,
+    fold,
+    free_of,
+    shape_of_layout_2,
+    shapes_of_layout_1,
+)
 
 SIZES = [
     Kernels(groups, c, positions, sign)

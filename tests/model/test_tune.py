@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import time
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch import nn
 
 import tiedparam as tp
 from tests.support import form_of
-from tiedparam.compute import timing
 from tiedparam.laws import form
 from tiedparam.rules import Circulant, RowRepeat
 from tiedparam.tie.lookup import tie_of
@@ -31,7 +31,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(timing.time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr(time, "perf_counter", clock.perf_counter)
     return clock
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiedparam.products import panels
+from tiedparam.products.packed_tiles import TILE, packed_count
 from tiedparam.products.panels import symmetric_product
-from tiedparam.products.tiles import TILE, packed_count
 
 # one square; the first that is split; a tile; one row more; two tiles; several, one of them split
 SIZES = [1, 2, 3, 34, 96, 97, 98, 255, 383, TILE, TILE + 1, 2 * TILE, 2 * TILE + 1, 1024, 1150]

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import tiedparam as tp
-from tests.support import form_of
+from tests.support import computing_of, form_of
 from tests.support.tensors import free_value
-from tiedparam.tie.lookup import tie_of
 
 # law, inputs, outputs, options; odd and prime sizes, not square, short blocks and long ones
 LAYERS: list[tuple[str, int, int, dict[str, Any]]] = [
@@ -191,8 +190,7 @@ def test_exported_programs_hold_plain_operations(given):
 def chosen(law: str, n: int, rows: int, *, kept: bool = False, **options: Any) -> str:
     """The form of a square layer without gradients."""
     layer = tp.register_tie(nn.Linear(n, n), law, init="rescale", **options)
-    tie = tie_of(layer, "weight")
-    order = tie.computing.order(tie.rule, rows, False, kept)
+    order = computing_of(layer).order(tp.get_tie(layer), rows, False, kept)
     return order[0].name if order else "dense"
 
 
@@ -206,7 +204,9 @@ def test_large_layers_take_it_and_small_ones_do_not():
     assert chosen("hankel", 1024, 64) == "fft"
     assert chosen("block_circulant", 1024, 64, block=64) == "fft"
     assert chosen("block_circulant", 64, 64, block=16) == "dense"
-    assert chosen("block_circulant", 1024, 64, block=2) == "dense"
+    for rows in (1, 8, 64):
+        assert chosen("block_circulant", 1024, rows, block=2) == "dense"
+    assert chosen("circulant", 1024, 8, kept=True) == "fft"  # which is read for few rows
 
 
 @pytest.mark.parametrize("law", ["circulant", "toeplitz", "hankel"])

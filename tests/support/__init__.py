@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["ROOT", "form_of", "older_than", "peers", "tomllib", "with_fsdp2"]
+__all__ = ["ROOT", "computing_of", "form_of", "older_than", "peers", "tomllib", "with_fsdp2"]
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
@@ -39,9 +39,9 @@ def peers() -> set[str]:
     return {re.match(r"[\w-]+", requirement)[0] for requirement in needed}
 
 
-def computing_of(layer: nn.Module) -> Any:
+def computing_of(layer: nn.Module, tensor_name: str = "weight") -> Any:
     """How a tied layer computes; None if densely alone."""
-    return tie_of(layer, "weight").computing
+    return tie_of(layer, tensor_name).computing
 
 
 def form_of(layer: nn.Module, *, traced: bool = False) -> str:

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 import tiedparam as tp
-from tests.support import form_of
+from tests.support import computing_of, form_of
 from tiedparam.layer import host
 from tiedparam.tie.lookup import named_ties_in
 from tiedparam.util.torch_private import effective
@@ -196,14 +196,70 @@ def structured_outputs(how: str) -> dict:
     model = DistributedDataParallel(net) if how == "ddp" else shard(net, how)
     ((x, y),) = batches(1)
     loss_of(model, my_half(x), my_half(y)).backward()
-    gradients = {}
-    for name, parameter in net.named_parameters():
-        gradient = parameter.grad
-        whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        gradients[name] = whole.clone()
+    gradients = whole_gradients(net)
     with torch.no_grad():
         output = model(my_half(x))
     return {"forms": forms, "output": output, "gradients": gradients}
+
+
+def whole_gradients(net: nn.Module) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, parameter in net.named_parameters():
+        gradient = parameter.grad
+        whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        found[name] = whole.clone()
+    return found
+
+
+BY_FORMS = {
+    "rows": [
+        (lambda: nn.Linear(12, 12), "circulant", "fft", {}),
+        (lambda: nn.Linear(12, 24), "toeplitz", "fft", {}),
+        (lambda: nn.Linear(24, 24), "block_circulant", "fft", {"block": 4}),
+        (lambda: nn.Linear(24, 12), "masked", "blocks", {"pattern": "block_diagonal", "blocks": 3}),
+        (lambda: nn.Linear(12, 24), "set_equivariant", "items", {"items": 6}),
+        (lambda: nn.Linear(24, 12), "hypercomplex", "three", {}),
+        (lambda: nn.Linear(12, 8), "centrosymmetric", "halves", {}),
+    ],
+    "images": [
+        (lambda: nn.Conv2d(8, 392, 1), "group_conv", "fourier", {}),
+        (lambda: nn.Conv2d(392, 392, 1), "flip_sym", "panels", {}),
+    ],
+}
+"""Layers, one after the other, with their law and the form that computes them."""
+
+
+def net_by_forms(which: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(build() for build, *_ in BY_FORMS[which])).double()
+    for layer, (_, rule, form, options) in zip(net, BY_FORMS[which], strict=True):
+        tp.register_tie(layer, rule, compute=form, init="rescale", **options)
+    return net
+
+
+def input_of_forms(which: str) -> torch.Tensor:
+    """The whole batch."""
+    shape = (6, 12) if which == "rows" else (4, 8, 2, 3)
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def step_by_forms(which: str, how: str) -> dict:
+    """One forward and one backward of layers that each have a form of their own."""
+    net = net_by_forms(which)
+    if how == "ddp":
+        model = DistributedDataParallel(net)
+    else:
+        mesh = dist.init_device_mesh("cpu", (2,))
+        for layer in net if how == "layers" else ():
+            fully_shard(layer, mesh=mesh)
+        model = fully_shard(net, mesh=mesh)
+    for layer in net:
+        computing_of(layer).seen = []
+    output = model(my_half(input_of_forms(which)))
+    forms = [computing_of(layer).seen for layer in net]
+    output.square().mean().backward()
+    return {"forms": forms, "output": output.detach(), "gradients": whole_gradients(net)}
 
 
 def late_ties_under_ddp() -> dict:

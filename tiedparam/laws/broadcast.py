@@ -19,13 +19,13 @@ from tiedparam.laws.layout import Layout
 from tiedparam.laws.look_up import LookedUp
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.reduction import Reduction, equal_outputs, summed_inputs
-from tiedparam.products.matrices import is_eager
 from tiedparam.products.reduced import (
     convolution_by_sums,
     convolution_by_windows,
     linear_by_sums,
 )
 from tiedparam.util.errors import Reason
+from tiedparam.util.torch_modes import is_eager
 
 Compute = Literal["auto", "dense", "reduced", "windows"]
 """The forms of a law that repeats a base, and ``"auto"`` for the fastest."""

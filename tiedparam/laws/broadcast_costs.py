@@ -9,6 +9,7 @@ from tiedparam.laws.forms import Use
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.look_up import SMALL
 from tiedparam.laws.reduction import Reduction
+from tiedparam.laws.times import rows_multiplied
 from tiedparam.products.one_filter import FEW_TAPS
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _share_of_time(how: Reduction, use: Use) -> float:
     layout = use.layout
     dense = prod(layout.canonical_shape)
     moved = layout.canonical_shape[0] + layout.groups * layout.canonical_shape[1]
-    rows = use.rows or (64 if use.kind == "linear" else 4096)
+    rows = rows_multiplied(use)
     per_call = _PER_CALL * (_BACKWARD if use.training else 1)
     per_value = _SUMMED if use.kind == "convolution" and how.summed else _PER_VALUE[use.kind]
     reduced = per_call + rows * (how.entries + per_value * moved)

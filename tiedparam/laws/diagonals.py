@@ -20,7 +20,7 @@ from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.look_up import SMALL
 from tiedparam.laws.orbits import Orbits
-from tiedparam.laws.time_of_dense import time_of_dense, usual_rows
+from tiedparam.laws.times import Time, is_trained, relative_time
 from tiedparam.products.fourier import Diagonal, diagonal_product, length_of
 from tiedparam.util.errors import Reason
 
@@ -34,28 +34,30 @@ _STRIP = 32
 
 
 def _cost_of_fourier(rule: OfDiagonals, use: Use) -> float:
-    """In microseconds, from layers of 32 to 4,096 features and 1 to 512 rows in either form.
+    """From layers of 32 to 4,096 features and 1 to 512 rows in either form.
 
     ``python -m benchmarks --case goals --only fourier`` compares some of them again.
     """
     outputs, inputs = use.layout.canonical_shape
     if outputs * inputs <= SMALL:
         return 1.0  # a small weight is looked up at once
-    length, rows = length_of(rule.matrix, outputs, inputs), usual_rows(use)
-    once = _PER_CALL if length == outputs else _EMBEDDED
-    each = length * log2(length) * (_AT_ONCE + rows) / _SPEED
+    length = length_of(rule.matrix, outputs, inputs)
+    call = _PER_CALL if length == outputs else _EMBEDDED
+    row = length * log2(length) / _SPEED
     if length & (length - 1):
-        each *= _NOT_OF_TWOS
-    time = _TRAINING[0] * once + _TRAINING[1] * each if use.training else once + each
-    return time / time_of_dense(use, expanded=8_000.0, folded=1_500.0)
+        row *= _NOT_OF_TWOS
+    dense = _DENSE
+    if is_trained(use):
+        call, row, dense = 4.4 * call, 3.3 * row, _DENSE_TRAINED
+    return relative_time(use, Time(call + _AT_ONCE * row, product=0, row=row), dense)
 
 
+_DENSE, _DENSE_TRAINED = Time(33, entries=0.065), Time(175, product=3, entries=0.49)
 _PER_CALL = 42.0
 _EMBEDDED = 70.0
 _SPEED = 4_500.0  # of length · log₂(length)
 _NOT_OF_TWOS = 2.0  # at most, for the lengths that are taken
 _AT_ONCE = 6  # rows that take as long as what is done once: plans, and the values
-_TRAINING = (4.4, 3.3)
 
 
 def _multiply_adds(rule: OfDiagonals, use: Use) -> int:

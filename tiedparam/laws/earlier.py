@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tiedparam.laws.mirrored_kernels import Kernels
 from tiedparam.laws.rule import Rule
 
 
@@ -40,57 +38,3 @@ def renewed(rule: Rule, free: Sequence[Any]) -> tuple[Tensor, ...] | None:
 
 
 _ORDINARY = Tensor, torch.nn.Parameter  # not those of which a process has a part
-
-
-# flip_sym ---------------------------------------------------------------------------------------
-
-
-def shape_of_layout_2(sizes: Kernels) -> tuple[int, int]:
-    """That of the one tensor."""
-    columns = sizes.c if sizes.free_count % sizes.c == 0 else sizes.c // 2
-    return sizes.free_count // columns, columns
-
-
-def shapes_of_layout_1(sizes: Kernels) -> list[tuple[int, ...]]:
-    """Those of the first half of the positions, and of the middle."""
-    groups, c, positions, _ = sizes
-    halves = [(groups * c, c, positions // 2)] if positions > 1 else []
-    return [*halves, (groups, c * (c + 1) // 2)] if positions % 2 else [*halves]
-
-
-def of_layout_1(free: Sequence[Tensor], sizes: Kernels) -> Tensor:
-    """The canonical weight ``(groups, c, c, positions)``: halves kernel by kernel, then the middle.
-
-    The middle is in rectangular full packed format (LAPACK working note 199): the lower triangle
-    ``[[A, 0], [B, D]]`` is a rectangle of ``A`` and ``B``, and in the corner that ``A`` leaves free
-    is ``Dᵀ``.
-    """
-    groups, c, positions, _ = sizes
-    parts = []
-    if positions > 1:
-        halves = free[0].reshape(groups, c, c, positions // 2)
-        parts = [halves, halves.transpose(1, 2).flip(-1)]
-    if positions % 2:
-        even, columns = 1 - c % 2, (c + 1) // 2
-        rectangle = free[-1].reshape(groups, c + even, columns)
-        corner = rectangle[:, : c // 2, 1 - even :].transpose(1, 2)
-        lower = torch.cat([rectangle[:, even:], F.pad(corner, (0, 0, columns, 0))], 2)
-        middle = lower.tril() + lower.tril(-1).transpose(1, 2)
-        parts.insert(1, middle[..., None])
-    return torch.cat(parts, -1)
-
-
-def of_layout_2(halves: Tensor, middle: Tensor | None, sizes: Kernels) -> Tensor:
-    """The weight ``(groups, c, c, positions)``: slices of the first half of the positions.
-
-    Args:
-        halves: those, one after the other.
-        middle: the slice in the middle of odd kernels, ``(groups, c, c)``.
-        sizes: of the weight.
-    """
-    groups, c, _, sign = sizes
-    slices = halves.reshape(-1, groups, c, c)
-    images = slices.transpose(2, 3).flip(0)
-    between = [] if middle is None else [middle[None]]
-    every = [slices, *between, images if sign == 1 else -images]
-    return torch.cat(every).permute(1, 2, 3, 0)

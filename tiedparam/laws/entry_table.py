@@ -16,10 +16,11 @@ from torch import Tensor
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.look_up import LookUp
 from tiedparam.laws.pattern import Pattern
-from tiedparam.products.matrices import is_unrecorded, transposed
+from tiedparam.products.transposition import transposed
 from tiedparam.util.torch_modes import (
     beside,
     is_transformed,
+    is_unrecorded,
     plain_numbers,
 )
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from tiedparam.laws.look_up import LookedUp
-from tiedparam.products.matrices import is_eager
-from tiedparam.util.torch_modes import is_traced_or_transformed, may_carry_tangents
+from tiedparam.util.torch_modes import is_eager, is_traced_or_transformed, may_carry_tangents
 
 
 class LinearMap(LookedUp):

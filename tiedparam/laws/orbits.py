@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from tiedparam.laws.cells import consecutive_cells, why_no_cell
 from tiedparam.laws.dtypes import why_not_in
@@ -263,13 +262,6 @@ class Orbits(Rule):
             f"its cell() is {self.cell()}, and a weight made of such cells breaks the law.",
             "Correct the rule: name all axes that the law mixes, or leave out cell().",
         )
-
-    def for_layout(self, layout: Layout) -> Self:
-        """The rule as if it were bound to another layout, to ask for its symmetries."""
-        other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.layout = layout
-        return other
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the table, which is found again."""

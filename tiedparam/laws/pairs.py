@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.look_up import SMALL
-from tiedparam.products.matrices import is_eager
+from tiedparam.util.torch_modes import is_eager
 
 TABLE_ENTRIES = 147_456
 """Up to so many entries are looked up: the weight of 128 × 128 channels with a 3×3 kernel."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from tiedparam.laws.distance import halved_difference, relative_distance
 from tiedparam.laws.layout import Layout
@@ -306,7 +307,7 @@ class Rule(nn.Module, metaclass=OwnMembers):
     def bind_device(self, device: torch.device) -> None:
         """Keep what `forward` computes with, apart from the free values, on this device."""
 
-    def for_layout(self, layout: Layout) -> Rule:
+    def for_layout(self, layout: Layout) -> Self:
         """The rule as if it were bound to another layout, to ask for its symmetries."""
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tiedparam.products.linear_rows import plus, rows_of, shaped_like
 from tiedparam.products.opaque import Opaque
-from tiedparam.products.rows import plus, rows_of, shaped_like
 
 
 def _output(x: Tensor, upper: Tensor, bias: Tensor | None) -> Tensor:

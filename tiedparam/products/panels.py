@@ -4,7 +4,7 @@ Of a symmetric matrix only the part below the diagonal is stored. Each panel of 
 once as it is and once transposed, so that a product reads half of the memory that it would read
 of the whole matrix, and nothing need be expanded, nor folded backward. Only small squares along
 the diagonal are looked up, one tile after the other, so that they stay in the cache. How the values
-lie is said in `tiedparam.products.tiles`.
+lie is said in `tiedparam.products.packed_tiles`.
 
 The gradient of the input is the same product; that of the values has as many multiplications as
 the dense one, and half of its size.
@@ -18,9 +18,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tiedparam.products.matrices import transposed
 from tiedparam.products.opaque import Opaque
-from tiedparam.products.tiles import Frame, Sign, frame_of, packed_count
+from tiedparam.products.packed_tiles import Frame, Sign, frame_of, packed_count
+from tiedparam.products.transposition import transposed
 
 _PAGE = 4096  # bytes; rows of a matrix that lie so far apart meet in the same places of a cache
 _PAD = 32  # entries after each row, which move them apart
@@ -42,7 +42,7 @@ def symmetric_product(
 
     Args:
         input: ``(..., groups · n, *positions)``.
-        packed: ``(groups · n(n + sign)/2,)``, in the order of `tiedparam.products.tiles`.
+        packed: ``(groups · n(n + sign)/2,)``, in the order of `tiedparam.products.packed_tiles`.
         bias: ``(groups · n,)`` or None.
         sign: of ``W[j, i] = sign · W[i, j]``.
         groups: of features, each with a matrix of its own.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tiedparam.products.linear_rows import rows_of, shaped_like
 from tiedparam.products.opaque import Opaque
-from tiedparam.products.rows import rows_of, shaped_like
 
 _WIDE = 32
 """Items of a set that are enough for a product of their own; with 4 that takes 7 times as long."""

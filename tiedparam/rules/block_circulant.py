@@ -14,21 +14,23 @@ from tiedparam.laws.diagonals import Compute
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.laws.time_of_dense import time_of_dense, usual_rows
+from tiedparam.laws.times import Time, is_trained, relative_time
 from tiedparam.products.circulant_blocks import LONG, block_circulant_product
 
 
 def _cost_of_fourier(rule: BlockCirculant, use: Use) -> float:
-    """In microseconds, from layers of 64 to 4,096 features, 1 to 512 rows, and blocks from 2 on.
+    """From layers of 64 to 4,096 features, 1 to 512 rows, and blocks from 2 on.
 
     ``python -m benchmarks --case goals --only fourier`` compares some of them again.
     """
-    (outputs, inputs), rows, block = use.layout.canonical_shape, usual_rows(use), rule.block
-    transformed = outputs * inputs / block + rows * (outputs + inputs)
-    each = 1 / 380 if block >= LONG else block / 35_000 + 1 / 2_300
-    time = transformed * each + 2 * rows * outputs * inputs / block / 35_000
-    time = 4.2 * 80.0 + 3.3 * time if use.training else 80.0 + time
-    return time / time_of_dense(use, expanded=2_500.0, folded=500.0)
+    block = rule.block
+    # nanoseconds for each value's transform; the shortest are narrow products
+    each = 2.63 if block >= LONG else block / 35 + 0.3 + 1.5 / block
+    if not is_trained(use):
+        fourier = Time(80, 2.5 / block, values=each, entries=each / block)
+        return relative_time(use, fourier, dense=Time(35, entries=0.34))
+    fourier = Time(336, 8.3 / block, values=3.3 * each, entries=4.5 * each / block)
+    return relative_time(use, fourier, dense=Time(180, product=3, entries=1.82))
 
 
 def _multiply_adds(rule: BlockCirculant, use: Use) -> int:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Call, Reason, Use, form, mirrored_kernels
-from tiedparam.laws.earlier import (
-    ReorderedLaw,
+from tiedparam.laws.earlier import ReorderedLaw
+from tiedparam.laws.layout import Layout
+from tiedparam.laws.mirrored_kernels import (
+    Kernels,
     of_layout_1,
     of_layout_2,
     shape_of_layout_2,
     shapes_of_layout_1,
 )
-from tiedparam.laws.layout import Layout
-from tiedparam.laws.mirrored_kernels import Kernels
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.pairs import (
     TABLE_ENTRIES,
@@ -29,11 +29,13 @@ from tiedparam.laws.pairs import (
 )
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.products.matrices import is_unrecorded, transposed
+from tiedparam.laws.times import rows_multiplied
+from tiedparam.products.packed_tiles import TILE, Sign, packed_count, tiles
+from tiedparam.products.packed_triangles import packed_triangle, unpacked, unpacked_skew
 from tiedparam.products.panels import symmetric_product
-from tiedparam.products.tiles import TILE, Sign, packed_count, tiles
-from tiedparam.products.triangles import packed_triangle, unpacked, unpacked_skew
+from tiedparam.products.transposition import transposed
 from tiedparam.util.errors import TieError
+from tiedparam.util.torch_modes import is_unrecorded
 
 Compute = Literal["auto", "dense", "panels"]
 
@@ -43,7 +45,7 @@ def _panels_cost(rule: FlipSym, use: Use) -> float | None:
 
     Products by panels are a little slower; the dense form expands, and folds backward.
     """
-    c, rows = use.layout.canonical_shape[1], 64 if use.rows is None else use.rows
+    c, rows = use.layout.canonical_shape[1], rows_multiplied(use)
     if prod(use.layout.kernel) > 1 or use.kind == "transposed" or c <= TILE:
         return None
     product, squares = 1 + 250 / c, 5 + 10_000 / c

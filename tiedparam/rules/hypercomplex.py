@@ -18,7 +18,7 @@ from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
 from tiedparam.laws.times import Time, relative_time
-from tiedparam.products.hypercomplex import SIGNS, complex_product, component_product
+from tiedparam.products.hypercomplex_matrices import SIGNS, complex_product, component_product
 
 Algebra = Literal["complex", "quaternion"]
 Compute = Literal["auto", "dense", "components", "three"]

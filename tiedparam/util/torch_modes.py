@@ -101,6 +101,16 @@ def is_ordinary(*tensors: Tensor) -> bool:
     return not is_traced_or_transformed() and not may_carry_tangents()
 
 
+def is_eager(tensor: Tensor) -> bool:
+    """Whether this is an ordinary CPU tensor that is not traced, transformed or dual."""
+    return tensor.is_cpu and is_ordinary(tensor)
+
+
+def is_unrecorded(tensor: Tensor) -> bool:
+    """Whether, besides, no gradient of it is being recorded."""
+    return is_eager(tensor) and not (torch.is_grad_enabled() and tensor.requires_grad)
+
+
 @contextmanager
 def plain_numbers() -> Iterator[None]:
     """Compute on the CPU with real numbers and without gradients, whatever mode is at work.

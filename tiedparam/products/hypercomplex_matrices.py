@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tiedparam.products.linear_rows import plus, rows_of, shaped_like
 from tiedparam.products.opaque import Opaque
-from tiedparam.products.rows import plus, rows_of, shaped_like
 
 # e[p]·e[q] = SIGNS[p][q]·e[p ^ q], for 1, i, j, k; those of 1, i are the complex ones
 SIGNS = ((1, 1, 1, 1), (1, -1, 1, -1), (1, -1, -1, 1), (1, 1, -1, -1))

@@ -11,19 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tiedparam.util.torch_modes import is_ordinary
-
 _FEW = 1024  # entries: below, the shuffle's fixed cost is the larger one
-
-
-def is_eager(tensor: Tensor) -> bool:
-    """Whether this is an ordinary CPU tensor that is not traced, transformed or dual."""
-    return tensor.is_cpu and is_ordinary(tensor)
-
-
-def is_unrecorded(tensor: Tensor) -> bool:
-    """Whether, besides, no gradient of it is being recorded."""
-    return is_eager(tensor) and not (torch.is_grad_enabled() and tensor.requires_grad)
 
 
 def transposed(matrices: Tensor, unrecorded: bool) -> Tensor:
@@ -31,7 +19,8 @@ def transposed(matrices: Tensor, unrecorded: bool) -> Tensor:
 
     Args:
         matrices: ``(n, g, k)``.
-        unrecorded: whether `is_unrecorded` holds; the caller asks once for all.
+        unrecorded: whether `tiedparam.util.torch_modes.is_unrecorded` holds, which the caller
+            asks once for all.
     """
     count, rows, columns = matrices.shape
     if rows == 1 or columns == 1:
