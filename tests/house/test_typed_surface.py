@@ -187,6 +187,14 @@ def refusal(rule, example, **option) -> tp.TieError | None:
     return None
 
 
+WITH_FORMS = (
+    lambda: nn.Conv1d(6, 12, 3, groups=6),
+    lambda: nn.Conv2d(8, 8, 1),
+    lambda: nn.Linear(400, 400),
+)
+"""Layers that have whatever forms their law offers: some are for large ones."""
+
+
 @pytest.mark.parametrize(
     ("rule", "option", "values"), OPTIONS, ids=[f"{rule.name}-{name}" for rule, name, _ in OPTIONS]
 )
@@ -195,7 +203,7 @@ def test_the_values_that_are_typed_are_those_that_are_taken(rule, option, values
     if option == "compute":  # a layer that has every form, with the least and with other options
         least = {k: v for k, v in examples[0].options.items() if k in required_options(rule)}
         every = [least, *(example.options for example in examples)]
-        examples += [tp.Example(lambda: nn.Conv1d(6, 12, 3, groups=6), each) for each in every]
+        examples += [tp.Example(build, each) for build in WITH_FORMS for each in every]
     taken, told = set(), set()
     for example in examples:
         taken |= {value for value in values if refusal(rule, example, **{option: value}) is None}

@@ -575,7 +575,7 @@ def test_what_has_no_name_is_not_written(tmp_path, entry, message):
         ('[[tie]]\nrule = "flip_sym"\nlayers = "a"\noptions = 3', "options must be a table"),
         ('[[tie]]\nrule = "row_repeat"\nlayers = "a"\noptions = {group = 3}',
          "options of 'row_repeat': the key 'group' is unknown. Did you mean 'groups'"),
-        ('[[tie]]\nrule = "circulant"\nlayers = "a"\noptions = {x = 3}', "the key 'x' is unknown. There are none"),
+        ('[[tie]]\nrule = "persymmetric"\nlayers = "a"\noptions = {x = 3}', "the key 'x' is unknown. There are none"),
         ('[[tie]]\nrule = "copy"\nlayers = "a"', "missing a required argument: 'source'"),
         ('[[tie]]\nrule = "copy"\nlayers = "a"\noptions = {source = "b", fn = "os.system"}',
          "fn='os.system' is not a known function"),

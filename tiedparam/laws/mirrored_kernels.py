@@ -236,8 +236,11 @@ def _plan(sizes: Kernels) -> _Plan:
         taken, looked_up = taken + rows * own, looked_up + rows * other
     split = groups * count
     with plain_numbers():
-        group, channel = torch.arange(groups)[:, None, None], torch.arange(c)[:, None]
-        position = torch.arange(positions)
+        group, channel = (
+            torch.arange(groups, device="cpu")[:, None, None],
+            torch.arange(c, device="cpu")[:, None],
+        )
+        position = torch.arange(positions, device="cpu")
         entries = group * block + channel * kernel + position
         mirrored = torch.minimum(position, positions - 1 - position)
         of_halves = split + (group * c + channel) * sizes.half + mirrored
@@ -261,13 +264,16 @@ def _kernel_tables(groups: int, c: int) -> tuple[Tensor, Tensor]:
     """``images`` and ``mirrors`` of `_Plan`."""
     runs = _runs(c)
     if not runs:
-        return torch.empty(0), torch.empty(0)
-    between = torch.arange(c * c)[:-1].view(c - 1, c + 1)[:, 1:]
+        return torch.empty(0, device="cpu"), torch.empty(0, device="cpu")
+    between = torch.arange(c * c, device="cpu")[:-1].view(c - 1, c + 1)[:, 1:]
     own = torch.cat([between[first:last, :free].flatten() for first, last, free in runs])
     others = torch.cat([between[first:last, free:].flatten() for first, last, free in runs])
     mirrors = own % c * c + own // c
-    number, group = torch.empty(c * c, dtype=torch.int64), torch.arange(groups)[:, None]
-    number[mirrors] = torch.arange(len(own))
+    number, group = (
+        torch.empty(c * c, dtype=torch.int64, device="cpu"),
+        torch.arange(groups, device="cpu")[:, None],
+    )
+    number[mirrors] = torch.arange(len(own), device="cpu")
     images = (groups - group) * len(own) - 1 - number[others]
     return images.flatten(), (group * c * c + mirrors).flatten().flip(0)
 

@@ -24,9 +24,9 @@ class Reduction:
 
     Example:
         >>> layer = tp.register_tie(nn.Conv1d(4, 6, 3), "channel_shared", over="in")
-        >>> tp.get_tie(layer).reduction()
-        Reduction(inputs=Parts(sizes=(4,), shared=(0,)), outputs=Parts(sizes=(6,), shared=()),
-                  summed=True, shared_banks=False, entries=18)
+        >>> found = tp.get_tie(layer).reduction()
+        >>> found.inputs, found.summed, found.entries
+        (Parts(sizes=(4,), shared=(0,)), True, 18)
     """
 
     inputs: Parts

@@ -27,7 +27,7 @@ class Time(NamedTuple):
         entries: nanoseconds for each entry of the weight, for making what is multiplied by.
         row: microseconds for each row, for what its length alone does not tell.
 
-    Example:
+    As in:
         >>> from tiedparam.laws.times import Time
         >>> Time(call=60, product=0.5)  # half of the multiplications, and some calls
         Time(call=60, product=0.5, values=0.0, entries=0.0, row=0.0)

@@ -44,7 +44,7 @@ def block_circulant_product(
         bias: ``(m,)`` or None.
         block: ``b``, which divides ``m`` and ``n``.
 
-    Example:
+    As in:
         >>> from tiedparam.products.circulant_blocks import block_circulant_product
         >>> values = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
         >>> block_circulant_product(torch.tensor([0.0, 1.0, 0.0, 0.0]), values, None, 2).round()
@@ -101,7 +101,7 @@ def _output(input: Tensor, values: Tensor, bias: Tensor | None, block: int) -> T
     return input.new_empty(*input.shape[:-1], values.shape[0] * block)
 
 
-_PRODUCT = Opaque(
+_PRODUCT: Opaque = Opaque(
     "block_circulant_product(Tensor input, Tensor values, Tensor? bias, int block) -> Tensor",
     _forward,
     _backward,

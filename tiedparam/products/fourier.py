@@ -49,7 +49,7 @@ def diagonal_product(
             * ``"toeplitz"``: ``W[o, c] = w[o − c]``, from ``w[−(n − 1)]`` to ``w[m − 1]``.
             * ``"hankel"``: ``W[o, c] = w[o + c]``, from ``w[0]`` to ``w[m + n − 2]``.
 
-    Example:
+    As in:
         >>> from tiedparam.products.fourier import diagonal_product
         >>> x, values = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
         >>> diagonal_product(x, values[:, :3], None, "circulant").round()  # the second column
@@ -83,7 +83,7 @@ def _output(input: Tensor, values: Tensor, bias: Tensor | None, matrix: Diagonal
     return input.new_empty(*input.shape[:-1], _circle_of(matrix, input, values).outputs)
 
 
-_PRODUCT = Opaque(
+_PRODUCT: Opaque = Opaque(
     "diagonal_product(Tensor input, Tensor values, Tensor? bias, str matrix) -> Tensor",
     _forward,
     _backward,
@@ -101,7 +101,7 @@ def good_length(least: int) -> int:
     Real transforms are fast for multiples of 8 whose other factors are 2, 3, 5 and 7, and faster
     by a quarter for powers of 2; odd lengths take three times as long.
 
-    Example:
+    As in:
         >>> from tiedparam.products.fourier import good_length
         >>> good_length(2047), good_length(1999), good_length(1100), good_length(3)
         (2048, 2048, 1120, 8)

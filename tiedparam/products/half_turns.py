@@ -49,7 +49,7 @@ def _beside_reverse(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.flip(1)])
 
 
-turned_product = Opaque(
+turned_product: Opaque = Opaque(
     "turned_product(Tensor x, Tensor upper, Tensor? bias) -> Tensor",
     _turned,
     _turned_gradients,
@@ -106,7 +106,7 @@ def _joined(sums: Tensor, differences: Tensor, by_sums: Tensor, by_differences: 
     return torch.cat([even + odd, (even - odd).flip(1)], 1)
 
 
-halved_product = Opaque(
+halved_product: Opaque = Opaque(
     "halved_product(Tensor x, Tensor upper, Tensor? bias) -> Tensor",
     _halved,
     _halved_gradients,

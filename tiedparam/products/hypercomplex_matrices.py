@@ -62,7 +62,7 @@ def _gradients_by_components(
     return of_x, of_columns, rows.sum(0) if needs[2] else None
 
 
-component_product = Opaque(
+component_product: Opaque = Opaque(
     "component_product(Tensor x, Tensor columns, Tensor? bias, int n) -> Tensor",
     _by_components,
     _gradients_by_components,
@@ -114,7 +114,7 @@ def _complex_gradients(
     return of_x, of_columns, rows.sum(0) if needs[2] else None
 
 
-complex_product = Opaque(
+complex_product: Opaque = Opaque(
     "complex_product(Tensor x, Tensor columns, Tensor? bias) -> Tensor",
     _complex,
     _complex_gradients,

@@ -117,7 +117,7 @@ def _output(
     return input.new_empty(n, channels, *outputs)
 
 
-one_filter = Opaque(
+one_filter: Opaque = Opaque(
     "one_filter(Tensor input, Tensor filter, Tensor? bias, int[] padding, int[] dilation)"
     " -> Tensor",
     _forward,

@@ -51,7 +51,7 @@ def symmetric_product(
     Returns:
         The input's shape, contiguous and in memory of its own.
 
-    Example:
+    As in:
         >>> from tiedparam.products.panels import symmetric_product
         >>> symmetric_product(torch.eye(2), torch.tensor([2.0, 0.0, 1.0]))
         tensor([[0., 2.],
@@ -96,7 +96,7 @@ def _backward(
     return d_input, d_packed, d_bias
 
 
-_PRODUCT = Opaque(
+_PRODUCT: Opaque = Opaque(
     "symmetric_product"
     "(Tensor input, Tensor packed, Tensor? bias, int sign, int groups, int axes) -> Tensor",
     _forward,
@@ -141,7 +141,7 @@ def _values_like(left: Tensor, right: Tensor, sign: Sign, groups: int, axes: int
     return left.new_empty(groups * packed_count(n, sign))
 
 
-_OUTER = Opaque(
+_OUTER: Opaque = Opaque(
     "symmetric_outer(Tensor left, Tensor right, int sign, int groups, int axes) -> Tensor",
     _forward_outer,
     _backward_outer,

@@ -118,7 +118,7 @@ def _blocks(fields: Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(samples, start + step)
 
 
-quarter_turn_product = Opaque(
+quarter_turn_product: Opaque = Opaque(
     "quarter_turn_product(Tensor x, Tensor free, Tensor? bias) -> Tensor",
     _product,
     _gradients,

@@ -35,7 +35,7 @@ class Parts:
         kept: the sizes with 1 where everything is equal.
         copies: how many stand for one.
 
-    Example:
+    As in:
         >>> from tiedparam.products.reduced import Parts
         >>> heads = Parts((4, 2, 64), shared=(1,))  # pairs of equal heads
         >>> heads.kept, heads.copies

@@ -66,7 +66,7 @@ def _gradients(
     return of_x, of_free, rows.sum(0) if needs[2] else None
 
 
-set_product = Opaque(
+set_product: Opaque = Opaque(
     "set_product(Tensor x, Tensor free, Tensor? bias, int items) -> Tensor",
     _product,
     _gradients,

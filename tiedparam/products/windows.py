@@ -240,7 +240,7 @@ def _output(input: Tensor, filters: Tensor, bias: Tensor | None, *geometry: Any)
     return input.new_empty(n, groups * filters.shape[0], *outputs_of(Geometry(*geometry), sizes))
 
 
-_product = Opaque(
+_product: Opaque = Opaque(
     "convolve_by_windows(Tensor input, Tensor filters, Tensor? bias,"
     " int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor",
     _forward,
