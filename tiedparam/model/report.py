@@ -281,7 +281,7 @@ def _row(path: str, tie: Tie, paths: dict[int, str], work: cost.Work | None) -> 
     sample: list[Tensor] = [*stored]
     if not stored and not rule.reads_layers:  # laws together may leave nothing
         sample = [tie.tied()]
-    like = sample[0] if sample else torch.empty(())
+    like = sample[0] if sample else torch.empty((), device="cpu")
     gains = cost.gains(
         layer, name, rule, like, computing=tie.computing, rows=work.rows if work else None
     )
