@@ -206,8 +206,8 @@ def _tables(block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     0, and ``b / 2`` if there is one.
     """
     with plain_numbers():
-        place = torch.arange(block, dtype=torch.float64)
-        inner = torch.arange(1, (block + 1) // 2, dtype=torch.float64)
+        place = torch.arange(block, dtype=torch.float64, device="cpu")
+        inner = torch.arange(1, (block + 1) // 2, dtype=torch.float64, device="cpu")
         angles = 2 * math.pi / block * torch.outer(inner, place).remainder(block)
         alone = [torch.ones_like(place), torch.cos(math.pi * place)][: 2 - block % 2]
         table = torch.cat([angles.cos(), -angles.sin(), torch.stack(alone)])
