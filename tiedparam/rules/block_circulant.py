@@ -18,12 +18,14 @@ from tiedparam.laws.time_of_dense import time_of_dense, usual_rows
 from tiedparam.products.circulant_blocks import LONG, block_circulant_product
 
 
-def _cost_of_fourier(rule: BlockCirculant, use: Use) -> float:
+def _cost_of_fourier(rule: BlockCirculant, use: Use) -> float | None:
     """In microseconds, from layers of 64 to 4,096 features, 1 to 512 rows, and blocks from 2 on.
 
     ``python -m benchmarks --case goals --only fourier`` compares some of them again.
     """
     (outputs, inputs), rows, block = use.layout.canonical_shape, usual_rows(use), rule.block
+    if block == 1:
+        return None  # nothing to transform
     transformed = outputs * inputs / block + rows * (outputs + inputs)
     each = 1 / 380 if block >= LONG else block / 35_000 + 1 / 2_300
     time = transformed * each + 2 * rows * outputs * inputs / block / 35_000
