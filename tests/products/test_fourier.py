@@ -81,6 +81,16 @@ def test_first_and_second_derivatives(matrix, outputs, inputs):
     assert gradgradcheck(product, tensors)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_outputs_are_no_views_so_that_they_can_be_written_to(matrix, rows):
+    x, values, _ = drawn(matrix, 13, 13, rows)
+    y = diagonal_product(x, values, None, matrix)
+    assert y._base is None
+    assert y.untyped_storage().nbytes() == y.numel() * y.element_size()
+    y.relu_().sum().backward()
+
+
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_any_leading_axes_and_strides(matrix):

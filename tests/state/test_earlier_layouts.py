@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import tiedparam as tp
+from tiedparam.laws.earlier import shape_of_layout_2
+from tiedparam.laws.mirrored_kernels import Kernels
 
 FOLDER = Path(__file__).parents[1] / "files"
 KEY = "0.parametrizations.weight.original0"
@@ -76,6 +78,46 @@ def test_averages_of_an_earlier_layout_step_as_todays(build):
     assert not torch.equal(now, free_of(start))
     for key, value in state.items():
         assert torch.equal(torch.as_tensor(its_state[key]), torch.as_tensor(value)), key
+
+
+KINDS = {  # in which way an entry of the state follows
+    "exp_avg": 1,
+    "exp_avg_sq": 2,
+    "max_exp_avg_sq": 2,
+    "momentum_buffer": 1,
+    "square_avg": 2,
+    "acc_delta": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [*OPTIMIZERS.values(), lambda p: torch.optim.Adadelta(p, lr=0.1)],
+    ids=[*OPTIMIZERS, "adadelta"],
+)
+def test_squares_of_an_earlier_layout_stay_squares_under_a_law_with_a_sign(build):
+    """A free value may now stand for minus what it did."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    tp.register_tie(model[0], "flip_sym", sign=-1)
+    rule, free = tp.get_tie(model[0]), free_of(model)
+    earlier = torch.arange(1.0, free.numel() + 1).view(shape_of_layout_2(Kernels(1, 4, 9, -1)))
+    (now,) = rule.from_earlier([earlier])
+    assert (now < 0).any()
+    optimizer = build(model.parameters())
+    free.grad = torch.zeros_like(free)
+    optimizer.step()
+    content = optimizer.state_dict()
+    (number,) = (n for n, p in enumerate(model.parameters()) if p is free)
+    for key in KINDS.keys() & content["state"][number].keys():
+        content["state"][number][key] = earlier ** KINDS[key]
+    optimizer.load_state_dict(content)
+    optimizer.step()
+    for key, value in optimizer.state[free].items():
+        if torch.is_tensor(value) and value.dim() > 0:
+            expected = now ** KINDS[key]
+            torch.testing.assert_close(value / value[0, 0], expected / expected[0, 0], msg=key)
+            assert (value >= 0).all() == (KINDS[key] == 2), key
+    assert free.isfinite().all()
 
 
 def test_averages_of_an_earlier_layout_follow_the_end_of_the_tie():

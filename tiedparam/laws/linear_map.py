@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tiedparam.laws.look_up import LookedUp
+from tiedparam.util.batched import one_by_one
 from tiedparam.util.torch_modes import is_eager, is_traced_or_transformed, may_carry_tangents
 
 
@@ -60,12 +61,15 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        folded: Tensor
-        if torch.is_grad_enabled():
-            folded = _Fold.apply(gradient, ctx.map)
-        else:  # nobody will differentiate again
-            folded = ctx.map.fold(gradient.contiguous())
-        return folded.view(ctx.shape), *ctx.others
+        def fold(gradient: Tensor) -> tuple[Tensor]:
+            folded: Tensor
+            if torch.is_grad_enabled():
+                folded = _Fold.apply(gradient, ctx.map)
+            else:  # nobody will differentiate again
+                folded = ctx.map.fold(gradient.contiguous())
+            return (folded.view(ctx.shape),)
+
+        return *one_by_one(fold, gradient), *ctx.others
 
 
 class _Fold(torch.autograd.Function):
@@ -76,5 +80,8 @@ class _Fold(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        weight: Tensor = _Expand.apply(gradient.contiguous(), ctx.map.linear)
-        return weight, None
+        def expand(gradient: Tensor) -> tuple[Tensor]:
+            weight: Tensor = _Expand.apply(gradient.contiguous(), ctx.map.linear)
+            return (weight,)
+
+        return *one_by_one(expand, gradient), None

@@ -208,7 +208,8 @@ class _Circle(ABC):
         if size == self.length:
             return rows if bias is None else rows.add_(bias)
         rows = rows[..., :size]
-        return rows.contiguous() if bias is None else rows + bias
+        # a single row would be contiguous as it is, and a view
+        return rows.clone(memory_format=torch.contiguous_format) if bias is None else rows + bias
 
     def _gradients_of_block(
         self, rows: Tensor, gradients: Tensor, spectrum: Tensor | None, of_values: bool

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiedparam.util.batched import one_by_one
 from tiedparam.util.torch_modes import answered_while_tracing
 
 _NAMESPACE = "tiedparam"
@@ -135,7 +136,13 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[1 : 1 + len(tensors)]
-        given = ctx.product.backward(needs, gradient, *tensors, *ctx.rest)
+
+        def asked(gradient: Tensor) -> list[Any]:
+            given = ctx.product.backward(needs, gradient, *tensors, *ctx.rest)
+            return [g for g, need in zip(given, needs, strict=True) if need]
+
+        found = iter(one_by_one(asked, gradient))
+        given = [next(found) if need else None for need in needs]
         return (None, *given, *(None for _ in ctx.rest))
 
 

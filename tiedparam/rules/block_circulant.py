@@ -18,12 +18,14 @@ from tiedparam.laws.times import Time, is_trained, relative_time
 from tiedparam.products.circulant_blocks import LONG, block_circulant_product
 
 
-def _cost_of_fourier(rule: BlockCirculant, use: Use) -> float:
+def _cost_of_fourier(rule: BlockCirculant, use: Use) -> float | None:
     """From layers of 64 to 4,096 features, 1 to 512 rows, and blocks from 2 on.
 
     ``python -m benchmarks --case goals --only fourier`` compares some of them again.
     """
     block = rule.block
+    if block == 1:
+        return None  # nothing to transform
     # nanoseconds for each value's transform; the shortest are narrow products
     each = 2.63 if block >= LONG else block / 35 + 0.3 + 1.5 / block
     if not is_trained(use):

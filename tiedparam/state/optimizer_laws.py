@@ -29,6 +29,8 @@ Kind = Literal[
     "zeros",
 ]
 """How an entry of the state follows a tie; see `register_optimizer`."""
+MAGNITUDES: tuple[Kind, ...] = ("gradient magnitude", "squared gradient", "weight magnitude")
+"""The kinds whose entries have no sign."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,12 @@ def parameter_shaped_state(optimizer: Optimizer) -> set[str]:
     """The entries of state that must have the shape of their parameter, as far as is known."""
     known = _nearest_known(type(optimizer))
     return _LAWS[known].parameter_shaped() if known is not None else set()
+
+
+def kind_of_state(optimizer: Optimizer, name: str) -> Kind | None:
+    """How an entry of the state follows a tie, or None if that is not known."""
+    known = _nearest_known(type(unwrapped(optimizer)))
+    return _LAWS[known].state.get(name) if known is not None else None
 
 
 def why_no_steps(optimizer: Optimizer) -> Reason | None:

@@ -123,6 +123,24 @@ def plain_numbers() -> Iterator[None]:
         yield
 
 
+def batch_behind(gradient: Tensor) -> Tensor | None:
+    """The gradients for which this one stands, along axis 0; None if it is an ordinary one.
+
+    ``torch.autograd.grad(..., is_grads_batched=True)`` passes such gradients on, by torch's first
+    vmap, which calls functions of one's own with them. It does not nest them.
+    """
+    if not torch._C._functorch.is_legacy_batchedtensor(gradient):
+        return None
+    batch: Tensor = torch._remove_batch_dim(gradient, 1, 1, 0)
+    return batch
+
+
+def standing_for(batch: Tensor) -> Tensor:
+    """The inverse of `batch_behind`."""
+    gradient: Tensor = torch._add_batch_dim(batch, 0, 1)
+    return gradient
+
+
 def beside(table: Tensor, tensor: Tensor) -> Tensor:
     """A table of numbers as an operation with ``tensor`` takes it: fake beside a fake one.
 
