@@ -132,7 +132,9 @@ def form(
         name: as ``compute=`` takes it.
         cost: ``(rule, use)`` → its time as a multiple of the dense form's time, which contains
             the expansion unless ``use.kept``; None where the layer has no such form.
-        where: where it can run.
+        where: where it can run: ``"eager"``, ordinary CPU tensors of float32 or float64;
+            ``"compiled"``, these and the graphs of ``torch.compile``; ``"anywhere"``, all that the
+            stock layer takes.
         multiply_adds: ``(rule, use)`` → how many it takes per row of input, if not as many as the
             dense form.
 

@@ -48,8 +48,9 @@ def scan(
     Args:
         model: the model; tensors that are tied already are left out, and listed as such.
         rules: names, `Rule` subclasses, or pairs of one and its options; by default all of
-            `available_rules`, each with all of its `Rule.variants`. A list among them is laws
-            that hold together, as in `register_tie`. Sources are looked for, and not given.
+            `available_rules`, each with all of its `Rule.variants`; a rule that has none, such as
+            ``"head_share"``, needs a pair. A list among them is laws that hold
+            together, as in `register_tie`. Sources are looked for, and not given.
             Options that fit no tensor are listed with the reason.
         pairs: with how many other tensors of a fitting shape each tensor is compared in full,
             for rules that copy; 0 looks for no copies. Which ones is decided by 1,024

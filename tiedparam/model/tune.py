@@ -43,13 +43,16 @@ def tune(model: nn.Module, *inputs: Any, training: bool = False) -> TuneReport:
     state dict, file or pickle. A later call measures again.
 
     Args:
-        model: a model, tied or not.
+        model: a model, tied or not; the plain one, not what ``torch.compile`` returned.
         inputs: what ``model(*inputs)`` takes, in the usual batch size.
         training: measure forward and backward pass, for calls that record gradients. Without it,
             for calls that do not; a model that trains and is evaluated can be tuned for both.
 
     Returns:
-        A report with the times of all forms and what is gained over the dense form; print it.
+        A report with the times of all forms and what is gained over the dense form, which expands
+        the weight at every call; print it. Its ``tuned`` has a row for each layer, with ``times``
+        (``row.times["dense"].seconds``), the ``form`` that is taken from now on, and the
+        ``automatic`` one, which was taken before.
 
     Raises:
         TieError: while a compiler traces, inside of `frozen`, or if a form gives other numbers than
