@@ -20,7 +20,7 @@ def one_by_one(
 ) -> tuple[Tensor, ...]:
     """The gradients of inputs; if that of the output stands for many, one after the other.
 
-    Example:
+    As in:
         >>> from tiedparam.util.batched import one_by_one
         >>> one_by_one(lambda gradient: (2 * gradient,), torch.ones(2))
         (tensor([2., 2.]),)
