@@ -80,7 +80,7 @@ class _Fold(torch.autograd.Function):
         return linear_map.fold(weight.contiguous())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         def expand(gradient: Tensor) -> tuple[Tensor]:
             weight: Tensor = _Expand.apply(gradient.contiguous(), ctx.map.linear)
             return (weight,)
