@@ -172,7 +172,8 @@ def test_what_a_user_asked_for_stays():
     layer = tp.register_tie(nn.Linear(8, 8), "row_repeat", compute="dense")
     report = tp.tune(layer, torch.randn(2, 8))
     assert report.tuned[0].times == {}
-    assert "Not measured: the model itself:" in report.notes()[-1]
+    assert report.notes()[-1] == "Not measured: the model itself. compute= names the form."
+    assert report.tuned[0].form == "dense"
     assert form_of(layer) == "dense"
 
 
@@ -181,10 +182,45 @@ def test_refused_while_compiling_and_inside_of_frozen():
     x = torch.randn(2, 8)
     with tp.frozen(layer), pytest.raises(tp.TieError, match="tune inside frozen"):
         tp.tune(layer, x)
-    with pytest.raises(tp.TieError, match="torch is tracing or transforming"):
+    with pytest.raises(tp.TieError, match="torch is tracing, or the model is a compiled one"):
         torch.func.vmap(lambda one: tp.tune(layer, one) and one)(x)
     with pytest.raises(TypeError, match="tune takes an nn.Module, not Tensor"):
         tp.tune(x)
+
+
+def test_a_compiled_model_is_refused():
+    layer = tp.register_tie(nn.Linear(8, 8), "row_repeat")
+    with pytest.raises(tp.TieError, match="Tune the plain model, and compile it then"):
+        tp.tune(torch.compile(layer), torch.randn(2, 8))
+
+
+def test_what_was_measured_with_the_expansion_does_not_count_inside_of_frozen(clock):
+    layer = tied(circulant(clock)).eval()
+    x = torch.randn(3, 4)
+    tp.tune(layer, x)
+    with tp.frozen(layer), torch.no_grad():
+        before = clock.now
+        layer(x)
+        assert clock.now - before < 0.05  # neither the form nor the expansion
+    with torch.no_grad():
+        before = clock.now
+        layer(x)
+    assert clock.now - before == pytest.approx(0.1, abs=1e-3)
+
+
+def test_a_form_of_another_shape_is_told():
+    class Wrong(Circulant):
+        @form("wrong", cost=lambda rule, use: 2.0)
+        def wrong(self, call):
+            return call.input[..., :2]
+
+    with pytest.raises(tp.TieError, match="'wrong' of .* gives an output or gradients of other"):
+        tp.tune(tied(Wrong), torch.randn(3, 4))
+
+
+def test_training_is_true_or_false():
+    with pytest.raises(TypeError, match="training= takes True or False, not 'yes'"):
+        tp.tune(nn.Linear(2, 2), torch.ones(1, 2), training="yes")
 
 
 def test_a_model_without_forms_says_so():
@@ -207,7 +243,7 @@ def test_a_layer_that_is_not_called_is_told():
     model.forward = lambda x: model.used(x)
     report = tp.tune(model, torch.randn(2, 4))
     assert {row.layer: bool(row.times) for row in report.tuned} == {"used": True, "unused": False}
-    assert report.notes()[-1].startswith("Not measured: unused:")
+    assert report.notes()[-1].startswith("Not measured: unused. The model called")
     assert tie_of(model.unused).computing.tuned == {}
 
 

@@ -93,13 +93,23 @@ class Computing:
         """The form that the user or `tune` names, or ``"auto"``."""
         return self.asked if self.asked != "auto" else self.tuned.get(training, "auto")
 
-    def order(self, rule: Rule, rows: int | None, training: bool, kept: bool) -> tuple[Form, ...]:
+    def order(
+        self, rule: Rule, rows: int | None, training: bool, kept: bool, named: str | None = None
+    ) -> tuple[Form, ...]:
         """The forms to try, one after the other, before the dense one.
 
         Numbers of rows count as the next smaller power of 2, so that costs are worked out a few
         times for a layer and not at every call.
+
+        Args:
+            rule: the law.
+            rows: how many vectors of input are multiplied; None in traced graphs.
+            training: whether gradients are recorded.
+            kept: whether the weight is at hand.
+            named: the form to try first, ``"auto"`` or ``"dense"``; what `named` says by default.
         """
-        named = self.named(training)
+        if named is None:
+            named = self.named(training)
         if rows:
             rows = 1 << (rows.bit_length() - 1)
         found = self._orders.get((rows, training, kept, named))

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiedparam.compute.forms import TORCHS_OWN, Computing, kind_with_forms, serves
-from tiedparam.compute.kept import Memory, is_kept
+from tiedparam.compute.kept import Memory, is_frozen, is_kept
 from tiedparam.laws.forms import Call, Form
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.interposed import is_bare
@@ -127,13 +127,19 @@ def _computed(
         return None
     free: Any = tuple(parameters_of(values).values()) or _of_replica(values, rule)
     recorded = torch.is_grad_enabled() and _need_gradients(input, *free)
-    forms = _order(layer, values, computing, rule, input, recorded)
+    named = computing.named(recorded)
+    if is_traced_or_transformed():  # whose graph serves every batch
+        forms = computing.order(rule, None, recorded, False, named)
+    else:
+        if named != computing.asked and is_frozen(values):
+            named = computing.asked  # `tune` measured with the expansion, which is not made here
+        rows = input.numel() // computing.channels
+        forms = computing.order(rule, rows, recorded, is_kept(values, layer), named)
     if not forms or not is_bare(values, rule):
         return None  # the weight is not what the free values alone say
     bias = effective(layer, "bias")
     if not _agree(input, free, bias):
         return None
-    named = computing.named(recorded)
     call: Call | None = None
     for form in forms:
         if not _runs_here(form, input, free, bias, asked=form.name == named):
@@ -154,15 +160,6 @@ def _need_gradients(*tensors: Tensor) -> bool:
         if tensor.requires_grad:
             return True
     return False
-
-
-def _order(
-    layer: nn.Module, values: Any, computing: Computing, rule: Rule, input: Tensor, recorded: bool
-) -> tuple[Form, ...]:
-    if is_traced_or_transformed():  # whose graph serves every batch
-        return computing.order(rule, None, recorded, False)
-    rows = input.numel() // computing.channels
-    return computing.order(rule, rows, recorded, is_kept(values, layer))
 
 
 def _of_replica(values: Any, rule: Rule) -> tuple[Tensor, ...]:

@@ -105,6 +105,12 @@ def recall(layer: nn.Module, tensor_name: str, *, own_forward: bool) -> Tensor |
     return _checked(memory, values, parametrizations["0"])
 
 
+def is_frozen(values: nn.Module) -> bool:
+    """Whether a `frozen` block may hold the weight."""
+    memory: Memory | None = values.__dict__.get("kept")
+    return memory is not None and memory.frozen is not None
+
+
 def is_kept(values: nn.Module, layer: nn.Module) -> bool:
     """Whether a dense form would find the weight at hand."""
     memory: Memory | None = values.__dict__.get("kept")
@@ -192,7 +198,9 @@ class FrozenWeight:
         with torch.inference_mode(False), torch.no_grad():
             weight = self.tie.weight().detach()
         computing = self.tie.computing
-        if computing is not None and computing.order(self.tie.rule, None, False, True):
+        if computing is not None and computing.order(
+            self.tie.rule, None, False, True, computing.asked
+        ):
             return weight  # perhaps an expanded view: forms do not read it
         return weight.contiguous()
 

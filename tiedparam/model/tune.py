@@ -31,6 +31,7 @@ _BOUNDS = {
     torch.float16: 1e-2,
 }
 """How far a form may be from the dense one, of the largest entry of its output."""
+_CLEARLY = 0.97  # of the time of the form that the library would take: less may be chance
 
 
 def tune(model: nn.Module, *inputs: Any, training: bool = False) -> TuneReport:
@@ -66,9 +67,13 @@ def tune(model: nn.Module, *inputs: Any, training: bool = False) -> TuneReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"tune takes an nn.Module, not {type(model).__name__}")
-    if is_traced_or_transformed():
-        fact = "torch is tracing or transforming, and times of a trace say nothing."
-        raise TieError("tune", fact, "Tune the model before it is compiled.")
+    if not isinstance(training, bool):
+        raise TypeError(f"training= takes True or False, not {training!r}")
+    if hasattr(model, "_orig_mod") or is_traced_or_transformed():
+        fact = (
+            "torch is tracing, or the model is a compiled one, whose graph has its forms already."
+        )
+        raise TieError("tune", fact, "Tune the plain model, and compile it then.")
     measured = {id(tie.layer): _Layer(path, tie) for path, tie in _tunable(model)}
     for one in measured.values():
         refuse_if_frozen(one.tie.layer, "tune")
@@ -126,12 +131,14 @@ class _Layer:
         return found
 
     def row(self) -> TunedRow:
-        """What was found, and which form to take: another one only if it is clearly faster."""
+        """What was found, and which form to take: another one only if it is faster beyond doubt."""
         form = self.automatic or "dense"
-        for name, time in sorted(self.times.items(), key=lambda item: item[1].seconds):
-            if time.seconds + time.spread + self.times[form].spread < self.times[form].seconds:
-                form = name
-            break
+        if self.times:
+            fastest = min(self.times, key=lambda name: self.times[name].seconds)
+            if self.times[fastest].seconds < _CLEARLY * self.times[form].seconds:
+                form = fastest
+        if self.computing.asked != "auto":
+            form = self.computing.asked
         rule, shape = self.tie.rule, self.tie.rule.bound_layout.shape
         return TunedRow(self.path, str(rule), shape, form, self.automatic, dict(self.times))
 
@@ -141,6 +148,7 @@ class _Layer:
         def measure(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             computing = self.computing
             if computing.asked != "auto":
+                self.automatic = computing.asked
                 return  # the user chose
             tuned = computing.tuned
             try:
@@ -186,6 +194,10 @@ class _Layer:
         return run
 
     def _compare(self, name: str, found: list[Tensor], expected: list[Tensor]) -> None:
+        if [t.shape for t in found] != [t.shape for t in expected]:
+            where = f"the form {name!r} of '{self.tie.rule}' on {key_of(self.path, 'weight')}"
+            fact = f"{where} gives an output or gradients of other shapes than the dense form."
+            raise TieError(where, fact, "Correct it: check_rule judges every form.")
         for ours, dense in zip(found, expected, strict=True):
             scale = float(dense.abs().max()) if dense.numel() else 0.0
             if (

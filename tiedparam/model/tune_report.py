@@ -95,10 +95,14 @@ class TuneReport(TableReport[TunedRow]):
             return [Reason("No tied layer has another form than the dense one.")]
         what = "Forward and backward pass" if self.training else "Forward pass without gradients"
         remarks = [Reason(f"{what}; medians.")]
-        left = [row.layer or "the model itself" for row in self.tuned if not row.times]
-        if left:
-            names = ", ".join(left)
-            remarks.append(Reason(f"Not measured: {names}: not called, or compute= names a form."))
+        for chosen, why in ((True, "compute= names the form."), (False, "The model called none.")):
+            left = [
+                row.layer or "the model itself"
+                for row in self.tuned
+                if not row.times and (row.automatic is not None) is chosen
+            ]
+            if left:
+                remarks.append(Reason(f"Not measured: {', '.join(left)}.", why))
         return remarks
 
     def to_data(self) -> dict[str, Any]:

@@ -89,6 +89,11 @@ class Within(Orbits, ReorderedLaw):
                 f"'{self.inner}' reads another layer, and gives a whole tensor.",
                 "Leave out rows= and columns=, and let fn= make all of it.",
             )
+        if self.inner.compute not in ("auto", "dense"):
+            return Reason(
+                f"compute={self.inner.compute!r} is a form of layers that the law ties whole.",
+                "Leave out compute=.",
+            )
         if isinstance(self.inner, Coded) and self.inner.checksum:
             return Reason(
                 f"the pattern of '{self.inner}' is data, which a part of a tensor does not keep.",
