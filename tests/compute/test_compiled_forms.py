@@ -114,3 +114,13 @@ def test_bfloat16_and_autocast_take_torchs_operations(name):
     assert compiled(x.bfloat16()).dtype is torch.bfloat16
     assert len(graphs) == 2
     assert not any(map(holds_product, graphs))
+
+
+@pytest.mark.parametrize("law", ["circulant", "hankel"])
+def test_every_size_may_be_a_symbol(law):
+    """As the number of features is, once a batch of one row is compiled for all."""
+    layer = tp.register_tie(nn.Linear(96, 96), law, init="rescale", compute="fft")
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (2, 5, 0, 1):
+        x = torch.randn(rows, 96, requires_grad=True)
+        torch.testing.assert_close(compiled(x), layer(x))

@@ -80,7 +80,7 @@ def _backward(
 
 
 def _output(input: Tensor, values: Tensor, bias: Tensor | None, matrix: Diagonal) -> Tensor:
-    return input.new_empty(*input.shape[:-1], _circle_of(matrix, input, values).outputs)
+    return input.new_empty(*input.shape[:-1], _outputs(matrix, input, values))
 
 
 _PRODUCT: Opaque = Opaque(
@@ -298,6 +298,10 @@ def length_of(matrix: Diagonal, outputs: int, inputs: int) -> int:
 
 
 def _circle_of(matrix: Diagonal, input: Tensor, values: Tensor) -> _Circle:
+    return _circle(matrix, _outputs(matrix, input, values), input.shape[-1])
+
+
+def _outputs(matrix: Diagonal, input: Tensor, values: Tensor) -> int:
+    """How many; a symbol in graphs for any size."""
     inputs = input.shape[-1]
-    outputs = inputs if matrix == "circulant" else values.numel() - inputs + 1
-    return _circle(matrix, outputs, inputs)
+    return inputs if matrix == "circulant" else values.numel() - inputs + 1
