@@ -218,6 +218,12 @@ def test_a_form_of_another_shape_is_told():
         tp.tune(tied(Wrong), torch.randn(3, 4))
 
 
+def test_gradients_that_cancel_are_not_taken_for_wrong_ones():
+    layer = tp.register_tie(nn.Linear(512, 512, bias=False), "skew", init="rescale")
+    report = tp.tune(layer, torch.full((63, 512), 0.1), training=True)
+    assert "panels" in report.tuned[0].times
+
+
 def test_training_is_true_or_false():
     with pytest.raises(TypeError, match="training= takes True or False, not 'yes'"):
         tp.tune(nn.Linear(2, 2), torch.ones(1, 2), training="yes")
