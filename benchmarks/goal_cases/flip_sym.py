@@ -23,9 +23,14 @@ def _shapes(channels: int) -> str:
     return f"{channels} channels, 3×3"
 
 
+_TRIED = (
+    "entries by two look-ups in one node, which alone is 1.3 × as fast at 64 channels; the rest is "
+    "the call of the law through torch's list, some 9 µs"
+)
+
 GOALS = tuple(
     Goal(f"{channels} channels: ≥ {bound:g} ×", "speedup", bound, "expansion", _shapes(channels),
-         against=(_AVERAGING,), row="flip_sym", floor=_FLOOR)
+         against=(_AVERAGING,), row="flip_sym", floor=_FLOOR, tried=_TRIED)
     for channels, bound in _BOUNDS.items()
 )  # fmt: skip
 

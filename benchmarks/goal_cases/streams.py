@@ -21,13 +21,18 @@ _SHAPES = (
 )  # fmt: skip
 _BOUNDS = {3: (0.97, 0.97), 7: (0.97, 1.2), 25: (3.0, 1.0)}
 
+_TRIED = (
+    "bands, windows and shifted sums lose to torch's own kernel, which the dense form takes; what "
+    "is left is the call, some 50 to 100 µs while the output has emptied the caches"
+)
+
 GOALS = tuple(
     goal
     for kernel, bounds in _BOUNDS.items()
     for axes in (1, 2)
     for goal in goal_cases.both_modes(
         "streams", f"{axes}-d, kernel {kernel}", bounds, shapes=f"{axes}-d, kernel {kernel},",
-        floor="padded by hand",
+        floor="padded by hand", tried=_TRIED,
     )
 )  # fmt: skip
 
