@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import goal_cases
 from benchmarks.cases.families import FAMILIES, SIZE, Family
+from benchmarks.goals import number
 from benchmarks.report import charts, tables
 from benchmarks.report.results import (
     COMMAND,
@@ -240,17 +241,23 @@ def _goals(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _missed(found: Sequence[Result]) -> Iterator[str]:
-    """A line for each goal that is missed somewhere: what was reached, and what was tried."""
-    lines: dict[tuple[str, str, str], list[str]] = {}
+    """For each row what was reached where a goal is missed, on one machine or the other, and why.
+
+    A figure is the worst median, beside the floor where one was measured.
+    """
+    lines: dict[tuple[str, str], dict[str, list[str]]] = {}
     for result in found:
         for goal in result["goals"]:
             if goal["met"] is False:
-                title = goal_cases.ROWS[goal["row"]][0].split(",")[0]
-                where = f" ({result['machine']['name']})" if len(found) > 1 else ""
-                key = (title, goal["goal"], goal["tried"])
-                lines.setdefault(key, []).append(goal_cases.reached(goal) + where)
-    for (title, goal, tried), reached in lines.items():
-        yield f"- {title}; {goal}: {'; '.join(reached)}. {tried}".rstrip() + "\n"
+                title = goal_cases.ROWS[goal["row"]][0].split(";")[0].split(", forward")[0]
+                figures = lines.setdefault((title, goal["tried"]), {}).setdefault(goal["goal"], [])
+                floor = goal["floor"]
+                beside = "" if floor is None else f" (floor {number(floor)})"
+                figures.append(f"{number(goal['value'])}{beside}")
+    for (title, tried), goals in lines.items():
+        reached = "; ".join(f"{goal}: {' / '.join(figures)}" for goal, figures in goals.items())
+        why = f" *{tried[:1].upper()}{tried[1:].rstrip('.')}.*" if tried else ""
+        yield f"- **{title}.** {reached}.{why}\n"
 
 
 # Machines ---------------------------------------------------------------------------------

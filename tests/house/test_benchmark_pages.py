@@ -108,7 +108,9 @@ def test_the_page_lists_what_is_missed_with_the_floor_and_what_was_tried(tmp_pat
     pages = report.pages(tmp_path)
     assert "## Goals: 1 of 2 met" in pages["benchmarks.md"]
     assert "| ≥ 3.3 and 4 × | 1 of 2 |" in pages["benchmarks.md"]
-    line = "- head_share 4 of 16; 1,024: ≥ 5 ×: 4.5 × [3.33–10]; floor 6.25 ×. All of it.\n"
+    line = (
+        "- **head_share 4 of 16, 1,024 and 4,096.** 1,024: ≥ 5 ×: 4.5 (floor 6.25). *All of it.*\n"
+    )
     assert line in pages["benchmarks.md"]
     assert "### Measured for the goals: x" in pages["tables/one.md"]
     assert "| **missed**: All of it. |" in pages["tables/one.md"]
