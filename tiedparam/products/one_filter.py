@@ -62,14 +62,38 @@ def _few(kernel: Sequence[int]) -> bool:
     return len(kernel) <= 2 and max(kernel) <= FEW_TAPS
 
 
-def _forward(
+def _filtered(
     input: Tensor,
     filter: Tensor,
     bias: Tensor | None,
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    return _filtered(input, filter, bias, padding, dilation)
+    """The convolution, by torch's fast kernel."""
+    convolve: Any = _CONVOLUTIONS[filter.dim() - 1]
+    n, channels, *sizes = input.shape
+    weight = filter.expand(channels, 1, *filter.shape).contiguous()
+    if padding[-1] <= MOST_PADDING:
+        plain: Tensor = convolve(input, weight, bias, 1, padding, dilation, channels)
+        return plain.contiguous()
+    rows = n * channels
+    outputs = _sizes_of_output(sizes, filter.shape, padding, dilation)
+    output = input.new_empty(n, channels, *outputs)
+    inputs, flat = input.reshape(rows, *sizes), output.view(rows, *outputs)
+    offsets = None if bias is None else bias.repeat(n)
+    padded = _Padded(input, padding, _PADDED_BYTES)
+    # blocks end anywhere: all channels have the same filter
+    weight = filter.expand(padded.rows, 1, *filter.shape).contiguous()
+    for start, stop in padded.blocks(rows):
+        count = stop - start
+        flat[start:stop] = convolve(
+            padded.filled(inputs[start:stop]).unsqueeze(0),
+            weight[:count],
+            None if offsets is None else offsets[start:stop],
+            dilation=dilation,
+            groups=count,
+        ).squeeze(0)
+    return output
 
 
 def _backward(
@@ -120,7 +144,7 @@ def _output(
 one_filter: Opaque = Opaque(
     "one_filter(Tensor input, Tensor filter, Tensor? bias, int[] padding, int[] dilation)"
     " -> Tensor",
-    _forward,
+    _filtered,
     _backward,
     _output,
 )
@@ -161,40 +185,6 @@ def _recorded(
     )
     of_weight = given[1]
     return given[0], of_weight.sum((0, 1)) if needs[1] else None, given[2]
-
-
-def _filtered(
-    input: Tensor,
-    filter: Tensor,
-    bias: Tensor | None,
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """The convolution, by torch's fast kernel."""
-    convolve: Any = _CONVOLUTIONS[filter.dim() - 1]
-    n, channels, *sizes = input.shape
-    weight = filter.expand(channels, 1, *filter.shape).contiguous()
-    if padding[-1] <= MOST_PADDING:
-        plain: Tensor = convolve(input, weight, bias, 1, padding, dilation, channels)
-        return plain.contiguous()
-    rows = n * channels
-    outputs = _sizes_of_output(sizes, filter.shape, padding, dilation)
-    output = input.new_empty(n, channels, *outputs)
-    inputs, flat = input.reshape(rows, *sizes), output.view(rows, *outputs)
-    offsets = None if bias is None else bias.repeat(n)
-    padded = _Padded(input, padding, _PADDED_BYTES)
-    # blocks end anywhere: all channels have the same filter
-    weight = filter.expand(padded.rows, 1, *filter.shape).contiguous()
-    for start, stop in padded.blocks(rows):
-        count = stop - start
-        flat[start:stop] = convolve(
-            padded.filled(inputs[start:stop]).unsqueeze(0),
-            weight[:count],
-            None if offsets is None else offsets[start:stop],
-            dilation=dilation,
-            groups=count,
-        ).squeeze(0)
-    return output
 
 
 class _Padded:
