@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tiedparam.laws.layout import Layout
     from tiedparam.laws.registry import available_rules, register_rule
     from tiedparam.laws.rule import Example, Rule
+    from tiedparam.layer.export_gqa import export_gqa
     from tiedparam.layer.free_values import free_values
     from tiedparam.layer.register import register_tie
     from tiedparam.layer.remove import remove_tie
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from tiedparam.model.report import Report, TieReport, report
     from tiedparam.model.scan import scan
     from tiedparam.model.scan_report import ScanReport
+    from tiedparam.model.share_heads import share_heads
     from tiedparam.model.tie_model import tie_model, untie_model
     from tiedparam.model.tune import tune
     from tiedparam.model.tune_report import TuneReport
@@ -62,6 +64,7 @@ __all__ = [
     "draw_scan",
     "draw_weights",
     "export_dense",
+    "export_gqa",
     "free_values",
     "frozen",
     "get_tie",
@@ -78,6 +81,7 @@ __all__ = [
     "residual",
     "save",
     "scan",
+    "share_heads",
     "tie_model",
     "tie_state_dict",
     "tune",
@@ -99,6 +103,7 @@ _PLACES = {
     "register_rule": "laws.registry",
     "Example": "laws.rule",
     "Rule": "laws.rule",
+    "export_gqa": "layer.export_gqa",
     "free_values": "layer.free_values",
     "register_tie": "layer.register",
     "remove_tie": "layer.remove",
@@ -118,6 +123,7 @@ _PLACES = {
     "report": "model.report",
     "scan": "model.scan",
     "ScanReport": "model.scan_report",
+    "share_heads": "model.share_heads",
     "tie_model": "model.tie_model",
     "untie_model": "model.tie_model",
     "tune": "model.tune",

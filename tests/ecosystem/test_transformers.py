@@ -250,3 +250,30 @@ def test_gradient_checkpointing(family):
         model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
     torch.testing.assert_close(*gradients)
+
+
+def test_a_llama_with_shared_heads_is_the_one_with_fewer_key_value_heads():
+    """The model of transformers repeats keys and values by itself."""
+
+    def llama(key_value_heads: int) -> nn.Module:
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=key_value_heads, vocab_size=40, attention_bias=True,
+            )
+        ).eval()  # fmt: skip
+
+    torch.manual_seed(0)
+    model, grouped = llama(4), llama(2)
+    tokens = torch.randint(40, (2, 7))
+    dense = model(tokens).logits
+    tp.share_heads(model, groups=2)
+    state = tp.dense_state_dict(model)
+    for path, layer in model.named_modules():
+        if tp.is_tied(layer, recurse=False):
+            small = tp.export_gqa(layer).state_dict()
+            state |= {f"{path}.{name}": value for name, value in small.items()}
+    grouped.load_state_dict(state)
+    tied = model(tokens).logits
+    torch.testing.assert_close(grouped(tokens).logits, tied, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(dense, tied, rtol=1e-4, atol=1e-5)

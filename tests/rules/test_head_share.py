@@ -111,6 +111,148 @@ def test_a_file_holds_heads_and_groups(tmp_path):
     assert str(tp.get_tie(other)) == "head_share(heads=4, groups=2)"
 
 
+# Whole attentions, and the smaller layers ------------------------------------------------------
+
+
+def pooled(tensor: torch.Tensor, heads: int, groups: int) -> torch.Tensor:
+    """The mean of the heads of each group."""
+    blocks = tensor.detach().unflatten(0, (groups, heads // groups, -1))
+    return blocks.mean(1).flatten(0, 1)
+
+
+class Separate(nn.Module):
+    """Projections as Llama calls them, whose attention is torch's with ``enable_gqa``."""
+
+    def __init__(self, heads: int = 6, size: int = 2, *, bias: bool = True) -> None:
+        super().__init__()
+        self.head_dim, width = size, heads * size
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, width, bias, dtype=torch.float64) for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_separate_projections_are_exported_for_grouped_query_attention(groups, bias):
+    attention, x = Separate(bias=bias), torch.randn(2, 5, 12, dtype=torch.float64)
+    expected = {
+        name: pooled(getattr(attention, name).weight, 6, groups) for name in ("k_proj", "v_proj")
+    }
+    report = tp.share_heads(attention, groups=groups)
+    assert len(report.ties) == (4 if bias else 2)
+    assert not tp.is_tied(attention.q_proj)
+    tied, before = attention(x), list(attention.state_dict())
+    small = {name: tp.export_gqa(getattr(attention, name)) for name in expected}
+    assert list(attention.state_dict()) == before  # the tied layers are as they were
+    for name, layer in small.items():
+        assert type(layer) is nn.Linear
+        assert (layer.out_features, layer.bias is None) == (groups * 2, not bias)
+        torch.testing.assert_close(layer.weight.detach(), expected[name], rtol=1e-14, atol=1e-15)
+        for tensor_name in ("weight", "bias") if bias else ("weight",):
+            stored_values = free_value(getattr(attention, name), tensor_name)
+            assert same_bits(getattr(layer, tensor_name).detach(), stored_values.detach())
+        setattr(attention, name, layer)
+    torch.testing.assert_close(attention(x), tied, rtol=1e-12, atol=1e-14)
+
+
+class Fused(nn.Module):
+    """One projection, as in vision transformers."""
+
+    def __init__(self, layer: nn.Module, heads: int) -> None:
+        super().__init__()
+        self.qkv, self.num_heads = layer, heads
+
+
+def fused(kind: str) -> tuple[nn.Module, nn.Module, str, str]:
+    """An attention of 4 heads and width 8, its fused layer, and the names of its tensors."""
+    if kind == "in_proj_weight":
+        attention = nn.MultiheadAttention(8, 4)
+        nn.init.normal_(attention.in_proj_bias)
+        return attention, attention, "in_proj_weight", "in_proj_bias"
+    if kind == "qkv":
+        attention = Fused(nn.Linear(8, 24), 4)
+        return attention, attention.qkv, "weight", "bias"
+    transformers = pytest.importorskip("transformers")
+    attention = transformers.models.gpt2.modeling_gpt2.GPT2Attention(
+        transformers.GPT2Config(n_embd=8, n_head=4)
+    )
+    nn.init.normal_(attention.c_attn.bias)
+    return attention, attention.c_attn, "weight", "bias"
+
+
+@pytest.mark.parametrize("kind", ["in_proj_weight", "qkv", "c_attn"])
+def test_fused_projections_keep_their_queries_and_pool_keys_and_values(kind):
+    attention, layer, weight_name, bias_name = fused(kind)
+    weight = getattr(layer, weight_name).detach().clone()
+    weight = weight.t() if kind == "c_attn" else weight  # which stores inputs first
+    tensors = {"weight": weight, "bias": getattr(layer, bias_name).detach().clone()}
+    tp.share_heads(attention, groups=2)
+    small = tp.export_gqa(layer)
+    assert (small.in_features, small.out_features) == (8, 8 + 2 * 4)
+    for name, dense in tensors.items():
+        queries, keys, values = dense.chunk(3)
+        expected = torch.cat([queries, pooled(keys, 4, 2), pooled(values, 4, 2)])
+        torch.testing.assert_close(getattr(small, name).detach(), expected)
+        assert same_bits(getattr(small, name).detach()[:8], queries)
+    full = getattr(layer, weight_name).detach()
+    full = full.t() if kind == "c_attn" else full
+    spread = small.weight.detach()[8:].view(2, 2, 2, 8).repeat_interleave(2, 1)
+    assert same_bits(spread.reshape(16, 8), full[8:].contiguous())
+
+
+def test_heads_are_counted_by_their_size_and_checked():
+    attention = Separate()
+    assert {row.free_values for row in tp.share_heads(attention, groups=3).ties} == {72, 6}
+    attention = nn.Module()
+    attention.to_k, attention.to_v = nn.Linear(4, 4), nn.Linear(4, 4)
+    with pytest.raises(tp.TieError, match=r"does not say how many heads it has\. Pass heads="):
+        tp.share_heads(attention, groups=2)
+    assert len(tp.share_heads(attention, groups=2, heads=4).ties) == 4
+    with pytest.raises(tp.TieError, match="its keys have 6 heads, and heads=3"):
+        tp.share_heads(Separate(), heads=3, groups=1)
+    with pytest.raises(tp.TieError, match="no projections of keys and values are found"):
+        tp.share_heads(nn.Sequential(nn.Linear(4, 4)), groups=1)
+    with pytest.raises(tp.TieError, match="its 'qkv' has 16 rows for 8 inputs"):
+        tp.share_heads(Fused(nn.Linear(8, 16), 4), groups=1)
+
+
+def test_all_or_nothing_for_a_whole_model():
+    model = nn.Sequential(nn.MultiheadAttention(8, 4), nn.MultiheadAttention(9, 3))
+    with pytest.raises(tp.TieError, match="heads=3 cannot be shared out evenly to groups=2"):
+        tp.share_heads(model, groups=2)
+    assert not tp.is_tied(model)
+
+
+def test_only_heads_that_share_alike_are_exported():
+    layer = nn.Linear(8, 8)
+    with pytest.raises(tp.TieError, match=r"is not tied\. Tie 'weight' by 'head_share' first"):
+        tp.export_gqa(layer)
+    tp.register_tie(layer, "head_share", heads=4, groups=2)
+    with pytest.raises(tp.TieError, match="'bias'.* is not tied"):
+        tp.export_gqa(layer)
+    tp.register_tie(layer, "head_share", "bias", heads=4, groups=1)
+    with pytest.raises(tp.TieError, match="'bias' and 'weight' do not share the same heads"):
+        tp.export_gqa(layer)
+    other = tp.register_tie(nn.Linear(8, 8), "symmetric")
+    with pytest.raises(tp.TieError, match="is tied by 'symmetric', not by 'head_share'"):
+        tp.export_gqa(other)
+    joined = nn.Linear(8, 8, bias=False)
+    laws = [("head_share", {"heads": 4, "groups": 2, "rows": rows}) for rows in ((0, 8), (4, 8))]
+    laws[1][1].update(heads=2, groups=1)
+    tp.register_tie(joined, laws)
+    with pytest.raises(tp.TieError, match="not by 'head_share'"):
+        tp.export_gqa(joined)
+    with pytest.raises(TypeError, match="takes a layer, not str"):
+        tp.export_gqa("k_proj")
+
+
 # What does not fit --------------------------------------------------------------------------
 
 
