@@ -120,6 +120,7 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
     "masked": ("the entries that are True", lambda r: int(r.free_entries.sum())),
     "fixed": ("the entries that are False", lambda r: int((~r.fixed_entries).sum())),
     "index": ("the largest number + 1", lambda r: int(r.index.max()) + 1),
+    "hashed": ("`n`", lambda r: r.n),
     "orbit": (
         "the orbits that do not meet their negatives",
         lambda r: len(r.orbit_labels().abs().unique()) - int((r.orbit_labels() == 0).any()),
@@ -143,6 +144,10 @@ FAMILY_PAGES = {
     ),
     "zeros and fixed values": ("rules-zeros-and-patterns.md", "entries that are given"),
     "patterns of your own": ("rules-zeros-and-patterns.md", "any equalities, by numbers or moves"),
+    "shared by chance": (
+        "rules-zeros-and-patterns.md",
+        "few values, dealt to the entries by a hash",
+    ),
     "laws together": ("composing-laws.md", "several laws at once, or on a part of a tensor"),
     "copies": ("rules-copies.md", "another layer's weight, or a function of it"),
 }

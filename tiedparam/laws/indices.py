@@ -1,4 +1,4 @@
-"""Numbers of free values that users give, one for each entry, and what is wrong with them."""
+"""Numbers of free values, one for each entry: what they say, and what is wrong with a user's."""
 
 from __future__ import annotations
 
@@ -58,3 +58,22 @@ def why_no_signs(signs: Any, index: Tensor) -> Reason | None:
     if wrong:
         return Reason(f"{wrong} of {signs.numel()} signs are neither 1 nor -1.")
     return None
+
+
+def image_by_labels(weight: Tensor, labels: Tensor) -> Tensor:
+    """Every entry as the first one that has its number, with the sign between the two.
+
+    Args:
+        weight: any.
+        labels: for each of its entries the number of its value, from 1; negative where the entry is
+            minus that value, 0 where it is zero.
+    """
+    with plain_numbers():
+        at, entry = labels.abs().long(), torch.arange(len(labels), device="cpu")
+        first = torch.zeros(int(at.max()) + 1, dtype=torch.int64, device="cpu")
+        first = first.scatter_reduce_(0, at, entry, "amin", include_self=False)
+        sign = (labels.sign() * labels[first].sign()[at]).to(weight.device, torch.int8)
+        first = first[at].to(weight.device)
+    entries = weight.flatten()[first]
+    signed = torch.where(sign < 0, -entries, entries)
+    return torch.where(sign == 0, torch.zeros_like(entries), signed).view(weight.shape)

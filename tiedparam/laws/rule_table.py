@@ -27,6 +27,7 @@ FAMILIES = (
     "matrices",
     "zeros and fixed values",
     "patterns of your own",
+    "shared by chance",
     "laws together",
     "copies",
 )

@@ -96,6 +96,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["hashed"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.HashedTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["head_share"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.HeadShareTie],

@@ -125,6 +125,17 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["hashed"],
+    tensor_name: str = ...,
+    *,
+    root: nn.Module | None = ...,
+    rows: Range | None = ...,
+    columns: Range | None = ...,
+    **options: Unpack[rule_options.HashedOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["head_share"],
     tensor_name: str = ...,
     *,

@@ -40,6 +40,7 @@ KnownName = Literal[
     "flip_sym",
     "group_conv",
     "hankel",
+    "hashed",
     "head_share",
     "hypercomplex",
     "index",
@@ -157,6 +158,17 @@ class HankelOptions(TypedDict, total=False):
 
 class HankelTie(TieArguments, HankelOptions, total=False):
     """All that `register_tie` takes by name for ``hankel``."""
+
+
+class HashedOptions(TypedDict, total=False):
+    """The options of ``hashed``."""
+
+    n: Required[int]
+    seed: int
+
+
+class HashedTie(TieArguments, HashedOptions, total=False):
+    """All that `register_tie` takes by name for ``hashed``."""
 
 
 class HeadShareOptions(TypedDict, total=False):

@@ -15,6 +15,7 @@ from tiedparam.rules.fixed import Fixed
 from tiedparam.rules.flip_sym import FlipSym
 from tiedparam.rules.group_conv import GroupConv
 from tiedparam.rules.hankel import Hankel
+from tiedparam.rules.hashed import Hashed
 from tiedparam.rules.head_share import HeadShare
 from tiedparam.rules.hypercomplex import Hypercomplex
 from tiedparam.rules.index import Index
@@ -43,6 +44,7 @@ __all__ = [
     "FlipSym",
     "GroupConv",
     "Hankel",
+    "Hashed",
     "HeadShare",
     "Hypercomplex",
     "Index",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Coded, Reason
-from tiedparam.laws.indices import why_no_index, why_no_signs
+from tiedparam.laws.indices import image_by_labels, why_no_index, why_no_signs
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.packing import pack_flags, pack_numbers, unpack_flags, unpack_numbers
 from tiedparam.laws.pattern import Pattern
@@ -97,17 +97,7 @@ class Index(Coded):
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """Every entry as the first one that has its number, with the sign between the two."""
-        with plain_numbers():
-            labels = self._labels()
-            at, first = labels.abs(), _first_entries(labels)
-            sign = (labels.sign() * labels[first].sign()[at]).to(torch.int8)
-            first = first[at].to(weight.device)
-        sign = sign.to(weight.device)
-        entry = weight.flatten()[first]
-        image = torch.where(
-            sign == 0, torch.zeros_like(entry), torch.where(sign < 0, -entry, entry)
-        )
-        yield image.view(weight.shape)
+        yield image_by_labels(weight, self._labels())
 
     def find_pattern(self) -> Pattern:
         """As the index says."""
@@ -133,11 +123,3 @@ class Index(Coded):
             Example(lambda: nn.ConvTranspose1d(2, 1, 3), {"index": kernel}),
             Example(lambda: nn.Linear(2, 3), {"index": latin[0].clamp(max=1)}, "", "bias"),
         )
-
-
-def _first_entries(labels: Tensor) -> Tensor:
-    """The first entry of each number, those that are zero as number 0."""
-    with plain_numbers():
-        first = torch.zeros(int(labels.abs().max()) + 1, dtype=torch.int64, device="cpu")
-        entry = torch.arange(len(labels), device="cpu")
-        return first.scatter_reduce_(0, labels.abs().long(), entry, "amin", include_self=False)
