@@ -223,6 +223,14 @@ def test_heads_are_counted_by_their_size_and_checked():
         tp.share_heads(Fused(nn.Linear(8, 16), 4), groups=1)
 
 
+def test_layers_that_are_no_attention_are_left_alone():
+    """State-space layers and gated convolutions call what comes first ``in_proj``."""
+    model = nn.ModuleList([Separate(), nn.Module(), nn.Module()])
+    model[1].in_proj, model[2].in_proj = nn.Linear(4, 16), nn.Linear(4, 12)
+    report = tp.share_heads(model, groups=3, heads=6)
+    assert {row.layer for row in report.ties} == {"0.k_proj", "0.v_proj"}
+
+
 def test_all_or_nothing_for_a_whole_model():
     model = nn.Sequential(nn.MultiheadAttention(8, 4), nn.MultiheadAttention(9, 3))
     with pytest.raises(tp.TieError, match="heads=3 cannot be shared out evenly to groups=2"):

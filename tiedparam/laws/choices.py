@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 from tiedparam.util.errors import Reason
 
@@ -24,8 +24,13 @@ def why_not_one_of(option: str, value: object, choices: Any) -> Reason | None:
     )
 
 
+def is_whole(value: object, least: int) -> TypeGuard[int]:
+    """Whether a value is a whole number, of ``least`` or more. True and 1.0 are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def why_no_count(option: str, value: object) -> Reason | None:
     """Why an option cannot be this number of things, or None."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if is_whole(value, 1):
         return None
     return Reason(f"{option} must be a positive integer, not {value!r}.")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tiedparam.laws.choices import is_whole
 from tiedparam.laws.layout import Layout
 from tiedparam.layer.checks import Init
 from tiedparam.model.plan import Plan, PlanEntry
@@ -25,9 +26,10 @@ SEPARATE = (
     ("k", "v"),  # T5
 )
 """What layers of keys and values are called."""
-FUSED = ("qkv", "c_attn", "qkv_proj", "Wqkv", "in_proj")
+FUSED = ("qkv", "c_attn", "qkv_proj", "Wqkv")
 """Layers whose rows are queries, then keys, then values. ``query_key_value`` is not among them:
-some models mix them head by head."""
+some models mix them head by head; nor is ``in_proj``, which state-space layers and gated
+convolutions have as well."""
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
@@ -53,7 +55,7 @@ def share_heads(
     Found are ``nn.MultiheadAttention``; layers of keys and values by their usual names
     (``k_proj`` and ``v_proj``, ``key`` and ``value``, ``to_k`` and ``to_v``, ``k`` and ``v``, …);
     and fused ones whose rows are queries, keys and values, in this order (``qkv``, ``c_attn``,
-    ``qkv_proj``, ``Wqkv``, ``in_proj``). Tie others by `tie_model`.
+    ``qkv_proj``, ``Wqkv``). Tie others by `tie_model`.
 
     Args:
         model: a model, or one attention of it.
@@ -139,19 +141,20 @@ def _outputs(layer: Any) -> int:
     weight = getattr(layer, "weight", None) if isinstance(layer, nn.Module) else None
     if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(layer, nn.Embedding):
         return 0
-    return Layout.of(layer, "weight", tuple(weight.shape)).canonical_shape[0]
+    return _rows(layer, "weight")
+
+
+def _rows(layer: nn.Module, tensor_name: str) -> int:
+    shape = tuple(getattr(layer, tensor_name).shape)
+    return Layout.of(layer, tensor_name, shape).canonical_shape[0]
 
 
 def _heads(attention: nn.Module, parts: list[Part], given: int | None, where: str) -> int:
     """How many heads the keys have: what was given, if the attention does not say otherwise."""
     layer, name, rows = parts[0]
-    if rows is not None:
-        count = rows.stop - rows.start
-    else:
-        tensor = getattr(layer, name)
-        count = Layout.of(layer, name, tuple(tensor.shape)).canonical_shape[0]
-    sizes = [size for each in _SIZES if _is_count(size := getattr(attention, each, None))]
-    counts = [known for each in _COUNTS if _is_count(known := getattr(attention, each, None))]
+    count = _rows(layer, name) if rows is None else rows.stop - rows.start
+    sizes = [size for each in _SIZES if is_whole(size := getattr(attention, each, None), 1)]
+    counts = [known for each in _COUNTS if is_whole(known := getattr(attention, each, None), 1)]
     # by the size: where keys are shared already, they have fewer heads than the queries
     said = count // sizes[0] if sizes and count % sizes[0] == 0 else next(iter(counts), None)
     if said is None and given is None:
@@ -160,10 +163,6 @@ def _heads(attention: nn.Module, parts: list[Part], given: int | None, where: st
         fact = f"its keys have {said} heads, and heads={given}."
         raise TieError(where, fact, "Leave out heads=, and each attention is asked.")
     return given if given is not None else int(said or 0)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _entries(parts: list[Part], heads: int, groups: int) -> Iterator[PlanEntry]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tiedparam.laws import Orbits, Reason
+from tiedparam.laws.choices import is_whole
 from tiedparam.laws.hashing import hashed_labels
 from tiedparam.laws.indices import image_by_labels
 from tiedparam.laws.layout import Layout
@@ -62,12 +63,12 @@ class Hashed(Orbits):
     def check(self, layout: Layout) -> Reason | None:
         """Every value must have an entry."""
         entries = prod(layout.shape)
-        if not _is_whole(self.n) or not 1 <= self.n <= entries:
+        if not is_whole(self.n, 1) or self.n > entries:
             return Reason(
                 f"n={self.n!r} is no number of values for a tensor {layout.shape}.",
                 f"Choose one from 1 to {entries}.",
             )
-        if not _is_whole(self.seed) or not 0 <= self.seed < _SEEDS:
+        if not is_whole(self.seed, 0) or self.seed >= _SEEDS:
             return Reason(f"seed={self.seed!r} is no seed.", "Choose one from 0 to 2**32 - 1.")
         return None
 
@@ -99,7 +100,3 @@ class Hashed(Orbits):
             Example(lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), {"n": 10, "seed": 3}),
             Example(lambda: nn.Linear(2, 6), {"n": 2}, "", "bias"),
         )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Call, Reason, Use, form
+from tiedparam.laws.choices import is_whole
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.masks import OnMask, mask_of, numbered, spread_over
 from tiedparam.laws.pattern import Pattern
@@ -140,7 +141,7 @@ class Masked(OnMask):
     def _why_other_sizes(self, layout: Layout) -> Reason | None:
         outputs, inputs, *_ = layout.canonical_shape
         blocks, width = self.blocks, self.width
-        if blocks is not None and not (_is_size(blocks) and blocks > 0):
+        if blocks is not None and not is_whole(blocks, 1):
             return Reason(f"blocks must be a positive integer, not {blocks!r}.")
         if blocks is not None and (outputs % blocks or inputs % blocks):
             return Reason(
@@ -148,8 +149,12 @@ class Masked(OnMask):
                 "Choose a number that divides both.",
             )
         if width is not None and not (
-            _is_size(width)
-            or (isinstance(width, list) and len(width) == 2 and all(map(_is_size, width)))
+            is_whole(width, 0)
+            or (
+                isinstance(width, list)
+                and len(width) == 2
+                and all(is_whole(each, 0) for each in width)
+            )
         ):
             return Reason(
                 f"width={width!r} is no number of diagonals.", "Give one from 0 on, or two of them."
@@ -224,7 +229,3 @@ class Masked(OnMask):
             Example(lambda: nn.Conv1d(2, 3, 3), {"mask": causal}),
             Example(lambda: nn.Linear(2, 5), {"mask": rows}, "", "bias"),
         )
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
