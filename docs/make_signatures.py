@@ -1,6 +1,6 @@
 """Write what type checkers and editors know of the rules: ``python docs/make_signatures.py``.
 
-From the registry: the imports of `tiedparam.rules`, the options of each rule as a ``TypedDict``,
+From the registry: the names of `tiedparam.rules`, the options of each rule as a ``TypedDict``,
 and the overloads by which `register_tie` and `residual` take a rule's name with its own options.
 A new law needs a file in ``tiedparam/rules``, and a run of this.
 `tests/house/test_typed_surface.py` says that the files are what this writes.
@@ -41,12 +41,23 @@ def shipped_rules() -> dict[str, type[tp.Rule]]:
 
 
 def rules_imports() -> str:
-    """The imports of `tiedparam.rules`."""
-    rules = shipped_rules().values()
-    places = sorted((rule.__module__, rule.__name__) for rule in rules)
-    lines = [f"from {module} import {name}" for module, name in places]
-    listed = [f'    "{name}",' for name in sorted(rule.__name__ for rule in rules)]
-    return "\n".join([*lines, "", "__all__ = [", *listed, "]"])
+    """The names of `tiedparam.rules`, for type checkers and for Python."""
+    names = sorted((rule.__name__, name) for name, rule in shipped_rules().items())
+    return "\n".join(
+        [
+            "if TYPE_CHECKING:",
+            *(f"    from tiedparam.rules.{name} import {kind}" for kind, name in names),
+            "",
+            "__all__ = [",
+            *(f'    "{kind}",' for kind, _ in names),
+            "]",
+            "",
+            "CLASSES = {",
+            *(f'    "{name}": "{kind}",' for kind, name in names),
+            "}",
+            '"""By name, which is the name of the file too, the class of each law."""',
+        ]
+    )
 
 
 def options_classes() -> str:

@@ -12,11 +12,27 @@ from tiedparam.laws.rule_table import RuleTable, why_unknown
 from tiedparam.util.errors import TieError
 
 _RULES: dict[str, type[Rule]] = {}
+"""Those that were imported so far."""
+
+
+def _shipped() -> Mapping[str, str]:
+    """The names of the library's own laws, which is what their files in ``rules`` are called."""
+    # by name: ``rules`` imports this room, so that it cannot be done above
+    names: Mapping[str, str] = import_module("tiedparam.rules").CLASSES
+    return names
+
+
+def _named(name: str) -> type[Rule] | None:
+    """The rule of this name, or None; one of the library's own is imported now."""
+    if name not in _RULES and name in _shipped():
+        import_module(f"tiedparam.rules.{name}")
+    return _RULES.get(name)
 
 
 def _known() -> dict[str, type[Rule]]:
-    """All rules by name; the library's own are imported when somebody first asks for any."""
-    import_module("tiedparam.rules")  # which imports this room, so that it cannot be done above
+    """All rules by name."""
+    for name in _shipped():
+        _named(name)
     return _RULES
 
 
@@ -54,7 +70,7 @@ def register_rule(name: str) -> Callable[[R], R]:
         for member in ("examples", "variants"):
             if not inspect.ismethod(getattr(rule, member)):
                 raise TypeError(f"{rule.__qualname__}.{member} must be a classmethod")
-        known = _known().get(name)
+        known = _named(name)
         # a reloaded module defines the same rule once more: that is a replacement
         if known is not None and _place(known) != _place(rule):
             raise TieError(
@@ -98,10 +114,10 @@ def find_rule(name: str) -> type[Rule]:
     Raises:
         TieError: if there is none; the message suggests the nearest names.
     """
-    known = _known()
-    if name in known:
-        return known[name]
-    raise TieError(f"'{name}'", *why_unknown(name, known))
+    rule = _named(name)
+    if rule is None:
+        raise TieError(f"'{name}'", *why_unknown(name, _known()))
+    return rule
 
 
 # What a user states of a law ----------------------------------------------------------------------
@@ -235,5 +251,5 @@ def is_pair(rule: Any) -> bool:
 def _takes(rule: Any, option: str) -> bool:
     """Whether it is the law's own option."""
     if isinstance(rule, str):
-        rule = _known().get(rule)
+        rule = _named(rule)
     return isinstance(rule, type) and option in inspect.signature(rule).parameters
