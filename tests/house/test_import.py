@@ -55,6 +55,22 @@ def test_an_import_enters_no_room_and_a_name_those_that_it_needs():
     assert said_by(code) == ["['_version'] False", "[]", "['files', 'model']"]
 
 
+def test_a_tie_imports_its_law_and_no_others_and_nothing_of_files():
+    code = (
+        "import sys, torch, tiedparam as tp; tp.register_tie(torch.nn.Linear(4, 4), 'symmetric'); "
+        "ours = [m.split('.') for m in sys.modules if m.startswith('tiedparam.')]; "
+        "print(sorted(m[2] for m in ours if m[1] == 'rules' and m[2:])); "
+        "print(sorted({'cli', 'files', 'formats', 'model', 'testing'} & {m[1] for m in ours})); "
+        "print(len(ours) <= 110, 'torch._dynamo' in sys.modules, 'numpy.testing' in sys.modules)"
+    )
+    assert said_by(code) == ["['flip_sym', 'symmetric']", "[]", "True False False"]
+
+
+def test_what_is_listed_is_what_is_public():
+    code = "import tiedparam as tp; tp.register_tie; print(*dir(tp))"
+    assert said_by(code) == [" ".join(sorted({*tp.__all__, *tp._ROOMS}))]
+
+
 ALL = len(tp.available_rules())
 
 

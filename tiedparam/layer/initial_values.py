@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,7 @@ TAKE_THE_NEAREST = "Use init='project' to take the nearest lawful weight."
 """What to do about a weight that breaks the law where ``init="exact"`` was asked for."""
 
 
-@dataclass(frozen=True)
-class InitialValues:
+class InitialValues(NamedTuple):
     """What a tie starts with.
 
     Attributes:

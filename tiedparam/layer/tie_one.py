@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -41,8 +41,7 @@ from tiedparam.util.sharded import is_sharded
 from tiedparam.util.torch_private import effective
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """How a tensor is to be tied, apart from the law.
 
     Attributes:

@@ -9,7 +9,6 @@ anything, all of it is put back, to the object, before the one error is raised.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Literal, TypeVar, get_args
 
 from torch import nn
@@ -143,7 +142,7 @@ def _tie(each: Selected, places: Places, settings: Settings) -> Reason | None:
     """Tie it, or return why that cannot be."""
     target = Target.among(places, each.layer, each.entry.tensor_name)
     try:
-        tie_one(target, each.rule, replace(settings, init=each.init))
+        tie_one(target, each.rule, settings._replace(init=each.init))
     except TieError as error:
         return error.reason
     return None

@@ -16,7 +16,6 @@ from types import FrameType
 
 from torch import nn
 
-from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.util.errors import TieError, describe, describe_layer
 
 
@@ -120,6 +119,9 @@ def _keys_of(file: str) -> Collection[str]:
 
 @lru_cache(maxsize=16)  # every tied layer asks
 def _keys_at(file: str, *version: int) -> Collection[str]:
+    # here: whoever only ties should not wait for all kinds of files to be imported
+    from tiedparam.formats.checkpoint import StoredCheckpoint
+
     try:
         return frozenset(StoredCheckpoint(file))
     except TieError:  # accelerate will say what is wrong with it
