@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 import tiedparam as tp
+from tests.support import computing_of
 from tests.support.cases import COMPUTE, DTYPES, assert_refused, canonical_entries
 from tests.support.tensors import free_value, with_weight
 
@@ -209,3 +211,41 @@ def test_lawful_weights_are_seen_as_such():
     layer = with_weight(nn.Linear(5, 5), torch.randn(5, 5).tril())
     assert tp.residual(layer, "masked", pattern="lower") == 0
     assert tp.residual(layer, "masked", pattern="upper") > 0.3
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 4), (3, 3)])
+def test_a_mask_of_blocks_computes_as_the_pattern_does_wherever_it_goes(shape):
+    outputs, inputs = shape
+    blocks = 2 if outputs % 2 == 0 else 3
+    mask = torch.block_diag(*[torch.ones(outputs // blocks, inputs // blocks)] * blocks) > 0
+    torch.manual_seed(0)
+    dense = nn.Linear(inputs, outputs)
+    named = tp.register_tie(
+        copy.deepcopy(dense), "masked", pattern="block_diagonal", blocks=blocks, compute="blocks"
+    )
+    given = tp.register_tie(copy.deepcopy(dense), "masked", mask=mask, compute="blocks")
+    x = torch.randn(5, inputs)
+    for layer in (given, copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
+        computing_of(layer).seen = seen = []
+        assert torch.equal(layer(x), named(x))
+        assert seen == ["blocks"]
+    given.to_empty(device="cpu")
+    for buffer in given.buffers():
+        buffer.zero_()
+    with pytest.raises(tp.TieError, match="overwritten, such as by to_empty"):
+        given(x)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(4, 4).tril(),
+        torch.eye(4).flip(0),  # blocks beside the diagonal
+        torch.block_diag(torch.ones(1, 1), torch.ones(3, 3)),  # of other sizes
+        torch.block_diag(torch.ones(2, 2), torch.eye(2)),
+        torch.cat([torch.zeros(1, 4), torch.ones(3, 4)]),
+        torch.ones(4, 4).index_fill(0, torch.tensor([3]), 0.0),
+    ],
+)
+def test_other_masks_are_not_taken_for_blocks(mask):
+    assert computing_of(tp.register_tie(nn.Linear(4, 4), "masked", mask=mask > 0)) is None

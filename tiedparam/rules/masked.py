@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,11 @@ _NAMES = ", ".join(f"'{name}'" for name in _PATTERNS)
 
 
 def _cost_of_blocks(rule: Masked, use: Use) -> float | None:
-    if rule.blocks is None or use.kind != "linear":
+    count = rule.block_count
+    if count is None or use.kind != "linear":
         return None
-    narrow = min(use.layout.shape) / rule.blocks  # such products are slow
-    blocks = Time(30, 1 / rule.blocks, values=0.1 + 10 / narrow)
+    narrow = min(use.layout.shape) / count  # such products are slow
+    blocks = Time(30, 1 / count, values=0.1 + 10 / narrow)
     return relative_time(use, blocks, dense=Time(40, entries=0.7))
 
 
@@ -58,8 +59,9 @@ class Masked(OnMask):
         blocks: how many blocks; must divide the outputs and the inputs.
         width: how many diagonals beside the main one a band has on each side, or such numbers
             ``(below, above)``.
-        compute: how a Linear layer with ``"block_diagonal"`` computes: ``"auto"``, the fastest
-            way; ``"blocks"``, each block by itself, or ``"dense"`` force one, for measuring.
+        compute: how a Linear layer with ``"block_diagonal"``, or with a mask of such blocks,
+            computes: ``"auto"``, the fastest way; ``"blocks"``, each block by itself, or
+            ``"dense"`` force one, for measuring.
 
     Shapes: ``free``: ``(1, entries that are True)``, in the order of the tensor; ``weight``: any
     with two axes or more, or with ``mask=`` any.
@@ -76,6 +78,9 @@ class Masked(OnMask):
     family = "zeros and fixed values"
     law: str = "W[e] = 0 off the mask"
     complex_valued = True
+
+    apart: ClassVar[frozenset[str]] = OnMask.apart | {"_blocks_of_mask"}
+    _blocks_of_mask: int | None = None
 
     def __init__(
         self,
@@ -175,13 +180,24 @@ class Masked(OnMask):
             elif self.pattern == "upper":
                 free = free.triu()
             elif self.blocks is not None:
-                free = torch.eye(self.blocks, dtype=torch.bool, device="cpu")
-                free = free.repeat_interleave(outputs // self.blocks, 0)
-                free = free.repeat_interleave(inputs // self.blocks, 1)
+                free = _diagonal(self.blocks, outputs, inputs)
             else:
                 below, above = self.width if isinstance(self.width, list) else [self.width] * 2
                 free = free.triu(-min(below, outputs)).tril(min(above, inputs))
             return layout.native(spread_over(free, shape))
+
+    @property
+    def block_count(self) -> int | None:
+        """Of how many blocks of equal size a matrix is made; None if it is not."""
+        return self._blocks_of_mask if self.checksum else self.blocks
+
+    def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
+        """Fit the rule to one tensor, and see whether its mask is one of blocks."""
+        reason = super().bind(layout, dtype)
+        if reason is None and self.checksum and len(layout.shape) == 2:
+            with plain_numbers():
+                self._blocks_of_mask = _blocks_of(self.free_entries)
+        return reason
 
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The weight with zeros off the mask."""
@@ -195,7 +211,9 @@ class Masked(OnMask):
     )
     def by_blocks(self, call: Call) -> Tensor:
         """Multiply each block by itself; row by row, the free values are the blocks."""
-        (outputs, inputs), count = self.bound_layout.shape, self.blocks or 1
+        if self.checksum:
+            _ = self._table  # which sees whether the mask is still there
+        (outputs, inputs), count = self.bound_layout.shape, self.block_count or 1
         shape = (count, outputs // count, inputs // count)
         return block_diagonal_product(call.input, call.free[0].view(shape), call.bias)
 
@@ -229,3 +247,19 @@ class Masked(OnMask):
             Example(lambda: nn.Conv1d(2, 3, 3), {"mask": causal}),
             Example(lambda: nn.Linear(2, 5), {"mask": rows}, "", "bias"),
         )
+
+
+def _blocks_of(free: Tensor) -> int | None:
+    """Of how many blocks of equal size, on the diagonal, a mask of a matrix is made, or None."""
+    outputs, inputs = free.shape
+    count, rest = divmod(inputs, max(1, int(free[0].sum())))
+    if rest or outputs % count:
+        return None
+    return count if torch.equal(free, _diagonal(count, outputs, inputs)) else None
+
+
+def _diagonal(count: int, outputs: int, inputs: int) -> Tensor:
+    """The mask of so many blocks."""
+    free = torch.eye(count, dtype=torch.bool, device="cpu")
+    free = free.repeat_interleave(outputs // count, 0)
+    return free.repeat_interleave(inputs // count, 1)
