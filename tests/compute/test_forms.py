@@ -222,3 +222,47 @@ def test_layers_without_forms_keep_nothing():
     assert computing_of(bias, "bias") is None
     conv = tp.register_tie(nn.Conv2d(4, 4, 1), "flip_sym")
     assert conv.weight.shape == (4, 4, 1, 1)
+
+
+def right(self, call):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "fact"),
+    [
+        ({"name": "two words", "cost": cost_of("")}, right, "'two words' is not a name"),
+        ({"name": 3, "cost": cost_of("")}, right, "3 is not a name"),
+        ({"name": "dense", "cost": cost_of("")}, right, "compute='dense' has a meaning of its own"),
+        ({"name": "one", "cost": 0.5}, right, "cost is 0.5, and not a function"),
+        ({"name": "one", "cost": lambda use: 0.5}, right, r"cost is .*\(use\), and not a function"),
+        ({"name": "one", "cost": cost_of(""), "multiply_adds": 3}, right, "multiply_adds is 3"),
+        ({"name": "one", "cost": cost_of(""), "where": "cuda"}, right, "where='cuda' is unknown"),
+        ({"name": "one", "cost": cost_of("")}, lambda self: None, r"it marks .*\(self\), and not"),
+        ({"name": "one", "cost": cost_of("")}, property(right), "it marks .*property"),
+    ],
+)
+def test_a_form_that_could_not_be_called_is_refused_where_it_is_defined(given, method, fact):
+    with pytest.raises(tp.TieError, match=fact) as caught:
+        form(given.pop("name"), **given)(method)
+    assert caught.value.remedy
+
+
+def test_two_forms_of_one_name_are_refused_in_one_class_and_replace_each_other_in_two():
+    with pytest.raises(tp.TieError, match="Twice has two of it: first and second"):
+
+        class Twice(Circulant):
+            @form("one", cost=cost_of("eager"))
+            def first(self, call):
+                return None
+
+            @form("one", cost=cost_of("eager"))
+            def second(self, call):
+                return None
+
+    class Once(Offers):
+        @form("eager", cost=cost_of("eager"))
+        def another(self, call):
+            return None
+
+    assert "eager" in offered(Once)

@@ -7,13 +7,16 @@ them and chooses; to add one, write the method and nothing else.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
 
+from tiedparam.laws.choices import why_not_one_of
 from tiedparam.laws.layout import Layout
+from tiedparam.util.errors import Reason, TieError
 
 if TYPE_CHECKING:
     from tiedparam.laws.rule import Rule
@@ -138,6 +141,10 @@ def form(
         multiply_adds: ``(rule, use)`` → how many it takes per row of input, if not as many as the
             dense form.
 
+    Raises:
+        TieError: where the class is defined: for a name that ``compute=`` could not mean, for
+            what is not to be called, or for a method that does not take one call.
+
     Example:
         >>> from tiedparam.laws import form
         >>> class OneRow(tp.rules.RowRepeat):
@@ -149,12 +156,91 @@ def form(
         >>> layer(torch.ones(2, 4)).shape
         torch.Size([2, 8])
     """
+    place = f"the form {name!r}"
+    for reason in (
+        _why_no_name(name),
+        _why_not_called("cost", cost),
+        None if multiply_adds is None else _why_not_called("multiply_adds", multiply_adds),
+        why_not_one_of("where", where, Where),
+    ):
+        if reason is not None:
+            raise TieError(place, *reason)
 
     def mark(method: Method) -> Method:
+        reason = _why_no_method(method)
+        if reason is not None:
+            raise TieError(place, *reason)
         method.__form__ = Form(name, cost, method, where, multiply_adds)  # type: ignore[attr-defined]
         return method
 
     return mark
+
+
+def _why_no_name(name: object) -> Reason | None:
+    if not isinstance(name, str) or name.split() != [name]:
+        return Reason(
+            f"{name!r} is not a name that compute= can take.", "Give one word, such as 'blocks'."
+        )
+    if name in ("auto", "dense"):
+        return Reason(
+            f"compute={name!r} has a meaning of its own.", "Name the form for how it computes."
+        )
+    return None
+
+
+def _why_not_called(what: str, given: object) -> Reason | None:
+    """Why this is not a function of a rule and a use, or None."""
+    if callable(given) and _takes(given, 2):
+        return None
+    return Reason(
+        f"{what} is {_shown(given)}, and not a function of a rule and a use.",
+        f"Give {what}=lambda rule, use: …",
+    )
+
+
+def _why_no_method(method: object) -> Reason | None:
+    if inspect.isfunction(method) and _takes(method, 2):
+        return None
+    return Reason(
+        f"it marks {_shown(method)}, and not a method of one call.",
+        "Mark a method (self, call), nearest to it: other decorators stand above @form.",
+    )
+
+
+def _shown(given: object) -> str:
+    name = getattr(given, "__qualname__", None)
+    return f"{name}{inspect.signature(given)}" if inspect.isfunction(given) else repr(name or given)
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many positional arguments."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except ValueError:
+        return True  # one that says nothing of itself
+    except TypeError:
+        return False
+    return True
+
+
+def refuse_two_of_a_name(kind: type[Any]) -> None:
+    """See that no two methods of a class, its bases apart, are forms of one name.
+
+    Raises:
+        TieError: if two are.
+    """
+    seen: dict[str, str] = {}
+    for attribute, method in vars(kind).items():
+        made: Form | None = getattr(method, "__form__", None)
+        if made is None:
+            continue
+        if made.name in seen:
+            raise TieError(
+                f"the form '{made.name}'",
+                f"{kind.__name__} has two of it: {seen[made.name]} and {attribute}.",
+                "Give one of them another name.",
+            )
+        seen[made.name] = attribute
 
 
 @functools.lru_cache(256)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tiedparam.laws.distance import halved_difference, relative_distance
+from tiedparam.laws.forms import refuse_two_of_a_name
 from tiedparam.laws.layout import Layout
 from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.own_members import OwnMembers
@@ -90,6 +91,10 @@ class Rule(nn.Module, metaclass=OwnMembers):
     layout: Layout | None
     compute: str = "auto"
     """The name of the form that is to compute the layer, ``"dense"``, or ``"auto"``; see `form`."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        refuse_two_of_a_name(cls)
 
     def __init__(self) -> None:
         """Take the options, which the docstring of the class explains."""
