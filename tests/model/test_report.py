@@ -277,3 +277,17 @@ def test_masks_and_fixed_numbers_count_as_stored_and_not_as_dense():
     totals = tp.report(model).totals
     assert totals.checkpoint_dense == dense
     assert totals.checkpoint_stored == sum(v.nbytes for v in model.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_form_that_is_named_in_vain_is_said(dtype):
+    model = nn.Sequential(
+        tp.register_tie(nn.Linear(8, 8), "circulant", compute="fft", init="rescale"),
+        tp.register_tie(nn.Linear(8, 8), "row_repeat", compute="reduced", init="rescale"),
+        tp.register_tie(nn.Linear(8, 8), "circulant", init="rescale"),
+    ).to(dtype)
+    found = tp.report(model)
+    in_vain = "fft" if dtype is torch.bfloat16 else None
+    assert [row.form_in_vain for row in found.ties] == [in_vain, None, None]
+    said = "'0.weight' computes densely: compute='fft' serves float32 and float64 alone."
+    assert (said in found.notes()) == (in_vain is not None)

@@ -161,6 +161,14 @@ class Computing:
                 return 1 / cost if cost else None
         return 1.0
 
+    def in_vain(self, like: Tensor) -> str | None:
+        """The form that the law's ``compute=`` names, where it cannot serve such numbers."""
+        form = self.forms.get(self.asked)
+        device = "cpu" if like.is_meta else like.device.type
+        if form is None or serves(form, like.dtype, device, asked=True):
+            return None
+        return form.name
+
     def _settle(self) -> None:
         for training in (False, True):
             names = self._ranks.get((None, training, False))

@@ -49,6 +49,9 @@ class TieRow:
         training_measured: whether `gain_training` was measured.
         bytes_per_value: of the stored type.
         trained: whether gradients reach what the tensor is computed from.
+        form_in_vain: the form that ``compute=`` names, where it cannot serve numbers of this type
+            (those made for a CPU take float32 and float64), so that the layer computes densely;
+            else None.
     """
 
     layer: str
@@ -68,6 +71,7 @@ class TieRow:
     training_measured: bool
     bytes_per_value: int
     trained: bool
+    form_in_vain: str | None = None
 
     @property
     def compression(self) -> float:
@@ -114,6 +118,7 @@ _ONLY_DATA: list[Column[TieRow]] = [
     Column("positions", "", lambda r: r.positions),
     Column("bytes_per_value", "", lambda r: r.bytes_per_value),
     Column("trained", "", lambda r: r.trained),
+    Column("form_in_vain", "", lambda r: r.form_in_vain),
 ]
 
 
@@ -168,6 +173,14 @@ class Report(TableReport[TieRow]):
             if unknown:
                 of_all = f"{unknown} of {len(self.ties)} rows"
                 remarks.append(Reason(f"Multiply-adds are not known for {of_all}."))
+        remarks += [
+            Reason(
+                f"'{key_of(row.layer, row.tensor_name)}' computes densely: "
+                f"compute='{row.form_in_vain}' serves float32 and float64 alone."
+            )
+            for row in self.ties
+            if row.form_in_vain
+        ]
         return remarks
 
     def to_data(self) -> dict[str, Any]:
@@ -307,6 +320,7 @@ def _row(path: str, tie: Tie, paths: dict[int, str], work: cost.Work | None) -> 
         training_measured=gains.measured[1],
         bytes_per_value=sample[0].element_size() if sample else 0,
         trained=any(parameter.requires_grad for parameter in stored),
+        form_in_vain=tie.computing.in_vain(like) if tie.computing else None,
     )
 
 
