@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import scipy.linalg
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tiedparam as tp
+from tests.support import computing_of
 from tests.support.cases import DTYPES, assert_refused, same_bits
 from tests.support.tensors import free_value, stored
 
@@ -145,3 +148,16 @@ def test_refuses_what_is_not_a_matrix():
     conv = nn.Conv2d(4, 4, 3)
     assert_refused(conv, "block_circulant", "the tensor (4, 4, 3, 3) has 4 axes", block=2)
     assert_refused(nn.Linear(4, 4), "block_circulant", "has 1 axis", tensor_name="bias", block=2)
+
+
+def test_blocks_of_one_entry_are_the_dense_layer():
+    torch.manual_seed(0)
+    dense = nn.Linear(6, 4)
+    tied = tp.register_tie(copy.deepcopy(dense), "block_circulant", block=1, cache=False)
+    assert computing_of(tied) is None  # nothing is transformed
+    assert tp.get_tie(tied).free_count == 24
+    assert torch.equal(tied.weight, dense.weight)
+    x = torch.randn(3, 6)
+    assert torch.equal(tied(x), dense(x))
+    with pytest.raises(tp.TieError, match="compute='fft' is not a form"):
+        tp.register_tie(copy.deepcopy(dense), "block_circulant", block=1, compute="fft")

@@ -57,7 +57,7 @@ class BlockCirculant(Orbits):
     Shapes, for ``m`` outputs and ``n`` inputs:
 
     * ``free``: ``(m/b, n)``, the first row of each block, as it stands in the weight: rows ``0``,
-      ``b``, ``2b``, … of it.
+      ``b``, ``2b``, … of it; ``(m·n, 1)`` for blocks of one entry.
     * ``weight``: ``(m, n)``, of two axes. Block ``(i, j)`` is ``scipy.linalg.circulant`` of its
       first column.
 
