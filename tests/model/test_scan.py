@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiedparam as tp
+from tests.support.counting import most_allocated
 from tests.support.models import ResNet, encoder, images, noisy, plant
 from tests.support.unchanged import everything
 from tiedparam.laws import Linked, form
@@ -603,20 +604,6 @@ def test_gains_are_no_counts_of_multiplications():
 
 
 # Size ------------------------------------------------------------------------------------------
-
-
-def most_allocated(work) -> int:
-    """The peak of what torch allocates on the CPU during some work, in bytes."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as seen:
-        work()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        most = max(most, total)
-    return most
 
 
 def test_no_dense_copies_are_held_beyond_one_layer():

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from tests.support.counting import Counted, kept_for_gradients
-from tiedparam.products import circulant_blocks
+from tiedparam.products import circulant_blocks, linear_rows
 from tiedparam.products.circulant_blocks import block_circulant_product
 
 # block, blocks of outputs and of inputs: without frequencies in between, odd, prime, not square
@@ -42,7 +42,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     """How blocks are transformed, of whatever length; few rows at a time."""
     long = 1 if request.param == "by torch.fft" else 10**6
     monkeypatch.setattr(circulant_blocks, "LONG", long)
-    monkeypatch.setattr(circulant_blocks, "FEW", 1000)
+    monkeypatch.setattr(linear_rows, "LITTLE", 1000)
     circulant_blocks._transform.cache_clear()
     yield
     circulant_blocks._transform.cache_clear()

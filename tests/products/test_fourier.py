@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from tests.support.counting import Counted, kept_for_gradients
-from tiedparam.products import fourier
+from tiedparam.products import fourier, linear_rows
 from tiedparam.products.fourier import Diagonal, diagonal_product, good_length
 
 MATRICES: tuple[Diagonal, ...] = ("circulant", "toeplitz", "hankel")
@@ -52,6 +52,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Rows are transformed all at once, or few at a time, with a rest."""
     if request.param == "in blocks":
         monkeypatch.setattr(fourier, "BLOCK_BYTES", 600)
+        monkeypatch.setattr(linear_rows, "LITTLE", 1)
 
 
 @pytest.mark.usefixtures("blocks")

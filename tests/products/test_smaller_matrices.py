@@ -10,7 +10,7 @@ from torch import nn
 
 import tiedparam as tp
 from tests.support import computing_of
-from tiedparam.products import quarter_turns, sets
+from tiedparam.products import linear_rows, quarter_turns, sets
 
 BOUNDS = {torch.float64: 1e-11, torch.float32: 2e-4}
 
@@ -29,6 +29,7 @@ CASES = [
     ("blocks", linear(6, 4), "masked", {**DIAGONAL, "blocks": 2}),
     ("blocks", linear(21, 15), "masked", {**DIAGONAL, "blocks": 3}),
     ("blocks", linear(5, 7), "masked", {**DIAGONAL, "blocks": 1}),
+    ("blocks", linear(6, 4), "masked", {"mask": torch.block_diag(*[torch.ones(3, 2)] * 2) > 0}),
     ("items", linear(9, 6), "set_equivariant", {"items": 3}),
     ("items", linear(7, 7), "set_equivariant", {"items": 7}),
     ("items", linear(34, 68), "set_equivariant", {"items": 34}),  # sets with a product each
@@ -49,6 +50,7 @@ CASES = [
     ("reduced", linear(6, 12), "repeat", {"outputs": 2, "inputs": 3}),
     ("reduced", linear(6, 12), "repeat", {"inputs": 4, "order": "tile"}),
 ]
+FOURIER = next(case for case in CASES if case[0] == "fourier")
 IDS = [f"{form}-{rule}-{build().weight.shape}" for form, build, rule, _ in CASES]
 cases = pytest.mark.parametrize(("form", "build", "rule", "options"), CASES, ids=IDS)
 
@@ -133,7 +135,8 @@ def test_equals_the_dense_layer(form, build, rule, options, bias, dtype):
 
 
 @cases
-def test_first_and_second_derivatives(form, build, rule, options):
+def test_first_and_second_derivatives(form, build, rule, options, monkeypatch):
+    monkeypatch.setattr(linear_rows, "LITTLE", 1)  # a row at a time, where there is a choice
     tied, _, watched = twins(form, build, rule, options)
     x = torch.randn_like(inputs(tied)[0][:2], requires_grad=True)
     names = dict(tied.named_parameters())
@@ -237,7 +240,11 @@ def test_small_layers_stay_dense_where_the_form_loses(build, rule, options):
         (linear(5, 4), "centrosymmetric", {}, []),  # a middle row
         (linear(4, 5), "centrosymmetric", {}, ["turned"]),
         (linear(4, 4), "masked", {"pattern": "lower"}, []),
-        (linear(4, 4), "masked", {"mask": torch.eye(4, dtype=torch.bool)}, []),
+        (linear(4, 4), "masked", {"mask": torch.eye(4, dtype=torch.bool).roll(1, 0)}, []),
+        (linear(4, 4), "masked", {"mask": torch.ones(4, 4, dtype=torch.bool).tril()}, []),
+        (linear(4, 4), "masked", {"mask": torch.eye(4, dtype=torch.bool)}, ["blocks"]),
+        (linear(4, 3), "masked", {"mask": torch.ones(4, 1, dtype=torch.bool)}, ["blocks"]),
+        (linear(8, 8), "block_circulant", {"block": 1}, []),  # nothing to transform
         (pointwise(8, 8), "group_conv", {"group": "p4m"}, []),
         (lambda: nn.Conv2d(8, 8, 1, groups=2), "group_conv", {}, []),
         (lambda: nn.Conv2d(4, 8, 3), "group_conv", {}, []),
@@ -254,14 +261,32 @@ def test_what_has_no_such_form(build, rule, options, offered):
 
 @pytest.mark.parametrize("geometry", [{"stride": 2}, {"padding": 1}])
 def test_other_geometries_of_a_group_convolution_stay_dense(geometry):
-    tied, dense, watched = twins("fourier", *CASES[14][1:], **geometry)
+    tied, dense, watched = twins("fourier", *FOURIER[1:], **geometry)
     x = torch.randn(2, 12, 4, 4, dtype=torch.float64)
     torch.testing.assert_close(tied(x), dense(x))
     assert watched.calls == 0
 
 
+@cases
+def test_rows_some_at_a_time_give_the_same(form, build, rule, options, monkeypatch):
+    monkeypatch.setattr(linear_rows, "LITTLE", 1)
+    tied, dense, watched = twins(form, build, rule, options)
+    x = inputs(tied)[0]
+    x = torch.randn(29, *x.shape[1:], dtype=x.dtype)  # far more than there are values
+    torch.testing.assert_close(tied(x), dense(x))
+    cotangent = torch.randn_like(dense(x))
+    (folded,) = tp.get_tie(tied).adjoint(gradients(dense, x, cotangent, dense.weight)[1])
+    free, bias = (tied.get_parameter(name) for name, _ in tied.named_parameters())
+    if free is tied.bias:
+        free, bias = bias, free
+    mine = gradients(tied, x, cotangent, free, bias)
+    own, of_bias = gradients(dense, x, cotangent, dense.bias)
+    torch.testing.assert_close(mine, (own, folded, of_bias))
+    assert watched.calls
+
+
 def test_products_go_block_by_block_as_in_one(monkeypatch):
-    tied, dense, _ = twins(*CASES[14])
+    tied, dense, _ = twins(*FOURIER)
     x = torch.randn(5, 12, 3, 3, dtype=torch.float64)
     monkeypatch.setattr(quarter_turns, "BLOCK_BYTES", 12 * 9 * 8 * 2)  # 2, 2 and 1
     torch.testing.assert_close(tied(x), dense(x))

@@ -19,18 +19,17 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from tiedparam.products.linear_rows import row_blocks
 from tiedparam.products.opaque import Opaque
 from tiedparam.util.torch_modes import plain_numbers
 
 LONG = 48
 """From here on blocks are transformed by `torch.fft`."""
-FEW = 1 << 17
-"""Parts that are no matter, in memory and in cache."""
 
 
 def block_circulant_product(
@@ -90,7 +89,10 @@ def _backward(
             d_input.view(rows.shape)[few] = transform.back(transform.times(parts, matrices))
         if of_values:
             share = transform.times(parts, transform.parts(rows[few]), turn_left=True)
-            total = share if total is None else total + share
+            total = share if total is None else total.add_(share)
+            del share  # or the next one would be made beside it
+        del parts
+    del matrices
     if not of_values:
         return d_input, None, d_bias
     d_values = values.new_zeros(values.shape) if total is None else transform.back(total)
@@ -109,11 +111,13 @@ _PRODUCT: Opaque = Opaque(
 )
 
 
-def _blocks(rows: Tensor, values: Tensor, block: int) -> list[slice]:
-    """Rows whose parts take no more than a quarter of what the matrix would, or little at all."""
+def _blocks(rows: Tensor, values: Tensor, block: int) -> Iterator[slice]:
+    """Rows that are transformed together, whose parts lie beside those of the values."""
     outputs, inputs = values.shape[0] * block, values.shape[1]
-    step = max(1, min(outputs, inputs) // 8, FEW // (outputs + inputs))
-    return [slice(start, start + step) for start in range(0, len(rows), step)]
+    # those of outputs and inputs, and copies of the one or the other on the way there and back
+    each = outputs + inputs + max(outputs, inputs)
+    room = min(outputs * inputs - 3 * values.numel(), min(outputs, inputs) // 8 * each)
+    return row_blocks(len(rows), each, room)
 
 
 # Transforms -------------------------------------------------------------------------------

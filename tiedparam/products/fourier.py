@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiedparam.products.linear_rows import row_blocks
 from tiedparam.products.opaque import Opaque
 from tiedparam.util.torch_modes import answered_while_tracing
 
@@ -173,6 +174,7 @@ class _Circle(ABC):
                 if d_rows is not None and of_rows is not None:
                     d_rows[block] = of_rows
                 total = part if total is None or part is None else total + part
+                del of_rows  # or the next one would be made beside it
         if not of_values:
             return d_input, None
         if total is None:  # no rows
@@ -191,10 +193,13 @@ class _Circle(ABC):
     def blocks(self, input: Tensor) -> list[slice] | None:
         """Rows that are transformed together; None if all of them are, in the input's shape."""
         rows = input.numel() // self.inputs
-        step = max(1, BLOCK_BYTES // (self.length * input.element_size()))
-        if 0 < rows <= step and input.dim() > 1:
-            return None
-        return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
+        each = 2 * self.length  # spectra, and what is made of them, which is cut
+        if self.length > self.outputs:
+            each += max(self.inputs, self.outputs)
+        saved = self.outputs * self.inputs - 2 * self.length
+        room = min(saved, BLOCK_BYTES // input.element_size() * each // self.length)
+        blocks = list(row_blocks(rows, each, room))
+        return None if len(blocks) == 1 and input.dim() > 1 else blocks
 
     def _block(self, rows: Tensor, spectrum: Tensor, bias: Tensor | None) -> Tensor:
         spectra = self.spectra(rows)
@@ -216,16 +221,18 @@ class _Circle(ABC):
     ) -> tuple[Tensor | None, Tensor | None]:
         spectra = self.spectra(gradients)
         d_rows = total = None
-        if spectrum is not None:
-            shares = spectra * spectrum
-            if self.turned:
-                shares.conj_physical_()
-            d_rows = self._back(shares, self.inputs)
         if of_values:
             of_rows = self.spectra(rows)
             if not self.turned:
                 of_rows.conj_physical_()
             total = of_rows.mul_(spectra).flatten(0, -2).sum(0, keepdim=True)
+            del of_rows
+        if spectrum is not None:
+            # what is recorded stays as it is
+            shares = spectra * spectrum if spectra.requires_grad else spectra.mul_(spectrum)
+            if self.turned:
+                shares.conj_physical_()
+            d_rows = self._back(shares, self.inputs)
         return d_rows, total
 
 

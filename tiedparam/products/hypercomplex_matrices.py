@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tiedparam.products.linear_rows import plus, rows_of, shaped_like
+from tiedparam.products.linear_rows import plus, row_blocks, rows_of, shaped_like
 from tiedparam.products.opaque import Opaque
 
 # e[p]·e[q] = SIGNS[p][q]·e[p ^ q], for 1, i, j, k; those of 1, i are the complex ones
@@ -31,34 +31,42 @@ def _output(x: Tensor, columns: Tensor, bias: Tensor | None, n: int = 2) -> Tens
 
 
 def _by_components(x: Tensor, columns: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    rows = rows_of(x)
+    rows, inputs = rows_of(x), columns.shape[1]
     count, outputs = rows.shape[0], columns.shape[0] // n
-    every = torch.mm(rows.view(count * n, columns.shape[1]), columns.t()).view(count, n, n, outputs)
     answer = x.new_empty(count, n, outputs)
-    for made in range(n):
-        own = answer[:, made]
-        own.copy_(every[:, 0, made])  # e[made]·1
-        for q in range(1, n):
-            own.add_(every[:, q, made ^ q], alpha=SIGNS[made ^ q][q])
+    for few in row_blocks(count, n * n * outputs, columns.numel()):
+        numbers = rows[few].view(-1, inputs)
+        every = torch.mm(numbers, columns.t()).view(-1, n, n, outputs)
+        for made in range(n):
+            own = answer[few, made]
+            own.copy_(every[:, 0, made])  # e[made]·1
+            for q in range(1, n):
+                own.add_(every[:, q, made ^ q], alpha=SIGNS[made ^ q][q])
+        del every  # or the next one would be made beside it
     return shaped_like(plus(answer.view(count, n * outputs), bias), x)
 
 
 def _gradients_by_components(
     needs: Sequence[bool], gradient: Tensor, x: Tensor, columns: Tensor, bias: Tensor | None, n: int
 ) -> tuple[Tensor | None, ...]:
-    rows = rows_of(gradient)
-    count, outputs = rows.shape[0], columns.shape[0] // n
-    of_x = of_columns = None
-    if needs[0] or needs[1]:
-        made = rows.view(count, n, outputs).unbind(1)
+    rows, own = rows_of(gradient), rows_of(x)
+    (_, inputs), outputs = columns.shape, columns.shape[0] // n
+    of_x = own.new_empty(own.shape) if needs[0] else None
+    of_columns = torch.zeros_like(columns) if needs[1] else None
+    room = (n - 1) * columns.numel()
+    blocks = row_blocks(len(rows), n * (n + 1) * outputs, room) if needs[0] or needs[1] else ()
+    for few in blocks:
+        made = rows[few].view(-1, n, outputs).unbind(1)
         every = torch.stack(
             [made[p ^ q] if SIGNS[p][q] > 0 else -made[p ^ q] for q in range(n) for p in range(n)],
             1,
-        ).view(count * n, n * outputs)
-        if needs[0]:
-            of_x = torch.mm(every, columns).view(x.shape)
-        if needs[1]:
-            of_columns = torch.mm(every.t(), rows_of(x).view(count * n, columns.shape[1]))
+        ).view(-1, n * outputs)
+        if of_x is not None:
+            of_x[few].view(-1, inputs).addmm_(every, columns, beta=0)
+        if of_columns is not None:
+            of_columns.addmm_(every.t(), own[few].view(-1, inputs))
+        del every  # or the next one would be made beside it
+    of_x = None if of_x is None else of_x.view(x.shape)
     return of_x, of_columns, rows.sum(0) if needs[2] else None
 
 
@@ -74,44 +82,57 @@ component_product: Opaque = Opaque(
 # Three products for four --------------------------------------------------------------------
 
 
-def _three(
-    real: Tensor, imaginary: Tensor, by_real: Tensor, by_imaginary: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``(a + bi)(c + di)``, of matrices: Gauss's way."""
-    common = torch.mm(real + imaginary, by_real)
-    return (
-        common - torch.mm(imaginary, by_real + by_imaginary),
-        common + torch.mm(real, by_imaginary - by_real),
-    )
-
-
 def _complex(x: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
-    # as `_three`, into one output
-    real, imaginary = rows_of(x).chunk(2, 1)
     by_real, by_imaginary = columns.t().chunk(2, 1)
-    outputs = real.new_empty(real.shape[0], columns.shape[0])
-    one, other = outputs.chunk(2, 1)
-    torch.mm(real + imaginary, by_real, out=other)
-    one.copy_(other)
-    plus(outputs, bias)
-    one.addmm_(imaginary, by_real + by_imaginary, alpha=-1)
-    other.addmm_(real, by_imaginary - by_real)
-    return shaped_like(outputs, x)
+    outputs = _through(rows_of(x), by_real, by_imaginary)
+    return shaped_like(plus(outputs, bias), x)
 
 
 def _complex_gradients(
     needs: Sequence[bool], gradient: Tensor, x: Tensor, columns: Tensor, bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     rows = rows_of(gradient)
-    real, imaginary = rows.chunk(2, 1)
-    of_x = of_columns = None
+    # first, while the room of the input's gradient is free
+    of_columns = _of_columns(rows, rows_of(x), x.numel() if needs[0] else 0) if needs[1] else None
+    of_x = None
     if needs[0]:  # gradients are multiplied by the conjugate
         by_real, by_imaginary = columns.chunk(2)
-        of_x = torch.cat(_three(real, imaginary, by_real, -by_imaginary), 1).view(x.shape)
-    if needs[1]:
-        by_real, by_imaginary = rows_of(x).chunk(2, 1)
-        of_columns = torch.cat(_three(real.t(), imaginary.t(), by_real, -by_imaginary))
+        of_x = _through(rows, by_real, -by_imaginary).view(x.shape)
     return of_x, of_columns, rows.sum(0) if needs[2] else None
+
+
+def _through(rows: Tensor, by_real: Tensor, by_imaginary: Tensor) -> Tensor:
+    """``(a + bi)(c + di)``, of matrices: Gauss's way."""
+    (inner, made), count = by_real.shape, rows.shape[0]
+    outputs = rows.new_empty(count, 2 * made)
+    blocks = list(row_blocks(count, inner, by_real.numel()))
+    for few in blocks:
+        common = rows[few, :inner] + rows[few, inner:]
+        outputs[few, made:].addmm_(common, by_real, beta=0)
+        del common
+    outputs[:, :made] = outputs[:, made:]
+    outputs[:, :made].addmm_(rows[:, inner:], by_real + by_imaginary, alpha=-1)
+    outputs[:, made:].addmm_(rows[:, :inner], by_imaginary - by_real)
+    return outputs
+
+
+def _of_columns(rows: Tensor, own: Tensor, room: int) -> Tensor:
+    """The gradient of the components: the conjugate of the input times that of the output."""
+    (count, outputs), inputs = rows.shape, own.shape[1]
+    made, inner = outputs // 2, inputs // 2
+    of_columns = own.new_zeros(outputs, inner)
+    blocks = list(row_blocks(count, max(made, inner), room + outputs * inner))
+    for few in blocks:
+        common = rows[few, :made] + rows[few, made:]
+        of_columns[made:].addmm_(common.t(), own[few, :inner])
+        del common
+    of_columns[:made] = of_columns[made:]
+    for few in blocks:
+        real, imaginary = rows[few, :made], rows[few, made:]
+        by_real, by_imaginary = own[few, :inner], own[few, inner:]
+        of_columns[:made].addmm_(imaginary.t(), by_real - by_imaginary, alpha=-1)
+        of_columns[made:].addmm_(real.t(), by_real + by_imaginary, alpha=-1)
+    return of_columns
 
 
 complex_product: Opaque = Opaque(

@@ -29,7 +29,7 @@ from tiedparam.products.opaque import Opaque
 FEW_TAPS = 3
 """Up to so many along each of at most two axes, torch's gradient of the filter is the faster."""
 _PIECE = 16  # entries of the gradient; fewer make the product slow, more make it large
-_PADDED_BYTES, _BAND_BYTES = 2 << 20, 256 << 10  # of input in a block, as caches hold it
+_PADDED_BYTES, _BAND_BYTES = 1 << 20, 256 << 10  # of input in a block, as caches hold it
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 

@@ -86,11 +86,11 @@ def _backward(
     axes: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     d_input = d_packed = d_bias = None
+    if needs[1]:  # first, while the room of the input's gradient is free
+        d_packed = _OUTER(gradient, input, sign, groups, axes)
     if needs[0]:
         d_input = _PRODUCT(gradient, packed, None, sign, groups, axes)
-        d_input = d_input if sign == 1 else -d_input
-    if needs[1]:
-        d_packed = _OUTER(gradient, input, sign, groups, axes)
+        d_input = d_input if sign == 1 else d_input.neg_()
     if needs[2]:
         d_bias = _by_groups(gradient, groups, axes).sum((0, 3)).flatten()
     return d_input, d_packed, d_bias
@@ -196,11 +196,11 @@ def _fold_product(frame: Frame, left: Tensor, right: Tensor, packed: Tensor, *, 
 
     Both products of a panel are one, of twice as many rows.
     """
-    first, second = _rows(left), _rows(right)
-    count = len(first)
+    count = len(left) * left.shape[2]
     rows = _empty(left, 3 * count)
-    rows[:count], rows[count : 2 * count] = first, second
-    torch.mul(first, frame.sign, out=rows[2 * count :])
+    rows[:count] = _flat(left)
+    rows[count : 2 * count] = _flat(right)
+    torch.mul(rows[:count], frame.sign, out=rows[2 * count :])
     a, b = rows[: 2 * count].t(), rows[count:]
     for tile in frame.tiles:
         squares = tile.empty_squares(packed)
@@ -213,10 +213,16 @@ def _fold_product(frame: Frame, left: Tensor, right: Tensor, packed: Tensor, *, 
 
 def _rows(part: Tensor) -> Tensor:
     """``(samples, n, positions)`` → ``(samples · positions, n)``."""
-    _, n, positions = part.shape
-    rows = part[:, :, 0] if positions == 1 else transposed(part, True).view(-1, n)
+    rows = _flat(part)
     apart = _empty(part, len(rows))
-    return apart.copy_(rows) if apart.stride(0) > n else rows.contiguous()
+    return apart.copy_(rows) if apart.stride(0) > rows.shape[1] else rows.contiguous()
+
+
+def _flat(part: Tensor) -> Tensor:
+    """The same as it comes: a view where there is one position."""
+    if part.shape[2] == 1:
+        return part[:, :, 0]
+    return transposed(part, True).view(-1, part.shape[1])
 
 
 def _empty(like: Tensor, count: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiedparam.products.one_filter import gains, one_filter
+from tiedparam.products.summed_rows import are_many, summed_product
 from tiedparam.products.windows import Geometry, convolve, outputs_of, pays, summed_channels
 from tiedparam.util.torch_modes import CAST_BY_AUTOCAST, autocast_dtype, is_traced, is_transformed
 from tiedparam.util.torch_private import padding_of, reshaped_in_place
@@ -70,6 +71,9 @@ def linear_by_sums(
     """
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if are_many(x, weight, inputs.whole, outputs.whole):
+            sizes = inputs.sizes, inputs.kept, outputs.sizes, outputs.kept
+            return summed_product(x, weight, bias, *map(list, sizes))
         x = _sum_inputs(x, inputs, 0)
         if outputs.copies == 1:
             return F.linear(x, weight, bias)

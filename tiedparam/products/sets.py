@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tiedparam.products.linear_rows import rows_of, shaped_like
+from tiedparam.products.linear_rows import row_blocks, rows_of, shaped_like
 from tiedparam.products.opaque import Opaque
 
 _WIDE = 32
@@ -16,26 +16,39 @@ _WIDE = 32
 
 def _product(x: Tensor, free: Tensor, bias: Tensor | None, items: int) -> Tensor:
     same, other = free.chunk(2)
-    outputs = _through(rows_of(x), same - other, other, items, bias)
+    outputs = _through(rows_of(x), same - other, other, items, free.numel(), bias)
     return shaped_like(outputs, x)
 
 
 def _through(
-    rows: Tensor, each: Tensor, together: Tensor, items: int, bias: Tensor | None = None
+    rows: Tensor,
+    each: Tensor,
+    together: Tensor,
+    items: int,
+    values: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """``(rows, inputs·items)`` → ``(rows, outputs·items)``."""
+    """``(rows, inputs·items)`` → ``(rows, outputs·items)``.
+
+    Some rows at a time: the free values, which are so many, their gradients and the buffers take
+    no more than the gradient of the whole weight would.
+    """
     count, (outputs, inputs) = rows.shape[0], each.shape
+    answers = rows.new_empty(count, outputs, items)
     sets = rows.view(count, inputs, items)
-    added = torch.mm(sets.sum(2), together.t()).unsqueeze(2)
-    if bias is not None:
-        added = added + bias.view(outputs, items)
-    if items >= _WIDE:
-        each = each.expand(count, outputs, inputs)
-        return torch.baddbmm(added, each, sets).view(count, outputs * items)
-    # the items of all sets side by side, where the product of one set would be too narrow
-    every = torch.mm(each, _side_by_side(sets)).view(outputs, count, items)
-    answers = every.transpose(0, 1).contiguous()
-    return answers.add_(added).view(count, outputs * items)
+    room = each.numel() * items**2 - values - each.numel()
+    for few in row_blocks(count, (outputs + inputs) * (items + 1), room):
+        added = torch.mm(sets[few].sum(2), together.t()).unsqueeze(2)
+        own = answers[few]
+        if items >= _WIDE:
+            own.copy_(added).baddbmm_(each.expand(len(own), outputs, inputs), sets[few])
+        else:  # the items of all sets side by side, where one set's product would be too narrow
+            every = torch.mm(each, _side_by_side(sets[few])).view(outputs, len(own), items)
+            own.copy_(every.transpose(0, 1)).add_(added)
+            del every  # or the next one would be made beside it
+        if bias is not None:
+            own += bias.view(outputs, items)
+    return answers.view(count, outputs * items)
 
 
 def _side_by_side(sets: Tensor) -> Tensor:
@@ -53,17 +66,26 @@ def _gradients(
     items: int,
 ) -> tuple[Tensor | None, ...]:
     rows = rows_of(gradient)
-    same, other = free.chunk(2)
-    of_x = of_free = None
+    # first, while the room of the input's gradient is free
+    of_free = _of_free(rows, rows_of(x), free, items, needs[0]) if needs[1] else None
+    of_x = None
     if needs[0]:
-        of_x = _through(rows, (same - other).t(), other.t(), items).view(x.shape)
-    if needs[1]:
-        (outputs, inputs), count = same.shape, rows.shape[0]
-        answers, sets = rows.view(count, outputs, items), rows_of(x).view(count, inputs, items)
-        of_same = torch.mm(_side_by_side(answers), _side_by_side(sets).t())
-        of_all = torch.mm(answers.sum(2).t(), sets.sum(2))
-        of_free = torch.cat([of_same, of_all - of_same])
+        same, other = free.chunk(2)
+        each = (same - other).t()
+        of_x = _through(rows, each, other.t(), items, free.numel()).view(x.shape)
     return of_x, of_free, rows.sum(0) if needs[2] else None
+
+
+def _of_free(rows: Tensor, own: Tensor, free: Tensor, items: int, spare: bool) -> Tensor:
+    of_free, count = torch.zeros_like(free), rows.shape[0]
+    outputs, inputs = free.shape[0] // 2, free.shape[1]
+    answers, sets = rows.view(count, outputs, items), own.view(count, inputs, items)
+    room = outputs * inputs * (items**2 - 2) + (own.numel() if spare else 0)
+    for few in row_blocks(count, (outputs + inputs) * (items + 1), room):
+        of_free[:outputs].addmm_(_side_by_side(answers[few]), _side_by_side(sets[few]).t())
+        of_free[outputs:].addmm_(answers[few].sum(2).t(), sets[few].sum(2))
+    of_free[outputs:] -= of_free[:outputs]
+    return of_free
 
 
 set_product: Opaque = Opaque(

@@ -182,7 +182,7 @@ def _forward(
         offsets = offsets.repeat(n, 1, 1) if groups > 1 else offsets.expand(n, m, 1)
     inputs, outputs = input.reshape(n * groups, *sizes), output.view(n * groups, m, -1)
     few = _adds_up(m, sizes)
-    for start, stop in _blocks(outputs, positions):
+    for start, stop in _blocks(outputs, positions, copied=not few):
         windows, block = frame.windows(inputs[start:stop]), outputs[start:stop]
         added = None if offsets is None else offsets[start:stop]
         if few:
@@ -222,10 +222,12 @@ def _backward(
         if of_input:
             shares = torch.bmm(columns.expand(stop - start, positions, m), block)
             d_inputs[start:stop] = frame.scattered(shares)
+            del shares  # or the windows would be made beside them
         if of_filters:
             flat = frame.windows(inputs[start:stop]).reshape(stop - start, positions, -1)
             part = torch.bmm(flat, block.transpose(1, 2)).sum(0)
             d_filters = part if d_filters is None else d_filters.add_(part)
+            del flat
         if of_bias:
             sums.append(block.sum(2))
     return (
@@ -264,14 +266,14 @@ def _adds_up(m: int, sizes: list[int]) -> bool:
     return m <= FEW_FILTERS and len(sizes) == 1
 
 
-def _blocks(output: Tensor, positions: int) -> Iterator[tuple[int, int]]:
+def _blocks(output: Tensor, positions: int, copied: bool = True) -> Iterator[tuple[int, int]]:
     """Rows of ``(rows, m, entries)`` that are computed together.
 
-    The windows of a block, of which there are as many as positions, take at most four times what
-    is meant for its output.
+    Their output takes no more than `BLOCK_BYTES`, nor do the windows, of which there are as many
+    as positions, if they are ``copied``.
     """
     rows, m, entries = output.shape
-    bytes_of_row = max(m, positions // 4) * entries * output.element_size()
+    bytes_of_row = max(m, positions if copied else 1) * entries * output.element_size()
     step = max(1, min(rows, BLOCK_BYTES // bytes_of_row))
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
