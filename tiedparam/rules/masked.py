@@ -29,8 +29,9 @@ def _cost_of_blocks(rule: Masked, use: Use) -> float | None:
     if rule.blocks is None or use.kind != "linear":
         return None
     narrow = min(use.layout.shape) / rule.blocks  # such products are slow
-    blocks = Time(30, 1 / rule.blocks, values=0.1 + 10 / narrow)
-    return relative_time(use, blocks, dense=Time(40, entries=0.7))
+    values = 0.35 + 6 / narrow
+    trained = Time(125, 3 / rule.blocks, values=3 * values, entries=0.2)  # of the whole weight
+    return relative_time(use, Time(26, 1 / rule.blocks, values), rule.making, trained)
 
 
 @register_rule("masked")
