@@ -72,7 +72,7 @@ def _layers(quick: bool) -> Iterator[_Layer]:
 
 @case(
     "prediction",
-    "What `report` predicts that a tie gains over an untied layer, beside what it gains",
+    "What `report` predicts that a tie gains over an untied layer, and what it gains (CPU time)",
     default_allocator=False,
 )
 def prediction(run: Run) -> None:
