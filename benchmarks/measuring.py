@@ -31,12 +31,15 @@ class Setting:
         rounds: the least and the greatest number of rounds.
         slice_ms: calls faster than this are repeated within a round.
         warm_ms: calls faster than this run once untimed in each round.
+        clock: in nanoseconds. That of the thread leaves out what else the machine does, and all
+            that other threads and devices do.
     """
 
     seconds: float = 2.0
     rounds: tuple[int, int] = (5, 41)
     slice_ms: float = 0.5
     warm_ms: float = 10.0
+    clock: Callable[[], int] = time.perf_counter_ns
 
     @classmethod
     def quick(cls) -> Setting:
@@ -78,6 +81,7 @@ class Run:
         comparisons: one entry for each shape and mode, as the result file has it.
         times_only: whether bytes were counted already, with the other allocator.
         only: the modules of the case `goals` to measure; all if empty.
+        samples: the nanoseconds of what was timed last, by call and round.
     """
 
     quick: bool = False
@@ -86,6 +90,7 @@ class Run:
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     times_only: bool = False
     only: Sequence[str] = ()
+    samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def compare(
         self,
@@ -135,7 +140,8 @@ class Run:
         self, calls: Mapping[str, Callable[[], Any]], setting: Setting | None = None
     ) -> Figures:
         """Interleave the calls; the first is the reference."""
-        return summarize(interleave(calls, setting or self.setting, self.device))
+        self.samples = interleave(calls, setting or self.setting, self.device)
+        return summarize(self.samples)
 
     def note(self, shapes: str, mode: str, figures: Figures, **notes: Any) -> dict[str, Any]:
         """Add an entry to the result file."""
@@ -270,11 +276,11 @@ def interleave(
 
     def timed(call: Callable[[], Any], repeats: int) -> float:
         _synchronize(device)
-        start = time.perf_counter_ns()
+        start = setting.clock()
         for _ in range(repeats):
             call()
         _synchronize(device)
-        return (time.perf_counter_ns() - start) / repeats
+        return (setting.clock() - start) / repeats
 
     repeats, fast = {}, set()
     for name, call in calls.items():  # warm-up

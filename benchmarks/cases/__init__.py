@@ -24,6 +24,7 @@ for _name in (
     "bytes_needed",
     "families",
     "peers",
+    "prediction",
 ):
     importlib.import_module(f"{__name__}.{_name}")
 

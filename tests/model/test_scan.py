@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import json
 import math
@@ -16,7 +17,7 @@ import tiedparam as tp
 from tests.support.counting import most_allocated
 from tests.support.models import ResNet, encoder, images, noisy, plant
 from tests.support.unchanged import everything
-from tiedparam.laws import Linked, form
+from tiedparam.laws import Linked, Making, form
 from tiedparam.model import cost, near_copies, scan_report
 from tiedparam.rules import Circulant
 
@@ -532,21 +533,59 @@ def gains_of(model, law, **options):
     }
 
 
+def over_dense(layer, law):
+    """How many times as fast as in the dense form the layer is said to compute under the law."""
+    dense = law()
+    dense.compute = "dense"
+    rows = [tp.report(tp.register_tie(copy.deepcopy(layer), made)).ties[0] for made in (law, dense)]
+    return tuple(
+        getattr(rows[0], mode) / getattr(rows[1], mode)
+        for mode in ("gain_inference", "gain_training")
+    )
+
+
 def test_gains_are_what_the_cheapest_form_costs():
     law = priced(lambda rule, use: 0.25 if use.training else 0.125)
+    assert over_dense(nn.Linear(8, 8), law) == pytest.approx((8, 4))
+    hardly = priced(lambda rule, use: 0.96)
+    assert over_dense(nn.Linear(8, 8), hardly) == (1, 1)
+    unknown = priced(lambda rule, use: None if use.training else 0.5)
+    assert over_dense(nn.Linear(8, 8), unknown) == pytest.approx((2, 1))
     report = tp.scan(nn.Linear(8, 8), [law])
     (row,) = report.candidates
-    assert (row.gain_inference, row.gain_training) == (8, 4)
+    tied = tp.report(tp.register_tie(nn.Linear(8, 8), law)).ties[0]
+    assert (row.gain_inference, row.gain_training) == (tied.gain_inference, tied.gain_training)
     head, _, line = str(report).splitlines()[2:5]
     assert head.endswith(" × dense")
-    assert line.endswith(" 8 / 4")
-    data = report.rows()[0]
-    assert (data["gain_inference"], data["gain_training"]) == (8, 4)
-    hardly = priced(lambda rule, use: 0.96)
-    assert gains_of(nn.Linear(8, 8), hardly) == {"weight": (1, 1)}
-    assert str(tp.scan(nn.Linear(8, 8), [hardly])).splitlines()[4].endswith(" 1")
-    unknown = priced(lambda rule, use: None if use.training else 0.5)
-    assert gains_of(nn.Linear(8, 8), unknown) == {"weight": (2, 1)}
+    assert line.endswith(f" {row.gain_inference:.2g} / {row.gain_training:.2g}")
+    assert report.rows()[0]["gain_training"] == row.gain_training
+
+
+def test_a_layer_that_makes_its_weight_is_slower_than_one_that_has_it():
+    for rows in (1, 64):
+        found = gains_of(nn.Linear(1024, 1024), "persymmetric", example=torch.randn(rows, 1024))
+        assert all(gain < 0.9 for gain in found["weight"])
+    # in a large batch that does not matter any more, nor where nothing is made
+    (gain,) = gains_of(nn.Linear(256, 256, bias=False), "persymmetric",
+                       example=torch.empty(1 << 13, 256)).values()  # fmt: skip
+    assert gain == pytest.approx((1, 1), rel=1e-2)
+    conv = gains_of(nn.Conv2d(64, 64, 3), "flip_sym", example=torch.empty(1, 64, 128, 128))
+    assert conv["weight"] == pytest.approx((1, 1), rel=1e-2)
+
+
+class Costly(tp.rules.Persymmetric):
+    making = Making(entries=80.0, trained=240.0, small=(700.0, 900.0))
+
+
+def test_a_law_says_how_long_it_takes_to_make_its_weight():
+    for size in (8, 256):
+        usual, costly = (gains_of(nn.Linear(size, size), law)["weight"]
+                         for law in ("persymmetric", Costly))  # fmt: skip
+        assert costly < tuple(gain / 5 for gain in usual)
+    block = {"rows": [0, 64], "columns": [0, 64]}
+    part, cheap = (gains_of(nn.Linear(256, 256), (law, block))["weight"]
+                   for law in (Costly, "persymmetric"))  # fmt: skip
+    assert costly < part < cheap
 
 
 def test_gains_are_those_of_the_example():
@@ -556,24 +595,28 @@ def test_gains_are_those_of_the_example():
         asked.append(use.rows)
         return 1.0 if use.rows is None else 1 / use.rows
 
-    assert gains_of(nn.Linear(8, 8), priced(cost)) == {"weight": (1, 1)}
+    usual = gains_of(nn.Linear(8, 8), priced(cost))["weight"]
     assert set(asked) == {None}
     example = torch.randn(3, 5, 8)
-    assert gains_of(nn.Linear(8, 8), priced(cost), example=example)["weight"] == (15, 15)
+    dense = gains_of(nn.Linear(8, 8), "circulant", example=example)["weight"]
+    found = gains_of(nn.Linear(8, 8), priced(cost), example=example)["weight"]
+    assert found == pytest.approx(tuple(15 * gain for gain in dense))
+    assert usual == gains_of(nn.Linear(8, 8), "circulant")["weight"]
 
 
 def test_gains_of_the_forms_that_serve():
     half = priced(lambda rule, use: 0.5)
-    assert gains_of(nn.Linear(8, 8).bfloat16(), half) == {"weight": (1, 1)}
+    assert over_dense(nn.Linear(8, 8), half) == pytest.approx((2, 2))
+    assert over_dense(nn.Linear(8, 8).bfloat16(), half) == (1, 1)
     anywhere = priced(lambda rule, use: 0.5, where="anywhere")
-    assert gains_of(nn.Linear(8, 8).bfloat16(), anywhere) == {"weight": (2, 2)}
-    on_meta = tp.register_tie(nn.Linear(8, 8, device="meta"), half)
-    assert tp.report(on_meta).ties[0].gain_inference == 2
-    for compute, gain in (("dense", 1), ("by_price", 0.5)):
+    assert over_dense(nn.Linear(8, 8).bfloat16(), anywhere) == pytest.approx((2, 2))
+    assert over_dense(nn.Linear(8, 8, device="meta"), half) == pytest.approx((2, 2))
+    gains = {}
+    for compute in ("dense", "by_price"):
         slow = priced(lambda rule, use: 2.0)()
         slow.compute = compute
-        layer = tp.register_tie(nn.Linear(8, 8), slow)
-        assert tp.report(layer).ties[0].gain_training == gain
+        gains[compute] = tp.report(tp.register_tie(nn.Linear(8, 8), slow)).ties[0].gain_training
+    assert gains["by_price"] == pytest.approx(gains["dense"] / 2)
 
 
 def test_gains_are_not_said_where_nothing_is_known():
@@ -584,17 +627,29 @@ def test_gains_are_not_said_where_nothing_is_known():
 
     model = nn.ModuleDict(
         {"attention": nn.MultiheadAttention(8, 2), "table": nn.Embedding(8, 8), "own": Own(),
-         "cell": nn.GRUCell(8, 8), "linear": nn.Linear(8, 8)}
+         "cell": nn.GRUCell(8, 8), "linear": nn.Linear(512, 512)}
     )  # fmt: skip
     gains = gains_of(model, "row_repeat")
     assert {"own.weight", "linear.bias", "cell.weight_hh", "table.weight"} <= set(gains)
     for name, gain in gains.items():
         if name == "linear.weight":
             assert gain > (1, 1)
+        elif name in ("table.weight", "attention.out_proj.weight"):
+            assert all(0 < each < 1 for each in gain), name
         else:
-            unknown = "bias" in name or name == "own.weight"
-            assert gain == ((None, None) if unknown else (1, 1)), name
+            assert gain == (None, None), name
     assert " –" in str(tp.scan(model["own"], ["row_repeat"])).splitlines()[4][-3:]
+
+
+def test_gains_of_copies_and_of_what_is_frozen():
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    view, made = (gains_of(model, law)["1.weight"] for law in ("copy", "squared_copy"))
+    assert (1, 1) > view > made
+    layer = tp.register_tie(nn.Linear(256, 256), "persymmetric").eval()
+    free = tp.report(layer).ties[0].gain_inference
+    with tp.frozen(layer):
+        kept = tp.report(layer).ties[0].gain_inference
+    assert free < 0.7 < kept < 1
 
 
 # Far below any noise: 1,024 times as many multiplications, and not a thousand times the speed
@@ -741,9 +796,43 @@ def test_options_that_fit_nothing_are_said_and_sources_are_not_given():
     assert left.reason.startswith("'row_repeat(groups=9)' fits no tensor of the model; ")
     assert "divi" in left.reason
     assert tp.scan(model, [("row_repeat", {"groups": 3})]).not_looked_at == ()
+    assert tp.scan(model, ["flip_sym"]).headline().endswith("the rules as they were given.")
     for name in ("source", "source_name"):
         with pytest.raises(tp.TieError, match=f"the sources of 'copy' itself. Leave out {name}="):
             tp.scan(model, [("copy", {name: "0"})])
+
+
+@pytest.mark.parametrize(
+    ("rule", "fact", "remedy"),
+    [
+        ("symmetric", r"'symmetric' fits no tensor of the model; here, for example: out_", "Tie a"),
+        ("flip_sym", r"'flip_sym' fits no tensor of the model; here, for example: out_", "Tie a"),
+        ("kernel_symmetry", "no kernel positions", "Tie a convolution"),
+        ("head_share", "'head_share' suggests no options to try", "'heads': …, 'groups': …}"),
+        (
+            "squared_copy",
+            "'squared_copy' fits no tensor of the model: no other one",
+            "'copy', {'fn",
+        ),
+    ],
+)
+def test_a_named_rule_that_fits_nothing_says_why(rule, fact, remedy):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+    report = tp.scan(model, [rule])
+    assert report.candidates == ()
+    (left,) = report.not_looked_at
+    assert (left.layer, left.tensor_name) == ("0", "weight")
+    assert fact in left.why.fact
+    assert remedy in left.why.remedy
+    assert tp.scan(model).not_looked_at == ()  # nobody asked for it
+
+
+def test_a_named_rule_that_suggests_no_options_is_tried_without_any():
+    (found,) = tp.scan(planted_by(1), ["symmetric"]).found()
+    assert (found.layer, found.rule) == ("0", "symmetric")
+    report = tp.scan(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6)), ["symmetric"])
+    assert [c.layer for c in report.candidates] == ["1"]
+    assert report.not_looked_at == ()
 
 
 # How many, and what next ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import nn
 import tiedparam as tp
 from tests.support import form_of
 from tiedparam.laws import form
+from tiedparam.model.stand_ins import untied_like
 from tiedparam.rules import Circulant, RowRepeat
 from tiedparam.tie.lookup import tie_of
 
@@ -66,8 +67,7 @@ def test_the_fastest_form_is_kept(clock):
     (row,) = report.tuned
     assert (row.layer, row.automatic, row.form) == ("0", "dense", "hurried")
     assert set(row.times) == {"dense", "hurried"}
-    assert row.gain == pytest.approx(10, rel=1e-3)
-    assert row.gain_by_tuning == row.gain
+    assert row.gain_by_tuning == pytest.approx(10, rel=1e-3)
     assert report.rows()[0]["gain"] == row.gain
     assert "hurried, ms" in str(report)
     computing = tie_of(layer).computing
@@ -79,6 +79,62 @@ def test_the_fastest_form_is_kept(clock):
     assert clock.now - before == pytest.approx(0.1, abs=1e-3)
     tp.tune(model, x, training=True)
     assert computing.tuned == {False: "hurried", True: "hurried"}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_gain_is_one_over_the_layer_without_the_tie(clock, monkeypatch, training):
+    linear = nn.functional.linear
+
+    def slowly(*args, **kwargs):
+        clock.now += 0.5
+        return linear(*args, **kwargs)
+
+    layer = tied(circulant(clock, hurried=1.0, dense=2.0))
+    monkeypatch.setattr(nn.functional, "linear", slowly)
+    (row,) = tp.tune(nn.Sequential(layer, layer), torch.randn(3, 4), training=training).tuned
+    assert row.form == "hurried"
+    assert row.untied.seconds == pytest.approx(2 * 0.5, rel=1e-3)
+    assert row.times["dense"].seconds == pytest.approx(2 * 2.5, rel=1e-3)
+    assert row.gain == row.untied.seconds / row.times["hurried"].seconds < 1
+    assert tie_of(layer).computing.measured == {training: row.gain}
+    (asked,) = tp.tune(tp.register_tie(nn.Linear(8, 8), "row_repeat", compute="dense"),
+                       torch.randn(2, 8)).tuned  # fmt: skip
+    assert asked.untied is asked.gain is None
+
+
+def test_the_layer_without_the_tie_is_the_stock_layer():
+    layer = tp.register_tie(nn.Conv2d(4, 4, 3, padding="same", padding_mode="circular"), RowRepeat)
+    tp.register_tie(layer, "row_repeat", "bias")
+    layer.bias_scale = nn.Linear(1, 1)
+    layer.register_buffer("counter", torch.zeros(1))
+    layer.register_forward_hook(lambda *given: pytest.fail("a hook ran"))
+    layer.parametrizations.weight.requires_grad_(False)
+    made = untied_like(layer)
+    assert type(made) is nn.Conv2d
+    assert not tp.is_tied(made)
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.equal(made(x), layer.forward(x))
+    assert {n: p.requires_grad for n, p in made.named_parameters(recurse=False)} == {
+        "bias": True, "weight": False,
+    }  # fmt: skip
+    assert made.weight.data_ptr() != layer.weight.data_ptr()
+    assert made.bias_scale is layer.bias_scale
+    assert made.counter is layer.counter
+
+
+def test_hooks_on_parameters_do_not_run():
+    layer = tp.register_tie(nn.Linear(8, 8), "row_repeat")
+    free, calls = layer.parametrizations.weight.original0, []
+    for parameter in (free, layer.bias):
+        parameter.register_hook(lambda grad: calls.append("hook"))
+        parameter.register_post_accumulate_grad_hook(lambda p: calls.append("accumulated"))
+    held, x = dict(layer.named_parameters()), torch.randn(2, 8)
+    (row,) = tp.tune(layer, x, training=True).tuned
+    assert set(row.times) == {"dense", "reduced"}
+    assert calls == []
+    assert all(p is held[name] for name, p in layer.named_parameters())
+    layer(x).sum().backward()
+    assert sorted(calls) == ["accumulated"] * 2 + ["hook"] * 2
 
 
 def test_a_form_that_is_slower_here_is_left_out(clock):

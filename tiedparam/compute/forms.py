@@ -42,7 +42,7 @@ class Computing:
         channels: how many channels or features of input the weight takes.
         asked: the form that the law's ``compute=`` names; ``"auto"`` or ``"dense"`` if none.
         tuned: the form that was measured to be fastest, without gradients and with.
-        measured: how many times as fast as densely the layer then computed.
+        measured: how many times as fast as an untied layer it then computed.
         forms: those that the law offers for this layer, by name.
         seen: where the names of the forms that compute are noted, while somebody looks; or None.
     """
@@ -138,10 +138,10 @@ class Computing:
         self.choose({**self.tuned, training: form})
         self.measured[training] = gain
 
-    def predicted_gain(
-        self, rule: Rule, like: Tensor, rows: int | None, training: bool
+    def predicted_cost(
+        self, rule: Rule, like: Tensor, rows: int | None, training: bool, kept: bool
     ) -> float | None:
-        """How many times as fast as densely the layer computes, by the costs of its forms.
+        """What the layer's form costs, as a multiple of the dense form's time.
 
         Args:
             rule: the law.
@@ -149,16 +149,16 @@ class Computing:
                 device stands for the CPU.
             rows: how many vectors of input are multiplied; None for a usual batch.
             training: whether gradients are recorded.
+            kept: whether the weight is at hand.
 
         Returns:
             1.0 where no form serves; None if its cost for such a use is not known.
         """
         device = "cpu" if like.is_meta else like.device.type
-        named = self.named(training)
-        for form in self.order(rule, rows, training, False):
+        named = self.asked if kept else self.named(training)
+        for form in self.order(rule, rows, training, kept, named):
             if serves(form, like.dtype, device, asked=form.name == named):
-                cost = form.cost(rule, self.use(rows, training))
-                return 1 / cost if cost else None
+                return form.cost(rule, self.use(rows, training, kept))
         return 1.0
 
     def in_vain(self, like: Tensor) -> str | None:
@@ -214,7 +214,7 @@ def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | 
     stock = parametrize.type_before_parametrizations(layer)
     computing = None
     if tensor_name == "weight" and len(rule.bound_layout.shape) >= 2 and has_forms(stock):
-        kind, layout = _kind_of(layer), rule.bound_layout
+        kind, layout = kind_of(layer), rule.bound_layout
         use = Use(kind, layout)
         names = [f.name for f in forms_of(type(rule)) if f.cost(rule, use) is not None]
         computing = Computing(type(rule), kind, layout, rule.compute, names)
@@ -233,7 +233,8 @@ def computing_of(layer: nn.Module, tensor_name: str, rule: Rule) -> Computing | 
     return computing
 
 
-def _kind_of(layer: nn.Module) -> Kind:
+def kind_of(layer: nn.Module) -> Kind:
+    """What a layer does with its weight; what is no convolution counts as a Linear."""
     if not isinstance(layer, AnyConvolution):
         return "linear"
     return "transposed" if layer.transposed else "convolution"

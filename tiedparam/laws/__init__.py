@@ -14,6 +14,7 @@ from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.reduction import Reduction
 from tiedparam.laws.registry import available_rules, register_rule
 from tiedparam.laws.rule import Example, Rule
+from tiedparam.laws.times import Making
 from tiedparam.util.errors import Reason
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Example",
     "Layout",
     "Linked",
+    "Making",
     "Orbits",
     "Reason",
     "Reduction",

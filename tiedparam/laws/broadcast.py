@@ -19,6 +19,7 @@ from tiedparam.laws.layout import Layout
 from tiedparam.laws.look_up import LookedUp
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.reduction import Reduction, equal_outputs, summed_inputs
+from tiedparam.laws.times import Making
 from tiedparam.products.reduced import (
     convolution_by_sums,
     convolution_by_windows,
@@ -149,6 +150,7 @@ class Broadcast(Orbits):
     """
 
     gains_from_cache = False  # expanding is a view
+    making = Making(0.2, 0.6, call=14, trained_call=50)
     _sizes: _Sizes
 
     def __init__(self, compute: Compute = "auto") -> None:

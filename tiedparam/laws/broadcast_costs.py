@@ -6,10 +6,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from tiedparam.laws.forms import Use
-from tiedparam.laws.layout import Layout
 from tiedparam.laws.look_up import SMALL
-from tiedparam.laws.reduction import Reduction
-from tiedparam.laws.times import rows_multiplied
+from tiedparam.laws.times import LONG_KERNEL, Time, is_trained, relative_time
 from tiedparam.products.one_filter import FEW_TAPS
 
 if TYPE_CHECKING:
@@ -19,14 +17,18 @@ _SAVED = 4  # multiplications per one that is left
 _SAVED_IN_GROUPS = 16  # stock kernels for many groups of one channel are slow
 _POSITIONS = 64  # of a kernel; windows of more take much memory
 _NEARLY = 0.9  # of what they stand for, where they serve
-_LONG_KERNEL = 13  # along the last axis; with more, half of it is too much padding for torch
-_PER_VALUE = {"linear": 5, "convolution": 70, "transposed": 120}  # of input and output
-_SUMMED = 20  # per value, in a convolution of one channel
-_PER_CALL = 600_000  # some 15 µs
+_TRIED = 0.94  # just enough to be asked
+# without gradients and with
+_LINEAR = Time(15, values=0.12), Time(95, 3, values=0.36)
+_SPREAD = Time(28, values=0.12), Time(140, 3, values=0.36)  # over several groups of outputs
+# a convolution of one channel
+_SUMMED = Time(35, 1.3, values=0.23, row=0.026), Time(100, 4, values=1.0, row=0.2)
+_POINTWISE = Time(32, values=0.1), Time(150, 3, values=0.42)
+_CONVOLUTION = Time(40, values=1.5), Time(220, 3, values=4.5)
+_LONG_FILTER = Time(330, 0, values=1.05), Time(1050, 0, values=3.7)
+_TRANSPOSED = Time(40, values=2.7), Time(220, 3, values=8.0)
 # multiply-adds that take as long as spreading outputs; small weights are cheaper
 _SPREADING = 1 << 18
-_EXPANDING = 1.7  # of _PER_CALL, in the dense form
-_BACKWARD = 2.5  # of _PER_CALL, with gradients
 
 
 def cost_of_reduced(rule: Broadcast, use: Use) -> float:
@@ -42,23 +44,18 @@ def cost_of_reduced(rule: Broadcast, use: Use) -> float:
     entries = prod(layout.canonical_shape)
     if spreads and entries <= SMALL and use.rows is not None and use.rows * entries <= _SPREADING:
         return 1.0
-    return min(_NEARLY, _share_of_time(how, use))
-
-
-def _share_of_time(how: Reduction, use: Use) -> float:
-    """Of the dense form's time, in multiply-adds that the dense layer makes in as much time.
-
-    On the machine of the result files it is right by a factor of 1.5, so that a report can say
-    what a tie gains; whether the form is taken does not depend on it.
-    """
-    layout = use.layout
-    dense = prod(layout.canonical_shape)
-    moved = layout.canonical_shape[0] + layout.groups * layout.canonical_shape[1]
-    rows = rows_multiplied(use)
-    per_call = _PER_CALL * (_BACKWARD if use.training else 1)
-    per_value = _SUMMED if use.kind == "convolution" and how.summed else _PER_VALUE[use.kind]
-    reduced = per_call + rows * (how.entries + per_value * moved)
-    return min(_NEARLY, reduced / (_EXPANDING * per_call + rows * dense))
+    if use.kind == "linear":
+        times = _SPREAD if spreads else _LINEAR
+    elif prod(layout.kernel) == 1:
+        times = _POINTWISE
+    elif use.kind == "convolution":
+        times = _SUMMED if how.summed else _CONVOLUTION
+    else:
+        times = _TRANSPOSED
+    # of it depends what a report says that a tie gains, and not whether the form is taken
+    left = how.entries / entries
+    form, trained = (time._replace(product=left * time.product) for time in times)
+    return min(_NEARLY, relative_time(use, form, rule.making, trained))
 
 
 def cost_of_windows(rule: Broadcast, use: Use) -> float | None:
@@ -70,19 +67,23 @@ def cost_of_windows(rule: Broadcast, use: Use) -> float | None:
     if use.kind != "convolution":
         return None
     if how.shared_banks:
-        return _cost_of_streams(layout, use.training) if layout.canonical_shape[1] == 1 else None
+        return _cost_of_streams(rule, use) if layout.canonical_shape[1] == 1 else None
     if not how.summed or layout.groups > 1 or how.outputs.copies > 1:
         return None
     cost = cost_of_reduced(rule, use)
     return _NEARLY * cost if prod(layout.kernel) <= _POSITIONS and cost < 1 else 1.0
 
 
-def _cost_of_streams(layout: Layout, training: bool) -> float:
+def _cost_of_streams(rule: Broadcast, use: Use) -> float:
     """For ``over="groups"``; ``python -m benchmarks --case goals --only streams``."""
+    layout, training = use.layout, is_trained(use)
     if layout.canonical_shape[0] > layout.groups:
         return _NEARLY if prod(layout.kernel) <= _POSITIONS else 1.0
-    if layout.kernel[-1] > _LONG_KERNEL:
-        return 0.2
+    if layout.kernel[-1] > LONG_KERNEL:
+        if len(layout.kernel) > 1:
+            return 0.2 if training else 0.1
+        form, trained = _LONG_FILTER
+        return min(_NEARLY, relative_time(use, form, rule.making, trained))
     if training and max(layout.kernel) > FEW_TAPS:
         return 0.6 if len(layout.kernel) == 1 else 0.5
-    return _NEARLY  # where a dilation calls for much padding
+    return _TRIED  # it pays only where a dilation calls for much padding

@@ -20,7 +20,7 @@ from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.look_up import SMALL
 from tiedparam.laws.orbits import Orbits
-from tiedparam.laws.times import Time, is_trained, relative_time
+from tiedparam.laws.times import Making, Time, is_trained, relative_time
 from tiedparam.products.fourier import Diagonal, diagonal_product, length_of
 from tiedparam.util.errors import Reason
 
@@ -46,18 +46,17 @@ def _cost_of_fourier(rule: OfDiagonals, use: Use) -> float:
     row = length * log2(length) / _SPEED
     if length & (length - 1):
         row *= _NOT_OF_TWOS
-    dense = _DENSE
     if is_trained(use):
-        call, row, dense = 4.4 * call, 3.3 * row, _DENSE_TRAINED
-    return relative_time(use, Time(call + _AT_ONCE * row, product=0, row=row), dense)
+        call, row = 4.4 * call, 3.3 * row
+    time = Time(call + _AT_ONCE * row, product=0, row=row)
+    return relative_time(use, time, rule.making, trained=time)
 
 
-_DENSE, _DENSE_TRAINED = Time(33, entries=0.065), Time(175, product=3, entries=0.49)
-_PER_CALL = 42.0
-_EMBEDDED = 70.0
+_PER_CALL = 38.0
+_EMBEDDED = 66.0
 _SPEED = 4_500.0  # of length · log₂(length)
 _NOT_OF_TWOS = 2.0  # at most, for the lengths that are taken
-_AT_ONCE = 6  # rows that take as long as what is done once: plans, and the values
+_AT_ONCE = 4  # rows that take as long as what is done once: plans, and the values
 
 
 def _multiply_adds(rule: OfDiagonals, use: Use) -> int:
@@ -79,6 +78,7 @@ class OfDiagonals(Orbits):
 
     expansion: ClassVar[type[AntiDiagonals]]
     matrix: ClassVar[Diagonal]
+    making = Making(0.065, 0.7, call=32, trained_call=132)
     _expansion: AntiDiagonals
 
     def __init__(self, compute: Compute = "auto") -> None:

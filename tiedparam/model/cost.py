@@ -5,7 +5,8 @@ convolution, an input position of a transposed one, a time step of a recurrent l
 inputs, a bias and a spread output cost no multiplication and are not counted; torch's
 ``FlopCounterMode`` counts two for every multiply-add.
 
-Time is what `tune` measured, or what the forms of the law are said to cost.
+Time is what `tune` measured, or what the law says it takes to make the weight, and what its forms
+cost.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedparam.compute.forms import Computing, computing_of
+from tiedparam.compute.forms import Computing, computing_of, kind_of
+from tiedparam.laws.forms import Use
 from tiedparam.laws.rule import Rule
+from tiedparam.laws.times import untied_time
 from tiedparam.layer.host import stock_class
 from tiedparam.util.torch_private import AnyConvolution, is_read_by_attention
 
@@ -66,7 +69,7 @@ def _reduced_count(layer: nn.Module, tensor_name: str, rule: Rule | None) -> int
 
 @dataclass(frozen=True)
 class Gains:
-    """How many times as fast as with its expanded weight a layer computes under a law.
+    """How many times as fast as an untied layer a tied one computes: below 1 it is slower.
 
     Attributes:
         inference: without gradients; None if it is not known.
@@ -87,8 +90,13 @@ def gains(
     *,
     computing: Computing | None,
     rows: int | None = None,
+    kept: bool = False,
 ) -> Gains:
-    """What a tie gains over computing with the expanded weight.
+    """What a tie gains over the same layer without it.
+
+    The untied layer takes a time that is known roughly. To that the tied one adds what it takes to
+    make the weight (`tiedparam.laws.Making`); where its law has a cheaper form, it takes a part of
+    both together.
 
     Args:
         layer: the layer.
@@ -98,23 +106,31 @@ def gains(
         computing: how the layer computes under the rule, and what `tune` measured of it; None if
             densely.
         rows: how many vectors of input one call multiplies; None for a usual batch.
+        kept: whether the weight is at hand (`frozen`), so that none is made.
 
     Returns:
-        1 for a layer that computes densely. Nothing for biases, and where it is not known how the
-        layer uses the tensor.
+        Nothing for biases, and where it is not known how the layer uses the tensor, or how often:
+        recurrent layers take any number of steps in a call.
     """
-    known = (*_ONCE_PER_POSITION, *_LOOKED_UP, nn.MultiheadAttention)
+    known = (nn.Linear, nn.Bilinear, AnyConvolution, *_LOOKED_UP)
     if len(rule.bound_layout.shape) < 2 or not isinstance(layer, known):
         return Gains()
-    if computing is None or is_read_by_attention(stock_class(layer)):
-        return Gains(1.0, 1.0)
-    inference, training = (
-        computing.measured[recorded]
-        if recorded in computing.measured
-        else computing.predicted_gain(rule, like, rows, recorded)
-        for recorded in (False, True)
-    )
-    return Gains(inference, training, (False in computing.measured, True in computing.measured))
+    if is_read_by_attention(stock_class(layer)):
+        computing = None  # attention reads the weight and does the product itself
+    measured = {} if computing is None or kept else computing.measured
+
+    def gain(training: bool) -> float | None:
+        if training in measured:
+            return measured[training]
+        use = Use(kind_of(layer), rule.bound_layout, rows, training, kept)
+        untied = untied_time(use, looks_up=isinstance(layer, _LOOKED_UP))
+        dense = untied + rule.making.takes(use)
+        if computing is None:
+            return untied / dense
+        share = computing.predicted_cost(rule, like, rows, training, kept)
+        return untied / (share * dense) if share else None
+
+    return Gains(gain(False), gain(True), (False in measured, True in measured))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from tiedparam.compute.kept import is_frozen
 from tiedparam.laws.rule import Rule
 from tiedparam.model import cost
 from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_GAINS, WHAT_IT_TIES, WHERE_IT_LIES
@@ -41,9 +42,9 @@ class TieRow:
         multiply_adds_dense: multiply-adds per position without the tie, None if unknown.
         multiply_adds_tied: the same with the tie, in training.
         positions: on how many positions the layer works for the example; None without one.
-        gain_inference: how many times as fast the layer computes without gradients as it would
-            with its expanded weight: as `tune` measured it here, or by the law's costs, for the
-            example or a usual batch. None for a bias, or if it is not known.
+        gain_inference: how many times as fast as without the tie the layer computes without
+            gradients, below 1 if it is slower: as `tune` measured it here, or by the law's costs,
+            for the example or a usual batch. None for a bias, or if it is not known.
         gain_training: the same with gradients, forward and backward.
         inference_measured: whether `gain_inference` was measured.
         training_measured: whether `gain_training` was measured.
@@ -296,7 +297,13 @@ def _row(path: str, tie: Tie, paths: dict[int, str], work: cost.Work | None) -> 
         sample = [tie.tied()]
     like = sample[0] if sample else torch.empty((), device="cpu")
     gains = cost.gains(
-        layer, name, rule, like, computing=tie.computing, rows=work.rows if work else None
+        layer,
+        name,
+        rule,
+        like,
+        computing=tie.computing,
+        rows=work.rows if work else None,
+        kept=is_frozen(tie.values),
     )
     return TieRow(
         layer=path,

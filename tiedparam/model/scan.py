@@ -10,7 +10,7 @@ entries, and compared in full for the nearest few of each tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from tiedparam.compute.forms import computing_of
 from tiedparam.laws.distance import relative_distance
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.registry import PART, available_rules, make_rule
+from tiedparam.laws.registry import PART, make_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import why_refused
 from tiedparam.model import cost
 from tiedparam.model.near_copies import Sources, sample
-from tiedparam.model.plan import PlanEntry, Value
+from tiedparam.model.plan import Value
 from tiedparam.model.random_tensor import Moments, RandomResidual
 from tiedparam.model.reasons import Skipped
+from tiedparam.model.scan_choices import Choice, chosen_rules
 from tiedparam.model.scan_report import Candidate, Pairs, ScanReport
 from tiedparam.model.scanned import ScannedTensor, tensors_of
 from tiedparam.tie.binding import bind
-from tiedparam.util.errors import Reason, TieError, key_of
+from tiedparam.util.errors import Reason, key_of
 from tiedparam.util.progress import progress as progress_bar
 
 
@@ -48,10 +49,10 @@ def scan(
     Args:
         model: the model; tensors that are tied already are left out, and listed as such.
         rules: names, `Rule` subclasses, or pairs of one and its options; by default all of
-            `available_rules`, each with all of its `Rule.variants`; a rule that has none, such as
-            ``"head_share"``, needs a pair. A list among them is laws that hold
+            `available_rules`, each with all of its `Rule.variants`; a rule that has none and needs
+            options, such as ``"head_share"``, needs a pair. A list among them is laws that hold
             together, as in `register_tie`. Sources are looked for, and not given.
-            Options that fit no tensor are listed with the reason.
+            What fits no tensor is listed with the reason.
         pairs: with how many other tensors of a fitting shape each tensor is compared in full,
             for rules that copy; 0 looks for no copies. Which ones is decided by 1,024
             sampled entries of every tensor, over all pairs. Biases are not searched for copies.
@@ -80,7 +81,7 @@ def scan(
         raise TypeError(f"scan takes an nn.Module, not {type(model).__name__}")
     if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 0:
         raise TypeError(f"pairs= takes a number of pairs per tensor, 0 or more, not {pairs!r}")
-    chosen = _chosen_rules(rules)
+    chosen = chosen_rules(rules)
     tensors, left_out = tensors_of(model)
     work = cost.work(model, example) if example is not None else {}
     passes = sum(pairs > 0 or not choice.rule.reads_layers for choice in chosen)
@@ -94,53 +95,12 @@ def scan(
     return ScanReport(tuple(in_order), tuple(left_out), searched)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """A rule to try, with its options, or with all of its variants."""
-
-    rule: type[Rule]
-    options: Mapping[str, Any] | None
-    law: Any
-    """The rule as it was given, or the laws that hold together."""
-
-    def make(self, options: Mapping[str, Any]) -> Rule:
-        return make_rule(self.law, options)
-
-    def variants(self, layout: Layout) -> Sequence[Mapping[str, Any]]:
-        return self.rule.variants(layout) if self.options is None else [self.options]
-
-
-def _chosen_rules(rules: Iterable[Value | list[Any]] | None) -> list[_Choice]:
-    if rules is None:
-        return [_Choice(rule, None, rule) for rule in available_rules().values()]
-    if isinstance(rules, (str, type)):
-        raise TypeError("rules= takes a list of rules, such as ['flip_sym']")
-    chosen = []
-    for item in rules:
-        rule, options = item if isinstance(item, tuple) else (item, None)
-        if isinstance(rule, list):
-            options = options or {}
-        kind = PlanEntry("*", rule, options or {}).rule_class()
-        if options is not None and not kind.reads_layers:
-            make_rule(rule, options)  # raises for unknown options, before any work
-        given = {"source", "source_name"} & set(options or ())
-        if kind.reads_layers and given:
-            name, named = kind.name or kind.__name__, " and ".join(f"{n}=" for n in sorted(given))
-            raise TieError(
-                f"'{name}'",
-                f"scan looks for the sources of '{name}' itself.",
-                f"Leave out {named}, or call residual for one.",
-            )
-        chosen.append(_Choice(kind, options, rule))
-    return chosen
-
-
 class _Scan:
     """One pass over a model."""
 
     def __init__(
         self,
-        rules: list[_Choice],
+        rules: list[Choice],
         work: dict[nn.Module, cost.Work],
         advance: Callable[[int], None],
         left_out: list[Skipped],
@@ -168,12 +128,17 @@ class _Scan:
         self.left_out += refused.values()
 
     def idle(self) -> Iterator[Skipped]:
-        """Where options that were given and fit no tensor were tried first, and why they do not."""
+        """Rules that were asked for and fit no tensor: where they were tried first, and why."""
         for number, misfit in self._misfits.items():
             if number not in self._fitted:
                 yield misfit
 
-    def _leave_out(self, choice: _Choice, tensor: ScannedTensor, error: Exception) -> None:
+    def _is_misfit(self, choice: Choice, tensor: ScannedTensor, why: Reason) -> None:
+        if choice.named:
+            left_out = Skipped(tensor.path, tensor.name, why)
+            self._misfits.setdefault(id(choice), left_out)
+
+    def _leave_out(self, choice: Choice, tensor: ScannedTensor, error: Exception) -> None:
         self._broken.add(choice.rule)
         fact = (
             f"the rule '{choice.rule.name or choice.rule.__name__}' raised "
@@ -182,20 +147,21 @@ class _Scan:
         self.left_out.append(Skipped(tensor.path, tensor.name, Reason(fact)))
 
     def _law_on(
-        self, tensor: ScannedTensor, choice: _Choice, refused: dict[Reason, Skipped]
+        self, tensor: ScannedTensor, choice: Choice, refused: dict[Reason, Skipped]
     ) -> Iterator[Candidate]:
-        for options in choice.variants(tensor.layout):
+        variants = choice.variants(tensor.layout)
+        if not (variants or choice.bare):
+            self._is_misfit(choice, tensor, choice.why_no_options())
+        for options in variants:
             rule = choice.make(options)
             refusal = why_refused(tensor.target, rule)
             if refusal is not None:
                 refused[refusal] = Skipped(tensor.path, tensor.name, refusal)
                 continue
             misfit = bind(rule, tensor.target)
-            if misfit is not None and choice.options is not None:
-                fact = f"'{rule}' fits no tensor of the model; here, for example: {misfit.fact}"
-                left_out = Skipped(tensor.path, tensor.name, Reason(fact, misfit.remedy))
-                self._misfits.setdefault(id(choice), left_out)
             if misfit is not None:
+                fact = f"'{rule}' fits no tensor of the model; here, for example: {misfit.fact}"
+                self._is_misfit(choice, tensor, Reason(fact, misfit.remedy))
                 continue
             self._fitted.add(id(choice))
             entries, free = tensor.value.numel(), rule.free_count
@@ -226,6 +192,7 @@ class _Scan:
         values = [tensor.value for tensor in tensors]
         own = [sample(value) for value in values]
         for choice in rules:
+            before = compared
             for options, sources in self._functions(choice, tensors):
                 for index, near in sources.nearest(values, own, pairs):
                     tensor = tensors[index]
@@ -241,11 +208,13 @@ class _Scan:
                         if candidate is not None:
                             compared += 1
                             found[id(tensor)].append(candidate)
+            if tensors and compared == before and choice.rule not in self._broken:
+                self._is_misfit(choice, tensors[0], choice.why_no_source())
             self.advance(work)
         return Pairs(fitting, compared, pairs)
 
     def _functions(
-        self, choice: _Choice, tensors: list[ScannedTensor]
+        self, choice: Choice, tensors: list[ScannedTensor]
     ) -> Iterator[tuple[Mapping[str, Any], Sources]]:
         """Every set of options of a rule that copies, with samples of what the sources give."""
         by_options: dict[str, tuple[Mapping[str, Any], Sources]] = {}

@@ -51,9 +51,9 @@ class Candidate:
         multiply_adds_dense: multiply-adds per position without the tie, None if unknown.
         multiply_adds_tied: the same with the tie, in training.
         positions: on how many positions the layer works for the example; None without one.
-        gain_inference: how many times as fast the layer would compute without gradients as with
-            its expanded weight, by the law's costs, for the example or a usual batch. None for a
-            bias, or if it is not known.
+        gain_inference: how many times as fast as without the tie the layer would compute without
+            gradients, below 1 if it is slower: by the law's costs, for the example or a usual
+            batch. None for a bias, or if it is not known.
         gain_training: the same with gradients, forward and backward.
     """
 
@@ -217,7 +217,8 @@ class ScanReport(TableReport[Candidate]):
         """How many tensors look tied, which, and by what."""
         looked_at = len({(c.layer, c.tensor_name) for c in self.candidates})
         if not looked_at:
-            return "No tensor of the model can carry one of the rules."
+            given = " as they were given" if self.not_looked_at else ""
+            return f"No tensor of the model can carry one of the rules{given}."
         clearest = self._clearest()
         if not clearest:
             return (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from tiedparam.compute.forms import Computing
 from tiedparam.compute.frozen import refuse_if_frozen
 from tiedparam.compute.timing import Time, times_of
 from tiedparam.model.cost import in_eval_mode
+from tiedparam.model.stand_ins import untied_like, without_hooks
 from tiedparam.model.tune_report import TunedRow, TuneReport
 from tiedparam.tie.lookup import named_ties_in
 from tiedparam.tie.record import Tie
@@ -31,6 +32,7 @@ _BOUNDS = {
     torch.float16: 1e-2,
 }
 """How far a form may be from the dense one, of the largest entry of its output."""
+_UNTIED = ""  # no form has that name
 _CLEARLY = 0.97  # of the time of the form that the library would take: less may be chance
 
 
@@ -50,9 +52,9 @@ def tune(model: nn.Module, *inputs: Any, training: bool = False) -> TuneReport:
             for calls that do not; a model that trains and is evaluated can be tuned for both.
 
     Returns:
-        A report with the times of all forms and what is gained over the dense form, which expands
-        the weight at every call; print it. Its ``tuned`` has a row for each layer, with ``times``
-        (``row.times["dense"].seconds``), the ``form`` that is taken from now on, and the
+        A report with the times of all forms, and of the same layer without the tie, to which the
+        ``gain`` compares; print it. Its ``tuned`` has a row for each layer, with ``untied`` and
+        ``times`` (``row.times["dense"].seconds``), the ``form`` that is taken from now on, and the
         ``automatic`` one, which was taken before.
 
     Raises:
@@ -116,12 +118,14 @@ class _Layer:
         path: of the layer.
         tie: its tie.
         times: by form, added up over all calls.
+        untied: the time of a layer with a weight of its own, likewise.
         automatic: the form that the library chose for the first call; None before it.
     """
 
     path: str
     tie: Tie
     times: dict[str, Time] = field(default_factory=dict)
+    untied: Time | None = None
     automatic: str | None = None
 
     @property
@@ -140,7 +144,8 @@ class _Layer:
         if self.computing.asked != "auto":
             form = self.computing.asked
         rule, shape = self.tie.rule, self.tie.rule.bound_layout.shape
-        return TunedRow(self.path, str(rule), shape, form, self.automatic, dict(self.times))
+        times = dict(self.times)
+        return TunedRow(self.path, str(rule), shape, form, self.automatic, self.untied, times)
 
     def measuring(self, training: bool) -> Callable[..., None]:
         """A hook on the layer's calls, which measures them before they are made."""
@@ -152,7 +157,8 @@ class _Layer:
                 return  # the user chose
             tuned = computing.tuned
             try:
-                self._measure(_Step(layer, args, kwargs, training))
+                with without_hooks(layer):
+                    self._measure(_Step(layer, args, kwargs, training))
             finally:
                 computing.seen = None
                 computing.choose(tuned)
@@ -173,7 +179,10 @@ class _Layer:
             self.automatic = computing.seen[0] if computing.seen else "dense"
             self.automatic = self.automatic if self.automatic in steps else "dense"
         computing.seen = None
-        times = times_of(steps, step.device)
+        untied = replace(step, layer=untied_like(step.layer))
+        times = times_of({_UNTIED: untied, **steps}, step.device)
+        of_untied = times.pop(_UNTIED)
+        self.untied = of_untied if self.untied is None else _sum(self.untied, of_untied)
         if self.times:
             times = {
                 name: _sum(self.times[name], times[name]) for name in self.times if name in times
@@ -217,7 +226,8 @@ class _Layer:
 class _Step:
     """One call of a layer, and its backward pass if that is measured too.
 
-    It calls ``forward`` itself, so that no hook of the user's runs more often than the model does.
+    It calls ``forward`` itself, so that no hook of the user's on a layer runs more often than the
+    model does; of those on Parameters `without_hooks` takes care.
     """
 
     layer: nn.Module

@@ -20,6 +20,8 @@ class TunedRow:
         shape: of the weight.
         form: the form that the layer computes in from now on.
         automatic: the form that the library would have taken; None if the layer was not called.
+        untied: the median of the time that the layer takes without the tie, with a weight of its
+            own, and the spread; None if it was not measured.
         times: for each form that serves, the median of its time and the spread, in seconds; of a
             layer that is called several times, added up.
     """
@@ -29,22 +31,24 @@ class TunedRow:
     shape: tuple[int, ...]
     form: str
     automatic: str | None
+    untied: Time | None
     times: dict[str, Time]
 
     @property
     def gain(self) -> float | None:
-        """How many times as fast as the dense form the layer computes now."""
-        return self._ratio("dense")
+        """How many times as fast as without the tie the layer computes now: below 1 if slower."""
+        return None if self.untied is None else self.untied.seconds / self._seconds
 
     @property
     def gain_by_tuning(self) -> float | None:
         """How many times as fast as before."""
-        return self._ratio(self.automatic)
-
-    def _ratio(self, form: str | None) -> float | None:
-        if form not in self.times:
+        if self.automatic not in self.times:
             return None
-        return self.times[form].seconds / self.times[self.form].seconds
+        return self.times[self.automatic].seconds / self._seconds
+
+    @property
+    def _seconds(self) -> float:
+        return self.times[self.form].seconds
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class _Milliseconds:
 
     def __call__(self, row: TunedRow) -> float | None:
         return row.times[self.form].seconds * 1e3 if self.form in row.times else None
+
+
+def _untied_milliseconds(row: TunedRow) -> float | None:
+    return None if row.untied is None else row.untied.seconds * 1e3
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ class TuneReport(TableReport[TunedRow]):
             Column("layer", "layer", lambda row: row.layer or "the model itself"),
             Column("rule", "rule", lambda row: row.rule),
             Column("shape", "shape", lambda row: row.shape),
+            Column("untied_ms", "untied, ms", _untied_milliseconds),
             *(Column(f"{form}_ms", f"{form}, ms", _Milliseconds(form)) for form in forms),
             Column("form", "takes", lambda row: row.form),
             Column("automatic", "before", lambda row: row.automatic),
@@ -94,7 +103,7 @@ class TuneReport(TableReport[TunedRow]):
         if not self.tuned:
             return [Reason("No tied layer has another form than the dense one.")]
         what = "Forward and backward pass" if self.training else "Forward pass without gradients"
-        remarks = [Reason(f"{what}; medians.")]
+        remarks = [Reason(f"{what}; medians. × dense compares with the untied layer.")]
         for chosen, why in ((True, "compute= names the form."), (False, "The model called none.")):
             left = [
                 row.layer or "the model itself"

@@ -14,7 +14,7 @@ from tiedparam.laws.diagonals import Compute
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.laws.times import Time, is_trained, relative_time
+from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.products.circulant_blocks import LONG, block_circulant_product
 
 
@@ -27,12 +27,10 @@ def _cost_of_fourier(rule: BlockCirculant, use: Use) -> float | None:
     if block == 1:
         return None  # nothing to transform
     # nanoseconds for each value's transform; the shortest are narrow products
-    each = 2.63 if block >= LONG else block / 35 + 0.3 + 1.5 / block
-    if not is_trained(use):
-        fourier = Time(80, 2.5 / block, values=each, entries=each / block)
-        return relative_time(use, fourier, dense=Time(35, entries=0.34))
-    fourier = Time(336, 8.3 / block, values=3.3 * each, entries=4.5 * each / block)
-    return relative_time(use, fourier, dense=Time(180, product=3, entries=1.82))
+    each = 2.3 if block >= LONG else block / 35 + 0.3 + 1.5 / block
+    fourier = Time(80, 2.5 / block, values=each, entries=each / block)
+    trained = Time(336, 8.3 / block, values=2.5 * each, entries=3.5 * each / block)
+    return relative_time(use, fourier, rule.making, trained)
 
 
 def _multiply_adds(rule: BlockCirculant, use: Use) -> int:
@@ -77,6 +75,7 @@ class BlockCirculant(Orbits):
 
     family = "matrices"
     law = "W[b·i + r, b·j + s] = w[i, j, (s − r) mod b]"
+    making = Making(0.34, 1.82, call=34, trained_call=137)
 
     def __init__(self, block: int, compute: Compute = "auto") -> None:
         super().__init__()

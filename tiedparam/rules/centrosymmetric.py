@@ -16,7 +16,7 @@ from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.laws.times import Time, relative_time
+from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.products.half_turns import halved_product, turned_product
 
 Compute = Literal["auto", "dense", "halves", "turned"]
@@ -26,7 +26,7 @@ def _cost_of_turned(rule: Centrosymmetric, use: Use) -> float | None:
     outputs, _ = use.layout.shape
     if use.kind != "linear" or outputs % 2:
         return None
-    return relative_time(use, Time(60, values=0.4), _PALINDROME)
+    return relative_time(use, Time(60, values=0.4), rule.making)
 
 
 def _cost_of_halves(rule: Centrosymmetric, use: Use) -> float | None:
@@ -34,10 +34,7 @@ def _cost_of_halves(rule: Centrosymmetric, use: Use) -> float | None:
     if use.kind != "linear" or outputs % 2 or inputs % 2:
         return None
     sums = 0.4 if use.training else 0.23
-    return relative_time(use, Time(78, 0.5, values=0.4, entries=sums), _PALINDROME)
-
-
-_PALINDROME = Time(44, entries=0.3)
+    return relative_time(use, Time(78, 0.5, values=0.4, entries=sums), rule.making)
 
 
 @register_rule("centrosymmetric")
@@ -70,6 +67,7 @@ class Centrosymmetric(Orbits):
 
     family = "symmetries"
     law = "W = JWJ"
+    making = Making(0.3, 0.9, call=43, trained_call=110)
     states_whole_group = True
 
     def __init__(self, compute: Compute = "auto") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from tiedparam.laws.pairs import (
 )
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.laws.times import rows_multiplied
+from tiedparam.laws.times import Making, Time, relative_time, rows_multiplied
 from tiedparam.products.packed_tiles import TILE, Sign, packed_count, tiles
 from tiedparam.products.packed_triangles import packed_triangle, unpacked, unpacked_skew
 from tiedparam.products.panels import symmetric_product
@@ -41,20 +42,19 @@ Compute = Literal["auto", "dense", "panels"]
 
 
 def _panels_cost(rule: FlipSym, use: Use) -> float | None:
-    """What ``python -m benchmarks --case goals --only panels`` found, counted in rows of a product.
+    """What ``python -m benchmarks --case goals --only panels`` found.
 
     Products by panels are a little slower; the dense form expands, and folds backward.
     """
-    c, rows = use.layout.canonical_shape[1], rows_multiplied(use)
+    c = use.layout.canonical_shape[1]
     if prod(use.layout.kernel) > 1 or use.kind == "transposed" or c <= TILE:
         return None
-    product, squares = 1 + 250 / c, 5 + 10_000 / c
-    expansion = 0 if use.kept else 30 + 45_000 / c
-    if not use.training:
-        return (rows * product + squares) / (rows + expansion)
-    if c < 2 * TILE:
-        rows *= 2  # numbers of rows stand for up to twice as many, with which it could lose
-    return (3 * rows * product + 3 * squares + 30) / (3 * rows + 60 + 2 * expansion)
+    product, squares = 1 + 250 / c, 0.11 + 225 / c
+    if use.training and c < 2 * TILE:
+        # numbers of rows stand for up to twice as many, with which it could lose
+        use = replace(use, rows=2 * rows_multiplied(use))
+    trained = Time(0, 3 * product, entries=3 * squares + 0.68)
+    return relative_time(use, Time(0, product, entries=squares), rule.making, trained)
 
 
 @register_rule("flip_sym")
@@ -107,6 +107,14 @@ class FlipSym(Orbits, ReorderedLaw):
         self.compute = compute
         if _is_sign(sign):
             self.law = f"W[i, j, x] = {'' if sign == 1 else '−'}W[j, i, flip(x)]"
+
+    @property
+    def making(self) -> Making:
+        """Of matrices too large for a table it takes the longer, the less is left of the tiles."""
+        c = self.bound_layout.canonical_shape[1]
+        if prod(self.bound_layout.kernel) > 1 or c <= TILE:
+            return Making(1.1, 3.2)
+        return Making(0.68 + 1000 / c, 2.7 + 2000 / c, call=0, trained_call=0)
 
     def options(self) -> dict[str, Any]:
         """``sign``, where it is not 1."""

@@ -13,7 +13,7 @@ from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.laws.times import Time, relative_time
+from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.products.quarter_turns import quarter_turn_product
 from tiedparam.products.reduced import Parts, convolution_by_sums
 
@@ -25,8 +25,8 @@ _LIFTING = "V[o, g, i, x] = V[o, 0, i, g⁻¹x]"
 def _cost_of_fourier(rule: GroupConv, use: Use) -> float | None:
     if not _is_pointwise(use) or use.layout.groups > 1 or rule.lift or rule.group != "p4":
         return None
-    fourier = Time(200, 6 / 16, values=1.1, entries=1.0)
-    return relative_time(use, fourier, dense=Time(50, entries=1.2))
+    fourier = Time(200, 0.3, values=1.1, entries=1.0)
+    return relative_time(use, fourier, rule.making)
 
 
 def _cost_of_reduced(rule: GroupConv, use: Use) -> float | None:
@@ -35,8 +35,8 @@ def _cost_of_reduced(rule: GroupConv, use: Use) -> float | None:
     if use.layout.groups > 1:
         return 1.0  # not measured
     size = 8 if rule.group == "p4m" else 4
-    reduced = Time(50, 1 / size, values=0.45)
-    return relative_time(use, reduced, dense=Time(50, values=0.7, entries=1.2))
+    reduced = Time(35, 0.8 / size, values=0.25)
+    return relative_time(use, reduced, rule.making)
 
 
 def _is_pointwise(use: Use) -> bool:
@@ -92,6 +92,7 @@ class GroupConv(Orbits):
 
     family = "equivariance"
     law: str = "V[o, g, i, h, x] = V[o, 0, i, g⁻¹h, g⁻¹x]"
+    making = Making(0.9, 1.8, call=49, trained_call=90)
     states_whole_group = True
 
     def __init__(

@@ -17,7 +17,7 @@ from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.laws.times import Time, relative_time
+from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.products.hypercomplex_matrices import SIGNS, complex_product, component_product
 
 Algebra = Literal["complex", "quaternion"]
@@ -32,19 +32,15 @@ _LAWS: dict[Algebra, str] = {
 def _cost_of_components(rule: Hypercomplex, use: Use) -> float | None:
     if use.kind != "linear":
         return None
-    if rule.algebra == "complex":
-        return relative_time(use, Time(68, values=0.3), _COMPLEX_BLOCKS)
-    return relative_time(use, Time(112, values=0.6), Time(60, entries=0.35))
+    blocks = Time(68, values=0.3) if rule.algebra == "complex" else Time(112, values=0.6)
+    return relative_time(use, blocks, rule.making)
 
 
 def _cost_of_three(rule: Hypercomplex, use: Use) -> float | None:
     if use.kind != "linear" or rule.algebra != "complex":
         return None
     sums = 0.35 if use.training else 0.15
-    return relative_time(use, Time(65, 0.75, values=0.3, entries=sums), _COMPLEX_BLOCKS)
-
-
-_COMPLEX_BLOCKS = Time(50, entries=0.4)
+    return relative_time(use, Time(65, 0.75, values=0.3, entries=sums), rule.making)
 
 
 @register_rule("hypercomplex")
@@ -93,6 +89,7 @@ class Hypercomplex(Orbits):
 
     family = "equivariance"
     law: str = _LAWS["complex"]
+    making = Making(0.4, 1.3, call=50, trained_call=135)
     states_whole_group = True
 
     def __init__(self, algebra: Algebra = "complex", compute: Compute = "auto") -> None:

@@ -16,6 +16,7 @@ from tiedparam.laws.packing import pack_flags, pack_numbers, unpack_flags, unpac
 from tiedparam.laws.pattern import Pattern
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.laws.times import Making
 from tiedparam.util.torch_modes import plain_numbers
 
 
@@ -47,6 +48,7 @@ class Index(Coded):
 
     family = "patterns of your own"
     law: str = "W[e] = ± w[index[e]]"
+    making = Making(1.3, 4.2)
 
     def __init__(self, index: Tensor | str, signs: Tensor | None = None) -> None:
         super().__init__()

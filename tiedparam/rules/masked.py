@@ -30,8 +30,9 @@ def _cost_of_blocks(rule: Masked, use: Use) -> float | None:
     if count is None or use.kind != "linear":
         return None
     narrow = min(use.layout.shape) / count  # such products are slow
-    blocks = Time(30, 1 / count, values=0.1 + 10 / narrow)
-    return relative_time(use, blocks, dense=Time(40, entries=0.7))
+    values = 0.35 + 6 / narrow
+    trained = Time(125, 3 / count, values=3 * values, entries=0.2)  # of the whole weight
+    return relative_time(use, Time(26, 1 / count, values), rule.making, trained)
 
 
 @register_rule("masked")

@@ -11,6 +11,7 @@ from tiedparam.laws import Reason
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.laws.times import Making
 from tiedparam.rules.flip_sym import FlipSym
 
 
@@ -37,6 +38,7 @@ class Persymmetric(FlipSym):
 
     family = "symmetries"
     law: str = "W = JWᵀJ"
+    making = Making(1.6, 4.2, call=0)
 
     def __init__(self) -> None:
         super().__init__(1)

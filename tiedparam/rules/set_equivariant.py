@@ -16,7 +16,7 @@ from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.laws.times import Time, relative_time
+from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.products.sets import set_product
 
 Compute = Literal["auto", "dense", "items"]
@@ -26,8 +26,8 @@ def _cost_of_items(rule: SetEquivariant, use: Use) -> float | None:
     if use.kind != "linear":
         return None
     few = rule.items  # short runs of items are slow to move
-    items = Time(65, (few + 1) / few**2, values=0.6 + 8 / few)
-    return relative_time(use, items, dense=Time(60, entries=0.2 + 2 / few))
+    items = Time(65, (few + 1) / few**2, values=0.3 + 6 / few)
+    return relative_time(use, items, rule.making)
 
 
 @register_rule("set_equivariant")
@@ -67,6 +67,7 @@ class SetEquivariant(Orbits):
 
     family = "equivariance"
     law = "W = A ⊗ I + B ⊗ 11ᵀ"
+    making = Making(0.3, 1.2, call=59, trained_call=130)
 
     def __init__(self, items: int, compute: Compute = "auto") -> None:
         super().__init__()

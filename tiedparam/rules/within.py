@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import copy
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import law_text, make_rule, register_rule, stated
 from tiedparam.laws.rule import Example, Rule
+from tiedparam.laws.times import Making
 
 
 @register_rule("within")
@@ -76,6 +78,19 @@ class Within(Orbits, ReorderedLaw):
         """The law, and rows and columns among its options."""
         law, options = self.inner.statement()
         return law, {**options, **self._ranges()}
+
+    @property
+    def making(self) -> Making:
+        """As the law in the block takes, and to join it with the rest."""
+        own = self.inner.making
+        part = prod(self._block.layout.shape) / prod(self.bound_layout.shape)
+        return Making(
+            own.entries * part + 0.22,
+            own.trained * part + 0.65,
+            own.call + 15,
+            own.trained_call + 60,
+            (own.small[0] + 15, own.small[1] + 65),
+        )
 
     def _ranges(self) -> dict[str, list[int | None]]:
         """Start and stop, as files have them, of what was given."""
