@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedparam.laws.fitted import fitted_to
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Rule
 from tiedparam.util.errors import Reason, TieError, describe_layer
@@ -158,7 +159,7 @@ class Linked(Rule):
                 "know.",
                 "Use tiedparam.register_tie.",
             )
-        free = self.fit(weight, *self.read())
+        free = fitted_to(self, weight, self.read())
         return tuple(value.detach().clone() for value in free)  # in storage of their own (S15)
 
     def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
