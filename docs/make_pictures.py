@@ -116,6 +116,13 @@ CASES: dict[str, dict[str, Case]] = {
             {"source": "0", "fn": torch.t},
         ),
     },
+    "transposed_copy": {
+        "transposed_copy": (
+            lambda: nn.Sequential(nn.Conv1d(3, 2, 3), nn.Conv1d(2, 3, 3)),
+            "1",
+            {"source": "0"},
+        ),
+    },
     "squared_copy": {
         "squared_copy": (
             lambda: nn.Sequential(nn.Conv1d(2, 2, 3), nn.Conv1d(2, 2, 3)),

@@ -131,6 +131,7 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
     ),
     "copy": ("0", lambda r: 0),
     "squared_copy": ("0", lambda r: 0),
+    "transposed_copy": ("0", lambda r: 0),
 }
 
 

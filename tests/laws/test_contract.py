@@ -92,7 +92,8 @@ def test_every_rule_is_enrolled():
         assert rule.name == name
         assert "=" in rule.law
         assert rule.__doc__
-    assert {case.name for case in CASES_OF_COPIES} == {"copy", "squared_copy"}
+    copies = {"copy", "squared_copy", "transposed_copy"}
+    assert {case.name for case in CASES_OF_COPIES} == copies
     # a rule with free values must also work for those who use torch's own function
     enrolled = {case.name for case in CASES_WITH_FREE_VALUES}
     assert {case.name for case in CANONICAL_CASES} == enrolled

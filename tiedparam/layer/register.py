@@ -215,6 +215,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["transposed_copy"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.TransposedCopyTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["within"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.WithinTie],

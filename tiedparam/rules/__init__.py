@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tiedparam.rules.squared_copy import SquaredCopy
     from tiedparam.rules.symmetric import Symmetric
     from tiedparam.rules.toeplitz import Toeplitz
+    from tiedparam.rules.transposed_copy import TransposedCopy
     from tiedparam.rules.within import Within
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "SquaredCopy",
     "Symmetric",
     "Toeplitz",
+    "TransposedCopy",
     "Within",
 ]
 
@@ -95,6 +97,7 @@ CLASSES = {
     "squared_copy": "SquaredCopy",
     "symmetric": "Symmetric",
     "toeplitz": "Toeplitz",
+    "transposed_copy": "TransposedCopy",
     "within": "Within",
 }
 """By name, which is the name of the file too, the class of each law."""
