@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python docs/make_signatures.py"
 RULES = "tiedparam/rules/__init__.py"
 OPTIONS = "tiedparam/layer/rule_options.py"
+TIE_OPTIONS = "tiedparam/layer/tie_options.py"
 TIE = "tiedparam/layer/register.py"
 RESIDUAL = "tiedparam/layer/residual.py"
 
@@ -61,19 +62,28 @@ def rules_imports() -> str:
 
 
 def options_classes() -> str:
-    """For each rule with options: these, and these with all that `register_tie` takes alone."""
+    """For each rule with options: these, and where the tensor lies."""
     names = "".join(f'    "{name}",\n' for name in shipped_rules())  # a line each: never too long
     parts = [f'KnownName = Literal[\n{names}]\n"""The names of the library\'s own rules."""']
     for name, rule in shipped_rules().items():
         fields = list(option_fields(rule))
         if fields:
-            options, tie = options_names(rule)
+            options = options_names(rule)[0]
             parts.append(
                 f"class {options}(Place, total=False):\n"
                 f'    """The options of ``{name}``."""\n\n' + "\n".join(fields)
             )
+    return "\n\n\n".join(parts) + "\n\n"
+
+
+def tie_classes() -> str:
+    """For each rule with options: these, with all that `register_tie` takes itself."""
+    parts = []
+    for name, rule in shipped_rules().items():
+        if any(option_fields(rule)):
+            options, tie = options_names(rule)
             parts.append(
-                f"class {tie}(TieAlone, {options}, total=False):\n"
+                f"class {tie}(TieAlone, rule_options.{options}, total=False):\n"
                 f'    """All that `register_tie` takes by name for ``{name}``."""'
             )
     return "\n\n\n".join(parts) + "\n\n"
@@ -132,7 +142,7 @@ def tie_overloads() -> str:
         "    layer: Layer,\n"
         f'    rule: Literal["{name}"],\n'
         "    tensor_name: str = ...,\n"
-        f"    **options: Unpack[rule_options.{options_names(rule)[1]}],\n"
+        f"    **options: Unpack[tie_options.{options_names(rule)[1]}],\n"
         ") -> Layer: ..."
         for name, rule in shipped_rules().items()
     )
@@ -159,6 +169,7 @@ def residual_overloads() -> str:
 CONTENTS: dict[str, Callable[[], str]] = {
     RULES: rules_imports,
     OPTIONS: options_classes,
+    TIE_OPTIONS: tie_classes,
     TIE: tie_overloads,
     RESIDUAL: residual_overloads,
 }

@@ -173,7 +173,7 @@ def test_what_is_no_adjoint_is_refused(first, second, parts):
 def test_options_are_checked():
     source, rule = nn.Linear(3, 3), "transposed_copy"
     assert_refused(nn.Linear(3, 3), rule, "sign=2", "Choose 1 or -1", source=source, sign=2)
-    assert_refused(nn.Linear(3, 3), rule, "of one layer", source=[source, source])
+    assert_refused(nn.Linear(3, 3), rule, "reads one layer", source=[source, source])
     assert_refused(nn.Linear(3, 3), rule, "no input channels", tensor_name="bias", source=source)
 
 

@@ -38,5 +38,13 @@ def is_lawful(rule: Rule, weight: Tensor, nearest: Tensor) -> bool:
     """
     if torch.equal(weight, nearest):
         return True
-    bound = 4 * torch.finfo(weight.dtype).eps
-    return is_fitted(rule) and relative_distance(weight, nearest) <= bound
+    return is_fitted(rule) and relative_distance(weight, nearest) <= rounding(weight.dtype)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far from its law, relatively, rounding may take a weight whose values are solved for."""
+    return max(4 * torch.finfo(dtype).eps, _SOLVED)
+
+
+_SOLVED = 1e-13
+"""What solvers lose of float64, in which they compute."""

@@ -171,6 +171,18 @@ class Linked(Rule):
         sources = tuple(getattr(layer, name) for layer, name in self.sources())
         yield self.forward(*sources, *self.fit(weight, *sources))
 
+    def reason_against_sources(self, layout: Layout) -> Reason | None:
+        """Why a law that reads one tensor, of the tied one's shape, cannot read what was given."""
+        if len(self.given) > 1:
+            return Reason(f"'{self.name}' reads one layer.", "Give source= one layer.")
+        (read,) = (tuple(tensor.shape) for tensor in self.read())
+        if read == layout.shape:
+            return None
+        return Reason(
+            f"the source's tensor is {read}, and the layer's {layout.shape}.",
+            "Tie a layer of the source's shape, or use 'copy' with an fn= that fits the shapes.",
+        )
+
     def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
         """Fit the rule to one tensor; of any dtype, since nothing is averaged."""
         reason = self.reason_against(layout)

@@ -173,9 +173,23 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["scaled_copy"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.ScaledCopyOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["set_equivariant"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.SetEquivariantOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["shared_delta"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.SharedDeltaOptions],
 ) -> float: ...
 @overload
 def residual(

@@ -1,20 +1,18 @@
 """The options of the rules as type checkers and editors know them. Nothing here runs.
 
 The part between the marks is written from the constructors of the rules, and so are the overloads
-of `register_tie` and `residual` that use it.
+of `residual` that use it, and `tiedparam.layer.tie_options`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypedDict
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import Required
 
 from tiedparam.laws.block import Range
-from tiedparam.layer.checks import Init
 
 
 class Place(TypedDict, total=False):
@@ -23,19 +21,6 @@ class Place(TypedDict, total=False):
     root: nn.Module | None
     rows: Range | None
     columns: Range | None
-
-
-class TieAlone(TypedDict, total=False):
-    """What `register_tie` takes besides."""
-
-    init: Init
-    max_residual: float | None
-    cache: bool
-    optimizer: Optimizer | Iterable[Optimizer] | None
-
-
-class TieArguments(TieAlone, Place, total=False):
-    """All that `register_tie` itself takes by name, whatever the rule."""
 
 
 # begin: by python docs/make_signatures.py
@@ -61,7 +46,9 @@ KnownName = Literal[
     "repeat",
     "reverse_complement",
     "row_repeat",
+    "scaled_copy",
     "set_equivariant",
+    "shared_delta",
     "skew",
     "squared_copy",
     "symmetric",
@@ -79,18 +66,10 @@ class BlockCirculantOptions(Place, total=False):
     compute: Literal["auto", "dense", "fft"]
 
 
-class BlockCirculantTie(TieAlone, BlockCirculantOptions, total=False):
-    """All that `register_tie` takes by name for ``block_circulant``."""
-
-
 class CentrosymmetricOptions(Place, total=False):
     """The options of ``centrosymmetric``."""
 
     compute: Literal["auto", "dense", "halves", "turned"]
-
-
-class CentrosymmetricTie(TieAlone, CentrosymmetricOptions, total=False):
-    """All that `register_tie` takes by name for ``centrosymmetric``."""
 
 
 class ChannelSharedOptions(Place, total=False):
@@ -100,18 +79,10 @@ class ChannelSharedOptions(Place, total=False):
     compute: Literal["auto", "dense", "reduced", "windows"]
 
 
-class ChannelSharedTie(TieAlone, ChannelSharedOptions, total=False):
-    """All that `register_tie` takes by name for ``channel_shared``."""
-
-
 class CirculantOptions(Place, total=False):
     """The options of ``circulant``."""
 
     compute: Literal["auto", "dense", "fft"]
-
-
-class CirculantTie(TieAlone, CirculantOptions, total=False):
-    """All that `register_tie` takes by name for ``circulant``."""
 
 
 class CopyOptions(Place, total=False):
@@ -122,10 +93,6 @@ class CopyOptions(Place, total=False):
     fn: Callable[..., Tensor] | str
 
 
-class CopyTie(TieAlone, CopyOptions, total=False):
-    """All that `register_tie` takes by name for ``copy``."""
-
-
 class FixedOptions(Place, total=False):
     """The options of ``fixed``."""
 
@@ -133,19 +100,11 @@ class FixedOptions(Place, total=False):
     value: float | Tensor | str | None
 
 
-class FixedTie(TieAlone, FixedOptions, total=False):
-    """All that `register_tie` takes by name for ``fixed``."""
-
-
 class FlipSymOptions(Place, total=False):
     """The options of ``flip_sym``."""
 
     sign: Literal[1, -1]
     compute: Literal["auto", "dense", "panels"]
-
-
-class FlipSymTie(TieAlone, FlipSymOptions, total=False):
-    """All that `register_tie` takes by name for ``flip_sym``."""
 
 
 class GroupConvOptions(Place, total=False):
@@ -156,18 +115,10 @@ class GroupConvOptions(Place, total=False):
     compute: Literal["auto", "dense", "fourier", "reduced"]
 
 
-class GroupConvTie(TieAlone, GroupConvOptions, total=False):
-    """All that `register_tie` takes by name for ``group_conv``."""
-
-
 class HankelOptions(Place, total=False):
     """The options of ``hankel``."""
 
     compute: Literal["auto", "dense", "fft"]
-
-
-class HankelTie(TieAlone, HankelOptions, total=False):
-    """All that `register_tie` takes by name for ``hankel``."""
 
 
 class HashedOptions(Place, total=False):
@@ -175,10 +126,6 @@ class HashedOptions(Place, total=False):
 
     n: Required[int]
     seed: int
-
-
-class HashedTie(TieAlone, HashedOptions, total=False):
-    """All that `register_tie` takes by name for ``hashed``."""
 
 
 class HeadShareOptions(Place, total=False):
@@ -189,19 +136,11 @@ class HeadShareOptions(Place, total=False):
     compute: Literal["auto", "dense", "reduced", "windows"]
 
 
-class HeadShareTie(TieAlone, HeadShareOptions, total=False):
-    """All that `register_tie` takes by name for ``head_share``."""
-
-
 class HypercomplexOptions(Place, total=False):
     """The options of ``hypercomplex``."""
 
     algebra: Literal["complex", "quaternion"]
     compute: Literal["auto", "dense", "components", "three"]
-
-
-class HypercomplexTie(TieAlone, HypercomplexOptions, total=False):
-    """All that `register_tie` takes by name for ``hypercomplex``."""
 
 
 class IndexOptions(Place, total=False):
@@ -211,18 +150,10 @@ class IndexOptions(Place, total=False):
     signs: Tensor | None
 
 
-class IndexTie(TieAlone, IndexOptions, total=False):
-    """All that `register_tie` takes by name for ``index``."""
-
-
 class JointOptions(Place, total=False):
     """The options of ``joint``."""
 
     laws: Required[Sequence[object]]
-
-
-class JointTie(TieAlone, JointOptions, total=False):
-    """All that `register_tie` takes by name for ``joint``."""
 
 
 class KernelSymmetryOptions(Place, total=False):
@@ -230,10 +161,6 @@ class KernelSymmetryOptions(Place, total=False):
 
     group: Literal["h", "v", "hv", "point", "c4", "d4"]
     sign: Literal[1, -1]
-
-
-class KernelSymmetryTie(TieAlone, KernelSymmetryOptions, total=False):
-    """All that `register_tie` takes by name for ``kernel_symmetry``."""
 
 
 class MaskedOptions(Place, total=False):
@@ -246,19 +173,11 @@ class MaskedOptions(Place, total=False):
     compute: Literal["auto", "dense", "blocks"]
 
 
-class MaskedTie(TieAlone, MaskedOptions, total=False):
-    """All that `register_tie` takes by name for ``masked``."""
-
-
 class OrbitOptions(Place, total=False):
     """The options of ``orbit``."""
 
     generators: Required[Sequence[Sequence[Sequence[int] | Tensor | None]] | str]
     signs: Sequence[int] | None
-
-
-class OrbitTie(TieAlone, OrbitOptions, total=False):
-    """All that `register_tie` takes by name for ``orbit``."""
 
 
 class RepeatOptions(Place, total=False):
@@ -270,18 +189,10 @@ class RepeatOptions(Place, total=False):
     compute: Literal["auto", "dense", "reduced", "windows"]
 
 
-class RepeatTie(TieAlone, RepeatOptions, total=False):
-    """All that `register_tie` takes by name for ``repeat``."""
-
-
 class ReverseComplementOptions(Place, total=False):
     """The options of ``reverse_complement``."""
 
     pairs: Sequence[Sequence[int] | Tensor] | None
-
-
-class ReverseComplementTie(TieAlone, ReverseComplementOptions, total=False):
-    """All that `register_tie` takes by name for ``reverse_complement``."""
 
 
 class RowRepeatOptions(Place, total=False):
@@ -291,8 +202,13 @@ class RowRepeatOptions(Place, total=False):
     compute: Literal["auto", "dense", "reduced", "windows"]
 
 
-class RowRepeatTie(TieAlone, RowRepeatOptions, total=False):
-    """All that `register_tie` takes by name for ``row_repeat``."""
+class ScaledCopyOptions(Place, total=False):
+    """The options of ``scaled_copy``."""
+
+    source: Required[nn.Module | str | Tensor | Sequence[nn.Module | str | Tensor]]
+    source_name: str | Sequence[str | None] | None
+    per: Literal["tensor", "output", "input"]
+    compute: Literal["auto", "dense", "scaled"]
 
 
 class SetEquivariantOptions(Place, total=False):
@@ -302,18 +218,19 @@ class SetEquivariantOptions(Place, total=False):
     compute: Literal["auto", "dense", "items"]
 
 
-class SetEquivariantTie(TieAlone, SetEquivariantOptions, total=False):
-    """All that `register_tie` takes by name for ``set_equivariant``."""
+class SharedDeltaOptions(Place, total=False):
+    """The options of ``shared_delta``."""
+
+    source: Required[nn.Module | str | Tensor | Sequence[nn.Module | str | Tensor]]
+    rank: Required[int]
+    source_name: str | Sequence[str | None] | None
+    compute: Literal["auto", "dense", "delta"]
 
 
 class SkewOptions(Place, total=False):
     """The options of ``skew``."""
 
     compute: Literal["auto", "dense", "panels"]
-
-
-class SkewTie(TieAlone, SkewOptions, total=False):
-    """All that `register_tie` takes by name for ``skew``."""
 
 
 class SquaredCopyOptions(Place, total=False):
@@ -323,28 +240,16 @@ class SquaredCopyOptions(Place, total=False):
     source_name: str | Sequence[str | None] | None
 
 
-class SquaredCopyTie(TieAlone, SquaredCopyOptions, total=False):
-    """All that `register_tie` takes by name for ``squared_copy``."""
-
-
 class SymmetricOptions(Place, total=False):
     """The options of ``symmetric``."""
 
     compute: Literal["auto", "dense", "panels"]
 
 
-class SymmetricTie(TieAlone, SymmetricOptions, total=False):
-    """All that `register_tie` takes by name for ``symmetric``."""
-
-
 class ToeplitzOptions(Place, total=False):
     """The options of ``toeplitz``."""
 
     compute: Literal["auto", "dense", "fft"]
-
-
-class ToeplitzTie(TieAlone, ToeplitzOptions, total=False):
-    """All that `register_tie` takes by name for ``toeplitz``."""
 
 
 class TransposedCopyOptions(Place, total=False):
@@ -355,18 +260,10 @@ class TransposedCopyOptions(Place, total=False):
     sign: Literal[1, -1]
 
 
-class TransposedCopyTie(TieAlone, TransposedCopyOptions, total=False):
-    """All that `register_tie` takes by name for ``transposed_copy``."""
-
-
 class WithinOptions(Place, total=False):
     """The options of ``within``."""
 
     inner: Required[object]
-
-
-class WithinTie(TieAlone, WithinOptions, total=False):
-    """All that `register_tie` takes by name for ``within``."""
 
 
 # end

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from tiedparam.rules.repeat import Repeat
     from tiedparam.rules.reverse_complement import ReverseComplement
     from tiedparam.rules.row_repeat import RowRepeat
+    from tiedparam.rules.scaled_copy import ScaledCopy
     from tiedparam.rules.set_equivariant import SetEquivariant
+    from tiedparam.rules.shared_delta import SharedDelta
     from tiedparam.rules.skew import Skew
     from tiedparam.rules.squared_copy import SquaredCopy
     from tiedparam.rules.symmetric import Symmetric
@@ -61,7 +63,9 @@ __all__ = [
     "Repeat",
     "ReverseComplement",
     "RowRepeat",
+    "ScaledCopy",
     "SetEquivariant",
+    "SharedDelta",
     "Skew",
     "SquaredCopy",
     "Symmetric",
@@ -92,7 +96,9 @@ CLASSES = {
     "repeat": "Repeat",
     "reverse_complement": "ReverseComplement",
     "row_repeat": "RowRepeat",
+    "scaled_copy": "ScaledCopy",
     "set_equivariant": "SetEquivariant",
+    "shared_delta": "SharedDelta",
     "skew": "Skew",
     "squared_copy": "SquaredCopy",
     "symmetric": "Symmetric",

@@ -109,7 +109,7 @@ class TransposedCopy(Linked):
         if not _is_sign(self.sign):
             return Reason(f"sign={self.sign!r} is unknown.", "Choose 1 or -1.")
         if len(self.given) > 1:
-            return Reason("it is the adjoint of one layer.", "Give source= one layer.")
+            return Reason(f"'{self.name}' reads one layer.", "Give source= one layer.")
         if len(layout.shape) < 2:
             return Reason(
                 "the tensor has no input channels to swap with its outputs.", "Tie a weight."

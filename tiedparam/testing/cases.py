@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tiedparam.laws.fitted import is_fitted
+from tiedparam.laws.fitted import is_fitted, rounding
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Example, Rule
 from tiedparam.layer.register import register_tie
@@ -245,7 +245,7 @@ def same(rule: Rule, found: Tensor, expected: Tensor, what: str) -> None:
 def has_no_residual(rule: Rule, weight: Tensor, what: str) -> None:
     """A weight is as near to the law as rounding lets it be."""
     residual = rule.residual(weight)
-    bound = 4 * torch.finfo(weight.dtype).eps if is_fitted(rule) else 0
+    bound = rounding(weight.dtype) if is_fitted(rule) else 0
     hold(residual <= bound, f"{what} has the residual {residual:.2e}")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedparam.laws.fitted import is_fitted
+from tiedparam.laws.fitted import is_fitted, rounding
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.values import assign_, init_
 from tiedparam.testing.cases import (
@@ -113,7 +113,7 @@ def projection_of_a_projection_is_the_same_weight(case: Case) -> None:
             exact = rule(*wide, *rule.fit_to(weight.double(), tuple(wide)))
             found = (once.double() - weight.double()).norm()
             nearest = (exact - weight.double()).norm()
-            allowed = 4 * torch.finfo(dtype).eps * weight.double().norm()
+            allowed = rounding(dtype) * weight.double().norm()
             hold(found <= nearest + allowed, f"in {dtype} it is {found}, not {nearest}, away")
 
 
