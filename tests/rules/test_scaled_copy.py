@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch import nn
 import tiedparam as tp
 from tests.support.cases import assert_refused, canonical_entries
 from tests.support.tensors import free_value
-from tiedparam.tie.lookup import tie_of
 
 LAYERS = {
     "Linear": lambda: nn.Linear(4, 3),
@@ -87,41 +84,3 @@ def test_options_are_checked():
         "source's tensor is (3, 3), and the layer's (4, 3)",
         source=source,
     )
-
-
-# Without the weight -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("per", ["tensor", "output", "input"])
-def test_few_rows_are_computed_without_the_weight(per):
-    source, layer = nn.Linear(2048, 2048), nn.Linear(2048, 2048)
-    tp.register_tie(layer, "scaled_copy", source=source, per=per)
-    computing = tie_of(layer).computing
-    computing.seen = []
-    x = torch.randn(2, 2048)
-    with torch.no_grad():
-        found = layer(x)
-    assert computing.seen == ["scaled"]
-    torch.testing.assert_close(found, nn.functional.linear(x, layer.weight, layer.bias))
-
-
-def test_the_form_reads_a_tied_source_once(monkeypatch):
-    source = tp.register_tie(nn.Linear(6, 6), "circulant")
-    layer = tp.register_tie(nn.Linear(6, 6), "scaled_copy", source=source, compute="scaled")
-    expand, calls = tp.rules.Circulant.forward, itertools.count()
-
-    def counted(self, *free):
-        next(calls)
-        return expand(self, *free)
-
-    monkeypatch.setattr(tp.rules.Circulant, "forward", counted)
-    layer(torch.randn(2, 6)).sum().backward()
-    assert next(calls) == 1
-
-
-def test_a_form_says_of_a_resized_source_what_the_dense_layer_says():
-    source = nn.Linear(6, 6)
-    layer = tp.register_tie(nn.Linear(6, 6), "scaled_copy", source=source, compute="scaled")
-    source.weight = nn.Parameter(torch.randn(7, 6))
-    with pytest.raises(tp.TieError, match=r"is \(7, 6\) now"):
-        layer(torch.randn(2, 6))

@@ -12,7 +12,6 @@ from torch import nn
 
 import tiedparam as tp
 from tests.support.cases import assert_refused, canonical_entries
-from tiedparam.tie.lookup import tie_of
 
 LAYERS = {
     "Linear": lambda: nn.Linear(5, 6),
@@ -75,7 +74,6 @@ def test_rank_0_is_a_copy():
     tp.register_tie(layer, "shared_delta", source=source, rank=0)
     assert torch.equal(layer.weight, source.weight)
     assert tp.free_values(layer) == {}
-    assert tie_of(layer).computing is None
 
 
 @pytest.mark.parametrize(
@@ -111,53 +109,6 @@ def test_autocast_leaves_the_weight_as_it_is():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer.weight, weight)
         assert layer(torch.randn(2, 6)).dtype == torch.bfloat16
-
-
-# Without the sum --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
-@pytest.mark.parametrize("unbatched", [False, True])
-def test_the_sum_is_not_formed(unbatched, padding_mode, monkeypatch):
-    options = {"padding": 1, "groups": 2, "stride": 2, "padding_mode": padding_mode}
-    source, layer = (nn.Conv2d(4, 6, 3, **options).double() for _ in range(2))
-    tp.register_tie(layer, "shared_delta", source=source, rank=1, compute="delta")
-    twin = nn.Conv2d(4, 6, 3, **options).double()
-    twin.load_state_dict(tp.dense_state_dict(nn.ModuleList([source, layer])), strict=False)
-    with torch.no_grad():
-        twin.weight.copy_(layer.weight)
-        twin.bias.copy_(layer.bias)
-    x = torch.randn(*() if unbatched else (2,), 4, 7, 7, dtype=torch.float64)
-    expected = twin(x)
-
-    def never(*tensors):
-        raise AssertionError("the sum was formed")
-
-    monkeypatch.setattr("tiedparam.rules.shared_delta.plus_product", never)
-    torch.testing.assert_close(layer(x), expected)
-
-
-def test_few_rows_are_computed_without_the_sum_and_many_with_it():
-    source, layer = nn.Linear(1024, 1024), nn.Linear(1024, 1024)
-    law = tp.rules.SharedDelta(source, rank=2)
-    law.fit = lambda weight, source: (torch.zeros(1024, 2), torch.zeros(2, 1024))
-    tp.register_tie(layer, law)
-    computing = tie_of(layer).computing
-    computing.seen = []
-    with torch.no_grad():
-        layer(torch.randn(2, 1024))
-        layer(torch.randn(4096, 1024))
-    assert computing.seen == ["delta"]
-
-
-def test_forms_compile_whole():
-    torch._dynamo.reset()
-    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
-    tp.register_tie(model[1], "shared_delta", source=model[0], rank=2, compute="delta")
-    tp.register_tie(model[2], "scaled_copy", source=model[1], per="input", compute="scaled")
-    x = torch.randn(3, 6)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
 
 
 # Through the life of a model ----------------------------------------------------------------
