@@ -171,10 +171,17 @@ class Linked(Rule):
         sources = tuple(getattr(layer, name) for layer, name in self.sources())
         yield self.forward(*sources, *self.fit(weight, *sources))
 
-    def reason_against_sources(self, layout: Layout) -> Reason | None:
-        """Why a law that reads one tensor, of the tied one's shape, cannot read what was given."""
-        if len(self.given) > 1:
-            return Reason(f"'{self.name}' reads one layer.", "Give source= one layer.")
+    def reason_against_several(self) -> Reason | None:
+        """Why a law that reads one tensor cannot read what was given, or None."""
+        if len(self.given) == 1:
+            return None
+        return Reason(f"'{self.name}' reads one layer.", "Give source= one layer.")
+
+    def reason_against_shape(self, layout: Layout) -> Reason | None:
+        """Why a law that reads one tensor of the tied one's shape does not fit, or None."""
+        several = self.reason_against_several()
+        if several is not None:
+            return several
         (read,) = (tuple(tensor.shape) for tensor in self.read())
         if read == layout.shape:
             return None

@@ -83,7 +83,7 @@ class ScaledCopy(Linked):
             return Reason(f"per={self.per!r} is unknown.", "Choose 'tensor', 'output' or 'input'.")
         if self.per == "input" and len(layout.shape) < 2:
             return Reason(f"the tensor {layout.shape} has no inputs.", "Choose per='output'.")
-        return self.reason_against_sources(layout)
+        return self.reason_against_shape(layout)
 
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """A factor for each slice."""

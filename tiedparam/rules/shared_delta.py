@@ -107,7 +107,7 @@ class SharedDelta(Linked):
         if self.rank > largest:
             matrix = f"a matrix {outputs}×{inputs * prod(kernel)}"
             return Reason(f"{matrix} has no rank {self.rank}.", f"Choose at most {largest}.")
-        return self.reason_against_sources(layout)
+        return self.reason_against_shape(layout)
 
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """``U`` and ``V``; nothing for rank 0."""

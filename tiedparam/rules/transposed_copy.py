@@ -108,8 +108,9 @@ class TransposedCopy(Linked):
         """What keeps the tied layer from being the adjoint of the source."""
         if not _is_sign(self.sign):
             return Reason(f"sign={self.sign!r} is unknown.", "Choose 1 or -1.")
-        if len(self.given) > 1:
-            return Reason(f"'{self.name}' reads one layer.", "Give source= one layer.")
+        several = self.reason_against_several()
+        if several is not None:
+            return several
         if len(layout.shape) < 2:
             return Reason(
                 "the tensor has no input channels to swap with its outputs.", "Tie a weight."
