@@ -461,6 +461,11 @@ def test_the_remedy_is_what_helps():
     tp.remove_tie(model["b"])
 
 
+@pytest.mark.feature(
+    "Optimizers",
+    "laws that read layers and have values of their own",
+    limit="the state of an optimizer that has stepped starts anew, with a warning",
+)
 def test_optimizers_hold_the_own_values_and_start_their_state_anew():
     model = three()
     fresh = torch.optim.Adam(model.parameters())
