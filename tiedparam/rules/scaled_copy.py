@@ -146,15 +146,15 @@ class ScaledCopy(Linked):
 
     @classmethod
     def examples(cls) -> Sequence[Example]:
-        """One for each input of a convolution in groups, one factor, and one for each output."""
+        """One factor, one for each input of a convolution in groups, and one for each output."""
         return (
+            Example(
+                lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3)), {"source": "0"}, path="1"
+            ),
             Example(
                 lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(4, 6, 3, groups=2)),
                 {"source": "0", "per": "input"},
                 path="1",
-            ),
-            Example(
-                lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3)), {"source": "0"}, path="1"
             ),
             Example(
                 lambda: nn.Sequential(
