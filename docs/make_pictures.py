@@ -22,6 +22,7 @@ from make_tables import bound_examples, shipped_rules
 from torch import Tensor, nn
 
 import tiedparam as tp
+from tiedparam.laws.fitted import is_fitted
 from tiedparam.model.pictures import blocks, first_of_each, orbit_colour, orbit_numbers
 
 IMAGES = Path(__file__).resolve().parent / "images"
@@ -116,6 +117,13 @@ CASES: dict[str, dict[str, Case]] = {
             {"source": "0", "fn": torch.t},
         ),
     },
+    "transposed_copy": {
+        "transposed_copy": (
+            lambda: nn.Sequential(nn.Conv1d(3, 2, 3), nn.Conv1d(2, 3, 3)),
+            "1",
+            {"source": "0"},
+        ),
+    },
     "squared_copy": {
         "squared_copy": (
             lambda: nn.Sequential(nn.Conv1d(2, 2, 3), nn.Conv1d(2, 2, 3)),
@@ -136,7 +144,9 @@ def pictures() -> Iterator[tuple[str, str]]:
                 tp.register_tie(layer, rule, root=model, **options)
                 yield f"{title}.svg", picture(tp.get_tie(layer))
         else:
-            yield f"{name}.svg", picture(next(bound_examples(rule)))
+            bound = next(bound_examples(rule))
+            if not is_fitted(bound):  # no entry is one of its values
+                yield f"{name}.svg", picture(bound)
 
 
 def picture(rule: tp.Rule) -> str:

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python docs/make_signatures.py"
 RULES = "tiedparam/rules/__init__.py"
 OPTIONS = "tiedparam/layer/rule_options.py"
+TIE_OPTIONS = "tiedparam/layer/tie_options.py"
 TIE = "tiedparam/layer/register.py"
 RESIDUAL = "tiedparam/layer/residual.py"
 
@@ -61,28 +62,37 @@ def rules_imports() -> str:
 
 
 def options_classes() -> str:
-    """For each rule with options: these, and these with all that `register_tie` takes itself."""
+    """For each rule with options: these, and where the tensor lies."""
     names = "".join(f'    "{name}",\n' for name in shipped_rules())  # a line each: never too long
     parts = [f'KnownName = Literal[\n{names}]\n"""The names of the library\'s own rules."""']
     for name, rule in shipped_rules().items():
         fields = list(option_fields(rule))
         if fields:
-            options, tie = options_names(rule)
+            options = options_names(rule)[0]
             parts.append(
-                f"class {options}(TypedDict, total=False):\n"
+                f"class {options}(Place, total=False):\n"
                 f'    """The options of ``{name}``."""\n\n' + "\n".join(fields)
             )
+    return "\n\n\n".join(parts) + "\n\n"
+
+
+def tie_classes() -> str:
+    """For each rule with options: these, with all that `register_tie` takes itself."""
+    parts = []
+    for name, rule in shipped_rules().items():
+        if any(option_fields(rule)):
+            options, tie = options_names(rule)
             parts.append(
-                f"class {tie}(TieArguments, {options}, total=False):\n"
+                f"class {tie}(TieAlone, rule_options.{options}, total=False):\n"
                 f'    """All that `register_tie` takes by name for ``{name}``."""'
             )
     return "\n\n\n".join(parts) + "\n\n"
 
 
 def options_names(rule: type[tp.Rule]) -> tuple[str, str]:
-    """What the classes of a rule's options are called: alone, and for `register_tie`."""
+    """What the classes of a rule's options are called: for `residual`, and for `register_tie`."""
     if not inspect.signature(rule).parameters:
-        return "", "TieArguments"
+        return "Place", "TieArguments"
     return f"{rule.__name__}Options", f"{rule.__name__}Tie"
 
 
@@ -132,7 +142,7 @@ def tie_overloads() -> str:
         "    layer: Layer,\n"
         f'    rule: Literal["{name}"],\n'
         "    tensor_name: str = ...,\n"
-        f"    **options: Unpack[rule_options.{options_names(rule)[1]}],\n"
+        f"    **options: Unpack[tie_options.{options_names(rule)[1]}],\n"
         ") -> Layer: ..."
         for name, rule in shipped_rules().items()
     )
@@ -142,19 +152,14 @@ def residual_overloads() -> str:
     """The overloads of `residual` for names."""
     parts = []
     for name, rule in shipped_rules().items():
-        options = options_names(rule)[0]
         parts.append(
             "@overload\n"
             "def residual(\n"
             "    layer: nn.Module,\n"
             f'    rule: Literal["{name}"],\n'
             "    tensor_name: str = ...,\n"
-            "    *,\n"
-            "    root: nn.Module | None = ...,\n"
-            "    rows: Range | None = ...,\n"
-            "    columns: Range | None = ...,\n"
-            + (f"    **options: Unpack[rule_options.{options}],\n" if options else "")
-            + ") -> float: ..."
+            f"    **options: Unpack[rule_options.{options_names(rule)[0]}],\n"
+            ") -> float: ..."
         )
     return "\n".join(parts)
 
@@ -164,6 +169,7 @@ def residual_overloads() -> str:
 CONTENTS: dict[str, Callable[[], str]] = {
     RULES: rules_imports,
     OPTIONS: options_classes,
+    TIE_OPTIONS: tie_classes,
     TIE: tie_overloads,
     RESIDUAL: residual_overloads,
 }

@@ -131,6 +131,12 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
     ),
     "copy": ("0", lambda r: 0),
     "squared_copy": ("0", lambda r: 0),
+    "transposed_copy": ("0", lambda r: 0),
+    "scaled_copy": ("1, or the outputs or inputs", lambda r: prod(r.free_shapes()[0])),
+    "shared_delta": (
+        "`rank·(O + I·P)`, `I` inputs of a group, `P` positions",
+        lambda r: r.rank * (_canonical(r)[0] + prod(_canonical(r)[1:])),
+    ),
 }
 
 

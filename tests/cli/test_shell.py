@@ -247,6 +247,26 @@ def test_a_tied_file_can_be_tied_further(files, capsys):
     assert tp.is_tied(model.encoder, "bias")
 
 
+def test_laws_that_read_layers_are_tied_and_untied(files, capsys):
+    convolutions = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ConvTranspose2d(8, 3, 3, stride=2)
+    )
+    linear = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    torch.save(nn.ModuleList([convolutions, linear]).state_dict(), "model.pt")
+    good(
+        capsys, "tie", "model.pt", "--tie", "0.1=transposed_copy:source=0.0", "--transposed", "0.1",
+        "--tie", "1.1=shared_delta:source=1.0,rank=2", "--tie",
+        "1.2=scaled_copy:source=1.1,per=output", "-o", "tied.safetensors",
+    )  # fmt: skip
+    good(capsys, "untie", "tied.safetensors", "-o", "dense.safetensors")
+    tied = tp.load("tied.safetensors", nn.ModuleList([convolutions, linear]))
+    dense = safetensors.torch.load_file("dense.safetensors")
+    assert torch.equal(tied[0][1].weight, tied[0][0].weight)
+    assert [tp.get_tie(layer).free_count for layer in linear[1:]] == [24, 6]
+    for index in (1, 2):
+        assert torch.equal(dense[f"1.{index}.weight"], tied[1][index].weight)
+
+
 def test_groups_and_transposition_as_options(files, capsys):
     hints = ("--groups", "up=2", "--transposed", "up", "--groups", "st?m=2")
     good(

@@ -587,6 +587,19 @@ def test_s31_a_source_in_the_outer_unit_trains_as_one_process(ranks):
         assert_close(results[0]["state"][key], value)
 
 
+@pytest.mark.feature("Distributed", "laws that read layers and have own values, in one FSDP2 unit")
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=with_fsdp2)])
+def test_laws_that_read_layers_train_as_in_one_process(ranks, how):
+    results = ranks(worker.training_that_reads, how=how)
+    model = worker.net_that_reads()
+    losses = worker.train_small(model, alone=True)
+    assert_ranks_agree(results)
+    mean = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
+    assert_close(mean, torch.tensor(losses, dtype=torch.float64))
+    for key, value in model.state_dict().items():
+        assert_close(results[0]["state"][key], value)
+
+
 # FSDP1 -----------------------------------------------------------------------------------
 
 fsdp1 = pytest.mark.filterwarnings("ignore:.*FSDP is switching.*:UserWarning")

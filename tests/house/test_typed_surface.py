@@ -25,7 +25,8 @@ SHIPPED = {
     if rule.__module__.startswith("tiedparam.rules.")
 }
 FILES = ["tiedparam/rules/__init__.py", "tiedparam/layer/rule_options.py"]
-FILES += ["tiedparam/layer/register.py", "tiedparam/layer/residual.py"]
+FILES += ["tiedparam/layer/tie_options.py", "tiedparam/layer/register.py"]
+FILES += ["tiedparam/layer/residual.py"]
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import tiedparam as tp
 from tests.support.cases import (
     CASES,
     CASES_OF_COPIES,
+    CASES_WITH_FITTED_VALUES,
     CASES_WITH_FREE_VALUES,
     COMPUTE,
     FIRST_CASES,
@@ -65,6 +66,12 @@ def test_rule_with_free_values(case, statement):
     statement(case)
 
 
+@pytest.mark.parametrize("statement", statements_of("laws with fitted values"), ids=name_of)
+@pytest.mark.parametrize("case", first_ones_fast(CASES_WITH_FITTED_VALUES), ids=str)
+def test_rule_with_fitted_values(case, statement):
+    statement(case)
+
+
 @pytest.mark.parametrize("statement", statements_of("copies"), ids=name_of)
 @pytest.mark.parametrize("case", first_ones_fast(CASES_OF_COPIES), ids=str)
 def test_copy(case, statement):
@@ -79,12 +86,14 @@ def test_every_rule_is_enrolled():
     assert all(str(case).startswith(f"{case.name}-") for case in CASES)
     assert len(set(map(str, CASES))) == len(CASES)
     kinds = {statement.kind for statement in STATEMENTS.values()}
-    assert kinds == {"every law", "laws with values", "copies"}  # each has its test above
+    # each has its test above
+    assert kinds == {"every law", "laws with values", "laws with fitted values", "copies"}
     for name, rule in rules.items():
         assert rule.name == name
         assert "=" in rule.law
         assert rule.__doc__
-    assert {case.name for case in CASES_OF_COPIES} == {"copy", "squared_copy"}
+    copies = {"copy", "squared_copy", "transposed_copy"}
+    assert {case.name for case in CASES_OF_COPIES} == copies
     # a rule with free values must also work for those who use torch's own function
     enrolled = {case.name for case in CASES_WITH_FREE_VALUES}
     assert {case.name for case in CANONICAL_CASES} == enrolled

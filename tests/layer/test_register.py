@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 import tiedparam as tp
 from tests.support.unchanged import snapshot, unchanged
-from tiedparam.layer import rule_options
+from tiedparam.layer import tie_options
 
 
 class WrongShape(tp.Rule):
@@ -702,7 +702,7 @@ def test_a_layer_that_holds_tied_layers_is_not_tied_itself_for_the_library():
 def test_register_tie_takes_by_name_what_it_declares():
     parameters = inspect.signature(tp.register_tie).parameters.values()
     own = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
-    assert list(rule_options.TieArguments.__annotations__) == own
+    assert list(tie_options.TieArguments.__annotations__) == own
     hints = typing.get_type_hints(tp.register_tie)
-    fields = typing.get_type_hints(rule_options.TieArguments)
+    fields = typing.get_type_hints(tie_options.TieArguments)
     assert {name: hints[name] for name in own} == fields

@@ -40,7 +40,7 @@ def test_every_tensor_and_rule_that_fits_is_there():
             if parameter is None:
                 continue
             for rule, kind in tp.available_rules().items():
-                if rule in ("copy", "squared_copy"):
+                if kind.reads_layers:
                     continue
                 layout = tp.Layout.of(module, name, tuple(parameter.shape))
                 for options in kind.variants(layout):
@@ -88,12 +88,12 @@ def test_every_variant_of_every_rule_can_be_made():
     ]
     # what they say cannot be guessed, or is said by another name
     of_users = {"fixed", "index", "joint", "orbit", "within", "block_circulant", "head_share"}
-    of_users |= {"hashed", "symmetric", "skew"}
+    of_users |= {"hashed", "symmetric", "skew", "scaled_copy", "shared_delta"}
     for name, kind in tp.available_rules().items():
         for layout in layouts:
             variants = kind.variants(layout)
-            of_matrices = name == "masked" and len(layout.shape) < 2
-            assert (len(variants) >= 1) != (name in of_users or of_matrices)
+            axes = {"masked": 2, "transposed_copy": 3}.get(name, 1)
+            assert (len(variants) >= 1) != (name in of_users or len(layout.shape) < axes)
             for options in variants:
                 assert "source" not in options
                 source = {"source": nn.Linear(2, 2)} if issubclass(kind, Linked) else {}

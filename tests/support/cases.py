@@ -31,6 +31,7 @@ from tiedparam.testing.changes import law_holds_after_100_steps_of
 __all__ = [
     "CASES",
     "CASES_OF_COPIES",
+    "CASES_WITH_FITTED_VALUES",
     "CASES_WITH_FREE_VALUES",
     "COMPUTE",
     "DTYPES",
@@ -56,8 +57,9 @@ def first_ones_fast(cases: Iterable[Case]) -> list[Any]:
 
 
 CASES = [case for rule in tp.available_rules().values() for case in cases_of(rule)]
-CASES_WITH_FREE_VALUES = [case for case in CASES if not case.reads_layers]
-CASES_OF_COPIES = [case for case in CASES if case.is_copy]
+CASES_WITH_FREE_VALUES = [case for case in CASES if case.kind == "laws with values"]
+CASES_WITH_FITTED_VALUES = [case for case in CASES if case.kind == "laws with fitted values"]
+CASES_OF_COPIES = [case for case in CASES if case.kind == "copies"]
 FIRST_CASES = [case for case in CASES if case.is_first]
 
 

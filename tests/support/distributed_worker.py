@@ -599,6 +599,28 @@ def training_of_data(how: str) -> dict:
     return {**result, "stale": stale, "refused": refused}
 
 
+# Laws that read layers and have values of their own ------------------------------------------
+
+
+def net_that_reads(seed: int = 0) -> nn.Sequential:
+    """The first layer is read by each of the others, one behind the other."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4))).double()
+    tp.register_tie(net[1], "shared_delta", source="0", rank=2, root=net)
+    tp.register_tie(net[2], "scaled_copy", source="1", per="output", root=net)
+    tp.register_tie(net[3], "transposed_copy", source="0", sign=-1, root=net)
+    return net
+
+
+def training_that_reads(how: str) -> dict:
+    net = net_that_reads()
+    if how == "ddp":
+        model = DistributedDataParallel(net)
+        return outcome(model, train_small(model, alone=False))
+    fully_shard(net, mesh=dist.init_device_mesh("cpu", (2,)))  # one unit for all that is read
+    return outcome(net, train_small(net, alone=False))
+
+
 # FSDP1 -----------------------------------------------------------------------------------
 
 

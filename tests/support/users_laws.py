@@ -151,3 +151,55 @@ class SquaredTotal(Linked):
             return nn.ModuleDict({name: nn.Linear(3, 3) for name in "abc"})
 
         return [tp.Example(build, {"source": ["a", "b"]}, path="c")]
+
+
+class Mixed(Linked):
+    """Reads two layers, and has two values of its own, found by least squares."""
+
+    law = "W = s·A.W + t·B.W"
+
+    def free_shapes(self):
+        return ((2,),)
+
+    def forward(self, a, b, mix):
+        return mix[0] * a + mix[1] * b
+
+    def fit(self, weight, a, b):
+        columns = torch.stack([a.flatten(), b.flatten()], 1)
+        wide = torch.complex128 if weight.is_complex() else torch.float64
+        goal = weight.flatten()[:, None]
+        solved = torch.linalg.lstsq(columns.to(wide), goal.to(wide)).solution
+        return (solved[:, 0].to(weight.dtype),)
+
+    @classmethod
+    def examples(cls):
+        return SquaredTotal.examples()
+
+
+class OneProduct(tp.Rule):
+    """Reads nothing, and multiplies its values by one another: the nearest matrix of rank 1."""
+
+    law = "W[o, c] = u[o]·v[c]"
+    bilinear = True
+
+    def free_shapes(self):
+        return tuple((size,) for size in self.bound_layout.shape)
+
+    def forward(self, u, v):
+        return u[:, None] * v
+
+    def right_inverse(self, weight):
+        self.bind_shape(weight)
+        left, sizes, right = torch.linalg.svd(weight.double())
+        factors = left[:, 0] * sizes[0], right[0]
+        return tuple(factor.to(weight.dtype).clone() for factor in factors)
+
+    def representatives(self, weight):
+        return self.right_inverse(weight)
+
+    def symmetries(self, weight):
+        yield self.project(weight)
+
+    @classmethod
+    def examples(cls):
+        return [tp.Example(lambda: nn.Linear(4, 3))]

@@ -13,7 +13,15 @@ from torch import nn
 
 import tiedparam as tp
 from tests.support import ROOT
-from tests.support.users_laws import Centred, Lower, Mirrored, Skew, SquaredTotal
+from tests.support.users_laws import (
+    Centred,
+    Lower,
+    Mirrored,
+    Mixed,
+    OneProduct,
+    Skew,
+    SquaredTotal,
+)
 from tiedparam.testing import STATEMENTS, RuleReport, check_rule
 
 
@@ -25,7 +33,9 @@ class Typo(Mirrored):
 
 
 @pytest.mark.parametrize(
-    "rule", [Mirrored, Skew, Lower, Centred, SquaredTotal], ids=lambda rule: rule.__name__
+    "rule",
+    [Mirrored, Skew, Lower, Centred, SquaredTotal, Mixed, OneProduct],
+    ids=lambda rule: rule.__name__,
 )
 def test_laws_that_are_right_pass(rule):
     before = tp.available_rules()
@@ -38,7 +48,9 @@ def test_laws_that_are_right_pass(rule):
     assert lines[1].startswith(f"All {count} statements hold for {examples} example")
     assert len(lines) == 2 + count
     assert all(line.startswith("  holds  ") for line in lines[2:])
-    kinds = {"every law", "copies" if rule is SquaredTotal else "laws with values"}
+    own = {SquaredTotal: "copies", Mixed: "laws with fitted values"}
+    own[OneProduct] = "laws with fitted values"
+    kinds = {"every law", own.get(rule, "laws with values")}
     meant = {name for name, statement in STATEMENTS.items() if statement.kind in kinds}
     assert {outcome.statement.name for outcome in report.outcomes} == meant
     assert all(outcome.judged == examples for outcome in report.outcomes)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tiedparam as tp
+from tests.support.fitted_mistakes import FITTED_MISTAKES
 from tests.support.users_laws import Centred, Circulant, Lower, Mirrored, OddKernel, Skew
 from tiedparam.laws import Orbits, form
 from tiedparam.rules.copy import Copy
@@ -625,6 +626,7 @@ MISTAKES = [
     (UnlikeItsDraw, "init_keeps_one_draw_per_orbit", "the size of a weight that was init"),
     (NeverTies, "every_example_can_be_tied", "it fits nowhere"),
     (Typo, "every_example_can_be_tied", "'Tensor' object has no attribute 'fliped'"),
+    *FITTED_MISTAKES,
 ]
 """A law, the statement that tells best what is wrong with it, and what it tells."""
 

@@ -126,6 +126,7 @@ def _computed(
     if type(rule).forward is not computing.expand:
         return None
     free: Any = tuple(parameters_of(values).values()) or _of_replica(values, rule)
+    # what it reads is trained, as a rule, where the law's own values are
     recorded = torch.is_grad_enabled() and _need_gradients(input, *free)
     named = computing.named(recorded)
     if is_traced_or_transformed():  # whose graph serves every batch
@@ -141,12 +142,20 @@ def _computed(
     if not _agree(input, free, bias):
         return None
     call: Call | None = None
+    sources: tuple[Tensor, ...] | None = None if rule.reads_layers else ()
     for form in forms:
         if not _runs_here(form, input, free, bias, asked=form.name == named):
             continue
+        if sources is None:  # only then: a source may have to be loaded, or be tied itself
+            sources = values.own_reading().read_for_forms(rule)
+            if sources is None or not _agree(input, sources, None):
+                return None
+        if not _runs_here(form, input, sources, None, asked=form.name == named):
+            continue
         if call is None or call.asked is not (form.name == named):
             use = computing.usual(recorded)
-            call = Call(layer, input, free, bias, stock(), use, form.name == named)
+            asked = form.name == named
+            call = Call(layer, input, free, bias, stock(), use, asked, sources)
         y = form.compute(rule, call)
         if y is not None:
             if computing.seen is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tiedparam.laws.coded import Coded
 from tiedparam.laws.functions import Function, Functions, function_name, with_functions
+from tiedparam.laws.linked import Linked
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
@@ -177,6 +178,8 @@ def same_weights(rule: Rule, again: Rule) -> bool:
     """Whether ``again``, not bound yet, computes from numbers what ``rule`` does, to the bit."""
     if rule.functions and not rule.free_shapes():
         return True  # a function may do anything, even at random; `same_law` compares those
+    if isinstance(again, Linked):
+        again.read_from(list(rule.sources()))  # a file holds their paths, which are compared there
     if again.bind(rule.bound_layout, torch.float32) is not None:
         return False
     if again.free_shapes() != rule.free_shapes():

@@ -74,6 +74,7 @@ class Call:
             and groups.
         use: of the layer.
         asked: whether the form was asked for by name, so that it computes even where it loses.
+        sources: the tensors of the layers that the law reads, each read once for this call.
 
     Example:
         >>> from tiedparam.laws import Call, Layout, Use
@@ -91,6 +92,7 @@ class Call:
     stock: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     use: Use
     asked: bool = False
+    sources: tuple[Tensor, ...] = ()
 
 
 Cost = Callable[[Any, Use], "float | None"]

@@ -25,6 +25,8 @@ class Layout:
             that stores ``W[in, out]``.
         layer_groups: the groups of the layer that holds the tensor. A bias has none of its own,
             and a law may want to treat it as its layer's filters are treated.
+        stride: of the convolution whose weight it is; empty for every other tensor.
+        dilation: likewise.
 
     Example:
         >>> layout = tp.Layout((4, 6, 3), transposed=True)  # of ConvTranspose1d(4, 6, 3)
@@ -37,14 +39,18 @@ class Layout:
     shape: tuple[int, ...]
     groups: int = 1
     transposed: bool = False
-    layer_groups: int = field(default=1, compare=False, repr=False)  # not a matter of the axes
+    # not a matter of the axes
+    layer_groups: int = field(default=1, compare=False, repr=False)
+    stride: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    dilation: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def of(cls, layer: nn.Module, tensor_name: str, shape: tuple[int, ...]) -> Layout:
         """The layout of ``layer``'s tensor ``tensor_name``, which has shape ``shape``."""
         if isinstance(layer, AnyConvolution):
             if tensor_name == "weight":
-                return cls(tuple(shape), layer.groups, layer.transposed, layer.groups)
+                groups, steps = layer.groups, (tuple(layer.stride), tuple(layer.dilation))
+                return cls(tuple(shape), groups, layer.transposed, groups, *steps)
             return cls(tuple(shape), layer_groups=layer.groups)
         if tensor_name == "weight" and _stores_inputs_first(layer):
             return cls(tuple(shape), transposed=True)

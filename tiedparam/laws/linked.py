@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedparam.laws.fitted import fitted_to
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Rule
 from tiedparam.laws.times import Making
@@ -164,7 +165,7 @@ class Linked(Rule):
                 "know.",
                 "Use tiedparam.register_tie.",
             )
-        free = self.fit(weight, *self.read())
+        free = fitted_to(self, weight, self.read())
         return tuple(value.detach().clone() for value in free)  # in storage of their own (S15)
 
     def representatives(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -175,6 +176,25 @@ class Linked(Rule):
         """The function of the sources, read where their layers show them."""
         sources = tuple(getattr(layer, name) for layer, name in self.sources())
         yield self.forward(*sources, *self.fit(weight, *sources))
+
+    def reason_against_several(self) -> Reason | None:
+        """Why a law that reads one tensor cannot read what was given, or None."""
+        if len(self.given) == 1:
+            return None
+        return Reason(f"'{self.name}' reads one layer.", "Give source= one layer.")
+
+    def reason_against_shape(self, layout: Layout) -> Reason | None:
+        """Why a law that reads one tensor of the tied one's shape does not fit, or None."""
+        several = self.reason_against_several()
+        if several is not None:
+            return several
+        (read,) = (tuple(tensor.shape) for tensor in self.read())
+        if read == layout.shape:
+            return None
+        return Reason(
+            f"the source's tensor is {read}, and the layer's {layout.shape}.",
+            "Tie a layer of the source's shape, or use 'copy' with an fn= that fits the shapes.",
+        )
 
     def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
         """Fit the rule to one tensor; of any dtype, since nothing is averaged."""

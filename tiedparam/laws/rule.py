@@ -82,6 +82,9 @@ class Rule(nn.Module, metaclass=OwnMembers):
     """The equation in one line, as tables and ``repr`` show it."""
     complex_valued: ClassVar[bool] = False
     """Whether the law has a meaning for complex weights."""
+    bilinear: ClassVar[bool] = False
+    """Whether free values are multiplied by one another. Then many sets of them give one weight,
+    and it is the weight that comes back, not the factors."""
 
     reads_layers: ClassVar[bool] = False
     """Whether `forward` takes tensors of other layers, its `sources`, before the free values. Such

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws.distance import relative_distance
+from tiedparam.laws.fitted import fitted_to, is_lawful
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import Init
 from tiedparam.layer.concerns import why_distant
@@ -49,7 +50,7 @@ def initial_values(
             reason = _why_misshapen(rule(*sources, *zeros), dense)
             if reason is not None:
                 return reason
-            free: Any = rule.fit_to(dense, sources)
+            free: Any = fitted_to(rule, dense, sources)
             free = free if isinstance(free, Tensor) else list(free)
             reason = _why_other_values(free, rule)
             if reason is not None:
@@ -115,7 +116,7 @@ def _why_inexact(
 ) -> Reason | None:
     if residual is None:
         return Reason("its weight has no values yet to compare.", "Use init='project', or load it.")
-    if torch.equal(lawful, dense):
+    if is_lawful(rule, dense, lawful):
         return None
     return Reason(
         f"the weight breaks the law {rule.law} (residual {residual:.2e}).",

@@ -24,7 +24,7 @@ from tiedparam.util.errors import warn
 from tiedparam.util.never_compiled import never_compiled
 
 if TYPE_CHECKING:  # a class for the options of every law
-    from tiedparam.layer import rule_options
+    from tiedparam.layer import tie_options
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -35,194 +35,215 @@ def register_tie(
     layer: Layer,
     rule: Literal["block_circulant"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.BlockCirculantTie],
+    **options: Unpack[tie_options.BlockCirculantTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["centrosymmetric"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.CentrosymmetricTie],
+    **options: Unpack[tie_options.CentrosymmetricTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["channel_shared"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.ChannelSharedTie],
+    **options: Unpack[tie_options.ChannelSharedTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["circulant"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.CirculantTie],
+    **options: Unpack[tie_options.CirculantTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["copy"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.CopyTie],
+    **options: Unpack[tie_options.CopyTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["fixed"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.FixedTie],
+    **options: Unpack[tie_options.FixedTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["flip_sym"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.FlipSymTie],
+    **options: Unpack[tie_options.FlipSymTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["group_conv"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.GroupConvTie],
+    **options: Unpack[tie_options.GroupConvTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["hankel"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.HankelTie],
+    **options: Unpack[tie_options.HankelTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["hashed"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.HashedTie],
+    **options: Unpack[tie_options.HashedTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["head_share"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.HeadShareTie],
+    **options: Unpack[tie_options.HeadShareTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["hypercomplex"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.HypercomplexTie],
+    **options: Unpack[tie_options.HypercomplexTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["index"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.IndexTie],
+    **options: Unpack[tie_options.IndexTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["joint"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.JointTie],
+    **options: Unpack[tie_options.JointTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["kernel_symmetry"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.KernelSymmetryTie],
+    **options: Unpack[tie_options.KernelSymmetryTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["masked"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.MaskedTie],
+    **options: Unpack[tie_options.MaskedTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["orbit"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.OrbitTie],
+    **options: Unpack[tie_options.OrbitTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["persymmetric"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.TieArguments],
+    **options: Unpack[tie_options.TieArguments],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["repeat"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.RepeatTie],
+    **options: Unpack[tie_options.RepeatTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["reverse_complement"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.ReverseComplementTie],
+    **options: Unpack[tie_options.ReverseComplementTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["row_repeat"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.RowRepeatTie],
+    **options: Unpack[tie_options.RowRepeatTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["scaled_copy"],
+    tensor_name: str = ...,
+    **options: Unpack[tie_options.ScaledCopyTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["set_equivariant"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.SetEquivariantTie],
+    **options: Unpack[tie_options.SetEquivariantTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["shared_delta"],
+    tensor_name: str = ...,
+    **options: Unpack[tie_options.SharedDeltaTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["skew"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.SkewTie],
+    **options: Unpack[tie_options.SkewTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["squared_copy"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.SquaredCopyTie],
+    **options: Unpack[tie_options.SquaredCopyTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["symmetric"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.SymmetricTie],
+    **options: Unpack[tie_options.SymmetricTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["toeplitz"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.ToeplitzTie],
+    **options: Unpack[tie_options.ToeplitzTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
+    rule: Literal["transposed_copy"],
+    tensor_name: str = ...,
+    **options: Unpack[tie_options.TransposedCopyTie],
 ) -> Layer: ...
 @overload
 def register_tie(
     layer: Layer,
     rule: Literal["within"],
     tensor_name: str = ...,
-    **options: Unpack[rule_options.WithinTie],
+    **options: Unpack[tie_options.WithinTie],
 ) -> Layer: ...
 # end
 @overload
 def register_tie(
-    layer: Layer, rule: Rule, tensor_name: str = ..., **options: Unpack[rule_options.TieArguments]
+    layer: Layer, rule: Rule, tensor_name: str = ..., **options: Unpack[tie_options.TieArguments]
 ) -> Layer: ...
 @overload
 def register_tie(
@@ -244,7 +265,7 @@ def register_tie(
     layer: Layer,
     rule: Laws,
     tensor_name: str = ...,
-    **options: Unpack[rule_options.TieArguments],
+    **options: Unpack[tie_options.TieArguments],
 ) -> Layer: ...
 @never_compiled
 def register_tie(

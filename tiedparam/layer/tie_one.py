@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from tiedparam.compute.forms import computing_of
 from tiedparam.compute.frozen import refuse_if_frozen
 from tiedparam.compute.kept import memory_for
+from tiedparam.laws.fitted import is_fitted
 from tiedparam.laws.layout import declare_shape
 from tiedparam.laws.rule import Rule
 from tiedparam.layer import host
@@ -93,7 +94,7 @@ def tie_one(target: Target, made: Rule, settings: Settings) -> None:
         optimizer_moves.move_gradient(change)
         for move in moves:
             move.apply()
-        if made.reads_layers and not tie.free:
+        if is_fitted(made) or (made.reads_layers and not tie.free):
             origin = list(origins(target.layer, target.tensor_name))
             optimizer_moves.share_gradient(weight, tie.tied, origin)
         _tell_concern(tie, where, weight, settings)

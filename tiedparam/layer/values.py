@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tiedparam.compute.frozen import refuse_if_frozen
 from tiedparam.laws.distance import relative_distance
+from tiedparam.laws.fitted import is_lawful
 from tiedparam.layer.free_values import (
     FreeValues,
     assign_free_values,
@@ -112,7 +113,7 @@ def assign_(
             return layer  # shapes alone, and they agree
         free = rule.right_inverse(value)
         lawful = rule(*rule.read(), *free)
-        if not project and not torch.equal(lawful, value):
+        if not (project or is_lawful(rule, value, lawful)):
             fact = f"the value breaks the law {rule.law} of {tie.describe()} (residual "
             raise TieError(
                 tie.describe(),

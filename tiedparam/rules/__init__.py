@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from tiedparam.rules.repeat import Repeat
     from tiedparam.rules.reverse_complement import ReverseComplement
     from tiedparam.rules.row_repeat import RowRepeat
+    from tiedparam.rules.scaled_copy import ScaledCopy
     from tiedparam.rules.set_equivariant import SetEquivariant
+    from tiedparam.rules.shared_delta import SharedDelta
     from tiedparam.rules.skew import Skew
     from tiedparam.rules.squared_copy import SquaredCopy
     from tiedparam.rules.symmetric import Symmetric
     from tiedparam.rules.toeplitz import Toeplitz
+    from tiedparam.rules.transposed_copy import TransposedCopy
     from tiedparam.rules.within import Within
 
 __all__ = [
@@ -60,11 +63,14 @@ __all__ = [
     "Repeat",
     "ReverseComplement",
     "RowRepeat",
+    "ScaledCopy",
     "SetEquivariant",
+    "SharedDelta",
     "Skew",
     "SquaredCopy",
     "Symmetric",
     "Toeplitz",
+    "TransposedCopy",
     "Within",
 ]
 
@@ -90,11 +96,14 @@ CLASSES = {
     "repeat": "Repeat",
     "reverse_complement": "ReverseComplement",
     "row_repeat": "RowRepeat",
+    "scaled_copy": "ScaledCopy",
     "set_equivariant": "SetEquivariant",
+    "shared_delta": "SharedDelta",
     "skew": "Skew",
     "squared_copy": "SquaredCopy",
     "symmetric": "Symmetric",
     "toeplitz": "Toeplitz",
+    "transposed_copy": "TransposedCopy",
     "within": "Within",
 }
 """By name, which is the name of the file too, the class of each law."""

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
+from tiedparam.util.errors import Reason
 
 
 @register_rule("squared_copy")
@@ -33,6 +35,10 @@ class SquaredCopy(Linked):
     """
 
     law = "W = source.W²"
+
+    def check(self, layout: Layout) -> Reason | None:
+        """One layer is read."""
+        return self.reason_against_several()
 
     def forward(self, *sources: Tensor) -> Tensor:
         """The square, as a product: `torch.square` has a slower gradient."""

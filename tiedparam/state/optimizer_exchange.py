@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tiedparam.laws.fitted import is_fitted
 from tiedparam.laws.rule import Rule
 from tiedparam.state.optimizer_groups import positions
 from tiedparam.state.optimizer_laws import OptimizerLaw
@@ -60,7 +61,7 @@ def untying(tie: Tie, weight: nn.Parameter) -> Exchange:
 
 
 def moved_state(optimizer: Optimizer, law: OptimizerLaw, change: Exchange) -> list[dict[str, Any]]:
-    """The state of each new parameter.
+    """The state of each new parameter; none where the free values are solved for.
 
     Raises:
         TieError: with the reason, if an entry is not known, or not what it should be.
@@ -68,7 +69,7 @@ def moved_state(optimizer: Optimizer, law: OptimizerLaw, change: Exchange) -> li
     kind = f"the {type(optimizer).__name__}"
     states: list[dict[str, Any]] = [optimizer.state.get(p) or {} for p in change.old]
     moved: list[dict[str, Any]] = [{} for _ in change.new]
-    if not moved or not any(states):
+    if not moved or not any(states) or is_fitted(change.rule):
         return moved
     if len({frozenset(state) for state in states}) > 1:
         raise TieError(

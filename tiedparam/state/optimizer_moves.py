@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tiedparam.laws.fitted import is_fitted
 from tiedparam.state.optimizer_earlier import renew_state
 from tiedparam.state.optimizer_exchange import Exchange, moved_state, new_names
 from tiedparam.state.optimizer_groups import among, destination, exchange, times
@@ -34,11 +35,13 @@ def _refuse_unmapped(change: Exchange, optimizers: list[Optimizer]) -> None:
     if not stepped and change.tying and is_linear(change.rule):
         return  # the transpose of any linear law gives the gradient
     what = "optimizer state" if stepped else "a pending gradient"
-    if change.rule.reads_layers:
-        fact = f"how {what} follows a law that reads other layers is not known."
-    else:
-        why = "scales or mixes its free values" if is_linear(change.rule) else "is not linear"
-        fact = f"the rule {why}, and how {what} follows is not known."
+    if is_fitted(change.rule):
+        if change.tying or not pending:
+            return  # state starts anew, and a gradient follows the chain rule
+        fact = f"many gradients of a weight fit those of the values of '{change.rule}'."
+        raise TieError(f"'{change.rule}'", fact, "Call zero_grad first.")
+    why = "scales or mixes its free values" if is_linear(change.rule) else "is not linear"
+    fact = f"the rule {why}, and how {what} follows is not known."
     raise TieError(f"'{change.rule}'", fact, change.remedy if stepped else "Call zero_grad first.")
 
 
@@ -55,7 +58,7 @@ class Move:
         new: what comes.
         state: the state of each new one.
         names: their names, for groups that have names.
-        warning: what cannot be carried over, or "".
+        warnings: what cannot be carried over.
     """
 
     optimizer: Optimizer
@@ -66,7 +69,7 @@ class Move:
     new: list[nn.Parameter]
     state: list[dict[str, Any]]
     names: list[str]
-    warning: str = ""
+    warnings: list[str] = field(default_factory=list)
 
     def apply(self) -> None:
         """Exchange the parameters, in place, and their state."""
@@ -129,6 +132,7 @@ def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:
         group, states = groups[0], moved_state(optimizer, law, change)
         names = new_names(group, change)
         move = Move(optimizer, group, group, {}, change.old, change.new, states, names)
+        _tell_restart(move)
         moves.append(_placed(move, law, change))
     if optimizers and change.old and not moves and any(p.requires_grad for p in change.old):
         if any(map(holds_retired, optimizers)):
@@ -143,6 +147,16 @@ def plan_moves(optimizers: Sequence[Optimizer], change: Exchange) -> list[Move]:
             "Pass all that were built from this model.",
         )
     return moves
+
+
+def _tell_restart(move: Move) -> None:
+    """Note that what the optimizer knew is given up, if nothing of it can be moved."""
+    held = any(move.optimizer.state.get(parameter) for parameter in move.old)
+    if held and move.new and not any(move.state):
+        move.warnings.append(
+            f"the {type(move.optimizer).__name__} starts the state of its new Parameters anew: no "
+            "stored value is an entry of the weight"
+        )
 
 
 def _law_for(
@@ -191,7 +205,7 @@ def _placed(move: Move, law: OptimizerLaw, change: Exchange) -> Move:
             move.target, move.changes = found
             return move
     if rates:
-        move.warning = _lost_decay(move.optimizer, rates, by, why)
+        move.warnings.append(_lost_decay(move.optimizer, rates, by, why))
     return move
 
 
@@ -257,21 +271,22 @@ def _addition(optimizer: Optimizer, group: dict[str, Any], new: nn.Parameter) ->
         if found is not None:
             move.target, move.changes = found
         else:
-            move.warning = _lost_decay(
-                optimizer, rates, f"{stronger:g} times stronger than you have set it", _SCHEDULED
-            )
+            by = f"{stronger:g} times stronger than you have set it"
+            move.warnings.append(_lost_decay(optimizer, rates, by, _SCHEDULED))
     return move
 
 
 def warn_of_losses(moves: Iterable[Move], doing: str) -> None:
     """Warn of what the moves do not carry over, before anything is changed."""
     for move in moves:
-        if move.warning:
-            warn(f"{doing}: {move.warning}.")
+        for warning in move.warnings:
+            warn(f"{doing}: {warning}.")
 
 
 def move_gradient(change: Exchange) -> None:
-    """Carry a pending ``.grad`` over."""
+    """Carry a pending ``.grad`` over, where stored values are entries of the weight."""
+    if is_fitted(change.rule):
+        return  # `share_gradient` does
     if change.new and any(parameter.grad is not None for parameter in change.old):
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in change.old]
         with torch.no_grad():
@@ -283,7 +298,7 @@ def move_gradient(change: Exchange) -> None:
 def share_gradient(
     weight: nn.Parameter, compute: Callable[[], Tensor], origin: Sequence[nn.Parameter]
 ) -> None:
-    """Add the pending ``.grad`` of a tensor that is a copy now to what it is computed from."""
+    """Add the pending ``.grad`` of a tensor that is computed now to what it is computed from."""
     trained = [parameter for parameter in origin if parameter.requires_grad]
     if weight.grad is None or not trained:
         return

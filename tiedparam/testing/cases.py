@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from tiedparam.laws.fitted import is_fitted, rounding
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Example, Rule
 from tiedparam.layer.register import register_tie
-from tiedparam.testing.judge import equal, hold
+from tiedparam.testing.judge import close, equal, hold
 from tiedparam.tie.lookup import get_tie
 from tiedparam.util.torch_private import AnyConvolution
 
@@ -99,9 +100,11 @@ class Case:
         return self.rule.reads_layers
 
     @cached_property
-    def is_copy(self) -> bool:
-        """Whether it is computed from those alone."""
-        return self.reads_layers and self.tied().rule.free_count == 0
+    def kind(self) -> Literal["laws with values", "laws with fitted values", "copies"]:
+        """Which statements hold for it, apart from those for every law."""
+        if not (self.reads_layers or self.rule.bilinear):
+            return "laws with values"
+        return "laws with fitted values" if is_fitted(self.tied().rule) else "copies"
 
     def dense(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Host:
         """A fresh model that is not tied."""
@@ -223,11 +226,27 @@ class Caller(nn.Module):
 
 
 def assert_satisfies(rule: Rule, weight: Tensor, when: str = "now") -> None:
-    """The law, as `symmetries` states it, holds for a weight."""
+    """The law, as `symmetries` states it, holds for a weight: to the bit unless it is fitted."""
     images = list(rule.symmetries(weight))
     hold(images, "symmetries yields nothing, so the law says nothing")
     for number, image in enumerate(images):
-        equal(weight, image, f"{when} symmetry {number} is broken: the weight")
+        same(rule, weight, image, f"{when} symmetry {number} is broken: the weight")
+
+
+def same(rule: Rule, found: Tensor, expected: Tensor, what: str) -> None:
+    """Two weights of a rule are equal; up to rounding where its free values are solved for."""
+    if is_fitted(rule):
+        hold(found.dtype == expected.dtype, f"{what} is {found.dtype} instead of {expected.dtype}")
+        close(found, expected, what, **COMPUTE[expected.dtype])
+    else:
+        equal(found, expected, what)
+
+
+def has_no_residual(rule: Rule, weight: Tensor, what: str) -> None:
+    """A weight is as near to the law as rounding lets it be."""
+    residual = rule.residual(weight)
+    bound = rounding(weight.dtype) if is_fitted(rule) else 0
+    hold(residual <= bound, f"{what} has the residual {residual:.2e}")
 
 
 def assert_lawful(host: Host, when: str = "now") -> None:

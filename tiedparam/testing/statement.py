@@ -15,7 +15,7 @@ import torch
 from tiedparam.testing.cases import Case
 from tiedparam.util.errors import TieWarning
 
-Kind = Literal["every law", "laws with values", "copies"]
+Kind = Literal["every law", "laws with values", "laws with fitted values", "copies"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Statement:
     Attributes:
         name: the statement in a few words.
         run: the function that judges it; it raises if the statement does not hold.
-        kind: of which laws it speaks: of every law; of those that compute the weight from free
-            values alone; or of those that only read other layers.
+        kind: of which laws it speaks: of every law; of those whose weight consists of free values;
+            of those whose free values are solved for, beside what they read of other layers or as
+            factors of a product; or of those that only read other layers.
         correct: what the author of a law corrects if it does not hold.
         slow: whether it takes longer than all the others together.
 
@@ -53,9 +54,7 @@ class Statement:
 
     def applies_to(self, case: Case) -> bool:
         """Whether it says something of the law of a case."""
-        if self.kind == "every law":
-            return True
-        return case.is_copy if self.kind == "copies" else not case.reads_layers
+        return self.kind in ("every law", case.kind)
 
     def __call__(self, case: Case) -> None:
         """Judge one example.

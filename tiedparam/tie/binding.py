@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam.laws.coded import Coded
+from tiedparam.laws.fitted import fitted_to
 from tiedparam.laws.linked import Source
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.computed_source import why_computed
@@ -198,7 +199,7 @@ def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
             if rule.free_shapes():
                 goal = goal.clone()
                 unwritten = version_of(goal)
-            result = rule.forward(*probes, *rule.fit(goal, *probes))
+            result = rule.forward(*probes, *fitted_to(rule, goal, tuple(probes)))
     except RecursionError:
         raise
     except Exception as error:

@@ -166,6 +166,19 @@ class Reading:
             raise ResizedSourceError(_first(rule), fact, _renewal(rule))
         return weight
 
+    def read_for_forms(self, rule: Linked) -> tuple[Tensor, ...] | None:
+        """The tensors of all sources; None where `compute` has something to say of them.
+
+        Raises:
+            TieError: if one is not what it was.
+        """
+        read = tuple(self.read_all(rule))
+        if any(map(is_sharded, read)):
+            return None
+        if not is_traced() and tuple(tuple(tensor.shape) for tensor in read) != self.shapes:
+            return None
+        return read
+
     def read_all(self, rule: Linked) -> list[Tensor]:
         """The tensors of all sources.
 

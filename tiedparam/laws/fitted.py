@@ -1,0 +1,50 @@
+"""Laws whose free values are solved for, by least squares or a decomposition, and not read off.
+
+Their weight comes back up to rounding, where that of laws of entries comes back to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tiedparam.laws.distance import relative_distance
+
+if TYPE_CHECKING:
+    from tiedparam.laws.rule import Rule
+
+
+def is_fitted(rule: Rule) -> bool:
+    """Whether the free values of a bound rule come from a weight by solving for them."""
+    return (rule.reads_layers or rule.bilinear) and rule.free_count > 0
+
+
+def fitted_to(rule: Rule, weight: Tensor, sources: tuple[Tensor, ...]) -> Any:
+    """The free values that come nearest to a weight; without numbers where that has none.
+
+    Few solvers know the meta device.
+    """
+    if is_fitted(rule) and weight.is_meta:
+        return tuple(weight.new_empty(shape) for shape in rule.free_shapes())
+    return rule.fit_to(weight, sources)
+
+
+def is_lawful(rule: Rule, weight: Tensor, nearest: Tensor) -> bool:
+    """Whether a weight obeys a rule, given the lawful weight that is nearest to it.
+
+    To the bit; up to the rounding of what was solved for where the rule is fitted.
+    """
+    if torch.equal(weight, nearest):
+        return True
+    return is_fitted(rule) and relative_distance(weight, nearest) <= rounding(weight.dtype)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far from its law, relatively, rounding may take a weight whose values are solved for."""
+    return max(4 * torch.finfo(dtype).eps, _SOLVED)
+
+
+_SOLVED = 1e-13
+"""What solvers lose of float64, in which they compute."""
