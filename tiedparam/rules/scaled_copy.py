@@ -14,7 +14,7 @@ from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked, Source
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.laws.times import Time, is_trained, relative_time
+from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.util.errors import Reason
 
 Per = Literal["tensor", "output", "input"]
@@ -22,14 +22,10 @@ Compute = Literal["auto", "dense", "scaled"]
 
 
 def _cost(rule: ScaledCopy, use: Use) -> float:
-    large = prod(use.layout.shape) > 1 << 21  # than what is near the core
-    if not is_trained(use):
-        form = Time(22, values=0.3)
-        return relative_time(use, form, dense=Time(20, entries=0.4 if large else 0.15))
     # backward a product of entries for the source and one for the factors; where inputs are scaled
     # the gradient of the input is needed, whether somebody else needs it or not
-    form = Time(150, values=3.0 if rule.per == "input" else 1.0)
-    return relative_time(use, form, dense=Time(140, entries=1.6 if large else 0.7))
+    trained = Time(150, 3, values=3.0 if rule.per == "input" else 1.0)
+    return relative_time(use, Time(22, values=0.3), rule.making, trained)
 
 
 @register_rule("scaled_copy")
@@ -92,6 +88,13 @@ class ScaledCopy(Linked):
             return ((1,),)
         outputs, *inputs = layout.canonical_shape
         return ((outputs if self.per == "output" else layout.groups * inputs[0],),)
+
+    @property
+    def making(self) -> Making:
+        """More for each entry where there are more of them than what is near the core."""
+        large = self.layout is not None and prod(self.layout.shape) > 1 << 21
+        each = (0.4, 1.6) if large else (0.15, 0.7)
+        return Making(*each, call=19, trained_call=97, small=(19, 97))
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Each entry of the source times the factor of its slice."""

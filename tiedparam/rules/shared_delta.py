@@ -14,7 +14,7 @@ from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked, Source
 from tiedparam.laws.registry import register_rule
 from tiedparam.laws.rule import Example
-from tiedparam.laws.times import Time, is_trained, relative_time
+from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.products.low_rank import nearest_product, plus_product, product_beside
 from tiedparam.util.errors import Reason
 
@@ -26,12 +26,9 @@ def _cost(rule: SharedDelta, use: Use) -> float | None:
         return None
     outputs, inputs, *kernel = use.layout.canonical_shape
     more = rule.rank * (1 / outputs + 1 / (inputs * prod(kernel)))
-    # the sum is a product of its own, and backward two; the form is two products more for each row
-    if is_trained(use):
-        form, dense = Time(185, 1 + more, 0.5), Time(180, entries=1.0 + 0.06 * rule.rank)
-    else:
-        form, dense = Time(40, 1 + more, 0.5), Time(30, entries=0.3 + 0.035 * rule.rank)
-    return relative_time(use, form, dense)
+    # two products more for each row; the sum is a product of its own, and backward two
+    form, trained = Time(40, 1 + more, 0.5), Time(185, 3 * (1 + more), 0.5)
+    return relative_time(use, form, rule.making, trained)
 
 
 @register_rule("shared_delta")
@@ -113,6 +110,14 @@ class SharedDelta(Linked):
         """``U`` and ``V``; nothing for rank 0."""
         outputs, *inputs = self.bound_layout.canonical_shape
         return ((outputs, self.rank), (self.rank, *inputs)) if self.rank else ()
+
+    @property
+    def making(self) -> Making:
+        """A product with ``rank`` columns, and backward two."""
+        if not self.rank:
+            return Making(0, 0, call=10, trained_call=25, small=(10, 25))
+        each = 0.3 + 0.035 * self.rank, 1.0 + 0.06 * self.rank
+        return Making(*each, call=29, trained_call=137, small=(29, 137))
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """The source plus the product."""
