@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import tiedparam as tp
 from tiedparam.laws.fitted import is_fitted
+from tiedparam.laws.sharing import Sharing
 from tiedparam.model.pictures import blocks, first_of_each, orbit_colour, orbit_numbers
 
 IMAGES = Path(__file__).resolve().parent / "images"
@@ -124,6 +125,7 @@ CASES: dict[str, dict[str, Case]] = {
             {"source": "0"},
         ),
     },
+    "bank": {"bank": (tp.rules.Bank.examples()[0].build, "2", {"source": "0"})},
     "squared_copy": {
         "squared_copy": (
             lambda: nn.Sequential(nn.Conv1d(2, 2, 3), nn.Conv1d(2, 2, 3)),
@@ -152,6 +154,8 @@ def pictures() -> Iterator[tuple[str, str]]:
 def picture(rule: tp.Rule) -> str:
     """The pattern of one bound rule as SVG."""
     shape = rule.bound_layout.canonical_shape
+    if isinstance(rule, Sharing):
+        return _picture_of_templates(rule)
     if rule.free_count:
         labels = orbit_numbers(rule)
         head = f"{rule}, weight {shape}: {rule.free_count} of {prod(shape)} values stored"
@@ -172,6 +176,21 @@ def picture(rule: tp.Rule) -> str:
         ("copy", _Grid(orbit_numbers(rule), copied.long(), none)),
     ]
     return _svg(f"{rule}, weight {shape}: nothing stored", parts)
+
+
+def _picture_of_templates(rule: Any) -> str:
+    """Templates filled with 1, 2, 3, …, and their sum."""
+    templates = torch.arange(1, prod(rule.shared_shape()) + 1).reshape(rule.shared_shape())
+    parts = [
+        (f"template {number}", _Grid(each, each, torch.ones(each.shape, dtype=torch.bool)))
+        for number, each in enumerate(templates, start=1)
+    ]
+    total = templates.sum(0)
+    none = torch.zeros(total.shape, dtype=torch.bool)
+    parts.append(("with coefficients 1", _Grid(none.long(), total, none)))
+    stored = f"{rule.free_count} of {total.numel()} values stored"
+    head = f"{rule}, weight {tuple(total.shape)}: {stored}, beside the templates"
+    return _svg(head, parts)
 
 
 class _Grid:

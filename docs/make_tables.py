@@ -137,6 +137,10 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
         "`rank·(O + I·P)`, `I` inputs of a group, `P` positions",
         lambda r: r.rank * (_canonical(r)[0] + prod(_canonical(r)[1:])),
     ),
+    "bank": (
+        "`templates`; the first layer of a bank has the templates as well",
+        lambda r: r.templates,
+    ),
 }
 
 
@@ -155,7 +159,10 @@ FAMILY_PAGES = {
         "few values, dealt to the entries by a hash",
     ),
     "laws together": ("composing-laws.md", "several laws at once, or on a part of a tensor"),
-    "copies": ("rules-copies.md", "another layer's weight, or a function of it"),
+    "copies": (
+        "rules-copies.md",
+        "another layer's weight, or a function of it; sums of templates for several layers",
+    ),
 }
 """The page of each family, and what its laws say."""
 

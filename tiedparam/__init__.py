@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tiedparam.layer.register import register_tie
     from tiedparam.layer.remove import remove_tie
     from tiedparam.layer.residual import residual
+    from tiedparam.layer.tie_bank import tie_bank
     from tiedparam.layer.values import assign_, init_
     from tiedparam.model.pictures import draw_orbits, draw_residuals, draw_scan, draw_weights
     from tiedparam.model.plan import Plan, PlanEntry
@@ -82,6 +83,7 @@ __all__ = [
     "save",
     "scan",
     "share_heads",
+    "tie_bank",
     "tie_model",
     "tie_state_dict",
     "tune",
@@ -108,6 +110,7 @@ _PLACES = {
     "register_tie": "layer.register",
     "remove_tie": "layer.remove",
     "residual": "layer.residual",
+    "tie_bank": "layer.tie_bank",
     "assign_": "layer.values",
     "init_": "layer.values",
     "draw_orbits": "model.pictures",

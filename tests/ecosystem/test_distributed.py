@@ -600,6 +600,50 @@ def test_laws_that_read_layers_train_as_in_one_process(ranks, how):
         assert_close(results[0]["state"][key], value)
 
 
+# Banks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("Distributed", "a bank in one unit: DDP, FSDP2, FSDP1")
+@pytest.mark.filterwarnings("ignore:.*FSDP is switching.*:UserWarning")
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=with_fsdp2), "fsdp1"])
+def test_a_bank_in_one_unit_trains_as_one_process(ranks, how):
+    results = ranks(worker.bank_training, how=how)
+    model = worker.net_with_a_bank()
+    losses = worker.train_small(model, alone=True)
+    assert_ranks_agree(results)
+    mean = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
+    assert_close(mean, torch.tensor(losses, dtype=torch.float64))
+    state = model.state_dict()
+    assert results[0]["state"].keys() == state.keys()
+    for key, value in state.items():
+        assert_close(results[0]["state"][key], value)
+    for number, layer in enumerate(model):
+        assert_close(results[0]["weights"][f"{number}.weight"], layer.weight.detach())
+
+
+@pytest.mark.feature(
+    "Distributed",
+    "layers of a bank in different units of FSDP2 or FSDP1",
+    refused="the templates lie in the unit of the first: `fully_shard([layer, ...])`",
+)
+@pytest.mark.filterwarnings("ignore:.*FSDP is switching.*:UserWarning")
+@with_fsdp2
+def test_a_bank_apart_is_refused_before_the_first_step(ranks):
+    for result in ranks(worker.banks_apart):
+        assert_refused(
+            result["2"],
+            "cannot compute '0.weight' by 'bank(templates=2)'",
+            "its source '2.weight' belongs to another fully_shard unit",
+            "fully_shard([2, 0])",
+        )
+        assert_refused(
+            result["1"],
+            "its source '2.weight', a tied tensor, belongs to a FullyShardedDataParallel unit",
+            "wrap a module that holds both",
+        )
+        assert_refused(result["untie"], "it is sharded already")
+
+
 # FSDP1 -----------------------------------------------------------------------------------
 
 fsdp1 = pytest.mark.filterwarnings("ignore:.*FSDP is switching.*:UserWarning")

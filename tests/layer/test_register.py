@@ -82,7 +82,7 @@ REFUSALS = [
         tp.TieError,
         "no rule 'flip_symm'. Did you mean 'flip_sym'",
     ),
-    (lambda: nn.Linear(4, 4), ("zzz",), {}, tp.TieError, "Known rules: block_circulant"),
+    (lambda: nn.Linear(4, 4), ("zzz",), {}, tp.TieError, "Known rules: bank, block_circulant"),
     (
         lambda: nn.Linear(4, 4),
         ("flip_sym", "wieght"),

@@ -621,6 +621,45 @@ def training_that_reads(how: str) -> dict:
     return outcome(net, train_small(net, alone=False))
 
 
+# Banks -------------------------------------------------------------------------------------
+
+
+def net_with_a_bank() -> nn.Sequential:
+    """Layers that share two templates, which the last of them has; and one that joined later."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4))).double()
+    tp.tie_bank(["2", "0", "1"], 2, root=net)
+    tp.register_tie(net[3], "bank", source="0", root=net)
+    return net
+
+
+def bank_training(how: str) -> dict:
+    """In one unit, or averaged by DDP."""
+    net = net_with_a_bank()
+    if how == "fsdp1":
+        model = fsdp1(net)
+        return outcome_of_fsdp1(model, train_small(model, alone=False))
+    if how == "ddp":
+        model = DistributedDataParallel(net)
+        return outcome(model, train_small(model, alone=False))
+    for unit in ([*net], net):
+        fully_shard(unit, mesh=dist.init_device_mesh("cpu", (2,)))
+    return outcome(net, train_small(net, alone=False))
+
+
+def banks_apart() -> dict:
+    """A unit for every layer, whose templates are in that of the first."""
+    net, x = net_with_a_bank(), torch.ones(2, 6, dtype=torch.float64)
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for unit in (*net, net):
+        fully_shard(unit, mesh=mesh)
+    other = net_with_a_bank()
+    other[2] = fsdp1(other[2])
+    other = fsdp1(other)
+    untie = message_of(lambda: tp.remove_tie(net[2]))
+    return {"2": message_of(lambda: net(x)), "1": message_of(lambda: other(x)), "untie": untie}
+
+
 # FSDP1 -----------------------------------------------------------------------------------
 
 

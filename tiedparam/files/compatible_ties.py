@@ -5,8 +5,9 @@ All reasons are listed at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -18,8 +19,9 @@ from tiedparam.formats.checkpoint import StoredCheckpoint
 from tiedparam.laws.functions import Functions
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.rule import Rule
+from tiedparam.laws.sharing import Sharing
 from tiedparam.state.loading import signatures_of
-from tiedparam.tie.binding import bind
+from tiedparam.tie.binding import bind, find_sources
 from tiedparam.tie.lookup import find_tie, is_tied, named_ties_in
 from tiedparam.tie.record import Tie
 from tiedparam.tie.target import Target
@@ -44,7 +46,7 @@ def ties_to_make(
     new, problems = [], []
     for tie in header.ties:
         data = tie.data_in(stored, header.aliases)
-        reason = _misfit(tie, model, functions, data)
+        reason = _misfit(tie, model, functions, data, header.ties)
         if reason is not None:
             fact = f"{quoted(tie.key)} was saved tied by {quoted(tie.rule)}: {reason.fact}"
             problems.append(Reason(fact, reason.remedy))
@@ -60,14 +62,19 @@ def ties_to_make(
             )
             problems.append(Reason(fact, "Tie it as it was."))
     refuse(f"'{stored.path}'", problems, DOES_NOT_FIT)
-    return new
+    # what others read is tied before them
+    return sorted(new, key=lambda each: each[1].reads_layers)
 
 
 _ANOTHER_MODEL = "Build the model that was saved."
 
 
 def _misfit(
-    tie: StoredTie, model: nn.Module, functions: Functions, data: Mapping[str, Tensor]
+    tie: StoredTie,
+    model: nn.Module,
+    functions: Functions,
+    data: Mapping[str, Tensor],
+    others: Sequence[StoredTie],
 ) -> Reason | None:
     """Why a tie cannot be made, or is another one than what is tied already; or None."""
     layer = _submodule(model, tie.layer)
@@ -79,7 +86,7 @@ def _misfit(
             # the model's own code has brought the function
             rule = tie.make({**functions_in(present.rule), **functions}, data)
             return _why_another_tie(tie, rule, present, model)
-        return _why_not_made(tie, tie.make(functions, data), layer, model)
+        return _why_not_made(tie, tie.make(functions, data), layer, model, others)
     except TieError as error:
         return within("", error).reason
     except Exception as error:  # data that was forged, or a rule that may be anybody's
@@ -87,7 +94,9 @@ def _misfit(
         return Reason(fact, "Fetch or save it again.")
 
 
-def _why_not_made(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.Module) -> Reason | None:
+def _why_not_made(
+    tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.Module, others: Sequence[StoredTie]
+) -> Reason | None:
     """Why a tensor that is not tied cannot be tied as the file says; binds ``rule``."""
     if tie.stacked:
         return Reason(
@@ -98,7 +107,9 @@ def _why_not_made(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.Module
         return Reason("it has another parametrization here.", _ANOTHER_MODEL)
     if not isinstance(parameters_of(layer).get(tie.tensor), nn.Parameter):
         return Reason("the model has no such Parameter.", _ANOTHER_MODEL)
-    reason = bind(rule, Target(layer, tie.tensor, model))
+    target = Target(layer, tie.tensor, model)
+    owner = _owner_to_come(tie, rule, others, model)
+    reason = bind(rule, target) if owner is None else _why_not_shared(owner, rule, target)
     if reason is not None:
         return reason
     if rule.bound_layout != tie.layout:
@@ -106,9 +117,39 @@ def _why_not_made(tie: StoredTie, rule: Rule, layer: nn.Module, model: nn.Module
     return None
 
 
+def _owner_to_come(
+    tie: StoredTie, rule: Rule, others: Sequence[StoredTie], model: nn.Module
+) -> StoredTie | None:
+    """The tie of the file whose values this one is to read, where it is yet to be made."""
+    if not isinstance(rule, Sharing) or not rule.reads_layers:
+        return None
+    for other in others:
+        if [(other.layer, other.tensor)] == sources_in(tie.options) and other.rule == tie.rule:
+            layer = _submodule(model, other.layer)
+            made = layer is None or is_tied(layer, other.tensor)
+            return None if made or sources_in(other.options) else other
+    return None
+
+
+def _why_not_shared(owner: StoredTie, rule: Rule, target: Target) -> Reason | None:
+    """Why a tie cannot read what another one will have; binds ``rule``."""
+    reason = rule.bind(target.layout, target.tensor.dtype)
+    there = owner.make({}, {})
+    if reason is None and isinstance(rule, Sharing) and isinstance(there, Sharing):
+        reason = there.bind(owner.layout, target.tensor.dtype)
+        if reason is None:
+            shared = torch.empty(there.shared_shape(), device="meta")
+            reason = rule.why_not_joined(shared)
+    return reason
+
+
 def _why_another_tie(tie: StoredTie, rule: Rule, here: Tie, model: nn.Module) -> Reason | None:
     """How a tensor is tied otherwise than the file says."""
     present = here.rule
+    if present.reads_layers != rule.reads_layers and type(present) is type(rule):
+        there, here_too = ("reads", "stores") if rule.reads_layers else ("stores", "reads")
+        fact = f"it {there} what layers share there, and {here_too} it here."
+        return Reason(fact, "Tie the layers in the order in which they were tied.")
     if not same_law(present, rule):
         fact = f"it was '{rule}' and is '{present}' here."
         return Reason(fact, "Tie it as it was saved, or leave it untied.")
@@ -117,8 +158,8 @@ def _why_another_tie(tie: StoredTie, rule: Rule, here: Tie, model: nn.Module) ->
     if here.is_stacked != tie.stacked:
         return Reason("another parametrization is stacked on it in one of the two.", "Drop it.")
     if present.reads_layers:
-        named = [(_submodule(model, path), name) for path, name in sources_in(tie.options)]
-        if named != list(present.sources()):
+        found = find_sources(rule, Target(here.layer, here.tensor_name, model))
+        if found is not None or list(rule.sources()) != list(present.sources()):
             read = [key_of(path, name) for path, name in sources_in(tie.options)]
             shown = " and ".join(map(quoted, read))
             return Reason(f"it reads {shown} there and another tensor here.")

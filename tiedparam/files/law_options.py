@@ -20,8 +20,10 @@ from tiedparam.laws.linked import Linked
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import find_rule
 from tiedparam.laws.rule import Rule
+from tiedparam.laws.sharing import Sharing
 from tiedparam.util.bits import same_bits
 from tiedparam.util.errors import TieError, raise_if, within
+from tiedparam.util.parametrized import tensor_at
 from tiedparam.util.torch_private import effective
 
 # Writing -------------------------------------------------------------------------------------
@@ -86,7 +88,8 @@ def _written_sources(rule: Any, paths: Mapping[int, str]) -> dict[str, Any]:
     if isinstance(rule.source, tuple):  # of several
         layers = [paths[id(source)] for source in rule.source]
         return {"source": layers, "source_name": list(rule.source_name)}
-    return {"source": paths[id(rule.source)], "source_name": rule.source_name}
+    layer, name = tensor_at(paths[id(rule.source)], rule.source_name)
+    return {"source": layer, "source_name": name}
 
 
 def _as_json(name: str, value: Any) -> Any:
@@ -121,7 +124,8 @@ def made(
             that of the law.
     """
     kind, place, options = find_rule(name), f"rule '{name}'", dict(options)
-    if kind.reads_layers and not sources_in(options):
+    own = issubclass(kind, Sharing) and "source" not in options
+    if kind.reads_layers and not own and not sources_in(options):
         raise TieError(place, "its source is not named.", "Fetch or save it again.")
     options = with_functions(options, kind.functions, functions)
     for option in _laws_in(kind):

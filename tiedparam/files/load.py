@@ -89,7 +89,8 @@ def load(path: PathLike, model: Model, *, functions: Functions | None = None) ->
                 layer = model.get_submodule(tie.layer)
                 if not is_tied(layer, tie.tensor):  # a layer under two names is tied once
                     # whatever it held: it is replaced
-                    tie_one(Target.among(places, layer, tie.tensor), rule, Settings())
+                    settings = Settings(is_filled_later=True)
+                    tie_one(Target.among(places, layer, tie.tensor), rule, settings)
             _give_memory(model)
             _load_state_dict(where, model, entries)
             for tie in said.ties:  # not that of the values that were replaced

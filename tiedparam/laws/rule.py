@@ -86,7 +86,7 @@ class Rule(nn.Module, metaclass=OwnMembers):
     """Whether free values are multiplied by one another. Then many sets of them give one weight,
     and it is the weight that comes back, not the factors."""
 
-    reads_layers: ClassVar[bool] = False
+    reads_layers: bool = False
     """Whether `forward` takes tensors of other layers, its `sources`, before the free values. Such
     a law has the options ``source`` and ``source_name``: see `tiedparam.laws.Linked`."""
     functions: ClassVar[tuple[str, ...]] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,19 @@ class InitialValues(NamedTuple):
 
     free: list[Tensor]
     residual: float | None
+
+
+def blank_values(rule: Rule, weight: nn.Parameter) -> InitialValues:
+    """Zeros, until a file brings the values."""
+    return InitialValues([weight.detach().new_zeros(shape) for shape in rule.free_shapes()], None)
+
+
+def given_values(rule: Rule, weight: nn.Parameter, values: Sequence[Tensor]) -> InitialValues:
+    """These free values, which were computed from more than the one weight."""
+    with torch.no_grad():
+        lawful = rule(*rule.read(), *values)
+        distance = relative_distance(weight.detach(), lawful) if has_values(weight) else None
+    return InitialValues(list(values), distance)
 
 
 def initial_values(

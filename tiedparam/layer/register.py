@@ -33,6 +33,13 @@ Layer = TypeVar("Layer", bound=nn.Module)
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["bank"],
+    tensor_name: str = ...,
+    **options: Unpack[tie_options.BankTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["block_circulant"],
     tensor_name: str = ...,
     **options: Unpack[tie_options.BlockCirculantTie],

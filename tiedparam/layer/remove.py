@@ -14,6 +14,7 @@ from tiedparam.laws.layout import declare_shape
 from tiedparam.layer import host
 from tiedparam.layer.moves import planned_moves
 from tiedparam.layer.parameter_order import plain_parameter
+from tiedparam.layer.rollback import rolled_back_on_error
 from tiedparam.state import optimizer_guard, optimizer_moves
 from tiedparam.state.optimizer_exchange import untying
 from tiedparam.state.optimizer_moves import Move
@@ -21,6 +22,7 @@ from tiedparam.tie.lookup import find_tie, origins
 from tiedparam.tie.marks import carry_attributes
 from tiedparam.tie.offloaded import why_offloaded
 from tiedparam.tie.record import Tie
+from tiedparam.tie.sharing import hand_over, readers_of
 from tiedparam.tie.sources import overlooking_sources
 from tiedparam.tie.wrapped import why_wrapped
 from tiedparam.util.errors import Reason, TieError, describe, raise_if, warn
@@ -68,9 +70,25 @@ def remove_tie(
     where = describe(layer, tensor_name)
     if tie is None:
         raise TieError(where, f"{where} is not tied, so there is no tie to remove.", "")
-    place = f"cannot untie {where}"
     refuse_if_frozen(layer, "remove_tie")
     optimizers = optimizer_moves.as_optimizers(optimizer)
+    readers = readers_of(tie.values)
+    if not readers:
+        _untie(tie, where, optimizers)
+        return layer
+    for reader in readers:
+        refuse_if_frozen(reader.layer, "remove_tie")
+    touched = [part for each in (tie, *readers) for part in each.layer.modules()]
+    with rolled_back_on_error(touched, optimizers):
+        hand_over(tie)
+        _untie(tie, where, optimizers)
+        optimizer_guard.watch_free_values(readers[0].free, readers[0].describe())
+    return layer
+
+
+def _untie(tie: Tie, where: str, optimizers: list[Optimizer]) -> None:
+    """`remove_tie`, of a tie that others read nothing of but its tensor."""
+    layer, tensor_name, place = tie.layer, tie.tensor_name, f"cannot untie {where}"
     raise_if(place, _why_not_untied(tie))
     with overlooking_sources(tie.values):
         dense, moves = _plan_untying(tie, optimizers, place)
@@ -89,7 +107,6 @@ def remove_tie(
         f"a free value of {where}",
         "Rebuild the optimizer; to keep its state, pass optimizer= to remove_tie when you untie.",
     )
-    return layer
 
 
 def _why_not_untied(tie: Tie) -> Reason | None:

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from tiedparam.laws.block import Range
 from tiedparam.laws.registry import Laws, make_rule, with_part
 from tiedparam.laws.rule import Rule
+from tiedparam.laws.sharing import why_not_alone
 from tiedparam.layer.checks import check_arguments, why_no_values
 from tiedparam.tie.binding import bind
 from tiedparam.tie.target import Target
@@ -23,6 +24,13 @@ if TYPE_CHECKING:  # a class for the options of every law
 
 
 # begin: by python docs/make_signatures.py
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["bank"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.BankOptions],
+) -> float: ...
 @overload
 def residual(
     layer: nn.Module,
@@ -304,5 +312,5 @@ def residual(
     ):
         raise TieError(place, *why_no_values(target))
     looked_through = copy(made)  # an instance that was given can still tie
-    raise_if(place, bind(looked_through, target))
+    raise_if(place, bind(looked_through, target) or why_not_alone(made))
     return looked_through.residual(unguard(weight).detach())

@@ -25,6 +25,7 @@ class Place(TypedDict, total=False):
 
 # begin: by python docs/make_signatures.py
 KnownName = Literal[
+    "bank",
     "block_circulant",
     "centrosymmetric",
     "channel_shared",
@@ -57,6 +58,14 @@ KnownName = Literal[
     "within",
 ]
 """The names of the library's own rules."""
+
+
+class BankOptions(Place, total=False):
+    """The options of ``bank``."""
+
+    templates: int | None
+    source: nn.Module | str | Tensor | None
+    source_name: str | None
 
 
 class BlockCirculantOptions(Place, total=False):

@@ -21,10 +21,16 @@ from tiedparam.compute.kept import memory_for
 from tiedparam.laws.fitted import is_fitted
 from tiedparam.laws.layout import declare_shape
 from tiedparam.laws.rule import Rule
+from tiedparam.laws.sharing import why_not_alone
 from tiedparam.layer import host
 from tiedparam.layer.checks import Init, why_refused, why_untieable
 from tiedparam.layer.concerns import Concern, concern_of
-from tiedparam.layer.initial_values import InitialValues, initial_values
+from tiedparam.layer.initial_values import (
+    InitialValues,
+    blank_values,
+    given_values,
+    initial_values,
+)
 from tiedparam.layer.moves import planned_moves
 from tiedparam.layer.parameter_order import plain_parameter, remember_order
 from tiedparam.layer.rollback import rolled_back_on_error
@@ -51,6 +57,9 @@ class Settings(NamedTuple):
         cache: whether to keep the computed weight between calls.
         optimizers: those that hold the dense parameter.
         concerned: called with a tie that was probably not intended, while it can still be undone.
+        values: the free values, where they come of more than this tensor.
+        is_filled_later: whether they come afterwards, out of a file.
+        lost: takes what an optimizer loses by the tie; None warns of it.
     """
 
     init: Init = "project"
@@ -58,6 +67,9 @@ class Settings(NamedTuple):
     cache: bool = False
     optimizers: Sequence[Optimizer] = ()
     concerned: Callable[[Concern], None] | None = None
+    values: Sequence[torch.Tensor] | None = None
+    is_filled_later: bool = False
+    lost: Callable[[str], None] | None = None
 
 
 @torch.inference_mode(False)  # Parameters made in inference mode could never be trained
@@ -90,7 +102,10 @@ def tie_one(target: Target, made: Rule, settings: Settings) -> None:
             carry_attributes(weight, parameter)
         change = tying(tie, weight)
         moves = planned_moves(settings.optimizers, change, place)
-        optimizer_moves.warn_of_losses(moves, f"tying {where} by '{made}'")
+        if settings.lost is None:
+            optimizer_moves.warn_of_losses(moves, f"tying {where} by '{made}'")
+        else:
+            optimizer_moves.tell_losses(moves, settings.lost)
         optimizer_moves.move_gradient(change)
         for move in moves:
             move.apply()
@@ -114,9 +129,16 @@ def _fit(
 ) -> InitialValues:
     """Bind the rule and compute the free values, with all reasons against them."""
     raise_if(place, bind(made, target))
+    given = settings.is_filled_later or settings.values is not None
+    raise_if(place, None if given else why_not_alone(made))
     if any(is_sharded(effective(*source)) for source in made.sources()):
         raise TieError(place, "its source is sharded already.", "Tie before fully_shard.")
-    found = initial_values(made, weight, settings.init, settings.max_residual)
+    if settings.is_filled_later:
+        found: InitialValues | Reason = blank_values(made, weight)
+    elif settings.values is not None:
+        found = given_values(made, weight, settings.values)
+    else:
+        found = initial_values(made, weight, settings.init, settings.max_residual)
     if isinstance(found, Reason):
         raise TieError(place, *found)
     raise_if(place, made.why_not_kept())  # now that it has done all that it does
@@ -127,14 +149,16 @@ def _replace_parameter(target: Target, made: Rule, free: list[torch.Tensor]) -> 
     """Put the rule and its free values into the place of the Parameter."""
     layer, name = target.layer, target.tensor_name
     remember_order(layer)
-    # torch's check calls the law without its sources; ours was made with them
-    parametrize.register_parametrization(layer, name, made, unsafe=made.reads_layers)
+    # torch asks for the free values, which are known: not all follow from the weight alone
+    made.__dict__["right_inverse"] = lambda _: [value.detach().clone() for value in free]
+    try:
+        # its check calls the law without its sources; ours was made with them
+        parametrize.register_parametrization(layer, name, made, unsafe=made.reads_layers)
+    finally:
+        del made.__dict__["right_inverse"]
     host.install_host(layer)
     tie = tie_of(layer, name)
     tie.values.unsafe = False
-    with torch.no_grad():
-        for parameter, value in zip(tie.free, free, strict=True):
-            parameter.copy_(value)
     return tie
 
 

@@ -29,6 +29,10 @@ class TieArguments(TieAlone, rule_options.Place, total=False):
 
 
 # begin: by python docs/make_signatures.py
+class BankTie(TieAlone, rule_options.BankOptions, total=False):
+    """All that `register_tie` takes by name for ``bank``."""
+
+
 class BlockCirculantTie(TieAlone, rule_options.BlockCirculantOptions, total=False):
     """All that `register_tie` takes by name for ``block_circulant``."""
 

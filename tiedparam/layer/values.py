@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tiedparam.compute.frozen import refuse_if_frozen
 from tiedparam.laws.distance import relative_distance
 from tiedparam.laws.fitted import is_lawful
+from tiedparam.laws.sharing import redrawn, refitted
 from tiedparam.layer.free_values import (
     FreeValues,
     assign_free_values,
@@ -111,7 +112,7 @@ def assign_(
         raise_if(place, _why_other_than(present, value, tie))
         if not has_values(value):
             return layer  # shapes alone, and they agree
-        free = rule.right_inverse(value)
+        free = refitted(rule, value, [whole(parameter.detach()) for parameter in stored])
         lawful = rule(*rule.read(), *free)
         if not (project or is_lawful(rule, value, lawful)):
             fact = f"the value breaks the law {rule.law} of {tie.describe()} (residual "
@@ -232,7 +233,8 @@ def _is_unfilled(dense: Tensor) -> bool:
 def _keep_representatives(tie: Tie, dense: Tensor) -> None:
     """Fill the free values with one member of each orbit of ``dense``."""
     with torch.no_grad():
-        chosen = tie.rule.representatives(dense)
+        present = [whole(parameter.detach()) for parameter in tie.free]
+        chosen = redrawn(tie.rule, dense, present)
         for parameter, content in zip(tie.free, chosen, strict=True):
             write(parameter, content)
 

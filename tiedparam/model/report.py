@@ -21,6 +21,7 @@ from tiedparam.tie.lookup import origins, ties_in
 from tiedparam.tie.record import Tie
 from tiedparam.tie.sources import refuse_exchanged
 from tiedparam.util.errors import Reason, key_of
+from tiedparam.util.parametrized import tensor_at
 from tiedparam.util.table import Column, Table, TableReport, plain, show
 from tiedparam.util.torch_private import buffers_of, unsaved_buffers_of
 
@@ -334,7 +335,9 @@ def _row(path: str, tie: Tie, paths: dict[int, str], work: cost.Work | None) -> 
 def _described(rule: Rule, paths: dict[int, str]) -> str:
     """The rule, and the tensors that it reads."""
     places = [
-        key_of(paths[id(source)], name) if id(source) in paths else "a layer outside of the model"
+        key_of(*tensor_at(paths[id(source)], name))
+        if id(source) in paths
+        else "a layer outside of the model"
         for source, name in rule.sources()
     ]
     return f"{rule} of {' and '.join(places)}" if places else str(rule)

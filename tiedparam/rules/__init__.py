@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 # begin: by python docs/make_signatures.py
 if TYPE_CHECKING:
+    from tiedparam.rules.bank import Bank
     from tiedparam.rules.block_circulant import BlockCirculant
     from tiedparam.rules.centrosymmetric import Centrosymmetric
     from tiedparam.rules.channel_shared import ChannelShared
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from tiedparam.rules.within import Within
 
 __all__ = [
+    "Bank",
     "BlockCirculant",
     "Centrosymmetric",
     "ChannelShared",
@@ -75,6 +77,7 @@ __all__ = [
 ]
 
 CLASSES = {
+    "bank": "Bank",
     "block_circulant": "BlockCirculant",
     "centrosymmetric": "Centrosymmetric",
     "channel_shared": "ChannelShared",

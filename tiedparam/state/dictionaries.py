@@ -24,6 +24,7 @@ from tiedparam.state.entries import (
     why_unfit,
     why_unfit_free,
 )
+from tiedparam.state.together import fitted_together, why_alone
 from tiedparam.tie.lookup import find_tie, key_prefix, named_ties_in, ties_in
 from tiedparam.tie.record import Tie
 from tiedparam.tie.sources import overlooking_sources, refuse_exchanged
@@ -123,11 +124,12 @@ def tie_state_dict(model: nn.Module, dense: Mapping[str, Tensor]) -> OrderedDict
     projected: list[tuple[str, float]] = []
     dense = _renewed(model, dense)
     result: OrderedDict[str, Tensor] = OrderedDict(dense)
-    expander = _Expander(model, dense)
+    expander, together = _Expander(model, dense), fitted_together(model, dense)
     _copy_metadata(dense, result)
     for prefix, tie in named_ties_in(model):
         if prefix + tie.tensor_name in dense:
-            reason = _tie_entry(tie, prefix, dense, result, expander, projected)
+            fit = together.get(tie.values)
+            reason = _tie_entry(tie, prefix, dense, result, expander, projected, fit)
             problems += [reason] if reason is not None else []
     problems += _foreign_prefix(model, dense)
     if problems:
@@ -154,6 +156,7 @@ def _tie_entry(
     result: OrderedDict[str, Tensor],
     expander: _Expander,
     projected: list[tuple[str, float]],
+    fit: tuple[tuple[Tensor, ...], Tensor] | None,
 ) -> Reason | None:
     """Put free values into the place of one dense entry, or return why that cannot be."""
     key, keys, rule = prefix + tie.tensor_name, tie.keys(prefix), tie.rule
@@ -163,7 +166,9 @@ def _tie_entry(
     if reason is not None:
         return reason
     sources: tuple[Tensor, ...] = ()
-    if rule.reads_layers:
+    if fit is None and (reason := why_alone(tie, key)) is not None:
+        return reason
+    if fit is None and rule.reads_layers:
         try:
             sources = expander.sources(tie)
             if not keys and not agree(dense[key], expander.law(tie, sources)):
@@ -174,8 +179,12 @@ def _tie_entry(
     if not keys:
         return None
     with torch.no_grad():
-        free = rule.fit_to(value, sources)
-        residual = relative_distance(value, rule.forward(*sources, *free))
+        if fit is not None:
+            free, lawful = fit
+        else:
+            free = rule.fit_to(value, sources)
+            lawful = rule.forward(*sources, *free)
+        residual = relative_distance(value, lawful.to(value))
     if not residual <= RESIDUAL_TO_WARN:
         projected.append((key, residual))
     result.update(zip(keys, free, strict=True))

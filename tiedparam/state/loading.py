@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws.distance import relative_distance
+from tiedparam.laws.sharing import refitted
 from tiedparam.state.entries import (
     RESIDUAL_TO_WARN,
     SIGNATURE,
@@ -29,6 +30,7 @@ from tiedparam.state.entries import (
     why_unfit,
     why_unfit_free,
 )
+from tiedparam.state.together import fitted_in_load, why_alone
 from tiedparam.tie.lookup import find_tie, origins, ties_in
 from tiedparam.tie.record import Tie
 from tiedparam.tie.sources import chain, depth
@@ -61,7 +63,13 @@ def accept(
         if key in state_dict:
             value = state_dict.pop(key)
             reason = _why_not_loaded(tie, key, value, keys, state_dict)
-            if reason is None and tie.rule.reads_layers:
+            fit = fitted_in_load(tie, caller()) if reason is None else None
+            if reason is None and fit is None and has_values(value):
+                lacks_values = not all(map(has_values, tie.free))
+                reason = why_alone(tie, key) if lacks_values else None
+            if fit is not None:
+                _take(fit, keys, key, as_float(value), state_dict)
+            elif reason is None and tie.rule.reads_layers:
                 _judge_now_and_later(tie, keys, key, value, state_dict, local_metadata, error_msgs)
             elif reason is None:
                 _project(tie, keys, key, as_float(value), state_dict)
@@ -120,14 +128,27 @@ def _are_its_own(tie: Tie, keys: list[str], state_dict: Mapping[str, Any]) -> bo
     )
 
 
+def _take(
+    fit: tuple[tuple[Tensor, ...], Tensor],
+    keys: list[str],
+    key: str,
+    value: Tensor,
+    state_dict: dict[str, Any],
+) -> None:
+    """Put fitted values into the place of a dense entry."""
+    free, lawful = fit
+    residual = relative_distance(value, lawful.to(value)) if has_values(value) else 0.0
+    if not residual <= RESIDUAL_TO_WARN:
+        warn_projected([(key, residual)])
+    state_dict.update(zip(keys, free, strict=True))
+
+
 def _project(
     tie: Tie, keys: list[str], key: str, value: Tensor, state_dict: dict[str, Any]
 ) -> None:
-    residual = tie.rule.residual(value) if has_values(value) else 0.0
-    if not residual <= RESIDUAL_TO_WARN:
-        warn_projected([(key, residual)])
     with torch.no_grad():
-        state_dict.update(zip(keys, tie.rule.right_inverse(value), strict=True))
+        free = refitted(tie.rule, value, tie.free)
+        _take((free, tie.rule(*free)), keys, key, value, state_dict)
     for name, own in tie.data(key.removesuffix(tie.tensor_name)).items():
         state_dict[name] = own.to(value.device) if has_values(value) else own
 

@@ -278,9 +278,14 @@ def _addition(optimizer: Optimizer, group: dict[str, Any], new: nn.Parameter) ->
 
 def warn_of_losses(moves: Iterable[Move], doing: str) -> None:
     """Warn of what the moves do not carry over, before anything is changed."""
+    tell_losses(moves, lambda loss: warn(f"{doing}: {loss}."))
+
+
+def tell_losses(moves: Iterable[Move], tell: Callable[[str], None]) -> None:
+    """Say each thing that the moves do not carry over."""
     for move in moves:
         for warning in move.warnings:
-            warn(f"{doing}: {warning}.")
+            tell(warning)
 
 
 def move_gradient(change: Exchange) -> None:

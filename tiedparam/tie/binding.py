@@ -12,7 +12,9 @@ from tiedparam.laws.coded import Coded
 from tiedparam.laws.fitted import fitted_to
 from tiedparam.laws.linked import Source
 from tiedparam.laws.rule import Rule
+from tiedparam.laws.sharing import Sharing
 from tiedparam.tie.computed_source import why_computed
+from tiedparam.tie.sharing import shared_place
 from tiedparam.tie.target import Target
 from tiedparam.tie.write_guard import place_of
 from tiedparam.util.errors import Reason, describe, describe_layer
@@ -33,10 +35,14 @@ def bind(rule: Rule, target: Target) -> Reason | None:
         reason = find_sources(rule, target) or _why_unreadable(rule, target)
         if reason is not None:
             return reason
+    if isinstance(rule, Sharing) and rule.reads_layers:
+        rule.join(rule.read()[0])
     if isinstance(rule, Coded):
         reason = rule.bind_tensor(weight, target.layout)
     else:
         reason = rule.bind(target.layout, weight.dtype)
+    if reason is None and isinstance(rule, Sharing) and rule.reads_layers:
+        reason = rule.why_not_joined(rule.read()[0])
     if reason is None and rule.reads_layers:
         reason = _why_misfit(rule, weight)
     if reason is None:
@@ -58,6 +64,11 @@ def find_sources(rule: Any, target: Target) -> Reason | None:
         if isinstance(each, Reason):
             return each
         found.append((each[0], each[1] or target.tensor_name))
+    if isinstance(rule, Sharing):
+        place = shared_place(rule, *found[0])
+        if isinstance(place, Reason):
+            return place
+        found = [place]
     rule.read_from(found)
     return None
 

@@ -56,6 +56,11 @@ def remember_layer(layer: nn.Module) -> None:
     _tied_layers[layer] = None
 
 
+def tied_layers() -> list[nn.Module]:
+    """All layers that live and are tied, or were, in the order of tying."""
+    return list(_tied_layers)
+
+
 def owner(parameter: nn.Parameter) -> Owner | None:
     """What a free value belongs to, or None for a Parameter that is not one.
 
@@ -109,7 +114,7 @@ def _is_held_by_any(parameter: nn.Parameter) -> bool:
     By the tables alone: every Parameter that is not tied takes this walk.
     """
     wanted = id(parameter)
-    for layer in list(_tied_layers):
+    for layer in tied_layers():
         for values in lists_in_tables(layer).values():
             if wanted in map(id, parameters_of(values).values()):
                 return True
@@ -119,10 +124,10 @@ def _is_held_by_any(parameter: nn.Parameter) -> bool:
 def _look_at_all() -> None:
     """Note where each Parameter of the remembered layers stands; a shared one, in the first."""
     _last_seen.clear()
-    for layer in list(_tied_layers):
+    for layer in tied_layers():
         for tie in ties_in(layer):
             for value in tie.free:
                 _last_seen.setdefault(id(value), (weakref.ref(layer), tie.tensor_name))
-    for layer in list(_tied_layers):  # after all free values, in case one is shared
+    for layer in tied_layers():  # after all free values, in case one is shared
         for name, parameter in parameters_of(layer).items():
             _last_seen.setdefault(id(parameter), (weakref.ref(layer), name))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from torch import nn
+from torch.nn.utils import parametrize
 
-from tiedparam.util.errors import describe
-from tiedparam.util.torch_private import parameters_of
+from tiedparam.util.errors import describe, key_of
+from tiedparam.util.torch_private import lists_in_tables, parameters_of
 
 
 class Places:
@@ -39,6 +40,12 @@ class Places:
 
     def path_of(self, module: nn.Module) -> str | None:
         """Where a module lies in the model; None if it does not."""
+        if module not in self._paths and isinstance(module, parametrize.ParametrizationList):
+            for layer, path in self._paths.items():  # of a tie that was made since
+                for name, values in lists_in_tables(layer).items():
+                    if values is module:
+                        self._paths[module] = key_of(path, f"parametrizations.{name}")
+                        return self._paths[module]
         return self._paths.get(module)
 
     def describe(self, layer: nn.Module, tensor_name: str) -> str:

@@ -22,8 +22,8 @@ from tiedparam.tie.offloaded import can_be_loaded, loaded
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.whereabouts import Whereabouts
 from tiedparam.tie.wrapped import refuse_other_unit
-from tiedparam.util.errors import TieError, describe_layer
-from tiedparam.util.parametrized import tensor_of
+from tiedparam.util.errors import TieError, describe_layer, key_of, quoted
+from tiedparam.util.parametrized import tensor_at, tensor_of
 from tiedparam.util.sharded import gathered, is_sharded
 from tiedparam.util.torch_modes import is_traced
 from tiedparam.util.torch_private import effective, is_managed_by_fsdp
@@ -148,9 +148,7 @@ class Reading:
         except Exception as error:
             elsewhere = [is_sharded(tensor) for tensor in read]
             if any(elsewhere) and not all([*elsewhere, *map(is_sharded, free)]):  # S31
-                named = _named(list(rule.sources())[elsewhere.index(True)])
-                fact = f"{named} belongs to another fully_shard unit, and only a part of "
-                raise TieError(f"a '{rule}' tie", f"{fact}it is here.", _ONE_UNIT) from error
+                raise self.apart(rule, elsewhere.index(True)) from error
             if tuple(tuple(tensor.shape) for tensor in read) == self.shapes:
                 raise
             fact = f"{_sizes_now(rule, read)}, on which {_function_of(rule)} raised"
@@ -178,6 +176,20 @@ class Reading:
         if not is_traced() and tuple(tuple(tensor.shape) for tensor in read) != self.shapes:
             return None
         return read
+
+    def apart(self, rule: Linked, number: int) -> TieError:
+        """The error of a source that only the unit of another layer gathers (S31)."""
+        source, place = list(rule.sources())[number], self.places[number]
+        if place.common_root is None:
+            where, named, pair = f"a '{rule}' tie", _named(source), "source_layer, layer"
+        else:
+            holder, name = tensor_at(place.path, source[1])
+            own, tied = tensor_at(".".join(place.to_values), "")
+            where = f"cannot compute {quoted(key_of(own, tied))} by '{rule}'"
+            named, pair = f"its source {quoted(key_of(holder, name))}", f"{holder}, {own}"
+        fact = f"{named} belongs to another fully_shard unit, and only a part of it is here."
+        remedy = f"Put both into one unit, with fully_shard([{pair}]) or by sharding only a module "
+        return TieError(where, fact, f"{remedy}that holds both.")
 
     def read_all(self, rule: Linked) -> list[Tensor]:
         """The tensors of all sources.
@@ -267,7 +279,8 @@ class Reading:
         for (source, _), place in zip(rule.sources(), self.places, strict=True):
             root = place.common_root
             copied_whole = (id(root) in memo) if root is not None else bool(memo)
-            if not copied_whole and id(source) not in memo and source is not layer:
+            within = any(part is source for part in layer.modules())
+            if not copied_whole and id(source) not in memo and not within:
                 raise TieError(
                     f"cannot copy {where} without its source",
                     "the copy would read a private layer that is in no model's parameters().",
@@ -295,16 +308,12 @@ class Reading:
                 text = f"{name} of {describe_layer(source)}"
             else:
                 within = type(root).__name__.removeprefix("FSDP").removeprefix("Tied")
-                text = f"{place.path}.{name}".removeprefix(".") + f" in this {within}"
+                text = f"{key_of(*tensor_at(place.path, name))} in this {within}"
             shown.append(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
         return f"reads {', '.join(shown)}"
 
 
 _LONGEST = 100
-_ONE_UNIT = (
-    "Put both into one unit, with fully_shard([source_layer, layer]) or by sharding only a module "
-    "that holds both."
-)
 
 
 def _sizes_now(rule: Linked, read: list[Tensor]) -> str:

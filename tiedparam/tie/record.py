@@ -112,6 +112,21 @@ class TiedList(parametrize.ParametrizationList):
             reading = self.reading = reading.of_clone(self, self.law)
         return reading
 
+    def take_first(self) -> nn.Parameter:
+        """Take the first of the free values away; the others move up."""
+        first, *rest = self._parameters.values()
+        self._store(rest)
+        return first  # type: ignore[return-value]
+
+    def put_first(self, value: nn.Parameter) -> None:
+        """Put a free value before the others."""
+        self._store([value, *self._parameters.values()])
+
+    def _store(self, values: list[nn.Parameter | None]) -> None:
+        self._parameters.clear()
+        self._parameters.update({f"original{i}": value for i, value in enumerate(values)})
+        self.ntensors: int = len(values)
+
     @property
     def original(self) -> TiedList:  # type: ignore[override]
         """All free values as one thing, which PEFT's ``target_parameters`` thaws and freezes."""

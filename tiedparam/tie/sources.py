@@ -10,7 +10,6 @@ from torch.nn.utils import parametrize
 
 from tiedparam.tie.record import Tie, TiedList
 from tiedparam.tie.write_guard import is_read_from
-from tiedparam.util.errors import TieError, describe
 from tiedparam.util.parametrized import parametrization_list
 from tiedparam.util.torch_private import parameters_of
 
@@ -67,17 +66,4 @@ def is_what_it_copies(values: nn.Module, value: Tensor) -> bool:
 
 def refuse_separate_source(tie: Tie) -> None:
     """Raise for a tie that is to be computed while a source is sharded elsewhere (S31)."""
-    (source, source_name), *_ = tie.rule.sources()
-    root = tie.record.own_reading().places[0].common_root
-    copy, original = tie.describe(root), describe(source, source_name, root)
-    pair = "source_layer, layer"
-    if root is not None:
-        paths = {id(module): path for path, module in root.named_modules()}
-        pair = f"{paths[id(source)]}, {paths[id(tie.layer)]}"
-    raise TieError(
-        f"cannot compute {copy} by '{tie.rule}'",
-        f"its source {original} belongs to another fully_shard unit, and only a part of it is "
-        "here.",
-        f"Put both into one unit, with fully_shard([{pair}]) or by sharding only a module that "
-        "holds both.",
-    )
+    raise tie.record.own_reading().apart(tie.record.law, 0)

@@ -16,13 +16,15 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tiedparam.laws.rule import Rule
 from tiedparam.tie import adapters
 from tiedparam.tie.offloaded import is_on_disk
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.util.callers import caller
-from tiedparam.util.errors import TieError, warn
+from tiedparam.util.errors import TieError, key_of, warn
+from tiedparam.util.parametrized import tensor_at
 from tiedparam.util.torch_private import submodules_of
 
 
@@ -79,9 +81,35 @@ class Whereabouts:
         """Where the source lies in `common_root`."""
         return ".".join(self.to_source)
 
+    @property
+    def shown(self) -> str:
+        """The same for people: of what a tie shares, where its tensor lies."""
+        return key_of(*tensor_at(self.path, "")).removesuffix(".")
+
     def moved(self, common_root: nn.Module | None) -> Whereabouts:
         """The same paths, from another module."""
         return Whereabouts(common_root, self.to_source, self.to_values)
+
+    def of_reader_beside(self, other: Whereabouts) -> Whereabouts:
+        """Where the tie of ``other``, which reads the same source, lies for our tie."""
+        root, further = self.common_root, other.common_root
+        if root is None or further is None:
+            return Whereabouts()
+        # one root holds the other, since both hold the source
+        more = len(self.to_source) - len(other.to_source)
+        to_values, to_other = self.to_values, other.to_values
+        if more >= 0:
+            to_other = (*self.to_source[:more], *to_other)
+        else:
+            root, to_values = further, (*other.to_source[:-more], *to_values)
+        while to_values[0] == to_other[0]:
+            root = root.get_submodule(to_values[0])
+            to_values, to_other = to_values[1:], to_other[1:]
+        return Whereabouts(root, to_other, to_values)
+
+    def reversed(self) -> Whereabouts:
+        """Where our tie lies for its source, a tie as well."""
+        return Whereabouts(self.common_root, self.to_values, self.to_source)
 
     def __getstate__(self) -> tuple[nn.Module | None, tuple[str, ...], tuple[str, ...]]:
         # a weakref cannot be pickled; its target travels with the model that it holds
@@ -106,16 +134,18 @@ class Whereabouts:
             return
         # a wrapper of the source, as torch.compile makes one, still holds it
         if all(module is not source for module in found.modules()):
-            fact = (
-                f"the source '{self.path}' of a '{rule}' tie was exchanged for another module, or "
-                "taken out, and the tie still reads the old one."
-            )
-            raise TieError(
-                f"the source '{self.path}' of a '{rule}' tie",
-                fact,
+            place = f"the source '{self.shown}' of a '{rule}' tie"
+            fact = f"{place} was exchanged for another module, or taken out, and the tie still "
+            remedy = (
                 "Call register_tie again with the new layer as source=, which replaces this tie; "
-                "or call remove_tie, which keeps the old one's values.",
+                "or call remove_tie, which keeps the old one's values."
             )
+            if isinstance(source, parametrize.ParametrizationList):
+                remedy = (
+                    "Untie a layer before you take it out: remove_tie hands on what it shares. Now "
+                    "call remove_tie here, which keeps the values."
+                )
+            raise TieError(place, f"{fact}reads the old one.", remedy)
         self._judge_adapter(found, source, rule)
 
     def refuse_on_disk(self, source: nn.Module, rule: Rule) -> None:
@@ -133,7 +163,7 @@ class Whereabouts:
             )
 
     def _judge_adapter(self, wrapper: nn.Module, source: nn.Module, rule: Rule) -> None:
-        place = f"the source '{self.path}' of a '{rule}' tie"
+        place = f"the source '{self.shown}' of a '{rule}' tie"
         if adapters.trains_another(wrapper, source):
             raise TieError(
                 place,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.whereabouts import Whereabouts
@@ -73,10 +74,12 @@ def refuse_other_unit(
     for unit in root.modules() if root is not None else _live(_with_subclasses(_fsdp1())):
         inside = list(unit.modules()) if isinstance(unit, _fsdp1()) else []
         if any(m is source for m in inside) and not any(m is values for m in inside):
-            named = f" '{place.path}'" if root is not None else ""
+            named = f" '{place.shown}'" if root is not None else ""
+            shares = isinstance(source, parametrize.ParametrizationList)
+            kind = "a tied tensor" if shares else f"a {type(source).__name__}"
             raise TieError(
                 f"'{rule}' cannot be computed",
-                f"its source{named}, a {type(source).__name__}, belongs to a "
+                f"its source{named}, {kind}, belongs to a "
                 "FullyShardedDataParallel unit that does not hold the copy, and would miss its "
                 "gradients.",
                 "Put both into one unit: wrap a module that holds both, and neither of them alone.",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tiedparam.util.callers import caller
 from tiedparam.util.torch_private import parameters_of, stand_in, submodules_of
@@ -169,6 +170,8 @@ def _is_machinery(frame: FrameType) -> bool:
 
 def describe_layer(layer: nn.Module) -> str:
     """One line for one layer: ``Conv2d(3, 3, kernel_size=(3, 3), …)``, never its children."""
+    if isinstance(layer, parametrize.ParametrizationList):
+        return f"a tensor tied by '{layer[0]}'"
     kind = type(layer).__name__.removeprefix("FSDP").removeprefix("Tied")
     return f"{kind}({extra_repr(layer)})"
 

@@ -20,6 +20,19 @@ def parametrization_list(layer: nn.Module, tensor_name: str) -> parametrize.Para
     return cast(parametrize.ParametrizationList, parametrization_lists(layer)[tensor_name])
 
 
+def tensor_at(path: str, name: str) -> tuple[str, str]:
+    """The path of a layer and the name of its tensor, as people know them.
+
+    Args:
+        path: of a layer, or of the list of parametrizations that a tensor is computed from.
+        name: of a tensor there.
+    """
+    lists, _, tensor_name = path.rpartition(".")
+    if lists.rpartition(".")[2] != "parametrizations":
+        return path, name
+    return lists.removesuffix("parametrizations").removesuffix("."), tensor_name
+
+
 def tensor_of(layer: nn.Module, tensor_name: str) -> Tensor | None:
     """`effective`, or None if the layer has no tensor of that name."""
     try:
