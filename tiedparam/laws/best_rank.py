@@ -27,7 +27,7 @@ def best_templates(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         Templates (count × columns) and coefficients (rows × count), in float64.
 
-    Example:
+    As in:
         >>> rows = torch.tensor([[3.0, 0.0], [1.0, 0.0]])
         >>> templates, coefficients = best_templates(rows, 1)
         >>> torch.allclose(coefficients @ templates, rows.double())
