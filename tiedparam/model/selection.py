@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ def select(
     for path, module in model.named_modules(remove_duplicate=False):
         if is_layer(module):
             names.setdefault(module, []).append(path)
-    known = {path for paths in names.values() for path in paths}
+    known = {path: module for module, paths in names.items() for path in paths}
     inits = [_checked(entry, default_init, known) for entry in plan.entries]
     found = [_Found() for _ in plan.entries]
     ties = []
@@ -178,14 +178,16 @@ def tensor_names(module: nn.Module) -> list[str]:
     return [*stored, *parametrization_lists(module)]
 
 
-def _checked(entry: PlanEntry, default_init: Init, known: Collection[str]) -> Init:
+def _checked(entry: PlanEntry, default_init: Init, known: Mapping[str, nn.Module]) -> Init:
     make_rule(entry.rule, entry.options)
     init = entry.init if entry.init is not None else default_init
     check_init(init)
     given = entry.options.get("source")
     for source in given if isinstance(given, (list, tuple)) else [given]:
-        named = not isinstance(source, str) or {source, source.rpartition(".")[0]} & set(known)
-        if not (named or entry.captures) and wildcards(source):
+        if not isinstance(source, str) or entry.captures or not wildcards(source):
+            continue
+        path, _, name = source.rpartition(".")
+        if source not in known and not (path in known and name in tensor_names(known[path])):
             raise TieError(
                 f"the entry {entry.pattern_text()} of the plan",
                 f"the source '{source}' has a wildcard that the pattern has not.",
