@@ -233,7 +233,7 @@ def _entry_from_data(table: Any, where: str, functions: Functions) -> PlanEntry:
     except TieError as error:
         raise within(where, error) from error
     except TypeError as error:
-        raise TieError(where, f"{error}.") from error
+        raise TieError(where, f"{error}.", "") from error
     return PlanEntry(
         table["layers"] if "layers" in table else _layer_type(table["type"], where),
         rule,
