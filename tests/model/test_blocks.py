@@ -403,20 +403,28 @@ def test_running_statistics_are_each_blocks_own():
 
 
 class Shifted(Linked):
-    """``W = A + d``, for matrices only."""
+    """``W = A + d``, for matrices only; without a ``d`` it is a copy."""
 
     law = "W = A + d"
+
+    def __init__(self, source, source_name=None, shifts=1):
+        super().__init__(source, source_name)
+        self.shifts = shifts
+
+    @property
+    def is_plain_copy(self):
+        return not self.shifts
 
     def check(self, layout):
         return None if len(layout.shape) == 2 else "a vector has no rank."
 
     def free_shapes(self):
-        return ((1,),)
+        return ((1,),) * self.shifts
 
     def fit(self, weight, source):
-        return ((weight - source).mean().reshape(1),)
+        return ((weight - source).mean().reshape(1),) * self.shifts
 
-    def forward(self, source, shift):
+    def forward(self, source, shift=0):
         return source + shift
 
 
@@ -433,6 +441,9 @@ def test_vectors_that_cannot_carry_a_rule_are_copied():
         shift = model.layers[1].up.parametrizations.weight.original0
         assert torch.equal(model.layers[1].up.weight, model.layers[0].up.weight + shift)
         assert len(list(model.layers[1].parameters())) == 2
+    model = stack(2)
+    tp.tie_block("layers.1", "layers.0", Shifted, root=model, shifts=0)
+    assert not list(model.layers[1].parameters())
 
 
 def test_a_matrix_that_cannot_carry_its_rule_is_an_error():

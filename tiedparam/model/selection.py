@@ -159,10 +159,15 @@ def rule_for(
     """The rule for a tensor; in a block, for a vector that cannot carry it, a copy."""
     made = make_rule(rule, options)
     tensor = parameters_of(layer).get(tensor_name)
-    if not of_block or made.is_plain_copy or tensor is None or is_lazy(tensor) or tensor.dim() > 1:
+    if not of_block or tensor is None or is_lazy(tensor) or tensor.dim() > 1:
         return made
     misfit = made.reason_against(Layout.of(layer, tensor_name, tuple(tensor.shape)))
-    return made if misfit is None else make_rule("copy", {"source": options["source"]})
+    if misfit is None:
+        return made
+    return make_rule("copy", {key: options[key] for key in _WHAT_IS_READ if key in options})
+
+
+_WHAT_IS_READ = ("source", "source_name")
 
 
 def is_layer(module: nn.Module) -> bool:
