@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tiedparam.model.scan import scan
     from tiedparam.model.scan_report import ScanReport
     from tiedparam.model.share_heads import share_heads
+    from tiedparam.model.tie_block import tie_block
     from tiedparam.model.tie_model import tie_model, untie_model
     from tiedparam.model.tune import tune
     from tiedparam.model.tune_report import TuneReport
@@ -84,6 +85,7 @@ __all__ = [
     "scan",
     "share_heads",
     "tie_bank",
+    "tie_block",
     "tie_model",
     "tie_state_dict",
     "tune",
@@ -127,6 +129,7 @@ _PLACES = {
     "scan": "model.scan",
     "ScanReport": "model.scan_report",
     "share_heads": "model.share_heads",
+    "tie_block": "model.tie_block",
     "tie_model": "model.tie_model",
     "untie_model": "model.tie_model",
     "tune": "model.tune",

@@ -31,7 +31,8 @@ from tiedparam.layer.register import register_tie
 from tiedparam.layer.residual import residual
 from tiedparam.model.pictures import needed
 from tiedparam.model.report import state_bytes
-from tiedparam.tie.lookup import get_tie
+from tiedparam.model.tie_block import tie_block
+from tiedparam.tie.lookup import get_tie, ties_in
 from tiedparam.util.errors import Reason, TieError, raise_if
 from tiedparam.util.progress import progress
 from tiedparam.util.table import Column, Table
@@ -47,6 +48,7 @@ class TieLine:
     layer: str
     rule: Any  # a name, or a list of names and pairs
     options: Mapping[str, Any] = field(default_factory=dict)
+    block: bool = False  # the layer with all that it holds
 
     @property
     def title(self) -> str:
@@ -55,6 +57,9 @@ class TieLine:
 
     def apply(self, model: nn.Module) -> None:
         """Tie the layer of ``model``."""
+        if self.block:
+            tie_block(self.layer, rule=self.rule, root=model, **self.options)
+            return
         register_tie(model.get_submodule(self.layer), self.rule, root=model, **self.options)
 
     def residual(self, model: nn.Module) -> float:
@@ -62,6 +67,8 @@ class TieLine:
         return residual(model.get_submodule(self.layer), self.rule, root=model, **self.options)
 
     def __str__(self) -> str:
+        if self.block:
+            return f"tp.tie_block(model.{self.layer}, model.{self.options['source']}, root=model)"
         options = "".join(f", {name}={json.dumps(value)}" for name, value in self.options.items())
         rule = str(self.rule).replace("'", '"') if self.title != self.rule else f'"{self.rule}"'
         return f"tp.register_tie(model.{self.layer}, {rule}, root=model{options})"
@@ -71,7 +78,7 @@ FLIP_SYM = TieLine("conv1", "flip_sym")
 TWO_LAWS = TieLine("conv1", ["flip_sym", ("kernel_symmetry", {"group": "d4"})])
 CHANNEL_SHARED = TieLine("stem", "channel_shared", {"over": "in"})
 ROW_REPEAT = TieLine("hidden", "row_repeat", {"groups": 16})
-COPY = TieLine("conv2", "copy", {"source": "conv1"})
+COPY = TieLine("conv2", "copy", {"source": "conv1"}, block=True)
 SQUARED_COPY = TieLine("conv2", "squared_copy", {"source": "conv1"})
 
 TIES = (FLIP_SYM, TWO_LAWS, CHANNEL_SHARED, ROW_REPEAT, COPY, SQUARED_COPY)
@@ -276,19 +283,22 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def check_law(model: nn.Module, tie: TieLine) -> int:
-    """Compare a tied weight with its rule's symmetries; how many comparisons that took.
+    """Compare what is tied with its rule's symmetries; how many comparisons that took.
 
     Raises:
         TieError: unless there is one at least, and each is equal to the bit.
     """
-    layer = model.get_submodule(tie.layer)
-    rule = get_tie(layer)
+    ties = ties_in(model.get_submodule(tie.layer))
     with torch.no_grad():
-        weight = weight_of(layer)
-        equal = [torch.equal(weight, image) for image in rule.symmetries(weight)]
+        equal = [
+            torch.equal(weight, image)
+            for each in ties
+            for weight in [each.weight()]
+            for image in each.rule.symmetries(weight)
+        ]
     if not equal or not all(equal):
-        key = f"'{tie.layer}.weight'"
-        raise TieError(key, f"{key} breaks its law {rule.law}.", "Please report this.")
+        key = f"'{tie.layer}.{ties[0].tensor_name}'"
+        raise TieError(key, f"{key} breaks its law {ties[0].rule.law}.", "Please report this.")
     return len(equal)
 
 

@@ -1,6 +1,7 @@
 """Plans: which layers of a model are tied, by which rule.
 
 A plan is a list of entries, and the first that fits a tensor wins. `plan_file` writes and reads it.
+What a pattern matched may name the source, see `captures`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import nn
@@ -18,6 +20,7 @@ from tiedparam.laws.registry import is_pair, rule_class
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import Init
 from tiedparam.layer.rule_options import KnownName
+from tiedparam.model.captures import sources_for, takes_captures
 from tiedparam.util.errors import TieError
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -31,8 +34,10 @@ PlanMapping = Mapping[Any, Value | list[Value] | list[str]]
 """From a `Pattern` to what is tied there. Not typed as such: the keys of a mapping are invariant,
 so that type checkers would refuse ``plan = {"conv": "flip_sym"}``, whose keys are strings alone."""
 
-OWN_OPTIONS = ("tensor_name", "init")
-"""What may stand among a value's options and is `register_tie`'s argument, not the rule's."""
+OWN_OPTIONS = ("tensor_name", "init", "exclude")
+"""What may stand among a value's options and belongs to the entry, not to the rule."""
+EVERY_TENSOR = "*"
+"""The tensor name of an entry that ties blocks."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,13 @@ class PlanEntry:
             type, or a function of (name, module).
         rule: a registered name or a `Rule` subclass; or a list of these and of pairs of one and
             its options, which hold together.
-        options: the rule's options; a source is given as its path in the model, or a module.
-        tensor_name: which tensor of the layers.
+        options: the rule's options; a source is given as its path in the model, or a module. What
+            the wildcards of a glob matched goes over to those of the path.
+        tensor_name: which tensor of the layers, or a glob over them. By default the weight; every
+            tensor, where the path of a source has wildcards.
         init: as in `register_tie`; None takes that of `tie_model`.
+        exclude: globs over names of modules and of tensors (``"*norm*"``, ``"*.bias"``) that are
+            left out, with all that such a module holds; one alone may be a string.
 
     Example:
         >>> entry = tp.PlanEntry("layer*.conv2", "channel_shared", {"over": "out"})
@@ -58,8 +67,9 @@ class PlanEntry:
     pattern: Pattern
     rule: RuleName | list[Any]
     options: Mapping[str, Any] = field(default_factory=dict)
-    tensor_name: str = "weight"
+    tensor_name: str = ""
     init: Init | None = None
+    exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not (isinstance(self.pattern, (str, type)) or callable(self.pattern)):
@@ -72,6 +82,25 @@ class PlanEntry:
         _refuse_unnamed(self.rule)
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options are a mapping of names to values, not {self.options!r}")
+        object.__setattr__(self, "tensor_name", self.tensor_name or self.usual_tensor_name)
+        object.__setattr__(self, "exclude", as_globs(self.exclude))
+
+    @cached_property
+    def captures(self) -> bool:
+        """Whether the source is named by what the pattern matches."""
+        return takes_captures(self.pattern, self.options.get("source"))
+
+    @property
+    def usual_tensor_name(self) -> str:
+        """The tensor name where none is given."""
+        return EVERY_TENSOR if self.captures else "weight"
+
+    def options_for(self, name: str) -> Mapping[str, Any]:
+        """The options for what the pattern has matched as ``name``."""
+        if not (self.captures and isinstance(self.pattern, str)):
+            return self.options
+        source = sources_for(self.pattern, name, self.options["source"])
+        return {**self.options, "source": source}
 
     def matches(self, name: str, module: nn.Module) -> bool:
         """Whether the pattern selects this module.
@@ -133,7 +162,7 @@ class Plan:
         A value is a rule's name or class, a pair of that and its options, or a list of such
         values. Those of a list that name the same tensor hold together; others tie another tensor
         of the layer. Among the options, ``tensor_name`` and ``init`` are `register_tie`'s, and so
-        are ``rows`` and ``columns``.
+        are ``rows`` and ``columns``; ``exclude`` is the entry's.
 
         Raises:
             TypeError: for anything else.
@@ -185,7 +214,12 @@ def _together(entries: list[PlanEntry]) -> PlanEntry:
             f"the laws of '{tensor_name}' hold together and have one init, not {listed}"
         )
     laws = [(entry.rule, entry.options) if entry.options else entry.rule for entry in entries]
-    return PlanEntry(pattern, laws, {}, tensor_name, next(iter(inits), None))
+    excluded = {entry.exclude: None for entry in entries if entry.exclude}
+    if len(excluded) > 1:
+        raise TypeError(f"the laws of '{tensor_name}' hold together and have one exclude")
+    return PlanEntry(
+        pattern, laws, {}, tensor_name, next(iter(inits), None), next(iter(excluded), ())
+    )
 
 
 def _refuse_unnamed(rule: Any) -> None:
@@ -203,5 +237,25 @@ def _refuse_unnamed(rule: Any) -> None:
             )
 
 
+def as_globs(given: object) -> tuple[str, ...]:
+    """The globs of ``exclude=``: one, or several.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    globs = (given,) if isinstance(given, str) else given
+    if isinstance(globs, (list, tuple)) and all(isinstance(each, str) for each in globs):
+        return tuple(globs)
+    raise TypeError(f"exclude= takes globs over names, such as ['*norm*', '*.bias'], not {given!r}")
+
+
+def is_left_out(name: str, exclude: Sequence[str]) -> bool:
+    """Whether these globs leave out a tensor of this name, or a module that holds it."""
+    parts = name.split(".")
+    holders = [".".join(parts[: end + 1]) for end in range(len(parts))] if exclude else []
+    return any(_glob(each).fullmatch(holder) for each in exclude for holder in holders)
+
+
+@lru_cache(maxsize=512)
 def _glob(pattern: str) -> re.Pattern[str]:
     return re.compile(fnmatch.translate(pattern))

@@ -14,6 +14,12 @@ An entry is a table of names and options; nothing in a file is executed, importe
     options = { source = "encoder", fn = "torch.t" }
 
     [[tie]]
+    layers = "blocks.[1-5].*"      # every tensor of these blocks, from that of the first
+    rule = "copy"
+    exclude = ["*norm*"]
+    options = { source = "blocks.0.*" }
+
+    [[tie]]
     layers = "mixer"
     rule = ["flip_sym", ["repeat", { outputs = 2 }]]    # both hold
     options = { rows = [0, 64], columns = [0, 64] }     # of this part
@@ -35,7 +41,7 @@ from tiedparam.formats.atomic import whole_files
 from tiedparam.formats.strict_json import read_json
 from tiedparam.laws.functions import Functions, as_functions
 from tiedparam.layer.checks import check_init
-from tiedparam.model.plan import Plan, PlanEntry, PlanMapping
+from tiedparam.model.plan import Plan, PlanEntry, PlanMapping, as_globs
 from tiedparam.model.plan_laws import (
     law_from_data,
     options_to_data,
@@ -161,10 +167,12 @@ def _entry_to_data(entry: PlanEntry) -> dict[str, Any]:
     else:
         raise refuse("a function has no name there.", _USE_A_GLOB)
     table["rule"] = rule_to_data(entry.rule, refuse)
-    if entry.tensor_name != "weight":
+    if entry.tensor_name != entry.usual_tensor_name:
         table["tensor_name"] = entry.tensor_name
     if entry.init is not None:
         table["init"] = entry.init
+    if entry.exclude:
+        table["exclude"] = list(entry.exclude)
     options = options_to_data(entry.rule_class(), entry.options, refuse)
     if options:
         table["options"] = options
@@ -174,7 +182,7 @@ def _entry_to_data(entry: PlanEntry) -> dict[str, Any]:
 _USE_A_GLOB = "Use a glob over module names."
 
 
-_KEYS = ("layers", "type", "rule", "tensor_name", "init", "options")
+_KEYS = ("layers", "type", "rule", "tensor_name", "init", "exclude", "options")
 
 
 def plan_from_data(data: Any, where: str, functions: Functions | None = None) -> Plan:
@@ -221,14 +229,18 @@ def _entry_from_data(table: Any, where: str, functions: Functions) -> PlanEntry:
     rule, options = law_from_data(table["rule"], table.get("options", {}), where, functions)
     try:
         check_init(table.get("init", "project"))
+        excluded = as_globs(table.get("exclude", []))
     except TieError as error:
         raise within(where, error) from error
+    except TypeError as error:
+        raise TieError(where, f"{error}.", "") from error
     return PlanEntry(
         table["layers"] if "layers" in table else _layer_type(table["type"], where),
         rule,
         options,
-        table.get("tensor_name", "weight"),
+        table.get("tensor_name", ""),
         table.get("init"),
+        excluded,
     )
 
 

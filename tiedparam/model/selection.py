@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import make_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import Init, check_init
 from tiedparam.layer.host import stock_class
-from tiedparam.model.plan import Plan, PlanEntry
+from tiedparam.model.captures import wildcards
+from tiedparam.model.plan import Plan, PlanEntry, is_left_out
 from tiedparam.model.reasons import SeveralTiesError, Skipped
 from tiedparam.tie.binding import find_sources
 from tiedparam.tie.target import Target
-from tiedparam.util.errors import Reason, nearest, quoted
+from tiedparam.util.errors import Reason, TieError, key_of, nearest, quoted, some_of, warn
+from tiedparam.util.parametrized import parametrization_lists
 from tiedparam.util.torch_private import parameters_of
 
 
 @dataclass
 class Selected:
-    """One tensor, and the entry of the plan that won it."""
+    """One tensor, and the rule that is to tie it."""
 
     path: str
     layer: nn.Module
-    entry: PlanEntry
+    tensor_name: str
     rule: Rule
     init: Init
 
     def skipped(self, why: Reason) -> Skipped:
         """The tensor left as it is."""
-        return Skipped(self.path, self.entry.tensor_name, why, str(self.rule))
+        return Skipped(self.path, self.tensor_name, why, str(self.rule))
 
 
 def select(
@@ -43,36 +49,37 @@ def select(
     Raises:
         TieError: if an entry names an unknown rule or init; or if one selects no tensor at all,
             unless that is to be skipped. A glob that no module's name fits is misspelt, even so.
+
+    Warns:
+        TieWarning: if earlier entries have taken everything that an entry selects.
     """
     names: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, (parametrize.ParametrizationList, Rule)):
+        if is_layer(module):
             names.setdefault(module, []).append(path)
-    inits = [_checked(entry, default_init) for entry in plan.entries]
-    selects = [False] * len(plan.entries)
-    without: list[list[str]] = [[] for _ in plan.entries]
+    known = {path: module for module, paths in names.items() for path in paths}
+    inits = [_checked(entry, default_init, known) for entry in plan.entries]
+    found = [_Found() for _ in plan.entries]
     ties = []
     for module, paths in names.items():
-        taken: set[str] = set()
-        for number, entry in enumerate(plan.entries):
-            if not any(entry.matches(path, module) for path in paths):
-                continue
-            if not _has(module, entry.tensor_name):
-                without[number].append(paths[0])
-                continue
-            selects[number] = True
-            if entry.tensor_name not in taken:
-                taken.add(entry.tensor_name)
-                rule, init = make_rule(entry.rule, entry.options), inits[number]
-                if rule.reads_layers and init == "rescale":
-                    init = "project"
-                ties.append(Selected(paths[0], module, entry, rule, init))
+        held, taken = tensor_names(module), dict[str, PlanEntry]()
+        for entry, init, sought in zip(plan.entries, inits, found, strict=True):
+            for tensor_name, name in _fitting(entry, paths, module, held, sought):
+                sought.selects = True
+                if tensor_name in taken:
+                    sought.taken_by.setdefault(taken[tensor_name].pattern_text())
+                    continue
+                taken[tensor_name], sought.wins = entry, True
+                options = entry.options_for(name)
+                rule = rule_for(module, tensor_name, entry.rule, options, entry.captures)
+                ties.append(selected(paths[0], module, tensor_name, rule, init))
     absent, problems = list[Skipped](), []
-    for entry, found, left_out in zip(plan.entries, selects, without, strict=True):
-        if found:
+    for entry, sought in zip(plan.entries, found, strict=True):
+        if sought.selects:
+            sought.tell(entry)
             continue
-        reason = _why_nothing(entry, names, left_out)
-        if skip and (left_out or not isinstance(entry.pattern, str)):
+        reason = _why_nothing(entry, names, sought)
+        if skip and (sought.without or not isinstance(entry.pattern, str)):
             rule = make_rule(entry.rule, entry.options)
             pattern = entry.pattern_text().strip("'")
             absent.append(Skipped(pattern, entry.tensor_name, reason, str(rule)))
@@ -83,26 +90,125 @@ def select(
     return ties, absent
 
 
-def _checked(entry: PlanEntry, default_init: Init) -> Init:
+@dataclass
+class _Found:
+    """What was found for one entry of a plan.
+
+    Attributes:
+        selects: whether it selects any tensor.
+        wins: whether one of them is its own.
+        taken_by: the patterns of the entries that were before it, elsewhere.
+        without: the modules that its pattern fits, and that have no such tensor.
+        left_out: whether its ``exclude=`` left out what it would have selected.
+    """
+
+    selects: bool = False
+    wins: bool = False
+    taken_by: dict[str, None] = field(default_factory=dict)
+    without: list[str] = field(default_factory=list)
+    left_out: bool = False
+
+    def tell(self, entry: PlanEntry) -> None:
+        """Warn if the entry does nothing."""
+        if not self.wins:
+            warn(
+                f"the entry {entry.pattern_text()} of the plan does nothing: all that it selects "
+                f"is taken by {some_of(list(self.taken_by))} before it.",
+                "The first entry that selects a tensor wins. Put this one first, or leave it out.",
+            )
+
+
+def _fitting(
+    entry: PlanEntry, paths: list[str], module: nn.Module, held: list[str], sought: _Found
+) -> Iterator[tuple[str, str]]:
+    """The tensors of a module that an entry selects, each with the name that its pattern fits."""
+    path = next((path for path in paths if entry.matches(path, module)), None)
+    fitting = [name for name in held if fnmatch.fnmatchcase(name, entry.tensor_name)]
+    if path is not None and not fitting and not entry.captures:
+        sought.without.append(paths[0])
+    for tensor_name in fitting:
+        keys = [key_of(each, tensor_name) for each in paths]
+        # a block may hold tensors itself, and those of a layer may be meant by their own names
+        by_key = (key for key in keys if entry.captures and entry.matches(key, module))
+        name = path if path is not None else next(by_key, None)
+        if name is None:
+            continue
+        if any(is_left_out(key, entry.exclude) for key in keys):
+            sought.left_out = True
+        elif not _is_its_own_source(entry, name):
+            yield tensor_name, name
+
+
+def _is_its_own_source(entry: PlanEntry, name: str) -> bool:
+    """Whether what was matched is what it is to be tied to: ``layers.*.*`` fits the first too."""
+    if not entry.captures:
+        return False
+    source = entry.options_for(name)["source"]
+    return name in (source if isinstance(source, list) else [source])
+
+
+def selected(path: str, layer: nn.Module, tensor_name: str, rule: Rule, init: Init) -> Selected:
+    """A tensor to be tied; what reads layers has no entries that share a value."""
+    start: Init = "project" if rule.reads_layers and init == "rescale" else init
+    return Selected(path, layer, tensor_name, rule, start)
+
+
+def rule_for(
+    layer: nn.Module, tensor_name: str, rule: Any, options: Mapping[str, Any], of_block: bool
+) -> Rule:
+    """The rule for a tensor; in a block, for a vector that cannot carry it, a copy."""
+    made = make_rule(rule, options)
+    tensor = parameters_of(layer).get(tensor_name)
+    if not of_block or tensor is None or is_lazy(tensor) or tensor.dim() > 1:
+        return made
+    misfit = made.reason_against(Layout.of(layer, tensor_name, tuple(tensor.shape)))
+    if misfit is None:
+        return made
+    return make_rule("copy", {key: options[key] for key in _WHAT_IS_READ if key in options})
+
+
+_WHAT_IS_READ = ("source", "source_name")
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one of the model's own, and not what a tie has put there."""
+    return not isinstance(module, (parametrize.ParametrizationList, Rule))
+
+
+def tensor_names(module: nn.Module) -> list[str]:
+    """The tensors of a module's own, tied or not."""
+    stored = [name for name, value in parameters_of(module).items() if value is not None]
+    if not parametrize.is_parametrized(module):
+        return stored
+    return [*stored, *parametrization_lists(module)]
+
+
+def _checked(entry: PlanEntry, default_init: Init, known: Mapping[str, nn.Module]) -> Init:
     make_rule(entry.rule, entry.options)
     init = entry.init if entry.init is not None else default_init
     check_init(init)
+    given = entry.options.get("source")
+    for source in given if isinstance(given, (list, tuple)) else [given]:
+        if not isinstance(source, str) or entry.captures or not wildcards(source):
+            continue
+        path, _, name = source.rpartition(".")
+        if source not in known and not (path in known and name in tensor_names(known[path])):
+            raise TieError(
+                f"the entry {entry.pattern_text()} of the plan",
+                f"the source '{source}' has a wildcard that the pattern has not.",
+                "It stands for what the same wildcard of the pattern matched: write as many of "
+                "each kind there.",
+            )
     return init
 
 
-def _has(module: nn.Module, tensor_name: str) -> bool:
-    """Whether the module has such a tensor of its own, tied or not."""
-    stored = parameters_of(module).get(tensor_name)
-    return stored is not None or parametrize.is_parametrized(module, tensor_name)
-
-
-def _why_nothing(
-    entry: PlanEntry, names: Mapping[nn.Module, list[str]], without: list[str]
-) -> Reason:
+def _why_nothing(entry: PlanEntry, names: Mapping[nn.Module, list[str]], sought: _Found) -> Reason:
     what = f"the pattern {entry.pattern_text()} selects nothing:"
-    if without:
-        shown = ", ".join(f"'{path}'" for path in without[:3])
-        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+    if sought.left_out:
+        return Reason(f"{what} exclude={list(entry.exclude)} leaves out all of it.", "Correct it.")
+    if sought.without:
+        shown = ", ".join(f"'{path}'" for path in sought.without[:3])
+        more = f" and {len(sought.without) - 3} more" if len(sought.without) > 3 else ""
         return Reason(
             f"{what} {shown}{more} has no Parameter '{entry.tensor_name}' of its own.",
             "Name the layers that hold it.",
@@ -111,7 +217,7 @@ def _why_nothing(
         (path, module)
         for module, paths in names.items()
         for path in paths
-        if _has(module, entry.tensor_name)
+        if fnmatch.filter(tensor_names(module), entry.tensor_name)
     ]
     if isinstance(entry.pattern, str):
         known = [path for path, _ in holders]
@@ -138,7 +244,7 @@ def sources_first(ties: list[Selected], model: nn.Module) -> list[Selected]:
     """The same ties, every copy behind the tie of its source, so that it is compared with
     what its source will hold.
     """
-    by_tensor = {(tie.layer, tie.entry.tensor_name): tie for tie in ties}
+    by_tensor = {(tie.layer, tie.tensor_name): tie for tie in ties}
     ordered: dict[int, Selected] = {}
     entered: set[int] = set()
 
@@ -164,7 +270,7 @@ def _source_ties(
     tie: Selected, by_tensor: Mapping[tuple[nn.Module, str], Selected], model: nn.Module
 ) -> Iterator[Selected]:
     # a source that is not found is for register_tie to tell
-    target = Target(tie.layer, tie.entry.tensor_name, model)
+    target = Target(tie.layer, tie.tensor_name, model)
     if tie.rule.reads_layers and find_sources(tie.rule, target) is None:
         for place in tie.rule.sources():
             if place in by_tensor:

@@ -59,8 +59,11 @@ def tie_model(
             (name, module). A rule is a name, a `Rule` subclass, a pair of one and its options,
             or a list of these. Those of a list that name one tensor hold together. Among the
             options ``tensor_name`` and ``init`` may stand, which go to `register_tie`, and
-            ``rows`` and ``columns``; a ``source=`` may be given as its path in the model. The
-            first entry that selects a tensor wins. Modules without the tensor are passed over.
+            ``rows`` and ``columns``, and ``exclude``, globs over what is left out; a ``source=``
+            may be given as its path in the model. Its wildcards stand for what those of the
+            pattern matched, and every tensor is then tied:
+            ``{"layers.[1-5].*": ("copy", {"source": "layers.0.*"})}``, see `tie_block`. The first
+            entry that selects a tensor wins. Modules without the tensor are passed over.
         init: as in `register_tie`; ``"rescale"`` leaves copies as they are, since they have no
             values of their own.
         max_residual: as in `register_tie`, for every tie.
@@ -83,7 +86,8 @@ def tie_model(
 
     Warns:
         TieWarning: one for all ties that free nothing, or keep next to nothing of their weight, as
-            `register_tie` warns of each.
+            `register_tie` warns of each; one for each entry that does nothing, because earlier
+            ones have taken all that it selects.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
@@ -100,37 +104,15 @@ def tie_model(
     check_max_residual(max_residual)
     plan = Plan.of(plan)
     optimizers = as_optimizers(optimizer)
-    skipped, concerns = list[Skipped](), Concerns()
     outside = [source for entry in plan.entries for source in entry.source_layers()]
     try:
         with rolled_back_on_error([*model.modules(), *outside], optimizers):
             # in here, since a pattern may be a function of the user's, which may do anything
             selected, absent = select(model, plan, init, skip=on_unfit == "skip")
-            wanted = sources_first(selected, model)
-            places = Places(model)
-            settings = Settings(init, max_residual, cache, optimizers, concerns.note)
-            for each in wanted:
-                why = _tie(each, places, settings)
-                if why is not None:
-                    skipped.append(each.skipped(why))
-            if skipped and on_unfit == "error":
-                count = f"{len(skipped)} of {len(wanted)} ties"
-                raise SeveralTiesError(
-                    "the model",
-                    f"{count} cannot be made, and nothing was changed:",
-                    LEAVE_UNFIT,
-                    [(left.place, left.why) for left in skipped],
-                )
-            rows = tie_rows(model)
-            made = {(each.path, each.entry.tensor_name) for each in wanted}
-            made -= {(left.layer, left.tensor_name) for left in skipped}
-            report = TieReport(
-                tuple(row for row in rows if (row.layer, row.tensor_name) in made),
-                totals_of(model, rows, optimizers),
-                (*absent, *skipped),
-                dry_run,
+            settings = Settings(init, max_residual, cache, optimizers)
+            report = tie_all(
+                model, selected, settings, absent=absent, on_unfit=on_unfit, dry_run=dry_run
             )
-            concerns.tell(len(made), dry_run=dry_run)
             if dry_run:
                 raise _PutBack
     except _PutBack:
@@ -138,9 +120,62 @@ def tie_model(
     return report
 
 
+def tie_all(
+    model: nn.Module,
+    selected: list[Selected],
+    settings: Settings,
+    *,
+    absent: Iterable[Skipped] = (),
+    on_unfit: OnUnfit = "error",
+    dry_run: bool = False,
+    remedy: str = LEAVE_UNFIT,
+) -> TieReport:
+    """Tie these tensors of a model. Whoever calls puts back what was done before an error.
+
+    Args:
+        model: the model.
+        selected: the tensors.
+        settings: how to tie them; where each says its own ``init``, that.
+        absent: what the report says was skipped besides.
+        on_unfit: as in `tie_model`.
+        dry_run: what the report says.
+        remedy: what to do where something does not fit.
+
+    Raises:
+        TieError: listing all reasons, if something does not fit.
+    """
+    concerns, skipped = Concerns(), list[Skipped]()
+    wanted = sources_first(selected, model)
+    places = Places(model)
+    settings = settings._replace(concerned=concerns.note)
+    for each in wanted:
+        why = _tie(each, places, settings)
+        if why is not None:
+            skipped.append(each.skipped(why))
+    if skipped and on_unfit == "error":
+        count = f"{len(skipped)} of {len(wanted)} ties"
+        raise SeveralTiesError(
+            "the model",
+            f"{count} cannot be made, and nothing was changed:",
+            remedy,
+            [(left.place, left.why) for left in skipped],
+        )
+    rows = tie_rows(model)
+    made = {(each.path, each.tensor_name) for each in wanted}
+    made -= {(left.layer, left.tensor_name) for left in skipped}
+    report = TieReport(
+        tuple(row for row in rows if (row.layer, row.tensor_name) in made),
+        totals_of(model, rows, list(settings.optimizers)),
+        (*absent, *skipped),
+        dry_run,
+    )
+    concerns.tell(len(made), dry_run=dry_run)
+    return report
+
+
 def _tie(each: Selected, places: Places, settings: Settings) -> Reason | None:
     """Tie it, or return why that cannot be."""
-    target = Target.among(places, each.layer, each.entry.tensor_name)
+    target = Target.among(places, each.layer, each.tensor_name)
     try:
         tie_one(target, each.rule, settings._replace(init=each.init))
     except TieError as error:
