@@ -183,6 +183,10 @@ class Masked(OnMask):
                 free = free.triu(-min(below, outputs)).tril(min(above, inputs))
             return layout.native(spread_over(free, shape))
 
+    def part(self, axis: int, parts: int, number: int) -> Masked:
+        """The same with a slice of the mask."""
+        return Masked(mask=self.free_entries.chunk(parts, axis)[number])
+
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The weight with zeros off the mask."""
         yield torch.where(self.free_entries.to(weight.device), weight, torch.zeros_like(weight))

@@ -20,6 +20,7 @@ from tiedparam.laws.layout import Layout, declare_shape
 from tiedparam.tie.computed_source import recompute, why_computed
 from tiedparam.tie.offloaded import can_be_loaded, loaded
 from tiedparam.tie.parameter_paths import Places
+from tiedparam.tie.stages import refuse_other_stage
 from tiedparam.tie.whereabouts import Whereabouts
 from tiedparam.tie.wrapped import refuse_other_unit
 from tiedparam.util.errors import TieError, describe_layer
@@ -167,7 +168,15 @@ class Reading:
         return weight
 
     def read_all(self, rule: Linked) -> list[Tensor]:
-        """The tensors of all sources.
+        """The tensors of all sources, gathered where they are sharded.
+
+        Raises:
+            TieError: if one is not what it was.
+        """
+        return [cast(Tensor, gathered(tensor)) for tensor in self.present(rule)]
+
+    def present(self, rule: Linked) -> list[Tensor]:
+        """The tensors of all sources, as they are.
 
         Raises:
             TieError: if one is not what it was.
@@ -195,6 +204,7 @@ class Reading:
             if is_managed_by_fsdp(source) and not place.in_unit:
                 refuse_other_unit(rule, self._values(), source, place)
                 place.in_unit = True
+            refuse_other_stage(rule, self._values(), source, place)
             if "diffusers" in sys.modules:
                 place.refuse_on_disk(source, rule)
         present = tensor_of(source, name)
@@ -205,7 +215,7 @@ class Reading:
         if present is None:
             fact = f"the source {describe_layer(source)} of a '{rule}' tie has lost its '{name}'."
             raise TieError(f"a '{rule}' tie", fact, _renewal(rule))
-        return cast(Tensor, gathered(present))
+        return present
 
     def of_clone(self, values: nn.Module, rule: Linked) -> Reading:
         """That of ``values``, which a shallow clone has put in the place of our own list (S43).
