@@ -1,9 +1,9 @@
 """The laws of the parts of a weight that is cut into equal slices along an axis.
 
-Tensor parallelism cuts a weight so: each rank holds a part and multiplies with it alone. That serves
-a tied weight if each part obeys a law by itself, whose free values are a slice of the whole law's,
-or all of them. Whether it does is computed, not stated: random free values are expanded whole and
-in parts, and the parts must be the slices.
+Tensor parallelism cuts a weight so: each rank holds a part and multiplies with it alone. That
+serves a tied weight if each part obeys a law by itself, whose free values are a slice of the whole
+law's, or all of them. Whether it does is computed, not stated: random free values are expanded
+whole and in parts, and the parts must be the slices.
 """
 
 from __future__ import annotations
@@ -64,8 +64,10 @@ class Parts:
         count, cuts = len(self.rules), (*sources, *self.free)
         with plain_numbers():
             random = torch.Generator("cpu").manual_seed(0)
-            wide = {"dtype": torch.float64, "device": "cpu", "generator": random}
-            values = [torch.rand(cut.shape, **wide) for cut in cuts]  # type: ignore[call-overload]
+            values = [
+                torch.rand(cut.shape, dtype=torch.float64, device="cpu", generator=random)
+                for cut in cuts
+            ]
             slices = self.whole.forward(*values).chunk(count, self.axis)
             for number, rule in enumerate(self.rules):
                 given = [cut.part(v, count, number) for cut, v in zip(cuts, values, strict=True)]

@@ -257,7 +257,8 @@ class TiedLayer(nn.Module):
         """The layer and what is in it; to tensor parallelism a stock layer that it is to cut."""
         if not torch.compiler.is_compiling() and is_distribution(caller()):
             return parallel.parts_to_cut(self, self.tied_stock, prefix)
-        return self.tied_stock.named_modules(self, memo, prefix, remove_duplicate)
+        stock: type[nn.Module] = self.tied_stock
+        return stock.named_modules(self, memo, prefix, remove_duplicate)
 
     # State ------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ How the style cut them says how the tied ones are to be cut; so no style has to 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,25 +48,25 @@ def parts_to_cut(
     dense = stand_in(layer, stock, in_order(layer, parameters), modules)
     yield prefix, dense
 
-    parameters = parameters_of(dense)
-    cuts = [(tie, parameters[tie.tensor_name]) for tie in ties]
+    cut_by_torch = parameters_of(dense)
+    cuts = [(tie, cut_by_torch[tie.tensor_name]) for tie in ties]
     splits = [(tie, _split_as(tie, tensor)) for tie, tensor in cuts if is_sharded(tensor)]
     for tie, split in splits:
         _share(tie, split)
-    table = parameters_of(layer)
-    for name, tensor in table.items():
-        cut_tensor = parameters[name]
-        if tensor is not None and cut_tensor is not None:
-            table[name] = cut_tensor.requires_grad_(tensor.requires_grad)
+    for name, tensor in parameters_of(layer).items():
+        successor = cut_by_torch[name]
+        if tensor is not None and successor is not None:
+            successor.requires_grad_(tensor.requires_grad)
+            parameters_of(layer)[name] = successor
 
 
-def _split_as(tie: Tie, tensor: nn.Parameter) -> Split:
+def _split_as(tie: Tie, tensor: Any) -> Split:
     """How a tied tensor is shared, if it is cut as this one was."""
     where = tie.describe()
     place = f"cannot parallelize {where}"
     if tie.is_stacked:
-        fact = "another parametrization is stacked on the tie."
-        raise TieError(place, fact, f"Remove it (del layer.parametrizations.{tie.tensor_name}[1:]).")
+        remedy = f"Remove it (del layer.parametrizations.{tie.tensor_name}[1:])."
+        raise TieError(place, "another parametrization is stacked on the tie.", remedy)
     try:
         split = Split(tie.rule, tensor.device_mesh, tensor.placements, where)
     except ValueError as error:

@@ -114,7 +114,9 @@ def _fit(
     """Bind the rule and compute the free values, with all reasons against them."""
     raise_if(place, bind(made, target))
     if any(is_sharded(effective(*source)) for source in made.sources()):
-        raise TieError(place, "its source is sharded already.", "Tie before fully_shard.")
+        raise TieError(
+            place, "its source is sharded already.", "Tie before fully_shard or parallelize_module."
+        )
     found = initial_values(made, weight, settings.init, settings.max_residual)
     if isinstance(found, Reason):
         raise TieError(place, *found)

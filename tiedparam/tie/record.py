@@ -100,7 +100,7 @@ class TiedList(parametrize.ParametrizationList):
         sources = self.own_reading().present(self.law) if self.reading is not None else ()
         weight = split.weight(self._parameters.values(), sources)
         for module in stacked:
-            weight = module(weight)  # type: ignore[misc]
+            weight = module(weight)
         return weight
 
     def tied(self) -> Tensor:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam.tie.record import Tie, TiedList
+from tiedparam.tie.split import ALIKE
 from tiedparam.tie.write_guard import is_read_from
 from tiedparam.util.errors import TieError, describe
 from tiedparam.util.parametrized import parametrization_list
-from tiedparam.util.torch_private import parameters_of
+from tiedparam.util.torch_private import is_managed_by_fsdp, parameters_of
 
 
 def chain(values: nn.Module) -> Iterator[TiedList]:
@@ -66,10 +67,13 @@ def is_what_it_copies(values: nn.Module, value: Tensor) -> bool:
 
 
 def refuse_separate_source(tie: Tie) -> None:
-    """Raise for a tie that is to be computed while a source is sharded elsewhere (S31)."""
+    """Raise for a tie that is to be computed while a source is sharded and it is not (S31)."""
     (source, source_name), *_ = tie.rule.sources()
     root = tie.record.own_reading().places[0].common_root
     copy, original = tie.describe(root), describe(source, source_name, root)
+    if not is_managed_by_fsdp(source):
+        fact = f"its source {original} is parallelized, and the layer is not."
+        raise TieError(f"cannot compute {copy} by '{tie.rule}'", fact, ALIKE)
     pair = "source_layer, layer"
     if root is not None:
         paths = {id(module): path for path, module in root.named_modules()}

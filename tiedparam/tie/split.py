@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tiedparam.laws.parts import Cut, Parts, parts_of
 from tiedparam.laws.rule import Rule
@@ -29,6 +29,7 @@ class Split:
 
     Attributes:
         over: the axis of the mesh whose ranks share the tensor; None if all of them hold it.
+        number: which of the parts is this rank's.
         parts: the laws of the parts, or why there are none.
     """
 
@@ -38,6 +39,7 @@ class Split:
         self.placements: tuple[Any, ...] = tuple(placements)
         self.where: str = where
         found = cut_of(self.placements)
+        self.number: int = 0 if found is None else mesh.get_local_rank(found[0])
         self.over: int | None = found[0] if found else None
         whole = tuple(Cut(shape, None) for shape in rule.free_shapes())
         self.parts: Parts | Reason = Parts(rule, 0, (rule,), whole)
@@ -74,8 +76,7 @@ class Split:
             if reason is not None:
                 raise TieError(f"cannot compute {self.where} by '{self.rule}' in parts", *reason)
         assert isinstance(self.parts, Parts)
-        number = 0 if self.over is None else self.mesh.get_local_rank(self.over)
-        part = self.parts.rules[number]
+        part = self.parts.rules[self.number]
         weight = part(*(own_part(tensor, self.over) for tensor in (*read, *free)))
         return joined(weight, self.mesh, self.placements)
 
@@ -90,7 +91,7 @@ class Split:
 
 
 ALIKE = (
-    "Name both layers in the plan of parallelize_module, or neither. A copy is cut along the axis of "
-    "its source (an embedding RowwiseParallel, its head ColwiseParallel), a transposed one along the "
-    "other."
+    "Name both layers in the plan of parallelize_module, or neither. A copy is cut along the axis "
+    "of its source (an embedding RowwiseParallel, its head ColwiseParallel), a transposed one along "
+    "the other."
 )

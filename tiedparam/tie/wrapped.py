@@ -1,4 +1,4 @@
-"""Models that DDP, FSDP1 or ``fully_shard`` has taken over: tying or untying comes too late.
+"""Models that DDP, FSDP or ``parallelize_module`` has taken over: tying or untying comes too late.
 
 They look at the parameters once, when they wrap a model. A parameter that a tie makes later
 is unknown to them: its gradient is not averaged, and the ranks drift apart (S34, S35). And a copy
@@ -57,7 +57,8 @@ def why_wrapped(
             f"{verb} before wrapping: drop the wrapper, {verb.lower()} its .module, and wrap that "
             "again.",
         )
-    return Reason("it is sharded already.", f"{verb} before fully_shard.")
+    engine = "fully_shard" if is_managed_by_fsdp(layer) else "fully_shard or parallelize_module"
+    return Reason("it is sharded already.", f"{verb} before {engine}.")
 
 
 def refuse_other_unit(

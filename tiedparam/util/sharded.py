@@ -1,7 +1,8 @@
 """Tensors that are spread over ranks: seen, gathered, cut and written (S35).
 
-``fully_shard`` and ``parallelize_module`` spread them. A sharded tensor is a DTensor: every rank holds its part. Reading it whole and writing it are
-collective: every rank must do so, in the same order.
+``fully_shard`` and ``parallelize_module`` spread them. A sharded tensor is a DTensor: every rank
+holds its part. Reading it whole and writing it are collective: every rank must do so, in the same
+order.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def write(parameter: Tensor, value: Tensor) -> None:
 
 
 def cut_of(placements: Sequence[Any]) -> tuple[int, int] | None:
-    """The axis of the mesh and that of the tensor along which it is cut; None if every rank has all.
+    """The axis of the mesh, and of the tensor, along which it is cut; None if it is whole.
 
     Raises:
         ValueError: if it is cut along several axes.
