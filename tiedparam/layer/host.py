@@ -256,9 +256,11 @@ class TiedLayer(nn.Module):
     ) -> Iterator[tuple[str, nn.Module]]:
         """The layer and what is in it; to tensor parallelism a stock layer that it is to cut."""
         if not torch.compiler.is_compiling() and is_distribution(caller()):
-            return parallel.parts_to_cut(self, self.tied_stock, prefix)
-        stock: type[nn.Module] = self.tied_stock
-        return stock.named_modules(self, memo, prefix, remove_duplicate)
+            return parallel.parts_to_cut(self, self.tied_stock, memo, prefix)
+        stock: Any = self.tied_stock
+        found: Iterator[tuple[str, nn.Module]]
+        found = stock.named_modules(self, memo, prefix, remove_duplicate)
+        return found
 
     # State ------------------------------------------------------------------------------
 

@@ -25,18 +25,23 @@ from tiedparam.util.torch_private import parameters_of, stand_in, submodules_of
 
 
 def parts_to_cut(
-    layer: nn.Module, stock: type[nn.Module], prefix: str
+    layer: nn.Module, stock: type[nn.Module], memo: set[nn.Module] | None, prefix: str
 ) -> Iterator[tuple[str, nn.Module]]:
     """What torch is to cut instead of the tied layer, which is cut likewise afterwards.
 
     Args:
         layer: the tied layer.
         stock: its class without ties.
+        memo: what torch was shown before.
         prefix: the name of the layer.
 
     Raises:
         TieError: if a tied tensor cannot be computed in such parts. The layer is not changed.
     """
+    memo = set() if memo is None else memo
+    if layer in memo:
+        return
+    memo.add(layer)
     parameters = dict(parameters_of(layer))
     ties = list(ties_in(layer))
     for tie in ties:
@@ -58,6 +63,9 @@ def parts_to_cut(
         if tensor is not None and successor is not None:
             successor.requires_grad_(tensor.requires_grad)
             parameters_of(layer)[name] = successor
+    for name, module in modules.items():
+        if module is not None:
+            yield from module.named_modules(memo, f"{prefix}.{name}".removeprefix("."))
 
 
 def _split_as(tie: Tie, tensor: Any) -> Split:
@@ -87,7 +95,7 @@ def _why_not(tie: Tie, split: Split) -> Reason | None:
     way = ""
     for other in (a for a in range(len(shape)) if a != axis):
         parts = parts_of(tie.rule, other, ranks)
-        if not isinstance(parts, Reason) and parts.why_no_slices() is None:
+        if isinstance(parts, Parts) and not tie.rule.reads_layers and parts.why_no_slices() is None:
             way = f"cut it along axis {other}{_style_along(tie.layer, other)}, "
     return Reason(
         f"{ranks} ranks would share its axis {axis}, and '{tie.rule}' cannot be computed in such "

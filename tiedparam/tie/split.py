@@ -92,6 +92,6 @@ class Split:
 
 ALIKE = (
     "Name both layers in the plan of parallelize_module, or neither. A copy is cut along the axis "
-    "of its source (an embedding RowwiseParallel, its head ColwiseParallel), a transposed one along "
-    "the other."
+    "of its source (an embedding RowwiseParallel, its head ColwiseParallel), a transposed one "
+    "along the other."
 )

@@ -47,11 +47,7 @@ def is_distribution(asker: FrameType) -> bool:
     It may be given a model that holds the layer, which then asks for the layer's.
     """
     frame: FrameType | None = asker
-    while (
-        frame is not None
-        and frame.f_code.co_name == "named_modules"
-        and module_of(frame) == "torch.nn.modules.module"
-    ):
+    while frame is not None and frame.f_code.co_name in ("named_modules", "parts_to_cut"):
         frame = frame.f_back
     return (
         frame is not None
