@@ -1,22 +1,17 @@
 """Two ranks on one machine, over gloo: each scenario against one process and the whole batch.
 
-The two processes are started once and asked for one scenario of `distributed_worker` after
-another. What hangs or fails is killed, and the next test starts a fresh pair.
+The two processes are asked for one scenario of `distributed_worker` after another.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
-import io
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -44,98 +39,6 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("ignore:.*torch.distributed.*:FutureWarning"),
 ]
-
-START_S = 90  # importing torch twice on a busy machine
-ANSWER_S = 60
-
-
-class Pair:
-    """Two rank processes, and the way to ask both for a scenario."""
-
-    def __init__(self, folder) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.ends, self.processes = [], []
-        for rank in range(2):
-            here, there = context.Pipe()
-            process = context.Process(
-                target=worker.serve, args=(rank, str(folder / "meeting"), there), daemon=True
-            )
-            process.start()
-            there.close()
-            self.ends.append(here)
-            self.processes.append(process)
-        self.asked = False
-
-    def run(self, scenario, **arguments) -> list[dict]:
-        """The results of both ranks. A failure or a hang ends both processes."""
-        try:
-            for end in self.ends:
-                end.send((scenario.__name__, arguments))
-            return self._answers(ANSWER_S if self.asked else START_S)
-        except BaseException:
-            self.kill()
-            raise
-        finally:
-            self.asked = True
-
-    def _answers(self, patience: float) -> list[dict]:
-        waiting, answers, errors = dict(enumerate(self.ends)), {}, []
-        deadline = time.monotonic() + patience
-        while waiting:
-            ready = multiprocessing.connection.wait(
-                waiting.values(), max(0.0, deadline - time.monotonic())
-            )
-            if not ready:
-                break
-            for rank, end in list(waiting.items()):
-                if end in ready:
-                    del waiting[rank]
-                    answer = torch.load(io.BytesIO(end.recv_bytes()))
-                    answers[rank] = answer.get("result")
-                    if "error" in answer:
-                        errors.append(f"rank {rank}: {answer['error']}")
-                        deadline = min(deadline, time.monotonic() + 5)  # the other may hang
-        assert not errors, "\n".join(errors)
-        assert not waiting, f"no answer of ranks {sorted(waiting)} in {patience} s"
-        return [answers[rank] for rank in range(2)]
-
-    @property
-    def alive(self) -> bool:
-        return all(process.is_alive() for process in self.processes)
-
-    def stop(self) -> None:
-        for end, process in zip(self.ends, self.processes, strict=True):
-            if process.is_alive():
-                end.send(None)
-        for process in self.processes:
-            process.join(10)
-        self.kill()
-
-    def kill(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    made: list[Pair] = []
-
-    def get() -> Pair:
-        if not made or not made[-1].alive:
-            made.append(Pair(tmp_path_factory.mktemp("ranks")))
-        return made[-1]
-
-    yield get
-    for pair in made:
-        pair.stop()
-
-
-@pytest.fixture
-def ranks(pairs):
-    """Call it with a scenario and its arguments: both ranks' results."""
-    return lambda scenario, **arguments: pairs().run(scenario, **arguments)
-
 
 # The oracle: one process, the whole batch -------------------------------------------------
 
@@ -752,6 +655,11 @@ def test_a_checkpoint_of_two_ranks_loads_in_one_process(ranks, tmp_path, how):
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     for key, value in model.state_dict().items():
         assert torch.equal(value, results[0]["state"][key])
+    kept, wanted = get_optimizer_state_dict(model, optimizer), results[0]["optimizer"]
+    assert kept["state"].keys() == wanted["state"].keys()
+    for key, moments in kept["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, wanted["state"][key][name])
     # and training goes on as if one process had done all of it
     losses = worker.train(model, 2, alone=True, optimizer=optimizer)
     twin = worker.tie(worker.build())
