@@ -110,7 +110,8 @@ def parts_of(rule: Rule, axis: int, count: int) -> Parts | Reason:
 
 
 _MIXED = Reason(
-    "the law ties entries of different parts, or does not keep the values of a part side by side."
+    "a part has no law of its own: entries of different parts are tied, or the values that the law "
+    "holds do not lie part by part."
 )
 
 
