@@ -45,9 +45,9 @@ BATCH, LENGTH = 24, 48  # over all processes; 1, 2, 3, 4, 6, 8, 12 or 24 of them
 def text(sentences: int = 400) -> Tensor:
     """Sentences of a small grammar, as numbers of letters."""
     draw = random.Random(0)
-    adjectives = "small old green quiet clever lazy".split()
-    nouns = "cat dog bird child teacher farmer river tree".split()
-    verbs = "sees follows likes hears paints finds".split()
+    adjectives = ["small", "old", "green", "quiet", "clever", "lazy"]
+    nouns = ["cat", "dog", "bird", "child", "teacher", "farmer", "river", "tree"]
+    verbs = ["sees", "follows", "likes", "hears", "paints", "finds"]
 
     def noun() -> str:
         adjective = draw.choice(adjectives) + " " if draw.random() < 0.5 else ""

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 import tiedparam as tp
 from tests.support import ROOT, older_than, with_fsdp2
 from tests.support import distributed_worker as worker
+from tests.support.ranks import torchrun
 from tiedparam.laws import Linked
 
 pytestmark = [
@@ -694,7 +691,7 @@ def test_a_checkpoint_of_one_process_loads_on_two_ranks(ranks, tmp_path, how):
 EXAMPLE = ROOT / "docs" / "examples" / "train_distributed.py"
 
 
-def torchrun(folder: Path, processes: int, wrap: str) -> tuple[list[float], dict]:
+def train_digits(folder: Path, processes: int, wrap: str) -> tuple[list[float], dict]:
     """Run the example as its docs say, in float64. Returns the printed losses and what it saved."""
     script = folder / "in_float64.py"  # where the order of a sum is no excuse
     script.write_text(
@@ -702,25 +699,7 @@ def torchrun(folder: Path, processes: int, wrap: str) -> tuple[list[float], dict
         f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')\n"
     )
     saved = folder / f"{wrap}{processes}.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(script)]
-    command += ["--wrap", wrap, "--epochs", "2", "--save", str(saved)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        printed, _ = process.communicate(timeout=100)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # torchrun and the workers that it started
-        process.wait()
-        raise
-    assert process.returncode == 0, printed
+    printed = torchrun(script, processes, "--wrap", wrap, "--epochs", "2", "--save", str(saved))
     losses = [float(loss) for loss in re.findall(r"^epoch \d+: loss (\S+)$", printed, re.MULTILINE)]
     return losses, torch.load(saved)
 
@@ -729,11 +708,11 @@ def torchrun(folder: Path, processes: int, wrap: str) -> tuple[list[float], dict
 @pytest.mark.timeout(400)  # three launches of 100 s at most
 def test_the_torchrun_example_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
-    losses, dense = torchrun(tmp_path, 1, "ddp")
+    losses, dense = train_digits(tmp_path, 1, "ddp")
     assert len(losses) == 2
     assert losses[1] < losses[0] < 2.31  # below that of a guess, and falling
     for wrap in ("ddp",) if older_than("2.7") else ("ddp", "fsdp"):
-        again, dense_again = torchrun(tmp_path, 2, wrap)
+        again, dense_again = train_digits(tmp_path, 2, wrap)
         assert_close(again, losses, rtol=0, atol=1.5e-5)  # five digits are printed
         assert list(dense_again) == list(dense)
         for key, value in dense.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import tiedparam as tp
-from tests.support import with_fsdp2
+from tests.support import ROOT, older_than, with_fsdp2
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch without gloo", allow_module_level=True)
@@ -20,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from tests.support import parallel_worker as worker
+from tests.support.ranks import torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(150)]
 
@@ -207,3 +210,22 @@ def test_shared_heads_and_hashed_values_train_as_in_one_process(ranks, how):
             assert named.keys() == alone[part].keys()
             for key, value in alone[part].items():
                 assert_close(named[key], value)
+
+
+EXAMPLE = ROOT / "docs" / "examples" / "share_blocks.py"
+
+
+@pytest.mark.feature(
+    "Distributed",
+    "a language model whose blocks share: DDP, FSDP2 in one unit, tensor parallelism, `torchrun`",
+)
+def test_a_model_of_shared_blocks_does_not_depend_on_the_number_of_processes(ranks):
+    losses = worker.example(EXAMPLE).train(None, 10, torch.device("cpu"))
+    assert losses[-1] < 2.9 < 3.33 < losses[0]  # that of a guess is log(28), 3.33
+    printed = torchrun(EXAMPLE, 2, "--wrap", "ddp", "--steps", "10")
+    said = [float(loss) for loss in re.findall(r"^step \d+: loss (\S+)$", printed, re.MULTILINE)]
+    assert said == pytest.approx([losses[0], losses[9]], abs=1e-5)
+    for how in ("tensor",) if older_than("2.7") else ("fsdp", "tensor"):
+        for result in ranks(worker.example_training, script=str(EXAMPLE), how=how):
+            assert result["losses"] == pytest.approx(losses, abs=1e-5)
+            assert result["values"] == result["of one block"]  # one block and the letters

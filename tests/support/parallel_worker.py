@@ -6,7 +6,9 @@ As in `distributed_worker`, every function runs on both ranks and returns plain 
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -395,3 +397,26 @@ def shared_training(how: str) -> dict:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return train(model, lambda step: my_half(sentences(step)))
+
+
+# The example script -----------------------------------------------------------------------
+
+
+def example(script: str | Path):
+    """The script as a module."""
+    found = importlib.util.spec_from_file_location("share_blocks", script)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def example_training(script: str, how: str) -> dict:
+    module, cpu = example(script), torch.device("cpu")
+    model = module.shared_model()
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    rest = (model.letters, model.places, model.norm)
+    return {
+        "losses": module.train(how, 10, cpu),
+        "values": sum(p.numel() for p in module.wrap(model, how, cpu).parameters()),
+        "of one block": block + sum(p.numel() for layer in rest for p in layer.parameters()),
+    }

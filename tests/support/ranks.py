@@ -8,10 +8,16 @@ from __future__ import annotations
 import io
 import multiprocessing
 import multiprocessing.connection
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import torch
 
+from tests.support import ROOT
 from tests.support import distributed_worker as worker
 
 START_S = 90  # importing torch twice on a busy machine
@@ -84,3 +90,26 @@ class Pair:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def torchrun(script: Path, processes: int, *arguments: str) -> str:
+    """Run a script as the docs say, in the script's folder. Returns what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), str(script), *arguments]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    process = subprocess.Popen(
+        command, cwd=script.parent, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        printed, _ = process.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun and the workers that it started
+        process.wait()
+        raise
+    assert process.returncode == 0, printed
+    return printed
