@@ -125,14 +125,17 @@ def _fsdp1() -> tuple[type[nn.Module], ...]:
 def _live_wrappers(parameters: list[Tensor]) -> list[nn.Module]:
     """All wrapped models of this process, or none where none can hold these.
 
-    Looking at every live object takes tens of milliseconds, which tying hundreds of layers
+    Looking at every live object takes a tenth of a second, which tying hundreds of layers
     before wrapping should not cost.
+
+    Args:
+        parameters: of a layer that FSDP has not marked as its own; empty if it has.
     """
     ddp, *fsdp = _wrapper_classes()
-    classes = _with_subclasses(fsdp)
-    if not parameters or any(_may_be_in_ddp(parameter) for parameter in parameters):
-        classes += _with_subclasses([ddp])
-    return _live(classes)
+    if not parameters:
+        return _live(_with_subclasses([ddp, *fsdp]))
+    may_be = any(_may_be_in_ddp(parameter) for parameter in parameters)
+    return _live(_with_subclasses([ddp])) if may_be else []
 
 
 def _live(classes: Sequence[type]) -> list[nn.Module]:
