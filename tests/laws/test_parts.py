@@ -8,9 +8,9 @@ from torch import nn
 
 import tiedparam as tp
 from tests.support.parts import CUTS, MIXED, SIZE
+from tiedparam.laws import Reason
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.parts import Cut, Parts, parts_of
-from tiedparam.util.errors import Reason
 
 
 def tied(law, options, size=SIZE):
