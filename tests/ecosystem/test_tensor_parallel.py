@@ -170,7 +170,7 @@ def test_values_in_parts_are_read_written_and_saved(ranks, tmp_path):
         "model": other.state_dict(),
         "optimizer": get_optimizer_state_dict(other, other_optimizer),
     }
-    dcp.load(state, checkpoint_id=tmp_path / "two", no_dist=True)
+    dcp.load(state, checkpoint_id=tmp_path / "two")
     moments = get_optimizer_state_dict(alone, optimizer)
     for key, value in alone.state_dict().items():
         assert torch.equal(state["model"][key], results[0]["state"][key])
@@ -184,7 +184,7 @@ def test_values_in_parts_are_read_written_and_saved(ranks, tmp_path):
 
     # and one to two
     state["optimizer"] = get_optimizer_state_dict(other, other_optimizer)
-    dcp.save(state, checkpoint_id=tmp_path / "one", no_dist=True)
+    dcp.save(state, checkpoint_id=tmp_path / "one")
     other(worker.words(2)).square().mean().backward()
     other_optimizer.step()
     for result in ranks(worker.resumed_in_parts, folder=str(tmp_path / "one")):
