@@ -1,22 +1,13 @@
 """Two ranks on one machine, over gloo: each scenario against one process and the whole batch.
 
-The two processes are started once and asked for one scenario of `distributed_worker` after
-another. What hangs or fails is killed, and the next test starts a fresh pair.
+The two processes are asked for one scenario of `distributed_worker` after another.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
-import io
-import multiprocessing
-import multiprocessing.connection
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 import tiedparam as tp
 from tests.support import ROOT, older_than, with_fsdp2
 from tests.support import distributed_worker as worker
+from tests.support.ranks import torchrun
 from tiedparam.laws import Linked
 
 pytestmark = [
@@ -44,98 +36,6 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("ignore:.*torch.distributed.*:FutureWarning"),
 ]
-
-START_S = 90  # importing torch twice on a busy machine
-ANSWER_S = 60
-
-
-class Pair:
-    """Two rank processes, and the way to ask both for a scenario."""
-
-    def __init__(self, folder) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.ends, self.processes = [], []
-        for rank in range(2):
-            here, there = context.Pipe()
-            process = context.Process(
-                target=worker.serve, args=(rank, str(folder / "meeting"), there), daemon=True
-            )
-            process.start()
-            there.close()
-            self.ends.append(here)
-            self.processes.append(process)
-        self.asked = False
-
-    def run(self, scenario, **arguments) -> list[dict]:
-        """The results of both ranks. A failure or a hang ends both processes."""
-        try:
-            for end in self.ends:
-                end.send((scenario.__name__, arguments))
-            return self._answers(ANSWER_S if self.asked else START_S)
-        except BaseException:
-            self.kill()
-            raise
-        finally:
-            self.asked = True
-
-    def _answers(self, patience: float) -> list[dict]:
-        waiting, answers, errors = dict(enumerate(self.ends)), {}, []
-        deadline = time.monotonic() + patience
-        while waiting:
-            ready = multiprocessing.connection.wait(
-                waiting.values(), max(0.0, deadline - time.monotonic())
-            )
-            if not ready:
-                break
-            for rank, end in list(waiting.items()):
-                if end in ready:
-                    del waiting[rank]
-                    answer = torch.load(io.BytesIO(end.recv_bytes()))
-                    answers[rank] = answer.get("result")
-                    if "error" in answer:
-                        errors.append(f"rank {rank}: {answer['error']}")
-                        deadline = min(deadline, time.monotonic() + 5)  # the other may hang
-        assert not errors, "\n".join(errors)
-        assert not waiting, f"no answer of ranks {sorted(waiting)} in {patience} s"
-        return [answers[rank] for rank in range(2)]
-
-    @property
-    def alive(self) -> bool:
-        return all(process.is_alive() for process in self.processes)
-
-    def stop(self) -> None:
-        for end, process in zip(self.ends, self.processes, strict=True):
-            if process.is_alive():
-                end.send(None)
-        for process in self.processes:
-            process.join(10)
-        self.kill()
-
-    def kill(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    made: list[Pair] = []
-
-    def get() -> Pair:
-        if not made or not made[-1].alive:
-            made.append(Pair(tmp_path_factory.mktemp("ranks")))
-        return made[-1]
-
-    yield get
-    for pair in made:
-        pair.stop()
-
-
-@pytest.fixture
-def ranks(pairs):
-    """Call it with a scenario and its arguments: both ranks' results."""
-    return lambda scenario, **arguments: pairs().run(scenario, **arguments)
-
 
 # The oracle: one process, the whole batch -------------------------------------------------
 
@@ -809,6 +709,11 @@ def test_a_checkpoint_of_two_ranks_loads_in_one_process(ranks, tmp_path, how):
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     for key, value in model.state_dict().items():
         assert torch.equal(value, results[0]["state"][key])
+    kept, wanted = get_optimizer_state_dict(model, optimizer), results[0]["optimizer"]
+    assert kept["state"].keys() == wanted["state"].keys()
+    for key, moments in kept["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, wanted["state"][key][name])
     # and training goes on as if one process had done all of it
     losses = worker.train(model, 2, alone=True, optimizer=optimizer)
     twin = worker.tie(worker.build())
@@ -843,7 +748,7 @@ def test_a_checkpoint_of_one_process_loads_on_two_ranks(ranks, tmp_path, how):
 EXAMPLE = ROOT / "docs" / "examples" / "train_distributed.py"
 
 
-def torchrun(folder: Path, processes: int, wrap: str) -> tuple[list[float], dict]:
+def train_digits(folder: Path, processes: int, wrap: str) -> tuple[list[float], dict]:
     """Run the example as its docs say, in float64. Returns the printed losses and what it saved."""
     script = folder / "in_float64.py"  # where the order of a sum is no excuse
     script.write_text(
@@ -851,25 +756,7 @@ def torchrun(folder: Path, processes: int, wrap: str) -> tuple[list[float], dict
         f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')\n"
     )
     saved = folder / f"{wrap}{processes}.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(script)]
-    command += ["--wrap", wrap, "--epochs", "2", "--save", str(saved)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        printed, _ = process.communicate(timeout=100)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # torchrun and the workers that it started
-        process.wait()
-        raise
-    assert process.returncode == 0, printed
+    printed = torchrun(script, processes, "--wrap", wrap, "--epochs", "2", "--save", str(saved))
     losses = [float(loss) for loss in re.findall(r"^epoch \d+: loss (\S+)$", printed, re.MULTILINE)]
     return losses, torch.load(saved)
 
@@ -878,11 +765,11 @@ def torchrun(folder: Path, processes: int, wrap: str) -> tuple[list[float], dict
 @pytest.mark.timeout(400)  # three launches of 100 s at most
 def test_the_torchrun_example_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
-    losses, dense = torchrun(tmp_path, 1, "ddp")
+    losses, dense = train_digits(tmp_path, 1, "ddp")
     assert len(losses) == 2
     assert losses[1] < losses[0] < 2.31  # below that of a guess, and falling
     for wrap in ("ddp",) if older_than("2.7") else ("ddp", "fsdp"):
-        again, dense_again = torchrun(tmp_path, 2, wrap)
+        again, dense_again = train_digits(tmp_path, 2, wrap)
         assert_close(again, losses, rtol=0, atol=1.5e-5)  # five digits are printed
         assert list(dense_again) == list(dense)
         for key, value in dense.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import importlib
 import io
 import os
 import pickle
@@ -758,7 +759,8 @@ def save_training(folder: str, how: str) -> dict:
         "optimizer": get_optimizer_state_dict(model, optimizer),
     }
     dcp.save(state, checkpoint_id=folder)
-    return outcome(model, losses)
+    moments = get_optimizer_state_dict(model, optimizer, options=FULL)
+    return {**outcome(model, losses), "optimizer": moments}
 
 
 def resume_training(folder: str, how: str) -> dict:
@@ -791,9 +793,10 @@ def serve(rank: int, meeting: str, connection) -> None:
         timeout=timedelta(seconds=40),
     )
     while (request := connection.recv()) is not None:
-        name, arguments = request
+        module, name, arguments = request
         try:
-            answer = {"result": globals()[name](**arguments)}
+            scenario = getattr(importlib.import_module(module), name)
+            answer = {"result": scenario(**arguments)}
         except BaseException:
             answer = {"error": traceback.format_exc()}
         content = io.BytesIO()

@@ -189,7 +189,7 @@ class FrozenWeight:
                 raise TieError(
                     f"cannot freeze {where}",
                     "it is sharded.",
-                    "Freeze the model before fully_shard.",
+                    "Freeze the model before fully_shard or parallelize_module.",
                 )
         self.weight: Tensor = self._compute()
         self.hooks: list[Any] = []

@@ -328,6 +328,10 @@ class Rule(nn.Module, metaclass=OwnMembers):
         other.layout = layout
         return other
 
+    def part(self, axis: int, parts: int, number: int) -> Rule | None:
+        """The law of a slice of the weight, one of ``parts`` along an axis, or None; unbound."""
+        return self
+
     def bind_shape(self, weight: Tensor) -> None:
         """Bind a rule that was given to torch directly, to the canonical layout.
 

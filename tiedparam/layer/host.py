@@ -17,7 +17,7 @@ from __future__ import annotations
 import abc
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 
 from tiedparam.compute.forward import cheap_forward
 from tiedparam.compute.frozen import refuse_if_frozen, refuse_training_forward
-from tiedparam.layer import recurrent
+from tiedparam.layer import parallel, recurrent
 from tiedparam.layer.parameter_order import insert_parameter, plain_parameter
 from tiedparam.layer.tensor_property import inside, set_tensor, tensor_property
 from tiedparam.layer.values import reset_parameters
@@ -35,7 +35,7 @@ from tiedparam.state import loading
 from tiedparam.tie import owner
 from tiedparam.tie.lookup import ties_in
 from tiedparam.tie.record import make_record
-from tiedparam.tie.torch_callers import refuse_quantization
+from tiedparam.tie.torch_callers import is_distribution, refuse_quantization
 from tiedparam.util.callers import caller
 from tiedparam.util.errors import TieError, describe, extra_repr
 from tiedparam.util.parametrized import parametrization_lists
@@ -250,6 +250,17 @@ class TiedLayer(nn.Module):
             self.register_parameter(name, tensor)
         else:
             self.tied_stock.register_buffer(self, name, tensor, persistent)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The layer and what is in it; to tensor parallelism a stock layer that it is to cut."""
+        if not torch.compiler.is_compiling() and is_distribution(caller()):
+            return parallel.parts_to_cut(self, self.tied_stock, memo, prefix)
+        stock: Any = self.tied_stock
+        found: Iterator[tuple[str, nn.Module]]
+        found = stock.named_modules(self, memo, prefix, remove_duplicate)
+        return found
 
     # State ------------------------------------------------------------------------------
 

@@ -123,7 +123,7 @@ def _despite(
 def _sharded_weight(layer: nn.Module, name: str, weight: Tensor, inside: bool) -> Tensor:
     """A weight under ``fully_shard`` is a DTensor, whose class the write guard cannot take."""
     tie = find_tie(layer, name)
-    if tie is not None and tie.rule.reads_layers:
+    if tie is not None and tie.rule.reads_layers and tie.record.split is None:
         own = [parameter for parameter in parameters_of(layer).values() if parameter is not None]
         if inside or not all(is_sharded(parameter) for parameter in own):
             refuse_separate_source(tie)

@@ -132,7 +132,8 @@ def _fit(
     given = settings.is_filled_later or settings.values is not None
     raise_if(place, None if given else why_not_alone(made))
     if any(is_sharded(effective(*source)) for source in made.sources()):
-        raise TieError(place, "its source is sharded already.", "Tie before fully_shard.")
+        remedy = "Tie before fully_shard or parallelize_module."
+        raise TieError(place, "its source is sharded already.", remedy)
     if settings.is_filled_later:
         found: InitialValues | Reason = blank_values(made, weight)
     elif settings.values is not None:

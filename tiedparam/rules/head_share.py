@@ -82,6 +82,14 @@ class HeadShare(Broadcast):
         heads = (self.groups, self.heads // self.groups, rows // self.heads)
         return Blocks(heads, tuple(rest), shared=(1,))
 
+    def part(self, axis: int, parts: int, number: int) -> HeadShare | None:
+        """Of the rows, a slice has whole groups of heads, or heads of the one that there is."""
+        if axis:
+            return self
+        if self.heads % parts or (self.groups > 1 and self.groups % parts):
+            return None
+        return HeadShare(self.heads // parts, max(1, self.groups // parts))
+
     @classmethod
     def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
         """None: a layer does not say how many heads its rows are."""

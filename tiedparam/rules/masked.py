@@ -200,6 +200,10 @@ class Masked(OnMask):
                 self._blocks_of_mask = _blocks_of(self.free_entries)
         return reason
 
+    def part(self, axis: int, parts: int, number: int) -> Masked:
+        """The same with a slice of the mask."""
+        return Masked(mask=self.free_entries.chunk(parts, axis)[number])
+
     def symmetries(self, weight: Tensor) -> Iterable[Tensor]:
         """The weight with zeros off the mask."""
         yield torch.where(self.free_entries.to(weight.device), weight, torch.zeros_like(weight))

@@ -74,6 +74,12 @@ class RowRepeat(Broadcast):
         shape = self.bound_layout.canonical_shape
         return repeated(shape, shape[0] // self.groups, "block")
 
+    def part(self, axis: int, parts: int, number: int) -> RowRepeat | None:
+        """Of the rows, a slice has as many blocks fewer, or lies within the one that there is."""
+        if axis or self.groups == 1:
+            return self
+        return RowRepeat(self.groups // parts) if self.groups % parts == 0 else None
+
     @classmethod
     def variants(cls, layout: Layout) -> Sequence[dict[str, Any]]:
         """One row for all outputs; one for every group of a grouped convolution."""

@@ -34,7 +34,8 @@ from tiedparam.state.together import fitted_in_load, why_alone
 from tiedparam.tie.lookup import find_tie, origins, ties_in
 from tiedparam.tie.record import Tie
 from tiedparam.tie.sources import chain, depth
-from tiedparam.tie.torch_callers import refuse_loading_by_key
+from tiedparam.tie.stages import is_cutting, refuse_cut
+from tiedparam.tie.torch_callers import beyond_modules, refuse_loading_by_key
 from tiedparam.tie.write_guard import unguard
 from tiedparam.util.bits import same_bits
 from tiedparam.util.callers import caller
@@ -156,7 +157,14 @@ def _project(
 def sign(layer: nn.Module, destination: Any, prefix: str) -> None:
     """Note rule and options in the state dict's metadata; no key is added (S28)."""
     ties = ties_in(layer)
-    refuse_loading_by_key(layer, [prefix + tie.tensor_name for tie in ties], caller())
+    asker = beyond_modules(caller())
+    if asker is not None:
+        refuse_loading_by_key(layer, [prefix + tie.tensor_name for tie in ties], asker)
+        if is_cutting(asker):
+            for tie in ties:
+                if tie.rule.reads_layers:
+                    behind = origins(layer, tie.tensor_name)
+                    refuse_cut(prefix + tie.tensor_name, tie.rule, behind, asker)
     metadata = metadata_of(destination)
     if metadata is not None:
         signatures = {tie.tensor_name: str(tie.rule) for tie in ties}

@@ -20,6 +20,8 @@ from tiedparam.laws.layout import Layout, declare_shape
 from tiedparam.tie.computed_source import recompute, why_computed
 from tiedparam.tie.offloaded import can_be_loaded, loaded
 from tiedparam.tie.parameter_paths import Places
+from tiedparam.tie.split import ALIKE
+from tiedparam.tie.stages import refuse_other_stage
 from tiedparam.tie.whereabouts import Whereabouts
 from tiedparam.tie.wrapped import refuse_other_unit
 from tiedparam.util.errors import TieError, describe_layer, key_of, quoted
@@ -178,7 +180,7 @@ class Reading:
         return read
 
     def apart(self, rule: Linked, number: int) -> TieError:
-        """The error of a source that only the unit of another layer gathers (S31)."""
+        """The error of a source of which only a part is here, while the layer is whole (S31)."""
         source, place = list(rule.sources())[number], self.places[number]
         if place.common_root is None:
             where, named, pair = f"a '{rule}' tie", _named(source), "source_layer, layer"
@@ -187,12 +189,22 @@ class Reading:
             own, tied = tensor_at(".".join(place.to_values), "")
             where = f"cannot compute {quoted(key_of(own, tied))} by '{rule}'"
             named, pair = f"its source {quoted(key_of(holder, name))}", f"{holder}, {own}"
+        if not is_managed_by_fsdp(source[0]):
+            return TieError(where, f"{named} is parallelized, and the layer is not.", ALIKE)
         fact = f"{named} belongs to another fully_shard unit, and only a part of it is here."
         remedy = f"Put both into one unit, with fully_shard([{pair}]) or by sharding only a module "
         return TieError(where, fact, f"{remedy}that holds both.")
 
     def read_all(self, rule: Linked) -> list[Tensor]:
-        """The tensors of all sources.
+        """The tensors of all sources, gathered where they are sharded.
+
+        Raises:
+            TieError: if one is not what it was.
+        """
+        return [cast(Tensor, gathered(tensor)) for tensor in self.present(rule)]
+
+    def present(self, rule: Linked) -> list[Tensor]:
+        """The tensors of all sources, as they are.
 
         Raises:
             TieError: if one is not what it was.
@@ -220,6 +232,7 @@ class Reading:
             if is_managed_by_fsdp(source) and not place.in_unit:
                 refuse_other_unit(rule, self._values(), source, place)
                 place.in_unit = True
+            refuse_other_stage(rule, self._values(), source, place)
             if "diffusers" in sys.modules:
                 place.refuse_on_disk(source, rule)
         present = tensor_of(source, name)
@@ -230,7 +243,7 @@ class Reading:
         if present is None:
             fact = f"the source {describe_layer(source)} of a '{rule}' tie has lost its '{name}'."
             raise TieError(f"a '{rule}' tie", fact, _renewal(rule))
-        return cast(Tensor, gathered(present))
+        return present
 
     def of_clone(self, values: nn.Module, rule: Linked) -> Reading:
         """That of ``values``, which a shallow clone has put in the place of our own list (S43).

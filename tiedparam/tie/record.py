@@ -23,6 +23,7 @@ from tiedparam.laws.coded import data_of
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.marks import carry_marks
 from tiedparam.tie.reading import Reading
+from tiedparam.tie.split import Split
 from tiedparam.util.errors import TieError, describe
 from tiedparam.util.torch_private import effective, original_key, through
 
@@ -37,12 +38,14 @@ class TiedList(parametrize.ParametrizationList):
         computing: how the layer computes with it, if not densely.
         residual_at_tying: how far the weight was from the law then; None if unknown.
         reading: how other layers are read, for a law that does.
+        split: how ranks share the tensor, under tensor parallelism.
     """
 
     kept: Any = None
     computing: Any = None
     residual_at_tying: float | None = None
     reading: Reading | None = None
+    split: Split | None = None
 
     def append(self, module: nn.Module) -> TiedList:
         """Stack a parametrization on the tie.
@@ -78,6 +81,8 @@ class TiedList(parametrize.ParametrizationList):
     def forward(self) -> Tensor:
         """What torch's own gives, without looking for each number as an attribute."""
         originals = self._parameters.values()
+        if self.split is not None:
+            return self._in_parts(self.split)
         if len(originals) != self.ntensors or self.is_tensor:
             return super().forward()  # a replica of nn.DataParallel, say
         if self.reading is None:
@@ -85,6 +90,15 @@ class TiedList(parametrize.ParametrizationList):
         # by the tables: this runs at every call
         law, *stacked = self._modules.values()
         weight = self.own_reading().compute(law, originals)  # type: ignore[arg-type]
+        for module in stacked:
+            weight = module(weight)
+        return weight
+
+    def _in_parts(self, split: Split) -> Tensor:
+        """The tensor, of which every rank computes its part."""
+        _, *stacked = self._modules.values()
+        sources = self.own_reading().present(self.law) if self.reading is not None else ()
+        weight = split.weight(self._parameters.values(), sources)
         for module in stacked:
             weight = module(weight)
         return weight

@@ -16,6 +16,7 @@ from types import FrameType
 
 from torch import nn
 
+from tiedparam.util.callers import module_of
 from tiedparam.util.errors import TieError, describe, describe_layer
 
 
@@ -25,19 +26,34 @@ def is_stock_forward(reader: FrameType) -> bool:
     So do attention and Transformer encoders. They never write into it, and their fast paths
     take no tensor subclass.
     """
-    return reader.f_code.co_name == "forward" and _module(reader).startswith("torch.nn.modules.")
+    return reader.f_code.co_name == "forward" and module_of(reader).startswith("torch.nn.modules.")
 
 
 def is_removal(reader: FrameType) -> bool:
     """Whether ``parametrize.remove_parametrizations`` reads the value that the tensor will keep."""
     return reader.f_code.co_name == "remove_parametrizations" and (
-        _module(reader) == "torch.nn.utils.parametrize"
+        module_of(reader) == "torch.nn.utils.parametrize"
     )
 
 
 def is_swap(reader: FrameType) -> bool:
     """Whether ``torch.utils.swap_tensors`` asks a tensor for its uses, before it swaps anything."""
-    return reader.f_code.co_name == "check_use_count" and _module(reader) == "torch.utils"
+    return reader.f_code.co_name == "check_use_count" and module_of(reader) == "torch.utils"
+
+
+def is_distribution(asker: FrameType) -> bool:
+    """Whether ``distribute_module``, by which torch's parallel styles cut layers, asks for modules.
+
+    It may be given a model that holds the layer, which then asks for the layer's.
+    """
+    frame: FrameType | None = asker
+    while frame is not None and frame.f_code.co_name in ("named_modules", "parts_to_cut"):
+        frame = frame.f_back
+    return (
+        frame is not None
+        and frame.f_code.co_name == "distribute_module"
+        and module_of(frame).startswith("torch.distributed.tensor")
+    )
 
 
 def refuse_old_reparametrization(layer: nn.Module, tensor_name: str, reader: FrameType) -> None:
@@ -45,9 +61,9 @@ def refuse_old_reparametrization(layer: nn.Module, tensor_name: str, reader: Fra
     tools = ("torch.nn.utils.weight_norm", "torch.nn.utils.prune")
     # their hooks may read a tied tensor: that of the Parameter which they made, tied later
     hooks = ("compute_weight", "apply_mask")
-    if _module(reader) in tools and reader.f_code.co_name not in hooks:
+    if module_of(reader) in tools and reader.f_code.co_name not in hooks:
         raise TieError(
-            f"cannot use {_module(reader)} on the tied {describe(layer, tensor_name)}",
+            f"cannot use {module_of(reader)} on the tied {describe(layer, tensor_name)}",
             "it replaces the Parameter, and the tensor is computed.",
             "Call remove_tie first, or stack a parametrization on the tie "
             "(torch.nn.utils.parametrizations.spectral_norm works).",
@@ -56,7 +72,7 @@ def refuse_old_reparametrization(layer: nn.Module, tensor_name: str, reader: Fra
 
 def refuse_functional_call(layer: nn.Module, tensor_name: str, writer: FrameType) -> None:
     """Raise if ``torch.func.functional_call`` was given a tied tensor under its dense key."""
-    if _module(writer) == "torch.nn.utils._named_member_accessor":
+    if module_of(writer) == "torch.nn.utils._named_member_accessor":
         where = describe(layer, tensor_name)
         raise TieError(
             where,
@@ -71,7 +87,7 @@ def refuse_quantization(layer: nn.Module, writer: FrameType) -> None:
 
     It would convert by the stock class's recipe, which takes that very class only.
     """
-    if _module(writer).startswith("torch.ao.quantization"):
+    if module_of(writer).startswith("torch.ao.quantization"):
         where = describe_layer(layer)
         raise TieError(
             where,
@@ -80,22 +96,27 @@ def refuse_quantization(layer: nn.Module, writer: FrameType) -> None:
         )
 
 
-def refuse_loading_by_key(layer: nn.Module, keys: list[str], reader: FrameType) -> None:
+def beyond_modules(reader: FrameType) -> FrameType | None:
+    """Who asked a model for its state, which then asked the layers within for theirs."""
+    caller: FrameType | None = reader
+    while caller is not None and module_of(caller) in (
+        "torch.nn.modules.module",
+        "tiedparam.layer.host",
+    ):
+        caller = caller.f_back
+    return caller
+
+
+def refuse_loading_by_key(layer: nn.Module, keys: list[str], asker: FrameType) -> None:
     """Raise if accelerate is about to pass over the dense entries of a tied layer (S46).
 
     With ``device_map=`` its ``load_checkpoint_in_model`` asks for the model's keys, and then
     sets each tensor of its files under its key. A tied tensor has no dense key in the model.
     """
-    caller: FrameType | None = reader
-    while caller is not None and _module(caller) in (
-        "torch.nn.modules.module",
-        "tiedparam.layer.host",
-    ):
-        caller = caller.f_back
-    if caller is None or caller.f_code.co_name != "load_checkpoint_in_model":
+    if asker.f_code.co_name != "load_checkpoint_in_model":
         return
-    given = caller.f_locals
-    if not _module(caller).startswith("accelerate.") or given.get("device_map") is None:
+    given = asker.f_locals
+    if not module_of(asker).startswith("accelerate.") or given.get("device_map") is None:
         return
     for file in given.get("checkpoint_files") or ():
         passed_over = [key for key in keys if key in _keys_of(file)]
@@ -126,7 +147,3 @@ def _keys_at(file: str, *version: int) -> Collection[str]:
         return frozenset(StoredCheckpoint(file))
     except TieError:  # accelerate will say what is wrong with it
         return ()
-
-
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", ""))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -38,6 +39,7 @@ class Whereabouts:
 
     Attributes:
         in_unit: whether FSDP1 was seen to hold both ends in one unit.
+        stage: the pipeline stage that was seen to hold both.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Whereabouts:
         self.to_source: tuple[str, ...] = to_source
         self.to_values: tuple[str, ...] = to_values
         self.in_unit = False
+        self.stage: Any = None
         self._warned = False
 
     @classmethod

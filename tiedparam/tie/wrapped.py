@@ -1,4 +1,4 @@
-"""Models that DDP, FSDP1 or ``fully_shard`` has taken over: tying or untying comes too late.
+"""Models that DDP, FSDP or ``parallelize_module`` has taken over: tying or untying comes too late.
 
 They look at the parameters once, when they wrap a model. A parameter that a tie makes later
 is unknown to them: its gradient is not averaged, and the ranks drift apart (S34, S35). And a copy
@@ -58,7 +58,8 @@ def why_wrapped(
             f"{verb} before wrapping: drop the wrapper, {verb.lower()} its .module, and wrap that "
             "again.",
         )
-    return Reason("it is sharded already.", f"{verb} before fully_shard.")
+    engine = "fully_shard" if is_managed_by_fsdp(layer) else "fully_shard or parallelize_module"
+    return Reason("it is sharded already.", f"{verb} before {engine}.")
 
 
 def refuse_other_unit(
@@ -127,14 +128,17 @@ def _fsdp1() -> tuple[type[nn.Module], ...]:
 def _live_wrappers(parameters: list[Tensor]) -> list[nn.Module]:
     """All wrapped models of this process, or none where none can hold these.
 
-    Looking at every live object takes tens of milliseconds, which tying hundreds of layers
+    Looking at every live object takes a tenth of a second, which tying hundreds of layers
     before wrapping should not cost.
+
+    Args:
+        parameters: of a layer that FSDP has not marked as its own; empty if it has.
     """
     ddp, *fsdp = _wrapper_classes()
-    classes = _with_subclasses(fsdp)
-    if not parameters or any(_may_be_in_ddp(parameter) for parameter in parameters):
-        classes += _with_subclasses([ddp])
-    return _live(classes)
+    if not parameters:
+        return _live(_with_subclasses([ddp, *fsdp]))
+    may_be = any(_may_be_in_ddp(parameter) for parameter in parameters)
+    return _live(_with_subclasses([ddp])) if may_be else []
 
 
 def _live(classes: Sequence[type]) -> list[nn.Module]:

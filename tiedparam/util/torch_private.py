@@ -211,7 +211,7 @@ def effective(layer: nn.Module, tensor_name: str) -> Tensor:
     if values is None:
         return cast(Tensor, getattr(layer, tensor_name))
     for original in values._parameters.values():
-        if is_sharded(original):
+        if is_sharded(original) and values.__dict__.get("split") is None:
             return _computed_whole(values)
     return cast(Tensor, values())
 
