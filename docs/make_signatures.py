@@ -61,7 +61,7 @@ def rules_imports() -> str:
 
 
 def options_classes() -> str:
-    """For each rule with options: these, and these with all that `register_tie` takes itself."""
+    """For each rule with options: these, and these with all that `register_tie` takes alone."""
     names = "".join(f'    "{name}",\n' for name in shipped_rules())  # a line each: never too long
     parts = [f'KnownName = Literal[\n{names}]\n"""The names of the library\'s own rules."""']
     for name, rule in shipped_rules().items():
@@ -69,20 +69,20 @@ def options_classes() -> str:
         if fields:
             options, tie = options_names(rule)
             parts.append(
-                f"class {options}(TypedDict, total=False):\n"
+                f"class {options}(Place, total=False):\n"
                 f'    """The options of ``{name}``."""\n\n' + "\n".join(fields)
             )
             parts.append(
-                f"class {tie}(TieArguments, {options}, total=False):\n"
+                f"class {tie}(TieAlone, {options}, total=False):\n"
                 f'    """All that `register_tie` takes by name for ``{name}``."""'
             )
     return "\n\n\n".join(parts) + "\n\n"
 
 
 def options_names(rule: type[tp.Rule]) -> tuple[str, str]:
-    """What the classes of a rule's options are called: alone, and for `register_tie`."""
+    """What the classes of a rule's options are called: for `residual`, and for `register_tie`."""
     if not inspect.signature(rule).parameters:
-        return "", "TieArguments"
+        return "Place", "TieArguments"
     return f"{rule.__name__}Options", f"{rule.__name__}Tie"
 
 
@@ -142,19 +142,14 @@ def residual_overloads() -> str:
     """The overloads of `residual` for names."""
     parts = []
     for name, rule in shipped_rules().items():
-        options = options_names(rule)[0]
         parts.append(
             "@overload\n"
             "def residual(\n"
             "    layer: nn.Module,\n"
             f'    rule: Literal["{name}"],\n'
             "    tensor_name: str = ...,\n"
-            "    *,\n"
-            "    root: nn.Module | None = ...,\n"
-            "    rows: Range | None = ...,\n"
-            "    columns: Range | None = ...,\n"
-            + (f"    **options: Unpack[rule_options.{options}],\n" if options else "")
-            + ") -> float: ..."
+            f"    **options: Unpack[rule_options.{options_names(rule)[0]}],\n"
+            ") -> float: ..."
         )
     return "\n".join(parts)
 

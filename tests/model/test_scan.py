@@ -86,7 +86,7 @@ def test_every_variant_of_every_rule_can_be_made():
     ]
     # what they say cannot be guessed, or is said by another name
     of_users = {"fixed", "index", "joint", "orbit", "within", "block_circulant", "head_share"}
-    of_users |= {"hashed", "symmetric", "skew"}
+    of_users |= {"cluster", "hashed", "symmetric", "skew"}
     for name, kind in tp.available_rules().items():
         for layout in layouts:
             variants = kind.variants(layout)

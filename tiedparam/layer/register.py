@@ -61,6 +61,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["cluster"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.ClusterTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["copy"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.CopyTie],

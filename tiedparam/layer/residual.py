@@ -28,10 +28,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["block_circulant"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.BlockCirculantOptions],
 ) -> float: ...
 @overload
@@ -39,10 +35,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["centrosymmetric"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.CentrosymmetricOptions],
 ) -> float: ...
 @overload
@@ -50,10 +42,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["channel_shared"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.ChannelSharedOptions],
 ) -> float: ...
 @overload
@@ -61,21 +49,20 @@ def residual(
     layer: nn.Module,
     rule: Literal["circulant"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.CirculantOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
+    rule: Literal["cluster"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.ClusterOptions],
 ) -> float: ...
 @overload
 def residual(
     layer: nn.Module,
     rule: Literal["copy"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.CopyOptions],
 ) -> float: ...
 @overload
@@ -83,10 +70,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["fixed"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.FixedOptions],
 ) -> float: ...
 @overload
@@ -94,10 +77,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["flip_sym"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.FlipSymOptions],
 ) -> float: ...
 @overload
@@ -105,10 +84,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["group_conv"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.GroupConvOptions],
 ) -> float: ...
 @overload
@@ -116,10 +91,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["hankel"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.HankelOptions],
 ) -> float: ...
 @overload
@@ -127,10 +98,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["hashed"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.HashedOptions],
 ) -> float: ...
 @overload
@@ -138,10 +105,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["head_share"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.HeadShareOptions],
 ) -> float: ...
 @overload
@@ -149,10 +112,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["hypercomplex"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.HypercomplexOptions],
 ) -> float: ...
 @overload
@@ -160,10 +119,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["index"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.IndexOptions],
 ) -> float: ...
 @overload
@@ -171,10 +126,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["joint"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.JointOptions],
 ) -> float: ...
 @overload
@@ -182,10 +133,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["kernel_symmetry"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.KernelSymmetryOptions],
 ) -> float: ...
 @overload
@@ -193,10 +140,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["masked"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.MaskedOptions],
 ) -> float: ...
 @overload
@@ -204,10 +147,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["orbit"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.OrbitOptions],
 ) -> float: ...
 @overload
@@ -215,20 +154,13 @@ def residual(
     layer: nn.Module,
     rule: Literal["persymmetric"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
+    **options: Unpack[rule_options.Place],
 ) -> float: ...
 @overload
 def residual(
     layer: nn.Module,
     rule: Literal["repeat"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.RepeatOptions],
 ) -> float: ...
 @overload
@@ -236,10 +168,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["reverse_complement"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.ReverseComplementOptions],
 ) -> float: ...
 @overload
@@ -247,10 +175,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["row_repeat"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.RowRepeatOptions],
 ) -> float: ...
 @overload
@@ -258,10 +182,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["set_equivariant"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.SetEquivariantOptions],
 ) -> float: ...
 @overload
@@ -269,10 +189,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["skew"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.SkewOptions],
 ) -> float: ...
 @overload
@@ -280,10 +196,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["squared_copy"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.SquaredCopyOptions],
 ) -> float: ...
 @overload
@@ -291,10 +203,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["symmetric"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.SymmetricOptions],
 ) -> float: ...
 @overload
@@ -302,10 +210,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["toeplitz"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.ToeplitzOptions],
 ) -> float: ...
 @overload
@@ -313,10 +217,6 @@ def residual(
     layer: nn.Module,
     rule: Literal["within"],
     tensor_name: str = ...,
-    *,
-    root: nn.Module | None = ...,
-    rows: Range | None = ...,
-    columns: Range | None = ...,
     **options: Unpack[rule_options.WithinOptions],
 ) -> float: ...
 # end

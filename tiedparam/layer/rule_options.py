@@ -17,16 +17,25 @@ from tiedparam.laws.block import Range
 from tiedparam.layer.checks import Init
 
 
-class TieArguments(TypedDict, total=False):
-    """What `register_tie` itself takes by name, whatever the rule."""
+class Place(TypedDict, total=False):
+    """What `register_tie` and `residual` take by name, whatever the rule."""
+
+    root: nn.Module | None
+    rows: Range | None
+    columns: Range | None
+
+
+class TieAlone(TypedDict, total=False):
+    """What `register_tie` takes besides."""
 
     init: Init
     max_residual: float | None
     cache: bool
     optimizer: Optimizer | Iterable[Optimizer] | None
-    root: nn.Module | None
-    rows: Range | None
-    columns: Range | None
+
+
+class TieArguments(TieAlone, Place, total=False):
+    """All that `register_tie` itself takes by name, whatever the rule."""
 
 
 # begin: by python docs/make_signatures.py
@@ -35,6 +44,7 @@ KnownName = Literal[
     "centrosymmetric",
     "channel_shared",
     "circulant",
+    "cluster",
     "copy",
     "fixed",
     "flip_sym",
@@ -62,49 +72,63 @@ KnownName = Literal[
 """The names of the library's own rules."""
 
 
-class BlockCirculantOptions(TypedDict, total=False):
+class BlockCirculantOptions(Place, total=False):
     """The options of ``block_circulant``."""
 
     block: Required[int]
     compute: Literal["auto", "dense", "fft"]
 
 
-class BlockCirculantTie(TieArguments, BlockCirculantOptions, total=False):
+class BlockCirculantTie(TieAlone, BlockCirculantOptions, total=False):
     """All that `register_tie` takes by name for ``block_circulant``."""
 
 
-class CentrosymmetricOptions(TypedDict, total=False):
+class CentrosymmetricOptions(Place, total=False):
     """The options of ``centrosymmetric``."""
 
     compute: Literal["auto", "dense", "halves", "turned"]
 
 
-class CentrosymmetricTie(TieArguments, CentrosymmetricOptions, total=False):
+class CentrosymmetricTie(TieAlone, CentrosymmetricOptions, total=False):
     """All that `register_tie` takes by name for ``centrosymmetric``."""
 
 
-class ChannelSharedOptions(TypedDict, total=False):
+class ChannelSharedOptions(Place, total=False):
     """The options of ``channel_shared``."""
 
     over: Literal["in", "out", "all", "groups"]
     compute: Literal["auto", "dense", "reduced", "windows"]
 
 
-class ChannelSharedTie(TieArguments, ChannelSharedOptions, total=False):
+class ChannelSharedTie(TieAlone, ChannelSharedOptions, total=False):
     """All that `register_tie` takes by name for ``channel_shared``."""
 
 
-class CirculantOptions(TypedDict, total=False):
+class CirculantOptions(Place, total=False):
     """The options of ``circulant``."""
 
     compute: Literal["auto", "dense", "fft"]
 
 
-class CirculantTie(TieArguments, CirculantOptions, total=False):
+class CirculantTie(TieAlone, CirculantOptions, total=False):
     """All that `register_tie` takes by name for ``circulant``."""
 
 
-class CopyOptions(TypedDict, total=False):
+class ClusterOptions(Place, total=False):
+    """The options of ``cluster``."""
+
+    n: Required[int]
+    per: Literal["tensor", "output"]
+    weights: Tensor | None
+    of: object
+    codes: Tensor | str | None
+
+
+class ClusterTie(TieAlone, ClusterOptions, total=False):
+    """All that `register_tie` takes by name for ``cluster``."""
+
+
+class CopyOptions(Place, total=False):
     """The options of ``copy``."""
 
     source: Required[nn.Module | str | Tensor | Sequence[nn.Module | str | Tensor]]
@@ -112,33 +136,33 @@ class CopyOptions(TypedDict, total=False):
     fn: Callable[..., Tensor] | str
 
 
-class CopyTie(TieArguments, CopyOptions, total=False):
+class CopyTie(TieAlone, CopyOptions, total=False):
     """All that `register_tie` takes by name for ``copy``."""
 
 
-class FixedOptions(TypedDict, total=False):
+class FixedOptions(Place, total=False):
     """The options of ``fixed``."""
 
     mask: Required[Tensor | str]
     value: float | Tensor | str | None
 
 
-class FixedTie(TieArguments, FixedOptions, total=False):
+class FixedTie(TieAlone, FixedOptions, total=False):
     """All that `register_tie` takes by name for ``fixed``."""
 
 
-class FlipSymOptions(TypedDict, total=False):
+class FlipSymOptions(Place, total=False):
     """The options of ``flip_sym``."""
 
     sign: Literal[1, -1]
     compute: Literal["auto", "dense", "panels"]
 
 
-class FlipSymTie(TieArguments, FlipSymOptions, total=False):
+class FlipSymTie(TieAlone, FlipSymOptions, total=False):
     """All that `register_tie` takes by name for ``flip_sym``."""
 
 
-class GroupConvOptions(TypedDict, total=False):
+class GroupConvOptions(Place, total=False):
     """The options of ``group_conv``."""
 
     group: Literal["p4", "p4m"]
@@ -146,32 +170,32 @@ class GroupConvOptions(TypedDict, total=False):
     compute: Literal["auto", "dense", "fourier", "reduced"]
 
 
-class GroupConvTie(TieArguments, GroupConvOptions, total=False):
+class GroupConvTie(TieAlone, GroupConvOptions, total=False):
     """All that `register_tie` takes by name for ``group_conv``."""
 
 
-class HankelOptions(TypedDict, total=False):
+class HankelOptions(Place, total=False):
     """The options of ``hankel``."""
 
     compute: Literal["auto", "dense", "fft"]
 
 
-class HankelTie(TieArguments, HankelOptions, total=False):
+class HankelTie(TieAlone, HankelOptions, total=False):
     """All that `register_tie` takes by name for ``hankel``."""
 
 
-class HashedOptions(TypedDict, total=False):
+class HashedOptions(Place, total=False):
     """The options of ``hashed``."""
 
     n: Required[int]
     seed: int
 
 
-class HashedTie(TieArguments, HashedOptions, total=False):
+class HashedTie(TieAlone, HashedOptions, total=False):
     """All that `register_tie` takes by name for ``hashed``."""
 
 
-class HeadShareOptions(TypedDict, total=False):
+class HeadShareOptions(Place, total=False):
     """The options of ``head_share``."""
 
     heads: Required[int]
@@ -179,54 +203,54 @@ class HeadShareOptions(TypedDict, total=False):
     compute: Literal["auto", "dense", "reduced", "windows"]
 
 
-class HeadShareTie(TieArguments, HeadShareOptions, total=False):
+class HeadShareTie(TieAlone, HeadShareOptions, total=False):
     """All that `register_tie` takes by name for ``head_share``."""
 
 
-class HypercomplexOptions(TypedDict, total=False):
+class HypercomplexOptions(Place, total=False):
     """The options of ``hypercomplex``."""
 
     algebra: Literal["complex", "quaternion"]
     compute: Literal["auto", "dense", "components", "three"]
 
 
-class HypercomplexTie(TieArguments, HypercomplexOptions, total=False):
+class HypercomplexTie(TieAlone, HypercomplexOptions, total=False):
     """All that `register_tie` takes by name for ``hypercomplex``."""
 
 
-class IndexOptions(TypedDict, total=False):
+class IndexOptions(Place, total=False):
     """The options of ``index``."""
 
     index: Required[Tensor | str]
     signs: Tensor | None
 
 
-class IndexTie(TieArguments, IndexOptions, total=False):
+class IndexTie(TieAlone, IndexOptions, total=False):
     """All that `register_tie` takes by name for ``index``."""
 
 
-class JointOptions(TypedDict, total=False):
+class JointOptions(Place, total=False):
     """The options of ``joint``."""
 
     laws: Required[Sequence[object]]
 
 
-class JointTie(TieArguments, JointOptions, total=False):
+class JointTie(TieAlone, JointOptions, total=False):
     """All that `register_tie` takes by name for ``joint``."""
 
 
-class KernelSymmetryOptions(TypedDict, total=False):
+class KernelSymmetryOptions(Place, total=False):
     """The options of ``kernel_symmetry``."""
 
     group: Literal["h", "v", "hv", "point", "c4", "d4"]
     sign: Literal[1, -1]
 
 
-class KernelSymmetryTie(TieArguments, KernelSymmetryOptions, total=False):
+class KernelSymmetryTie(TieAlone, KernelSymmetryOptions, total=False):
     """All that `register_tie` takes by name for ``kernel_symmetry``."""
 
 
-class MaskedOptions(TypedDict, total=False):
+class MaskedOptions(Place, total=False):
     """The options of ``masked``."""
 
     pattern: Literal["lower", "upper", "block_diagonal", "banded"] | None
@@ -236,22 +260,22 @@ class MaskedOptions(TypedDict, total=False):
     compute: Literal["auto", "dense", "blocks"]
 
 
-class MaskedTie(TieArguments, MaskedOptions, total=False):
+class MaskedTie(TieAlone, MaskedOptions, total=False):
     """All that `register_tie` takes by name for ``masked``."""
 
 
-class OrbitOptions(TypedDict, total=False):
+class OrbitOptions(Place, total=False):
     """The options of ``orbit``."""
 
     generators: Required[Sequence[Sequence[Sequence[int] | Tensor | None]] | str]
     signs: Sequence[int] | None
 
 
-class OrbitTie(TieArguments, OrbitOptions, total=False):
+class OrbitTie(TieAlone, OrbitOptions, total=False):
     """All that `register_tie` takes by name for ``orbit``."""
 
 
-class RepeatOptions(TypedDict, total=False):
+class RepeatOptions(Place, total=False):
     """The options of ``repeat``."""
 
     outputs: int
@@ -260,90 +284,90 @@ class RepeatOptions(TypedDict, total=False):
     compute: Literal["auto", "dense", "reduced", "windows"]
 
 
-class RepeatTie(TieArguments, RepeatOptions, total=False):
+class RepeatTie(TieAlone, RepeatOptions, total=False):
     """All that `register_tie` takes by name for ``repeat``."""
 
 
-class ReverseComplementOptions(TypedDict, total=False):
+class ReverseComplementOptions(Place, total=False):
     """The options of ``reverse_complement``."""
 
     pairs: Sequence[Sequence[int] | Tensor] | None
 
 
-class ReverseComplementTie(TieArguments, ReverseComplementOptions, total=False):
+class ReverseComplementTie(TieAlone, ReverseComplementOptions, total=False):
     """All that `register_tie` takes by name for ``reverse_complement``."""
 
 
-class RowRepeatOptions(TypedDict, total=False):
+class RowRepeatOptions(Place, total=False):
     """The options of ``row_repeat``."""
 
     groups: int
     compute: Literal["auto", "dense", "reduced", "windows"]
 
 
-class RowRepeatTie(TieArguments, RowRepeatOptions, total=False):
+class RowRepeatTie(TieAlone, RowRepeatOptions, total=False):
     """All that `register_tie` takes by name for ``row_repeat``."""
 
 
-class SetEquivariantOptions(TypedDict, total=False):
+class SetEquivariantOptions(Place, total=False):
     """The options of ``set_equivariant``."""
 
     items: Required[int]
     compute: Literal["auto", "dense", "items"]
 
 
-class SetEquivariantTie(TieArguments, SetEquivariantOptions, total=False):
+class SetEquivariantTie(TieAlone, SetEquivariantOptions, total=False):
     """All that `register_tie` takes by name for ``set_equivariant``."""
 
 
-class SkewOptions(TypedDict, total=False):
+class SkewOptions(Place, total=False):
     """The options of ``skew``."""
 
     compute: Literal["auto", "dense", "panels"]
 
 
-class SkewTie(TieArguments, SkewOptions, total=False):
+class SkewTie(TieAlone, SkewOptions, total=False):
     """All that `register_tie` takes by name for ``skew``."""
 
 
-class SquaredCopyOptions(TypedDict, total=False):
+class SquaredCopyOptions(Place, total=False):
     """The options of ``squared_copy``."""
 
     source: Required[nn.Module | str | Tensor | Sequence[nn.Module | str | Tensor]]
     source_name: str | Sequence[str | None] | None
 
 
-class SquaredCopyTie(TieArguments, SquaredCopyOptions, total=False):
+class SquaredCopyTie(TieAlone, SquaredCopyOptions, total=False):
     """All that `register_tie` takes by name for ``squared_copy``."""
 
 
-class SymmetricOptions(TypedDict, total=False):
+class SymmetricOptions(Place, total=False):
     """The options of ``symmetric``."""
 
     compute: Literal["auto", "dense", "panels"]
 
 
-class SymmetricTie(TieArguments, SymmetricOptions, total=False):
+class SymmetricTie(TieAlone, SymmetricOptions, total=False):
     """All that `register_tie` takes by name for ``symmetric``."""
 
 
-class ToeplitzOptions(TypedDict, total=False):
+class ToeplitzOptions(Place, total=False):
     """The options of ``toeplitz``."""
 
     compute: Literal["auto", "dense", "fft"]
 
 
-class ToeplitzTie(TieArguments, ToeplitzOptions, total=False):
+class ToeplitzTie(TieAlone, ToeplitzOptions, total=False):
     """All that `register_tie` takes by name for ``toeplitz``."""
 
 
-class WithinOptions(TypedDict, total=False):
+class WithinOptions(Place, total=False):
     """The options of ``within``."""
 
     inner: Required[object]
 
 
-class WithinTie(TieArguments, WithinOptions, total=False):
+class WithinTie(TieAlone, WithinOptions, total=False):
     """All that `register_tie` takes by name for ``within``."""
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tiedparam.rules.centrosymmetric import Centrosymmetric
     from tiedparam.rules.channel_shared import ChannelShared
     from tiedparam.rules.circulant import Circulant
+    from tiedparam.rules.cluster import Cluster
     from tiedparam.rules.copy import Copy
     from tiedparam.rules.fixed import Fixed
     from tiedparam.rules.flip_sym import FlipSym
@@ -43,6 +44,7 @@ __all__ = [
     "Centrosymmetric",
     "ChannelShared",
     "Circulant",
+    "Cluster",
     "Copy",
     "Fixed",
     "FlipSym",
@@ -73,6 +75,7 @@ CLASSES = {
     "centrosymmetric": "Centrosymmetric",
     "channel_shared": "ChannelShared",
     "circulant": "Circulant",
+    "cluster": "Cluster",
     "copy": "Copy",
     "fixed": "Fixed",
     "flip_sym": "FlipSym",
