@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from tiedparam.laws.registry import make_rule
@@ -29,6 +30,12 @@ class Selected:
     entry: PlanEntry
     rule: Rule
     init: Init
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the tensor takes now; 0 if it is no Parameter of the layer."""
+        parameter = parameters_of(self.layer).get(self.entry.tensor_name)
+        return 0 if parameter is None or is_lazy(parameter) else parameter.nbytes
 
     def skipped(self, why: Reason) -> Skipped:
         """The tensor left as it is."""

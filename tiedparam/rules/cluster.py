@@ -121,6 +121,11 @@ class Cluster(Coded):
             said["of"] = stated(self.of)
         return said if self.made_of_weight or not self.checksum else {**said, "codes": self.tag}
 
+    def sizes(self) -> Sequence[dict[str, Any]]:
+        """Values of one bit, of two, and so on up to ``n``."""
+        bits = range(1, (self.n - 1).bit_length())
+        return [{"n": 2**bit} for bit in bits] + [{"n": self.n}]
+
     # Whether it fits ----------------------------------------------------------------------------
 
     def check(self, layout: Layout) -> Reason | None:
