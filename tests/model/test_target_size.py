@@ -11,7 +11,9 @@ from torch import nn
 
 import tiedparam as tp
 from tests.support.shell import good
+from tests.support.tensors import with_weight
 from tests.support.unchanged import everything
+from tiedparam.laws import Orbits
 
 SIZES = (2, 4, 8, 16)
 
@@ -139,6 +141,44 @@ def test_clusters_that_take_more_than_the_dense_tensor_are_not_chosen():
     report = tp.tie_model(model, {"0": ("cluster", {"n": 16})}, target_size="100%")
     assert tp.get_tie(model[0]).n == 8  # 8 values and 6 bytes, of 16 values
     assert all(step.checkpoint < stored(nn.Linear(16, 1)) for step in report.curve)
+
+
+class Kept(Orbits):
+    """The first ``k`` entries are free, each in four bytes; the square of the next is lost."""
+
+    law = "W[e] = 0 from k on"
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def sizes(self):
+        return [{"k": k} for k in range(1, self.k + 1)]
+
+    def symmetries(self, weight):
+        kept = torch.arange(weight.numel()).view(weight.shape) < self.k
+        yield torch.where(kept, weight, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize(
+    ("other", "room", "chosen"),
+    [
+        # for one number more the first tensor gains 1, but 1 + 9 for two: 5 for each
+        ([5.0, 2.2, 1.8, 1.7, 0], 0, (1, 1)),
+        ([5.0, 2.2, 1.8, 1.7, 0], 1, (1, 2)),  # two do not fit, and the other gains 4.8
+        ([5.0, 2.2, 1.8, 1.7, 0], 2, (3, 1)),
+        ([5.0, 2.2, 1.8, 1.7, 0], 3, (3, 2)),
+        ([6.0, 0.5, 0.4, 0.3, 0], 1, (1, 2)),  # the first one's last number needs those before
+        ([6.0, 0.5, 0.4, 0.3, 0], 3, (4, 1)),
+    ],
+)
+def test_steps_that_bring_more_together_are_one(other, room, chosen):
+    model = nn.Sequential(*(nn.Linear(5, 1, bias=False) for _ in range(2)))
+    for layer, numbers in zip(model, ([5.0, 1, 3, 1, 0], other), strict=True):
+        with_weight(layer, [numbers])
+    report = tp.tie_model(model, {"*": (Kept, {"k": 4})}, target_size=8 + 4 * room)
+    assert tuple(tp.get_tie(layer).k for layer in model) == chosen
+    assert report.totals.checkpoint_stored == 4 * sum(chosen)
 
 
 @pytest.mark.parametrize("size", ["25", "0%", "101%", "a%", 0, -3, True, 0.25])

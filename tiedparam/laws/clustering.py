@@ -24,6 +24,8 @@ _POINTS = 2048
 """Up to so many different numbers of a row are told apart by the dynamic programming."""
 _WORK = 2**28
 """And as many as keep it below so many additions, half a second or so."""
+_BINS = 512
+"""Of more numbers so many bins start Lloyd's iterations, or sixteen for each group."""
 _CELLS = 2**20
 """Rows of more numbers are not sorted: so many cells of equal width tell them apart."""
 _MATRIX = 2**22
@@ -125,8 +127,10 @@ class _Sums:
         different = runs.sum(1)
         most = max(count, min(_POINTS, isqrt(_WORK // (rows * count)), size))
         few = different <= most
-        points = max(count, int(different.max())) if bool(few.all()) else most
-        starts = runs if bool(few.all()) else torch.where(few[:, None], runs, self._bins(most))
+        points, starts = max(count, int(different.max())), runs
+        if not bool(few.all()):
+            points = min(most, max(_BINS, 16 * count, int((different * few).max())))
+            starts = torch.where(few[:, None], runs, self._bins(points))
         found = self._by_points(_chosen(starts, points), count)
         if not bool(few.all()):
             found = torch.where(few[:, None], found, self._moved(found))
