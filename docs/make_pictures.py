@@ -32,6 +32,15 @@ CELL, GAP, MARGIN, HEAD = 22, 8, 10, 24
 
 Case = tuple[Callable[[], nn.Module], str, dict[str, Any]]  # build, path of the layer, options
 
+
+def _waves(outputs: int, inputs: int) -> nn.Linear:
+    """A layer with the same numbers on every machine."""
+    layer = nn.Linear(inputs, outputs)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(outputs * inputs).mul(7).remainder(13).view(outputs, -1))
+    return layer
+
+
 # What to draw where the first example would not show the pattern well.
 CASES: dict[str, dict[str, Case]] = {
     "flip_sym": {
@@ -98,6 +107,10 @@ CASES: dict[str, dict[str, Case]] = {
             {"pattern": "block_diagonal", "blocks": 2},
         ),
         "masked-banded": (lambda: nn.Linear(6, 6), "", {"pattern": "banded", "width": 1}),
+    },
+    "cluster": {
+        "cluster": (lambda: _waves(5, 6), "", {"n": 4}),
+        "cluster-output": (lambda: _waves(4, 6), "", {"n": 2, "per": "output"}),
     },
     "toeplitz": {"toeplitz": (lambda: nn.Linear(5, 4), "", {})},
     "hankel": {"hankel": (lambda: nn.Linear(5, 4), "", {})},

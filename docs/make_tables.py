@@ -120,6 +120,10 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
     "masked": ("the entries that are True", lambda r: int(r.free_entries.sum())),
     "fixed": ("the entries that are False", lambda r: int((~r.fixed_entries).sum())),
     "index": ("the largest number + 1", lambda r: int(r.index.max()) + 1),
+    "cluster": (
+        "`n`, or `O·n`",
+        lambda r: r.n * (_canonical(r)[0] if r.per == "output" else 1),
+    ),
     "hashed": ("`n`", lambda r: r.n),
     "orbit": (
         "the orbits that do not meet their negatives",
@@ -154,6 +158,7 @@ FAMILY_PAGES = {
     ),
     "zeros and fixed values": ("rules-zeros-and-patterns.md", "entries that are given"),
     "patterns of your own": ("rules-zeros-and-patterns.md", "any equalities, by numbers or moves"),
+    "from trained weights": ("rules-clusters.md", "few values, which the weight's clusters share"),
     "shared by chance": (
         "rules-zeros-and-patterns.md",
         "few values, dealt to the entries by a hash",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tiedparam.laws.rule import Example, Rule
     from tiedparam.layer.export_gqa import export_gqa
     from tiedparam.layer.free_values import free_values
+    from tiedparam.layer.recluster import recluster
     from tiedparam.layer.register import register_tie
     from tiedparam.layer.remove import remove_tie
     from tiedparam.layer.residual import residual
@@ -75,6 +76,7 @@ __all__ = [
     "load",
     "owner",
     "read_plan",
+    "recluster",
     "register_optimizer",
     "register_rule",
     "register_tie",
@@ -109,6 +111,7 @@ _PLACES = {
     "Rule": "laws.rule",
     "export_gqa": "layer.export_gqa",
     "free_values": "layer.free_values",
+    "recluster": "layer.recluster",
     "register_tie": "layer.register",
     "remove_tie": "layer.remove",
     "residual": "layer.residual",

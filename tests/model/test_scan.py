@@ -88,7 +88,7 @@ def test_every_variant_of_every_rule_can_be_made():
     ]
     # what they say cannot be guessed, or is said by another name
     of_users = {"fixed", "index", "joint", "orbit", "within", "block_circulant", "head_share"}
-    of_users |= {"bank", "hashed", "symmetric", "skew", "scaled_copy", "shared_delta"}
+    of_users |= {"bank", "cluster", "hashed", "symmetric", "skew", "scaled_copy", "shared_delta"}
     for name, kind in tp.available_rules().items():
         for layout in layouts:
             variants = kind.variants(layout)

@@ -166,6 +166,12 @@ def _add_tie(commands: Any) -> None:
         help="refuse tensors further from their law than this, as scan measures it (0 to 1)",
     )
     parser.add_argument(
+        "--target-size",
+        type=lambda size: int(size) if size.isdecimal() else size,
+        metavar="SIZE",
+        help="a share of the dense checkpoint, such as 25%%, or bytes: choose each cluster's n",
+    )
+    parser.add_argument(
         "--skip-unfit", action="store_true", help="leave out tensors that cannot carry their law"
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be tied")
@@ -192,6 +198,7 @@ def _run_tie(arguments: argparse.Namespace) -> None:
             max_residual=arguments.max_residual,
             dry_run=arguments.dry_run,
             on_unfit="skip" if arguments.skip_unfit else "error",
+            target_size=arguments.target_size,
         )
     if arguments.dry_run:
         print_report(tied, arguments.json)

@@ -49,7 +49,9 @@ def written(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
         if name in options or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if name in _laws_in(kind):
-            options[name] = _written_laws(getattr(rule, name), paths)
+            laws = getattr(rule, name)
+            if laws is not None:
+                options[name] = _written_laws(laws, paths)
             continue
         if name in rule.functions:
             value = getattr(rule, name, parameter.default)

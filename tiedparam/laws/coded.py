@@ -52,6 +52,8 @@ class Coded(Orbits):
     """
 
     fault: Reason | None = None
+    made_of_weight: bool = False
+    """Whether the data are made of the weight when it is tied, which is known only then."""
 
     apart: ClassVar[frozenset[str]] = Orbits.apart | {"_shared", "_shapes", "_seen"}
     _shared: EntryTable | None = None
@@ -105,6 +107,16 @@ class Coded(Orbits):
         unsaved = unsaved_buffers_of(self)
         held = buffers_of(self).items()
         return {name: value for name, value in held if value is not None and name not in unsaved}
+
+    def anew(self, options: Mapping[str, Any]) -> Rule | None:
+        """A fresh rule that makes its data of the weight, with some options changed.
+
+        None for a law whose data is always given.
+        """
+        return None
+
+    def adopt(self, data: Mapping[str, Tensor]) -> None:
+        """Take note that this data, against which nothing was said, is about to be loaded."""
 
     @property
     def tag(self) -> str:
@@ -180,6 +192,10 @@ class Coded(Orbits):
     def free_shapes(self) -> tuple[tuple[int, ...], ...]:
         """As `Orbits` says. They are known without the data, so that it can be loaded."""
         return self._shapes
+
+    def forget_table(self) -> None:
+        """Find it again by the data when it is needed next."""
+        self._shared, self._seen = None, ()
 
     def _is_as_checked(self) -> bool:
         held: Any = self._buffers.values()

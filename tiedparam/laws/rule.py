@@ -158,6 +158,10 @@ class Rule(nn.Module, metaclass=OwnMembers):
         """
         return ({},)
 
+    def sizes(self) -> Sequence[dict[str, Any]]:
+        """Options by which it stores as much as now or less, from the least on, if it has such."""
+        return ()
+
     @property
     def gains_from_cache(self) -> bool:
         """Whether keeping the weight saves time; if not, ``cache=True`` is ignored.

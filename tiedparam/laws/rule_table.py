@@ -27,6 +27,7 @@ FAMILIES = (
     "matrices",
     "zeros and fixed values",
     "patterns of your own",
+    "from trained weights",
     "shared by chance",
     "laws together",
     "copies",

@@ -68,6 +68,13 @@ def register_tie(
 @overload
 def register_tie(
     layer: Layer,
+    rule: Literal["cluster"],
+    tensor_name: str = ...,
+    **options: Unpack[tie_options.ClusterTie],
+) -> Layer: ...
+@overload
+def register_tie(
+    layer: Layer,
     rule: Literal["copy"],
     tensor_name: str = ...,
     **options: Unpack[tie_options.CopyTie],

@@ -62,6 +62,13 @@ def residual(
 @overload
 def residual(
     layer: nn.Module,
+    rule: Literal["cluster"],
+    tensor_name: str = ...,
+    **options: Unpack[rule_options.ClusterOptions],
+) -> float: ...
+@overload
+def residual(
+    layer: nn.Module,
     rule: Literal["copy"],
     tensor_name: str = ...,
     **options: Unpack[rule_options.CopyOptions],

@@ -30,6 +30,7 @@ KnownName = Literal[
     "centrosymmetric",
     "channel_shared",
     "circulant",
+    "cluster",
     "copy",
     "fixed",
     "flip_sym",
@@ -92,6 +93,16 @@ class CirculantOptions(Place, total=False):
     """The options of ``circulant``."""
 
     compute: Literal["auto", "dense", "fft"]
+
+
+class ClusterOptions(Place, total=False):
+    """The options of ``cluster``."""
+
+    n: Required[int]
+    per: Literal["tensor", "output"]
+    weights: Tensor | None
+    of: object
+    codes: Tensor | str | None
 
 
 class CopyOptions(Place, total=False):

@@ -49,6 +49,10 @@ class CirculantTie(TieAlone, rule_options.CirculantOptions, total=False):
     """All that `register_tie` takes by name for ``circulant``."""
 
 
+class ClusterTie(TieAlone, rule_options.ClusterOptions, total=False):
+    """All that `register_tie` takes by name for ``cluster``."""
+
+
 class CopyTie(TieAlone, rule_options.CopyOptions, total=False):
     """All that `register_tie` takes by name for ``copy``."""
 

@@ -16,6 +16,7 @@ from tiedparam.laws.rule import Rule
 from tiedparam.model import cost
 from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_GAINS, WHAT_IT_TIES, WHERE_IT_LIES
 from tiedparam.model.reasons import Skipped
+from tiedparam.model.size_curve import SizeStep, curve_remark
 from tiedparam.state.optimizer_moves import as_optimizers
 from tiedparam.tie.lookup import origins, ties_in
 from tiedparam.tie.record import Tie
@@ -202,6 +203,8 @@ class TieReport(Report):
     Attributes:
         skipped: what could not be tied and was left alone (``on_unfit="skip"``).
         dry_run: whether everything was put back, so that nothing is tied.
+        curve: what `tie_model` found for its ``target_size``: from all at their smallest, step by
+            step to where most of the weights is kept for the bytes.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -212,6 +215,7 @@ class TieReport(Report):
 
     skipped: tuple[Skipped, ...] = ()
     dry_run: bool = False
+    curve: tuple[SizeStep, ...] = ()
 
     def remarks(self) -> list[Reason]:
         """The totals, after what was skipped."""
@@ -220,7 +224,10 @@ class TieReport(Report):
             Reason(f"Skipped: {left.place}: {left.why.fact}", left.why.remedy)
             for left in self.skipped
         ]
-        return [*remarks, *super().remarks()]
+        remarks += super().remarks()
+        if self.curve:
+            remarks.append(curve_remark(self.curve, self.totals.checkpoint_dense))
+        return remarks
 
     def to_data(self) -> dict[str, Any]:
         """Rows, totals, notes and what was skipped."""
@@ -229,6 +236,7 @@ class TieReport(Report):
             "kind": "tie",
             "dry_run": self.dry_run,
             "skipped": [left.to_data() for left in self.skipped],
+            "curve": [step._asdict() for step in self.curve],
         }
 
 

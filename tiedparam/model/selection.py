@@ -36,6 +36,12 @@ class Selected:
     rule: Rule
     init: Init
 
+    @property
+    def stored_bytes(self) -> int:
+        """What the tensor takes now; 0 if it is no Parameter of the layer."""
+        parameter = parameters_of(self.layer).get(self.entry.tensor_name)
+        return 0 if parameter is None or is_lazy(parameter) else parameter.nbytes
+
     def skipped(self, why: Reason) -> Skipped:
         """The tensor left as it is."""
         return Skipped(self.path, self.tensor_name, why, str(self.rule))

@@ -23,6 +23,7 @@ from tiedparam.model.plan import Plan, PlanMapping
 from tiedparam.model.reasons import SeveralTiesError, Skipped
 from tiedparam.model.report import TieReport, tie_rows, totals_of
 from tiedparam.model.selection import Selected, select, sources_first
+from tiedparam.model.target_size import TargetSize, choose_sizes
 from tiedparam.state.optimizer_moves import as_optimizers
 from tiedparam.tie.lookup import ties_in
 from tiedparam.tie.parameter_paths import Places
@@ -49,6 +50,7 @@ def tie_model(
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     dry_run: bool = False,
     on_unfit: OnUnfit = "error",
+    target_size: TargetSize | None = None,
 ) -> TieReport:
     """Tie the tensors of a model that a plan selects. All or nothing.
 
@@ -75,13 +77,18 @@ def tie_model(
             reasons; ``"skip"`` leaves such tensors as they are, and lists them in the report, with
             layer types and functions that select nothing here. A glob that fits no name at all is
             misspelt, and stays an error.
+        target_size: how large a checkpoint of the model may be, as a share of the dense model's
+            (``"25%"``) or in bytes; headers of files come on top. Laws that have sizes, such as
+            ``n`` of ``cluster``, then get for each tensor the size, up to that in the plan, that
+            loses least of all weights. None takes the plan as it is.
 
     Returns:
         The report: what was tied, what was skipped, and what that saves.
 
     Raises:
-        TieError: if an entry selects nothing (with the nearest names), or, listing all
-            reasons, if something does not fit. Nothing was changed then.
+        TieError: if an entry selects nothing (with the nearest names); if the target cannot be
+            reached (with the smallest size that can); or, listing all reasons, if something does
+            not fit. Nothing was changed then.
         TypeError: for arguments of a wrong type and options that a rule does not have.
 
     Warns:
@@ -111,7 +118,13 @@ def tie_model(
             selected, absent = select(model, plan, init, skip=on_unfit == "skip")
             settings = Settings(init, max_residual, cache, optimizers)
             report = tie_all(
-                model, selected, settings, absent=absent, on_unfit=on_unfit, dry_run=dry_run
+                model,
+                selected,
+                settings,
+                absent=absent,
+                on_unfit=on_unfit,
+                dry_run=dry_run,
+                target_size=target_size,
             )
             if dry_run:
                 raise _PutBack
@@ -129,6 +142,7 @@ def tie_all(
     on_unfit: OnUnfit = "error",
     dry_run: bool = False,
     remedy: str = LEAVE_UNFIT,
+    target_size: TargetSize | None = None,
 ) -> TieReport:
     """Tie these tensors of a model. Whoever calls puts back what was done before an error.
 
@@ -140,13 +154,15 @@ def tie_all(
         on_unfit: as in `tie_model`.
         dry_run: what the report says.
         remedy: what to do where something does not fit.
+        target_size: as in `tie_model`.
 
     Raises:
-        TieError: listing all reasons, if something does not fit.
+        TieError: listing all reasons, if something does not fit; or if the size cannot be reached.
     """
     concerns, skipped = Concerns(), list[Skipped]()
     wanted = sources_first(selected, model)
     places = Places(model)
+    curve = choose_sizes(model, wanted, places, target_size)
     settings = settings._replace(concerned=concerns.note)
     for each in wanted:
         why = _tie(each, places, settings)
@@ -168,6 +184,7 @@ def tie_all(
         totals_of(model, rows, list(settings.optimizers)),
         (*absent, *skipped),
         dry_run,
+        curve,
     )
     concerns.tell(len(made), dry_run=dry_run)
     return report

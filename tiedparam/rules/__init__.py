@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tiedparam.rules.centrosymmetric import Centrosymmetric
     from tiedparam.rules.channel_shared import ChannelShared
     from tiedparam.rules.circulant import Circulant
+    from tiedparam.rules.cluster import Cluster
     from tiedparam.rules.copy import Copy
     from tiedparam.rules.fixed import Fixed
     from tiedparam.rules.flip_sym import FlipSym
@@ -48,6 +49,7 @@ __all__ = [
     "Centrosymmetric",
     "ChannelShared",
     "Circulant",
+    "Cluster",
     "Copy",
     "Fixed",
     "FlipSym",
@@ -82,6 +84,7 @@ CLASSES = {
     "centrosymmetric": "Centrosymmetric",
     "channel_shared": "ChannelShared",
     "circulant": "Circulant",
+    "cluster": "Cluster",
     "copy": "Copy",
     "fixed": "Fixed",
     "flip_sym": "FlipSym",

@@ -176,6 +176,11 @@ def _why_not_joined(part: Rule) -> Reason | None:
             "it reads another layer, so it has no orbits to join.",
             "Tie the source by the other laws, and this tensor by this law alone.",
         )
+    if isinstance(part, Coded) and part.made_of_weight:
+        return Reason(
+            "its pattern is made of the weight.",
+            "Give it the other laws: ('cluster', {'n': 16, 'of': [...]}).",
+        )
     if isinstance(part, Coded) and part.holds_numbers:
         return Reason(
             "it holds numbers, which may change while the joint law stands.",

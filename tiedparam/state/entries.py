@@ -122,6 +122,12 @@ def why_other_data(tie: Tie, prefix: str, state_dict: Mapping[str, Any]) -> Reas
     return Reason(f"'{prefix}{tie.tensor_name}': {reason.fact}", reason.remedy)
 
 
+def data_in(tie: Tie, prefix: str, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a state dict has of the data of a tie's law, by the law's own names."""
+    keys = [key for key in tie.data(prefix) if key in state_dict]
+    return {key.rpartition(".")[2]: whole(state_dict[key]) for key in keys}
+
+
 def _another_size(key: str, entry: Tensor, shape: tuple[int, ...]) -> Reason:
     there = shown_shape(entry.shape)
     return Reason(f"size mismatch for '{key}': {there} in the checkpoint, {shape} here.")

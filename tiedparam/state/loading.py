@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedparam.laws.coded import Coded
 from tiedparam.laws.distance import relative_distance
 from tiedparam.laws.sharing import refitted
 from tiedparam.state.entries import (
@@ -23,6 +24,7 @@ from tiedparam.state.entries import (
     agree,
     as_float,
     both_forms,
+    data_in,
     disagreement,
     renew_entries,
     warn_projected,
@@ -78,6 +80,8 @@ def accept(
             reason = why_unfit_free(tie, prefix, state_dict, signatures)
         else:
             reason = why_other_data(tie, prefix, state_dict)
+        if reason is None and isinstance(tie.rule, Coded):
+            tie.rule.adopt(data_in(tie, prefix, state_dict))
         if reason is not None:
             error_msgs.append(str(reason))
             state_dict.update(zip(keys, tie.free, strict=True))

@@ -1,0 +1,176 @@
+"""How much each tensor of a plan may store so that the whole model has a given size.
+
+Every tensor whose law has sizes is tried with each of them: how many bytes it stores, and how much
+of its weight is lost. The least convex curve through these points says what the next bytes bring.
+All tensors start with their smallest size; then bytes go where they bring most, step by step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, sqrt
+
+import torch
+from torch import nn
+
+from tiedparam.laws.choices import is_whole
+from tiedparam.laws.coded import data_of
+from tiedparam.laws.registry import make_rule
+from tiedparam.laws.rule import Rule
+from tiedparam.layer.initial_values import InitialValues, initial_values
+from tiedparam.model.report import tie_rows, totals_of
+from tiedparam.model.selection import Selected
+from tiedparam.model.size_curve import SizeStep
+from tiedparam.tie.binding import bind
+from tiedparam.tie.parameter_paths import Places
+from tiedparam.tie.target import Target
+from tiedparam.util.errors import TieError, key_of
+
+TargetSize = str | int
+"""A share of the dense model, such as ``"25%"``, or a number of bytes."""
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One size of one tensor: what it stores in bytes, and which share of its square is lost."""
+
+    rule: Rule
+    size: int
+    lost: float
+
+
+def choose_sizes(
+    model: nn.Module, wanted: Sequence[Selected], places: Places, target: TargetSize | None
+) -> tuple[SizeStep, ...]:
+    """Give each of the wanted ties the size that it has in a model of the target's size.
+
+    Returns:
+        The curve of sizes that the model can have, those that were taken first; empty without a
+        target, which leaves the ties as they are.
+
+    Raises:
+        TieError: if the target is no size, no law has sizes, or even the smallest are too large.
+    """
+    if target is None:
+        return ()
+    dense, other = _bytes_of(model, wanted)
+    budget = _bytes_meant(target, dense)
+    curves = {}
+    for number, each in enumerate(wanted):
+        points = _hull(_points(each, Target.among(places, each.layer, each.entry.tensor_name)))
+        other += points[0].size if points else each.stored_bytes
+        if points and each.rule.sizes():
+            curves[number] = points
+    if not curves:
+        raise TieError(
+            "target_size=",
+            "no law of the plan has sizes to choose from.",
+            "Tie some tensors by 'cluster', whose n is then the most values that are tried.",
+        )
+    if other > budget:
+        share = ceil(1000 * other / dense) / 10
+        raise TieError(
+            "target_size=",
+            f"the smallest checkpoint that the plan can make has {other:,} bytes, {share:g}% of "
+            f"{dense:,} dense, and target_size={target!r} is {budget:,}.",
+            "Choose a larger one, or tie more tensors.",
+        )
+    return tuple(_spent(wanted, curves, other, budget))
+
+
+def _spent(
+    wanted: Sequence[Selected], curves: dict[int, list[_Point]], size: int, budget: int
+) -> Iterator[SizeStep]:
+    """Spend the budget where the next bytes bring most; then go on as if there were more."""
+    steps = [
+        (number, before, after)
+        for number, points in curves.items()
+        for before, after in pairwise(points)
+    ]
+    steps.sort(key=lambda step: _slope(step[1], step[2]))
+    taken, left, full = [], [], set[int]()
+    room = budget - size
+    chosen = {number: points[0] for number, points in curves.items()}
+    for number, before, after in steps:
+        if number in full or after.size - before.size > room:
+            full.add(number)  # what comes after a step that is too large needs that step
+            left.append((number, before, after))
+        else:
+            room -= after.size - before.size
+            taken.append((number, before, after))
+            chosen[number] = after
+    for number, point in chosen.items():
+        wanted[number].rule = point.rule
+    lost = {number: points[0].lost for number, points in curves.items()}
+    yield SizeStep(size, _mean(lost), "", "", True)
+    for position, (number, before, after) in enumerate([*taken, *left]):
+        size += after.size - before.size
+        lost[number] = after.lost
+        key = key_of(wanted[number].path, wanted[number].entry.tensor_name)
+        yield SizeStep(size, _mean(lost), key, str(after.rule), position < len(taken))
+
+
+def _mean(lost: dict[int, float]) -> float:
+    return sqrt(sum(lost.values()) / len(lost))
+
+
+def _points(each: Selected, target: Target) -> Iterator[_Point]:
+    """What each size of a law stores of a tensor and loses; none where it cannot be tied.
+
+    Of several sizes, those are left out that take as much as the dense tensor.
+    """
+    entry, weight = each.entry, target.parameter
+    if weight is None:
+        return
+    found_one = False
+    for size in each.rule.sizes() or [{}]:
+        rule, trial = (make_rule(entry.rule, {**entry.options, **size}) for _ in range(2))
+        with torch.no_grad():
+            if bind(trial, target) is not None:
+                continue
+            found = initial_values(trial, weight, each.init, None)
+        if isinstance(found, InitialValues):
+            stored = sum(value.nbytes for value in (*found.free, *data_of(trial).values()))
+            if not found_one or stored < weight.nbytes:
+                yield _Point(rule, stored, (found.residual or 0.0) ** 2)
+            found_one = True
+
+
+def _hull(points: Iterator[_Point]) -> list[_Point]:
+    """The lower convex hull, from the smallest on: each step brings less for a byte than before."""
+    hull: list[_Point] = []
+    for point in sorted(points, key=lambda point: (point.size, point.lost)):
+        if hull and point.lost >= hull[-1].lost:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(one: _Point, other: _Point) -> float:
+    """How fast the loss changes; negative."""
+    return (other.lost - one.lost) / (other.size - one.size)
+
+
+def _bytes_of(model: nn.Module, wanted: Sequence[Selected]) -> tuple[int, int]:
+    """What a checkpoint of the dense model has, and all but the tensors that are to be tied."""
+    totals = totals_of(model, tie_rows(model), [])
+    own = sum(each.stored_bytes for each in wanted)
+    return totals.checkpoint_dense, totals.checkpoint_stored - own
+
+
+def _bytes_meant(target: TargetSize, dense: int) -> int:
+    if is_whole(target, 1):
+        return target
+    share = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", target) if isinstance(target, str) else None
+    if share is None or not 0 < float(share[1]) <= 100:
+        raise TieError(
+            "target_size=",
+            f"target_size={target!r} is no size.",
+            "Give a share of the dense model, such as '25%', or a number of bytes.",
+        )
+    return int(dense * float(share[1]) / 100)
