@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from tiedparam.files.export import export_dense
     from tiedparam.files.load import load
     from tiedparam.files.save import save
+    from tiedparam.laws.example import Example
     from tiedparam.laws.layout import Layout
     from tiedparam.laws.registry import available_rules, register_rule
-    from tiedparam.laws.rule import Example, Rule
+    from tiedparam.laws.rule import Rule
     from tiedparam.layer.export_gqa import export_gqa
     from tiedparam.layer.free_values import free_values
     from tiedparam.layer.recluster import recluster
@@ -107,7 +108,7 @@ _PLACES = {
     "Layout": "laws.layout",
     "available_rules": "laws.registry",
     "register_rule": "laws.registry",
-    "Example": "laws.rule",
+    "Example": "laws.example",
     "Rule": "laws.rule",
     "export_gqa": "layer.export_gqa",
     "free_values": "layer.free_values",

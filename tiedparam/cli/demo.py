@@ -30,8 +30,8 @@ from tiedparam.cli.demo_picture import Drawn, draw
 from tiedparam.layer.register import register_tie
 from tiedparam.layer.residual import residual
 from tiedparam.model.pictures import needed
-from tiedparam.model.report import state_bytes
 from tiedparam.model.tie_block import tie_block
+from tiedparam.model.totals import state_bytes
 from tiedparam.tie.lookup import get_tie, ties_in
 from tiedparam.util.errors import Reason, TieError, raise_if
 from tiedparam.util.progress import progress

@@ -7,13 +7,14 @@ derive from.
 
 from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
 from tiedparam.laws.coded import Coded
+from tiedparam.laws.example import Example
 from tiedparam.laws.forms import Call, Use, form
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.reduction import Reduction
 from tiedparam.laws.registry import available_rules, register_rule
-from tiedparam.laws.rule import Example, Rule
+from tiedparam.laws.rule import Rule
 from tiedparam.laws.times import Making
 from tiedparam.util.errors import Reason
 

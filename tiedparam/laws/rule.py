@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, ClassVar
 
@@ -12,34 +11,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tiedparam.laws.distance import halved_difference, relative_distance
+from tiedparam.laws.example import Example
 from tiedparam.laws.forms import refuse_two_of_a_name
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.times import Making
 from tiedparam.util.errors import Reason, TieError
 from tiedparam.util.own_members import OwnMembers
-
-
-@dataclass(frozen=True)
-class Example:
-    """A layer and options with which tests, docs and benchmarks enrol a rule.
-
-    Attributes:
-        build: makes a fresh model.
-        options: the rule's options; a source may be named by its path in the model.
-        path: where the layer to tie lies in the model; ``""`` is the model itself.
-        tensor_name: which tensor of that layer to tie.
-
-    Example:
-        >>> example = tp.Example(lambda: nn.Linear(8, 6), {"groups": 3})
-        >>> layer = tp.register_tie(example.build(), "row_repeat", **example.options)
-        >>> print(tp.get_tie(layer))
-        row_repeat(groups=3)
-    """
-
-    build: Callable[[], nn.Module]
-    options: dict[str, Any] = field(default_factory=dict)
-    path: str = ""
-    tensor_name: str = "weight"
 
 
 class Rule(nn.Module, metaclass=OwnMembers):

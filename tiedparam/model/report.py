@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from tiedparam.compute.kept import is_frozen
@@ -17,6 +16,8 @@ from tiedparam.model import cost
 from tiedparam.model.columns import WHAT_IT_COSTS, WHAT_IT_GAINS, WHAT_IT_TIES, WHERE_IT_LIES
 from tiedparam.model.reasons import Skipped
 from tiedparam.model.size_curve import SizeStep, curve_remark
+from tiedparam.model.tie_row import TieRow
+from tiedparam.model.totals import Totals, totals_of
 from tiedparam.state.optimizer_moves import as_optimizers
 from tiedparam.tie.lookup import origins, ties_in
 from tiedparam.tie.record import Tie
@@ -24,93 +25,6 @@ from tiedparam.tie.sources import refuse_exchanged
 from tiedparam.util.errors import Reason, key_of
 from tiedparam.util.parametrized import tensor_at
 from tiedparam.util.table import Column, Table, TableReport, plain, show
-from tiedparam.util.torch_private import buffers_of, unsaved_buffers_of
-
-
-@dataclass(frozen=True)
-class TieRow:
-    """One tied tensor.
-
-    Attributes:
-        layer: path of the layer in the model.
-        tensor_name: which of its tensors.
-        rule: the rule with its options, as text; a copy names its source.
-        shape: of the tensor.
-        dense_values: how many entries it has.
-        free_values: how many numbers are stored for it.
-        multiplicity: how many entries share a free value, least and most; None for a copy.
-        residual: how far the tensor was from the law when it was tied; None if that is not
-            known (a rule that was not put on by `register_tie`, or on the meta device).
-        multiply_adds_dense: multiply-adds per position without the tie, None if unknown.
-        multiply_adds_tied: the same with the tie, in training.
-        positions: on how many positions the layer works for the example; None without one.
-        gain_inference: how many times as fast as without the tie the layer computes without
-            gradients, below 1 if it is slower: as `tune` measured it here, or by the law's costs,
-            for the example or a usual batch. None for a bias, or if it is not known.
-        gain_training: the same with gradients, forward and backward.
-        inference_measured: whether `gain_inference` was measured.
-        training_measured: whether `gain_training` was measured.
-        bytes_per_value: of the stored type.
-        trained: whether gradients reach what the tensor is computed from.
-        form_in_vain: the form that ``compute=`` names, where it cannot serve numbers of this type
-            (those made for a CPU take float32 and float64), so that the layer computes densely;
-            else None.
-    """
-
-    layer: str
-    tensor_name: str
-    rule: str
-    shape: tuple[int, ...]
-    dense_values: int
-    free_values: int
-    multiplicity: tuple[int, int] | None
-    residual: float | None
-    multiply_adds_dense: int | None
-    multiply_adds_tied: int | None
-    positions: int | None
-    gain_inference: float | None
-    gain_training: float | None
-    inference_measured: bool
-    training_measured: bool
-    bytes_per_value: int
-    trained: bool
-    form_in_vain: str | None = None
-
-    @property
-    def compression(self) -> float:
-        """Dense by free values; infinite for a copy."""
-        return self.dense_values / self.free_values if self.free_values else float("inf")
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over the whole model, tied and not.
-
-    Attributes:
-        values_dense: entries of all Parameters, if nothing were tied.
-        values_stored: entries of all Parameters that there are; a shared one counts once.
-        checkpoint_dense: bytes of Parameters and persistent buffers, if nothing were tied.
-        checkpoint_stored: the same as it is; a file adds its header.
-        optimizer_dense: bytes of Adam's two states for all trainable values, if nothing
-            were tied.
-        optimizer_stored: the same as it is.
-        optimizer_held: bytes of the tensors that the given optimizers hold as state; None if
-            none was given.
-        multiply_adds_dense: of the rows of the table whose positions are known, for the
-            example, without ties; None without an example.
-        multiply_adds_tied: the same with ties.
-    """
-
-    values_dense: int
-    values_stored: int
-    checkpoint_dense: int
-    checkpoint_stored: int
-    optimizer_dense: int
-    optimizer_stored: int
-    optimizer_held: int | None = None
-    multiply_adds_dense: int | None = None
-    multiply_adds_tied: int | None = None
-
 
 _COLUMNS: list[Column[TieRow]] = [*WHAT_IT_TIES, *WHAT_IT_COSTS, *WHAT_IT_GAINS]
 _ONLY_DATA: list[Column[TieRow]] = [
@@ -349,66 +263,3 @@ def _described(rule: Rule, paths: dict[int, str]) -> str:
         for source, name in rule.sources()
     ]
     return f"{rule} of {' and '.join(places)}" if places else str(rule)
-
-
-def totals_of(model: nn.Module, rows: Iterable[TieRow], optimizers: list[Optimizer]) -> Totals:
-    """The sums over a model whose ties are ``rows``; lazy layers have no numbers to count yet."""
-    rows = list(rows)
-    parameters = [p for p in model.parameters() if not is_lazy(p)]  # each once
-    stored = sum(p.numel() for p in parameters)
-    stored_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in _saved_buffers(model))
-    of_laws = sum(data.numel() * data.element_size() for data in _data_of_laws(model))
-    trainable = sum(2 * p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    saved = sum(row.dense_values - row.free_values for row in rows)
-    saved_bytes = sum((r.dense_values - r.free_values) * r.bytes_per_value for r in rows)
-    saved_states = sum(
-        2 * (r.dense_values - r.free_values) * r.bytes_per_value for r in rows if r.trained
-    )
-    counted = [
-        (row.multiply_adds_dense * row.positions, row.multiply_adds_tied * row.positions)
-        for row in rows
-        if row.positions is not None
-        and row.multiply_adds_dense is not None
-        and row.multiply_adds_tied is not None
-    ]
-    return Totals(
-        values_dense=stored + saved,
-        values_stored=stored,
-        checkpoint_dense=stored_bytes + saved_bytes + buffers - of_laws,
-        checkpoint_stored=stored_bytes + buffers,
-        optimizer_dense=trainable + saved_states,
-        optimizer_stored=trainable,
-        optimizer_held=sum(map(state_bytes, optimizers)) if optimizers else None,
-        multiply_adds_dense=sum(dense for dense, _ in counted) if counted else None,
-        multiply_adds_tied=sum(tied for _, tied in counted) if counted else None,
-    )
-
-
-def _data_of_laws(model: nn.Module) -> Iterable[Tensor]:
-    """What a dense model has no need of: masks and the like."""
-    for module in model.modules():
-        for tie in ties_in(module):
-            yield from tie.data().values()
-
-
-def _saved_buffers(model: nn.Module) -> Iterable[Tensor]:
-    """Those that its state dict holds, each once, without those of lazy layers."""
-    found = {}
-    for module in model.modules():
-        for name, buffer in buffers_of(module).items():
-            if buffer is None or is_lazy(buffer):
-                continue
-            if name not in unsaved_buffers_of(module):
-                found[id(buffer)] = buffer
-    return found.values()
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """The bytes of all tensors in an optimizer's state."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )

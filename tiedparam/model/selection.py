@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,11 +35,13 @@ class Selected:
     tensor_name: str
     rule: Rule
     init: Init
+    again: Callable[[Mapping[str, Any]], Rule]
+    """Makes the rule anew, with these options in the place of its own."""
 
     @property
     def stored_bytes(self) -> int:
         """What the tensor takes now; 0 if it is no Parameter of the layer."""
-        parameter = parameters_of(self.layer).get(self.entry.tensor_name)
+        parameter = parameters_of(self.layer).get(self.tensor_name)
         return 0 if parameter is None or is_lazy(parameter) else parameter.nbytes
 
     def skipped(self, why: Reason) -> Skipped:
@@ -76,9 +78,9 @@ def select(
                     sought.taken_by.setdefault(taken[tensor_name].pattern_text())
                     continue
                 taken[tensor_name], sought.wins = entry, True
-                options = entry.options_for(name)
-                rule = rule_for(module, tensor_name, entry.rule, options, entry.captures)
-                ties.append(selected(paths[0], module, tensor_name, rule, init))
+                options, of_block = entry.options_for(name), entry.captures
+                make = maker(module, tensor_name, entry.rule, options, of_block=of_block)
+                ties.append(selected(paths[0], module, tensor_name, make, init))
     absent, problems = list[Skipped](), []
     for entry, sought in zip(plan.entries, found, strict=True):
         if sought.selects:
@@ -153,24 +155,30 @@ def _is_its_own_source(entry: PlanEntry, name: str) -> bool:
     return name in (source if isinstance(source, list) else [source])
 
 
-def selected(path: str, layer: nn.Module, tensor_name: str, rule: Rule, init: Init) -> Selected:
+def selected(
+    path: str,
+    layer: nn.Module,
+    tensor_name: str,
+    make: Callable[[Mapping[str, Any]], Rule],
+    init: Init,
+) -> Selected:
     """A tensor to be tied; what reads layers has no entries that share a value."""
+    rule = make({})
     start: Init = "project" if rule.reads_layers and init == "rescale" else init
-    return Selected(path, layer, tensor_name, rule, start)
+    return Selected(path, layer, tensor_name, rule, start, make)
 
 
-def rule_for(
-    layer: nn.Module, tensor_name: str, rule: Any, options: Mapping[str, Any], of_block: bool
-) -> Rule:
-    """The rule for a tensor; in a block, for a vector that cannot carry it, a copy."""
-    made = make_rule(rule, options)
+def maker(
+    layer: nn.Module, tensor_name: str, rule: Any, options: Mapping[str, Any], *, of_block: bool
+) -> Callable[[Mapping[str, Any]], Rule]:
+    """What makes the rule for a tensor; in a block, for a vector that cannot carry it, a copy."""
     tensor = parameters_of(layer).get(tensor_name)
-    if not of_block or tensor is None or is_lazy(tensor) or tensor.dim() > 1:
-        return made
-    misfit = made.reason_against(Layout.of(layer, tensor_name, tuple(tensor.shape)))
-    if misfit is None:
-        return made
-    return make_rule("copy", {key: options[key] for key in _WHAT_IS_READ if key in options})
+    if of_block and tensor is not None and not is_lazy(tensor) and tensor.dim() <= 1:
+        layout = Layout.of(layer, tensor_name, tuple(tensor.shape))
+        if make_rule(rule, options).reason_against(layout) is not None:
+            read = {key: options[key] for key in _WHAT_IS_READ if key in options}
+            return lambda others: make_rule("copy", {**read, **others})
+    return lambda others: make_rule(rule, {**options, **others})
 
 
 _WHAT_IS_READ = ("source", "source_name")

@@ -18,12 +18,12 @@ from torch import nn
 
 from tiedparam.laws.choices import is_whole
 from tiedparam.laws.coded import data_of
-from tiedparam.laws.registry import make_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.initial_values import InitialValues, initial_values
-from tiedparam.model.report import tie_rows, totals_of
+from tiedparam.model.report import tie_rows
 from tiedparam.model.selection import Selected
 from tiedparam.model.size_curve import SizeStep
+from tiedparam.model.totals import totals_of
 from tiedparam.tie.binding import bind
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.target import Target
@@ -60,7 +60,7 @@ def choose_sizes(
     budget = _bytes_meant(target, dense)
     curves = {}
     for number, each in enumerate(wanted):
-        points = _hull(_points(each, Target.among(places, each.layer, each.entry.tensor_name)))
+        points = _hull(_points(each, Target.among(places, each.layer, each.tensor_name)))
         other += points[0].size if points else each.stored_bytes
         if points and each.rule.sizes():
             curves[number] = points
@@ -109,7 +109,7 @@ def _spent(
     for position, (number, before, after) in enumerate([*taken, *left]):
         size += after.size - before.size
         lost[number] = after.lost
-        key = key_of(wanted[number].path, wanted[number].entry.tensor_name)
+        key = key_of(wanted[number].path, wanted[number].tensor_name)
         yield SizeStep(size, _mean(lost), key, str(after.rule), position < len(taken))
 
 
@@ -122,12 +122,12 @@ def _points(each: Selected, target: Target) -> Iterator[_Point]:
 
     Of several sizes, those are left out that take as much as the dense tensor.
     """
-    entry, weight = each.entry, target.parameter
+    weight = target.parameter
     if weight is None:
         return
     found_one = False
     for size in each.rule.sizes() or [{}]:
-        rule, trial = (make_rule(entry.rule, {**entry.options, **size}) for _ in range(2))
+        rule, trial = each.again(size), each.again(size)
         with torch.no_grad():
             if bind(trial, target) is not None:
                 continue

@@ -20,7 +20,7 @@ from tiedparam.layer.rule_options import KnownName
 from tiedparam.layer.tie_one import Settings
 from tiedparam.model.plan import as_globs, is_left_out
 from tiedparam.model.report import TieReport
-from tiedparam.model.selection import Selected, is_layer, rule_for, selected, tensor_names
+from tiedparam.model.selection import Selected, is_layer, maker, selected, tensor_names
 from tiedparam.model.tie_model import tie_all
 from tiedparam.state.optimizer_moves import as_optimizers
 from tiedparam.util.errors import TieError, describe_layer, key_of, quoted, some_of
@@ -109,9 +109,9 @@ def tie_block(
     pairs = _pairs(_tensors(target, globs), _tensors(source, globs), where)
     wanted = list[Selected]()
     for (path, layer, tensor_name), (_, read, _) in pairs:
-        made = rule_for(layer, tensor_name, rule, {**options, "source": read}, True)
+        make = maker(layer, tensor_name, rule, {**options, "source": read}, of_block=True)
         path = paths.get(layer, path)
-        wanted.append(selected(path, layer, tensor_name, made, init))
+        wanted.append(selected(path, layer, tensor_name, make, init))
     settings = Settings(init, max_residual, cache, as_optimizers(optimizer))
     with rolled_back_on_error([*target.modules(), *source.modules()], settings.optimizers):
         model = root if root is not None else target

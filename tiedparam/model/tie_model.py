@@ -21,9 +21,10 @@ from tiedparam.layer.rollback import rolled_back_on_error
 from tiedparam.layer.tie_one import Settings, tie_one
 from tiedparam.model.plan import Plan, PlanMapping
 from tiedparam.model.reasons import SeveralTiesError, Skipped
-from tiedparam.model.report import TieReport, tie_rows, totals_of
+from tiedparam.model.report import TieReport, tie_rows
 from tiedparam.model.selection import Selected, select, sources_first
 from tiedparam.model.target_size import TargetSize, choose_sizes
+from tiedparam.model.totals import totals_of
 from tiedparam.state.optimizer_moves import as_optimizers
 from tiedparam.tie.lookup import ties_in
 from tiedparam.tie.parameter_paths import Places

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tiedparam.laws import Reason
 from tiedparam.laws.best_rank import best_templates
 from tiedparam.laws.choices import why_no_count
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Source
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.laws.sharing import Sharing
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tiedparam.laws import Call, Orbits, Reason, Use, form
 from tiedparam.laws.choices import why_no_count
 from tiedparam.laws.diagonals import Compute
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.products.circulant_blocks import LONG, block_circulant_product
 

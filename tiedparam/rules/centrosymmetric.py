@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Call, Reason, Use, form
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.products.half_turns import halved_product, turned_product
 

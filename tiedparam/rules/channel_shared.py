@@ -10,9 +10,9 @@ from torch import nn
 from tiedparam.laws import Reason
 from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
 from tiedparam.laws.choices import why_not_one_of
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 
 Over = Literal["in", "out", "all", "groups"]
 _LAWS: dict[Over, str] = {

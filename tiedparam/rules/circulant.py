@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.diagonals import AntiDiagonals, OfDiagonals, WrappedDiagonals
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.products.fourier import Diagonal
 
 

@@ -14,12 +14,13 @@ from typing_extensions import Self
 from tiedparam.laws import Coded, Orbits, Reason
 from tiedparam.laws.choices import is_whole, why_not_one_of
 from tiedparam.laws.clustering import MADE, clusters, why_no_importance, why_no_numbers
+from tiedparam.laws.example import Example
 from tiedparam.laws.indices import image_by_labels, why_no_index
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.packing import pack_numbers, unpack_numbers
 from tiedparam.laws.pattern import Pattern
 from tiedparam.laws.registry import make_rule, register_rule, stated
-from tiedparam.laws.rule import Example, Rule
+from tiedparam.laws.rule import Rule
 from tiedparam.util.bits import checksum_of
 from tiedparam.util.torch_modes import plain_numbers
 from tiedparam.util.torch_private import has_values

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tiedparam.laws.example import Example
 from tiedparam.laws.functions import find_function, identity
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked, Source
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.laws.times import Making
 
 

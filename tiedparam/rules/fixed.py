@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.dtypes import why_not_in
+from tiedparam.laws.example import Example
 from tiedparam.laws.fixed_values import (
     checksum_of_values,
     same_numbers,
@@ -21,7 +22,6 @@ from tiedparam.laws.layout import Layout
 from tiedparam.laws.masks import OnMask, mask_of, numbered, spread_over
 from tiedparam.laws.pattern import Pattern
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.util.torch_modes import plain_numbers
 from tiedparam.util.torch_private import has_values
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tiedparam.laws import Call, Reason, Use, form, mirrored_kernels
 from tiedparam.laws.earlier import ReorderedLaw
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.mirrored_kernels import (
     Kernels,
@@ -29,7 +30,6 @@ from tiedparam.laws.pairs import (
     shared_expansion,
 )
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.laws.times import Making, Time, relative_time, rows_multiplied
 from tiedparam.products.packed_tiles import TILE, Sign, packed_count, tiles
 from tiedparam.products.packed_triangles import packed_triangle, unpacked, unpacked_skew

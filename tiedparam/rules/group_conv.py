@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tiedparam.laws import Call, Reason, Use, form
 from tiedparam.laws.choices import why_not_one_of
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.products.quarter_turns import quarter_turn_product
 from tiedparam.products.reduced import Parts, convolution_by_sums

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws.diagonals import AntiDiagonals, OfDiagonals
+from tiedparam.laws.example import Example
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.products.fourier import Diagonal
 
 

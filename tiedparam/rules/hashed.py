@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from tiedparam.laws import Orbits, Reason
 from tiedparam.laws.choices import is_whole
+from tiedparam.laws.example import Example
 from tiedparam.laws.hashing import hashed_labels
 from tiedparam.laws.indices import image_by_labels
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.pattern import Pattern
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.util.torch_modes import plain_numbers
 
 _SEEDS = 2**32

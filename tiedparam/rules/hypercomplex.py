@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tiedparam.laws import Call, Reason, Use, form
 from tiedparam.laws.choices import why_not_one_of
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.products.hypercomplex_matrices import SIGNS, complex_product, component_product
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Coded, Reason
+from tiedparam.laws.example import Example
 from tiedparam.laws.indices import image_by_labels, why_no_index, why_no_signs
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.packing import pack_flags, pack_numbers, unpack_flags, unpack_numbers
 from tiedparam.laws.pattern import Pattern
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.laws.times import Making
 from tiedparam.util.torch_modes import plain_numbers
 

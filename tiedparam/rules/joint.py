@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from tiedparam.laws import Reason
 from tiedparam.laws.cells import why_no_cell
 from tiedparam.laws.coded import Coded
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import law_text, make_rule, register_rule, stated
-from tiedparam.laws.rule import Example, Rule
+from tiedparam.laws.rule import Rule
 
 
 @register_rule("joint")

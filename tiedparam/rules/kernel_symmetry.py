@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tiedparam.laws import Reason
 from tiedparam.laws.choices import why_not_one_of
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 
 KernelGroup = Literal["h", "v", "hv", "point", "c4", "d4"]
 Sign = Literal[1, -1]

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from tiedparam.laws import Call, Reason, Use, form
 from tiedparam.laws.choices import is_whole
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.masks import OnMask, mask_of, numbered, spread_over
 from tiedparam.laws.pattern import Pattern
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.laws.times import Time, relative_time
 from tiedparam.products.blocks import block_diagonal_product
 from tiedparam.util.torch_modes import plain_numbers

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from tiedparam.laws import Coded, Reason
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.packing import pack_numbers, unpack_numbers
 from tiedparam.laws.permutations import AXES, given_generators, is_identity
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 
 
 @register_rule("orbit")

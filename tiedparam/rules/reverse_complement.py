@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Reason
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 
 
 @register_rule("reverse_complement")

@@ -10,9 +10,9 @@ from torch import nn
 from tiedparam.laws import Reason
 from tiedparam.laws.broadcast import Blocks, Broadcast, Compute
 from tiedparam.laws.choices import why_no_count
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.rules.repeat import repeated
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Call, Use, form
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked, Source
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.util.errors import Reason
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Call, Reason, Use, form
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linear_map import LinearMap
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.products.sets import set_product
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Call, Use, form
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked, Source
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.laws.times import Making, Time, relative_time
 from tiedparam.products.low_rank import nearest_product, plus_product, product_beside
 from tiedparam.util.errors import Reason
@@ -90,6 +90,11 @@ class SharedDelta(Linked):
     def is_plain_copy(self) -> bool:
         """Whether there is no difference."""
         return self.rank == 0
+
+    def sizes(self) -> Sequence[dict[str, Any]]:
+        """Rank 0, and then 1, 2, 4 and so on up to ``rank``."""
+        powers = (1 << power for power in range(self.rank.bit_length()))
+        return [{"rank": rank} for rank in sorted({0, *powers, self.rank})]
 
     def check(self, layout: Layout) -> Reason | None:
         """The rank must be one that the matrix can have, and the source have the tied shape."""

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from tiedparam.laws import Reason
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout, why_no_matrix
 from tiedparam.laws.registry import register_rule
-from tiedparam.laws.rule import Example
 from tiedparam.rules.flip_sym import Compute, FlipSym
 
 

@@ -14,10 +14,11 @@ from tiedparam.laws import Reason
 from tiedparam.laws.block import Block, Range, as_slice, block_of, shown
 from tiedparam.laws.coded import Coded
 from tiedparam.laws.earlier import ReorderedLaw, renewed
+from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import law_text, make_rule, register_rule, stated
-from tiedparam.laws.rule import Example, Rule
+from tiedparam.laws.rule import Rule
 from tiedparam.laws.times import Making
 
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tiedparam.laws.example import Example
 from tiedparam.laws.fitted import is_fitted, rounding
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.rule import Example, Rule
+from tiedparam.laws.rule import Rule
 from tiedparam.layer.register import register_tie
 from tiedparam.testing.judge import close, equal, hold
 from tiedparam.tie.lookup import get_tie

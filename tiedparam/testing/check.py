@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from tiedparam.laws.rule import Example, Rule
+from tiedparam.laws.example import Example
+from tiedparam.laws.rule import Rule
 from tiedparam.testing.cases import Case, Inputs, cases_of
 from tiedparam.testing.contract import STATEMENTS
 from tiedparam.testing.judge import fact_of
