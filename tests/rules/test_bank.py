@@ -82,6 +82,7 @@ def test_templates_are_stored_once():
     assert keys[:2] == [f"0.parametrizations.weight.original{i}" for i in range(2)]
     assert keys[2:] == [f"{i}.parametrizations.weight.original0" for i in range(1, 5)]
     totals = tp.report(model).totals
+    assert all(p.is_contiguous() for p in model.parameters())  # which sharding asks for
     assert totals.values_stored == 2 * 16 + 5 * 2 + 5 * 4
     assert totals.values_dense == 5 * 20
     assert "1.weight of" not in tp.report(model).to_markdown()
@@ -278,6 +279,7 @@ def test_untying_one_leaves_the_others_whole(order, known):
         if left:
             assert model[left[0]].parametrizations.weight.original0 is templates
             assert tp.owner(templates).layer is model[left[0]]
+            assert templates._tiedparam_free.startswith("'weight' of Linear")  # for the guard
         for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(each(X), output)
         model(X).sum().backward()
@@ -339,6 +341,9 @@ def test_paths_of_nested_layers_follow_the_templates():
     for path, text in shown.items():
         assert f"reads {text}" in repr(net.get_submodule(path))
         assert net.get_submodule(path).weight.isfinite().all()
+        values = net.get_submodule(path).parametrizations.weight
+        (place,) = values.reading.places  # a shallow clone is told by it
+        assert place.common_root.get_submodule(".".join(place.to_values)) is values
     net["dec"].a = nn.Linear(4, 4)
     with pytest.raises(tp.TieError, match="source 'a.weight' .* remove_tie hands on what it shar"):
         net["dec"].b(X)
