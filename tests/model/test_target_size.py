@@ -199,3 +199,17 @@ def test_in_the_shell(capsys, tmp_path):
     out = good(capsys, *tie, "--target-size", "45%")
     assert "Chosen: 4" in out  # 44.2%
     assert "Chosen" in good(capsys, *tie, "--target-size", str(stored(model)))
+
+
+def test_ranks_of_differences_are_sizes_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    with torch.no_grad():  # the one differs in one direction, the other in all
+        model[1].weight.copy_(model[0].weight + torch.outer(torch.ones(16), torch.arange(16.0)))
+    plan = {path: ("shared_delta", {"rank": 6, "source": "0"}) for path in ("1", "2")}
+    curve = tp.tie_model(model, plan, target_size=stored(model) - 4 * (2 * 256 - 5 * 32)).curve
+    taken = [(step.tensor, step.rule) for step in curve if step.taken]
+    ranks = [("2.weight", f"shared_delta(rank={rank})") for rank in (1, 2, 4)]
+    assert taken[0] == ("", "")
+    assert taken[1:] == [("1.weight", "shared_delta(rank=1)"), *ranks]
+    assert [tp.get_tie(model[i]).free_count for i in (1, 2)] == [32, 4 * 32]
