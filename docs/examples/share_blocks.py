@@ -103,13 +103,14 @@ def shared_model() -> Model:
     """The model with its ties: always before it is wrapped."""
     torch.manual_seed(0)  # every process starts with the same weights
     model = Model()
-    for block in model.blocks[1:]:
-        for path, layer in block.named_children():
-            for name in ("weight", "bias"):
-                source = model.blocks[0].get_submodule(path)
-                tp.register_tie(layer, "copy", name, source=source, root=model)
     nn.init.normal_(model.letters.weight, std=0.1)
-    tp.register_tie(model.scores, "copy", source="letters", root=model)
+    tp.tie_model(
+        model,
+        {
+            "blocks.*.*": ("copy", {"source": "blocks.0.*"}),
+            "scores": ("copy", {"source": "letters"}),
+        },
+    )
     return model
 
 
