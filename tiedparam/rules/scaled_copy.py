@@ -152,18 +152,26 @@ class ScaledCopy(Linked):
         """One factor, one for each input of a convolution in groups, and one for each output."""
         return (
             Example(
-                lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3)), {"source": "0"}, path="1"
-            ),
-            Example(
-                lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(4, 6, 3, groups=2)),
-                {"source": "0", "per": "input"},
-                path="1",
+                lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4), nn.Linear(4, 3)),
+                {"source": "0"},
+                path="2",
             ),
             Example(
                 lambda: nn.Sequential(
-                    nn.ConvTranspose1d(4, 6, 3, groups=2), nn.ConvTranspose1d(4, 6, 3, groups=2)
+                    nn.Conv2d(4, 6, 3, padding=1, groups=2),
+                    nn.Conv2d(6, 4, 1),
+                    nn.Conv2d(4, 6, 3, padding=1, groups=2),
+                ),
+                {"source": "0", "per": "input"},
+                path="2",
+            ),
+            Example(
+                lambda: nn.Sequential(
+                    nn.ConvTranspose1d(4, 6, 3, groups=2),
+                    nn.Conv1d(6, 4, 1),
+                    nn.ConvTranspose1d(4, 6, 3, groups=2),
                 ),
                 {"source": "0", "per": "output"},
-                path="1",
+                path="2",
             ),
         )

@@ -175,22 +175,26 @@ class SharedDelta(Linked):
         """Two Linear layers, and convolutions in groups of either kind."""
         return (
             Example(
-                lambda: nn.Sequential(nn.Linear(5, 6), nn.Linear(5, 6)),
+                lambda: nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 5), nn.Linear(5, 6)),
                 {"source": "0", "rank": 2},
-                path="1",
+                path="2",
             ),
             Example(
                 lambda: nn.Sequential(
-                    nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(4, 6, 3, groups=2, padding=1)
+                    nn.Conv2d(4, 6, 3, padding=1, groups=2),
+                    nn.Conv2d(6, 4, 1),
+                    nn.Conv2d(4, 6, 3, padding=1, groups=2),
                 ),
                 {"source": "0", "rank": 1},
-                path="1",
+                path="2",
             ),
             Example(
                 lambda: nn.Sequential(
-                    nn.ConvTranspose1d(4, 6, 3, groups=2), nn.ConvTranspose1d(4, 6, 3, groups=2)
+                    nn.ConvTranspose1d(4, 6, 3, groups=2),
+                    nn.Conv1d(6, 4, 1),
+                    nn.ConvTranspose1d(4, 6, 3, groups=2),
                 ),
                 {"source": "0", "rank": 1},
-                path="1",
+                path="2",
             ),
         )
