@@ -91,9 +91,10 @@ def types(session: nox.Session) -> None:
 @nox.session(tags=["ci"])
 def docs(session: nox.Session) -> None:
     """The pages: their code, outputs, tables, pictures, links and examples."""
-    session.install(*CONSTRAINTS, "-e", ".[test,ecosystem]")
+    session.install(*CONSTRAINTS, "-e", ".[test,ecosystem,examples]")
     pages = ("docs", "examples", "joining", "typed_surface")
-    session.run("pytest", *(f"tests/house/test_{page}.py" for page in pages))
+    files = [f"tests/house/test_{page}.py" for page in pages]
+    session.run("pytest", *files, "tests/ecosystem/test_minilm.py")
 
 
 @nox.session(tags=["ci"])

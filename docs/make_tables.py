@@ -258,7 +258,7 @@ def with_table(page: str) -> str:
     Raises:
         ValueError: if the page has no place for it.
     """
-    return _filled(page, "rules", table())
+    return filled(page, "rules", table())
 
 
 def with_family_table(page: str) -> str:
@@ -267,7 +267,7 @@ def with_family_table(page: str) -> str:
     Raises:
         ValueError: if the page has no place for it.
     """
-    return _filled(page, "families", family_table())
+    return filled(page, "families", family_table())
 
 
 def with_optimizer_table(page: str) -> str:
@@ -276,7 +276,7 @@ def with_optimizer_table(page: str) -> str:
     Raises:
         ValueError: if the page has no place for it.
     """
-    return _filled(page, "optimizers", optimizer_table())
+    return filled(page, "optimizers", optimizer_table())
 
 
 def records() -> list[dict[str, Any]]:
@@ -309,10 +309,15 @@ def with_version_table(page: str) -> str:
     Raises:
         ValueError: if the page has no place for it.
     """
-    return _filled(page, "versions", version_table())
+    return filled(page, "versions", version_table())
 
 
-def _filled(page: str, what: str, content: str) -> str:
+def filled(page: str, what: str, content: str) -> str:
+    """The text of a page with other content in its place for a table.
+
+    Raises:
+        ValueError: if the page has no such place, or several.
+    """
     begin, end = (f"<!-- table of {what}: {edge} -->" for edge in ("begin", "end"))
     pattern = re.compile(re.escape(begin) + r"\n.*?" + re.escape(end), re.DOTALL)
     if len(pattern.findall(page)) != 1:

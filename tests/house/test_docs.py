@@ -253,6 +253,21 @@ def test_a_changed_law_is_noticed_in_the_table_of_optimizers(generators, monkeyp
         test_the_table_of_optimizers_is_up_to_date(generators)
 
 
+# The tables of the pretrained model --------------------------------------------------------
+
+
+def test_the_tables_of_minilm_are_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    tables = importlib.import_module("make_minilm")
+    page = (ROOT / "docs" / "minilm.md").read_text(encoding="utf-8")
+    assert page == tables.with_tables(page), f"run '{tables.COMMAND}' and commit the result"
+    found = tables.results()
+    assert len(found["laws"]) > 9
+    for row in found["laws"]:
+        assert f"| {row['law']} | " in page
+    assert len(found["scan"]) > 9
+
+
 # The table of features ---------------------------------------------------------------------
 
 
