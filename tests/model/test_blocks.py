@@ -453,7 +453,7 @@ def test_a_matrix_that_cannot_carry_its_rule_is_an_error():
 
     model = stack(2)
     before = everything(model)
-    with pytest.raises(tp.TieError, match=r"2 of 7 ties cannot be made") as error:
+    with pytest.raises(tp.TieError, match=r"7 of 7 ties cannot be made") as error:
         tp.tie_block("layers.1", "layers.0", Never, root=model)
     assert str(error.value).endswith("Correct the blocks, or leave these out with exclude=.")
     assert everything(model) == before
@@ -720,3 +720,59 @@ def test_the_shell_ties_blocks(tmp_path, monkeypatch, capsys):
     assert spelled.count("copy of") == shown.count("copy of") == 24
     said = refused(capsys, "tie", "model.pt", "--tie", "layers.1=copy:source=layers.?", "--dry-run")
     assert "has a wildcard that the pattern has not" in said
+
+
+# Laws with values of their own -------------------------------------------------------------------
+
+
+def scaled_pair() -> nn.ModuleDict:
+    """Matrices and vectors of layers, of a norm, and of a module that has no 'weight'."""
+
+    def block() -> nn.Module:
+        return nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4), nn.MultiheadAttention(4, 2)])
+
+    return nn.ModuleDict({"a": block(), "b": block()})
+
+
+@pytest.mark.parametrize("per", ["tensor", "output"])
+def test_vectors_that_can_carry_the_law_are_no_copies(per):
+    by_call, by_plan = scaled_pair(), scaled_pair()
+    done = tp.tie_block("b", "a", "scaled_copy", per=per, root=by_call)
+    planned = tp.tie_model(by_plan, {"b.*": ("scaled_copy", {"source": "a.*", "per": per})})
+    for report in (done, planned):
+        assert len(report.ties) == 8
+        assert {row.rule.partition(" of ")[0].partition("(")[0] for row in report.ties} == {
+            "scaled_copy"
+        }
+        assert {row.rule.rpartition(" of ")[2] for row in report.ties} == {
+            f"a.{row.layer.partition('.')[2]}.{row.tensor_name}" for row in report.ties
+        }
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "message"),
+    [
+        ("shared_delta", {"rank": -5}, "rank must be"),
+        ("scaled_copy", {"per": "zzz"}, "per='zzz' is unknown"),
+    ],
+)
+def test_wrong_options_are_refused_for_vectors_too(rule, options, message):
+    model = nn.ModuleDict({name: nn.Sequential(nn.LayerNorm(6)) for name in "ab"})
+    with pytest.raises(tp.TieError, match=message):
+        tp.tie_block("b", "a", rule, root=model, **options)
+    with pytest.raises(tp.TieError, match="gives a whole"):
+        tp.tie_model(model, {"b.*": ("copy", {"source": "a.*", "rows": slice(0, 2)})})
+    assert not tp.is_tied(model)
+
+
+def test_what_an_optimizer_loses_is_said_once():
+    model = nn.ModuleDict({name: nn.TransformerEncoderLayer(8, 2, 16) for name in "ab"})
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.randn(4, 2, 8)
+    model["b"](model["a"](x)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.warns(tp.TieWarning, match="state of its new Parameters anew") as told:
+        tp.tie_block("b", "a", "shared_delta", rank=2, root=model, optimizer=optimizer)
+    assert len(told) == 1
+    assert "'b.self_attn.in_proj_weight'" in str(told[0].message)

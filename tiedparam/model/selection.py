@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from tiedparam.laws.layout import Layout
 from tiedparam.laws.registry import make_rule
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import Init, check_init
@@ -79,7 +78,8 @@ def select(
                     continue
                 taken[tensor_name], sought.wins = entry, True
                 options, of_block = entry.options_for(name), entry.captures
-                make = maker(module, tensor_name, entry.rule, options, of_block=of_block)
+                target = Target(module, tensor_name, model)
+                make = maker(target, entry.rule, options, of_block=of_block)
                 ties.append(selected(paths[0], module, tensor_name, make, init))
     absent, problems = list[Skipped](), []
     for entry, sought in zip(plan.entries, found, strict=True):
@@ -169,19 +169,36 @@ def selected(
 
 
 def maker(
-    layer: nn.Module, tensor_name: str, rule: Any, options: Mapping[str, Any], *, of_block: bool
+    target: Target, rule: Any, options: Mapping[str, Any], *, of_block: bool
 ) -> Callable[[Mapping[str, Any]], Rule]:
     """What makes the rule for a tensor; in a block, for a vector that cannot carry it, a copy."""
-    tensor = parameters_of(layer).get(tensor_name)
-    if of_block and tensor is not None and not is_lazy(tensor) and tensor.dim() <= 1:
-        layout = Layout.of(layer, tensor_name, tuple(tensor.shape))
-        if make_rule(rule, options).reason_against(layout) is not None:
-            read = {key: options[key] for key in _WHAT_IS_READ if key in options}
-            return lambda others: make_rule("copy", {**read, **others})
+    if of_block and _is_for_matrices(target, rule, options):
+        read = {key: options[key] for key in _WHAT_IS_READ if key in options}
+        return lambda others: make_rule("copy", {**read, **others})
     return lambda others: make_rule(rule, {**options, **others})
 
 
 _WHAT_IS_READ = ("source", "source_name")
+_WIDE = 1 << 14
+
+
+def _is_for_matrices(target: Target, rule: Any, options: Mapping[str, Any]) -> bool:
+    """Whether the target is a vector, which cannot carry the rule, while a matrix could."""
+    tensor = target.parameter
+    if tensor is None or is_lazy(tensor) or tensor.dim() > 1:
+        return False
+    made = make_rule(rule, options)
+    if not made.reads_layers:  # as with rows= or columns=
+        return False
+    # a source that is not found is for the tie to tell, and so is what is wrong for matrices, too
+    if find_sources(made, target) is not None or made.reason_against(target.layout) is None:
+        return False
+    matrix = nn.Linear(_WIDE, _WIDE, device="meta")
+    given = options["source"]
+    read = [matrix] * len(given) if isinstance(given, (list, tuple)) else matrix
+    made = make_rule(rule, {**options, "source": read})
+    of_matrix = Target(matrix, "weight")
+    return find_sources(made, of_matrix) is None and made.reason_against(of_matrix.layout) is None
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from tiedparam.model.report import TieReport
 from tiedparam.model.selection import Selected, is_layer, maker, selected, tensor_names
 from tiedparam.model.tie_model import tie_all
 from tiedparam.state.optimizer_moves import as_optimizers
+from tiedparam.tie.target import Target
 from tiedparam.util.errors import TieError, describe_layer, key_of, quoted, some_of
 from tiedparam.util.never_compiled import never_compiled
 
@@ -109,7 +110,8 @@ def tie_block(
     pairs = _pairs(_tensors(target, globs), _tensors(source, globs), where)
     wanted = list[Selected]()
     for (path, layer, tensor_name), (_, read, _) in pairs:
-        make = maker(layer, tensor_name, rule, {**options, "source": read}, of_block=True)
+        place = Target(layer, tensor_name, root)
+        make = maker(place, rule, {**options, "source": read}, of_block=True)
         path = paths.get(layer, path)
         wanted.append(selected(path, layer, tensor_name, make, init))
     settings = Settings(init, max_residual, cache, as_optimizers(optimizer))

@@ -29,7 +29,7 @@ from tiedparam.state.optimizer_moves import as_optimizers
 from tiedparam.tie.lookup import ties_in
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.target import Target
-from tiedparam.util.errors import Reason, TieError, key_of
+from tiedparam.util.errors import Reason, TieError, key_of, some_of, warn
 from tiedparam.util.never_compiled import never_compiled
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -165,8 +165,9 @@ def tie_all(
     places = Places(model)
     curve = choose_sizes(model, wanted, places, target_size)
     settings = settings._replace(concerned=concerns.note)
+    losses: dict[str, list[str]] = {}
     for each in wanted:
-        why = _tie(each, places, settings)
+        why = _tie(each, places, settings, losses)
         if why is not None:
             skipped.append(each.skipped(why))
     if skipped and on_unfit == "error":
@@ -188,16 +189,23 @@ def tie_all(
         curve,
     )
     concerns.tell(len(made), dry_run=dry_run)
+    for loss, tied in losses.items():
+        warn(f"tying {some_of(tied)}: {loss}.")
     return report
 
 
-def _tie(each: Selected, places: Places, settings: Settings) -> Reason | None:
-    """Tie it, or return why that cannot be."""
+def _tie(
+    each: Selected, places: Places, settings: Settings, losses: dict[str, list[str]]
+) -> Reason | None:
+    """Tie it and note what optimizers lose, or return why that cannot be."""
     target = Target.among(places, each.layer, each.tensor_name)
+    own: list[str] = []
     try:
-        tie_one(target, each.rule, settings._replace(init=each.init))
+        tie_one(target, each.rule, settings._replace(init=each.init, lost=own.append))
     except TieError as error:
         return error.reason
+    for loss in own:
+        losses.setdefault(loss, []).append(f"{target.describe()} by '{each.rule}'")
     return None
 
 
