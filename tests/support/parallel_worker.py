@@ -143,6 +143,7 @@ class Words(nn.Module):
 BY_ROWS = {"up": ColwiseParallel, "down": RowwiseParallel}
 IN = {"embed": lambda: RowwiseParallel(input_layouts=Replicate())}
 OUT = {"head": lambda: ColwiseParallel(output_layouts=Replicate())}
+ALIKE = dict.fromkeys(("up", "down"), lambda: ColwiseParallel(output_layouts=Replicate()))
 HEADS = {"heads": 6, "groups": 2}
 PLANS = {
     "head and embedding": ([("head", "copy", {"source": "embed"})], {**IN, **OUT}),
@@ -161,6 +162,10 @@ PLANS = {
         BY_ROWS,
     ),
     "tied embedding": ([("embed", "row_repeat", {"groups": 4})], IN),
+    "adjoint": ([("down", "transposed_copy", {"source": "up"})], BY_ROWS),
+    "scaled": ([("down", "scaled_copy", {"source": "up", "per": "output"})], ALIKE),
+    "difference": ([("down", "shared_delta", {"source": "up", "rank": 2})], ALIKE),
+    "bank": ([("up+down", "bank", {"templates": 1})], ALIKE),
 }
 """Ties and plans that train."""
 WRONG_PLANS = {
@@ -179,6 +184,9 @@ def tied_words(ties) -> Words:
     model = Words().double()
     for place, law, options in ties:
         path, _, name = place.partition("/")
+        if law == "bank":
+            tp.tie_bank(path.split("+"), root=model, **options)
+            continue
         init = "project" if "source" in options else "rescale"
         layer = model.get_submodule(path)
         tp.register_tie(layer, law, name or "weight", root=model, init=init, **options)

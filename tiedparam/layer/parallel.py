@@ -45,9 +45,7 @@ def parts_to_cut(
     parameters = dict(parameters_of(layer))
     ties = list(ties_in(layer))
     for tie in ties:
-        with torch.no_grad():
-            weight = tie.weight()
-        empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        empty = torch.empty(tie.rule.bound_layout.shape, dtype=_dtype_of(tie), device="meta")
         parameters[tie.tensor_name] = nn.Parameter(empty)
     modules = {k: v for k, v in submodules_of(layer).items() if k != "parametrizations"}
     dense = stand_in(layer, stock, in_order(layer, parameters), modules)
@@ -66,6 +64,14 @@ def parts_to_cut(
     for name, module in modules.items():
         if module is not None:
             yield from module.named_modules(memo, f"{prefix}.{name}".removeprefix("."))
+
+
+def _dtype_of(tie: Tie) -> torch.dtype:
+    """Of the tied tensor, which cannot be computed where its source is cut already."""
+    if tie.free:
+        return tie.free[0].dtype
+    with torch.no_grad():
+        return tie.weight().dtype
 
 
 def _split_as(tie: Tie, tensor: Any) -> Split:
