@@ -163,10 +163,10 @@ def tie_all(
     concerns, skipped = Concerns(), list[Skipped]()
     wanted = sources_first(selected, model)
     places = Places(model)
-    curve = choose_sizes(model, wanted, places, target_size)
+    choice = choose_sizes(model, wanted, places, target_size, skip=on_unfit == "skip")
     settings = settings._replace(concerned=concerns.note)
-    for each in wanted:
-        why = _tie(each, places, settings)
+    for number, each in enumerate(wanted):
+        why = choice.unfit.get(number) or _tie(each, places, settings)
         if why is not None:
             skipped.append(each.skipped(why))
     if skipped and on_unfit == "error":
@@ -185,7 +185,7 @@ def tie_all(
         totals_of(model, rows, list(settings.optimizers)),
         (*absent, *skipped),
         dry_run,
-        curve,
+        choice.curve,
     )
     concerns.tell(len(made), dry_run=dry_run)
     return report
