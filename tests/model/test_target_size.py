@@ -189,9 +189,7 @@ def test_sizes_that_are_none(size):
 
 
 def test_a_plan_without_sizes():
-    with pytest.raises(
-        tp.TieError, match="no law of the plan has sizes.*'shared_delta', whose rank"
-    ):
+    with pytest.raises(tp.TieError, match="no law of the plan has sizes.*'shared_delta'"):
         tp.tie_model(nn.Sequential(nn.Linear(4, 4)), {"0": "flip_sym"}, target_size="90%")
 
 

@@ -220,7 +220,8 @@ def _bytes_meant(target: TargetSize, dense: int) -> int:
         raise TieError(
             "target_size=",
             f"target_size={target!r} is no size.",
-            f"Give a share of the dense model, such as '25%', or a number of bytes.{_meant(target)}",
+            "Give a share of the dense model, such as '25%', or a number of bytes."
+            f"{_meant(target)}",
         )
     return int(dense * float(share[1]) / 100)
 
