@@ -183,12 +183,13 @@ def test_steps_that_bring_more_together_are_one(other, room, chosen):
 
 @pytest.mark.parametrize("size", ["25", "0%", "101%", "a%", 0, -3, True, 0.25])
 def test_sizes_that_are_none(size):
-    with pytest.raises(tp.TieError, match="is no size"):
+    with pytest.raises(tp.TieError, match="is no size") as caught:
         tp.tie_model(model_of(), PLAN, target_size=size)
+    assert ("Did you mean '25%'?" in str(caught.value)) == (size in ("25", 0.25))
 
 
 def test_a_plan_without_sizes():
-    with pytest.raises(tp.TieError, match="no law of the plan has sizes"):
+    with pytest.raises(tp.TieError, match="no law of the plan has sizes.*'shared_delta'"):
         tp.tie_model(nn.Sequential(nn.Linear(4, 4)), {"0": "flip_sym"}, target_size="90%")
 
 
@@ -213,3 +214,57 @@ def test_ranks_of_differences_are_sizes_too():
     assert taken[0] == ("", "")
     assert taken[1:] == [("1.weight", "shared_delta(rank=1)"), *ranks]
     assert [tp.get_tie(model[i]).free_count for i in (1, 2)] == [32, 4 * 32]
+
+
+DELTAS = {path: ("shared_delta", {"rank": 4, "source": "0"}) for path in ("1", "2")}
+CLUSTERS = {"*": ("cluster", {"n": 4})}
+
+
+def spoiled(how: str) -> nn.Sequential:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    if how == "nan":
+        nn.init.constant_(model[2].weight[0], torch.nan)
+    elif how == "half":
+        model[2].half()
+    elif how == "lazy":
+        model[2] = nn.LazyLinear(8)
+    elif how == "meta":
+        model[2] = nn.Linear(8, 8, device="meta")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "plan", "why"),
+    [
+        ("nan", CLUSTERS, "8 of its 64"),
+        ("nan", DELTAS, "not all of its entries are finite numbers"),
+        ("half", DELTAS, "the source gives torch.float32, and the tensor is torch.float16"),
+        ("lazy", CLUSTERS, "the layer is lazy and has no shape yet"),
+        ("meta", CLUSTERS, "it has no values"),
+        ("meta", {"2": ("shared_delta", {"rank": 4, "source": "0"}), "1": PLAN[nn.Linear]}, ""),
+    ],
+)
+def test_what_cannot_be_tied_says_why_or_is_left_before_sizes_are_chosen(how, plan, why):
+    model = spoiled(how)
+    before = list(map(id, model.parameters()))
+    with pytest.raises(tp.TieError, match=f"'2.weight' by .*(?:{why})"):
+        tp.tie_model(model, plan, target_size="90%")
+    assert list(map(id, model.parameters())) == before
+    report = tp.tie_model(model, plan, target_size="90%", on_unfit="skip")
+    assert [left.layer for left in report.skipped] == ["2"]
+    assert "1" in [row.layer for row in report.ties]
+    assert report.curve
+
+
+def test_tensors_without_values_lose_nothing_that_could_be_compared():
+    model = nn.Sequential(*(nn.Linear(8, 8, device="meta") for _ in range(3)))
+    with pytest.raises(tp.TieError, match="no values by which to choose a size"):
+        tp.tie_model(model, DELTAS, target_size="90%")
+    with pytest.raises(tp.TieError, match="smallest checkpoint .*\n.*\n'1.weight' by .* no values"):
+        tp.tie_model(model, DELTAS, target_size="90%", on_unfit="skip")
+
+
+def test_a_source_that_is_not_found_is_what_the_error_names():
+    plan = {"1": ("shared_delta", {"rank": 4, "source": "7"})}
+    with pytest.raises(tp.TieError, match="no layer '7'"):
+        tp.tie_model(spoiled(""), plan, target_size="90%")

@@ -329,7 +329,7 @@ def test_another_weight_and_values_of_each_output():
 def test_all_clusters_of_a_model_or_none():
     mask = {"mask": torch.arange(64).view(8, 8) % 2 > 0}
     model = nn.Sequential(
-        tp.register_tie(nn.Linear(8, 8), "cluster", n=6, of=("masked", mask)),
+        tp.register_tie(nn.Linear(8, 8), "cluster", n=10, of=("masked", mask)),
         tp.register_tie(nn.Linear(8, 8), "flip_sym"),
         tp.register_tie(nn.Linear(8, 1), "cluster", n=6),
         nn.Linear(1, 2),
@@ -360,6 +360,9 @@ def test_an_optimizer_that_was_not_named_is_told():
         ({"n": 2, "tensor_name": "bias"}, tp.TieError, "'bias'"),
         ({"value": torch.zeros(3, 3)}, tp.TieError, r"\(3, 3\).*\(8, 12\)"),
         ({"value": torch.full((8, 12), torch.nan)}, tp.TieError, "96 of its 96"),
+        ({"value": "x"}, TypeError, "a dense weight, not str"),
+        ({"value": torch.ones(8, 12, device="meta")}, tp.TieError, "value has no numbers"),
+        ({"n": 64}, tp.TieError, r"n=64 values for 4 different numbers. Pass value="),
         ({"n": 2, "weights": torch.zeros(8, 12)}, tp.TieError, "all zero"),
     ],
 )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from tiedparam.laws.distance import relative_distance
+from tiedparam.util.errors import Reason
+from tiedparam.util.torch_private import has_values
 
 if TYPE_CHECKING:
     from tiedparam.laws.rule import Rule
@@ -29,6 +31,23 @@ def fitted_to(rule: Rule, weight: Tensor, sources: tuple[Tensor, ...]) -> Any:
     if is_fitted(rule) and weight.is_meta:
         return tuple(weight.new_empty(shape) for shape in rule.free_shapes())
     return rule.fit_to(weight, sources)
+
+
+def why_not_finite(rule: Rule, weight: Tensor, sources: tuple[Tensor, ...]) -> Reason | None:
+    """Why a law cannot be solved for its free values, or None: one NaN would be in all of them.
+
+    Laws of entries keep it where it stands, and need not look.
+    """
+    return why_no_numbers(weight, sources) if is_fitted(rule) else None
+
+
+def why_no_numbers(weight: Tensor, sources: tuple[Tensor, ...]) -> Reason | None:
+    """Why a tensor, or one that its law reads, cannot be computed with, or None."""
+    for what, tensor in (("its", weight), *(("the source's", source) for source in sources)):
+        if has_values(tensor) and not bool(tensor.isfinite().all()):
+            fact = f"not all of {what} entries are finite numbers."
+            return Reason(fact, "Initialise or load them first.")
+    return None
 
 
 def is_lawful(rule: Rule, weight: Tensor, nearest: Tensor) -> bool:

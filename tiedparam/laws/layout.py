@@ -69,6 +69,12 @@ class Layout:
         """The axes after the channels; empty for a Linear weight."""
         return self.shape[2:]
 
+    def why_empty(self) -> Reason | None:
+        """Why there is nothing to tie, or None."""
+        if 0 not in self.shape:
+            return None
+        return Reason(f"the tensor {self.shape} is empty.", "Tie a layer that has weights.")
+
     def canonical(self, weight: Tensor) -> Tensor:
         """``weight`` as ``V[o, c, x]``; a view where strides allow it."""
         if not self.transposed:

@@ -198,7 +198,7 @@ class Linked(Rule):
 
     def bind(self, layout: Layout, dtype: torch.dtype) -> Reason | None:
         """Fit the rule to one tensor; of any dtype, since nothing is averaged."""
-        reason = self.reason_against(layout)
+        reason = layout.why_empty() or self.reason_against(layout)
         if reason is None:
             self.layout: Layout | None = layout
         return reason

@@ -292,9 +292,7 @@ class Rule(nn.Module, metaclass=OwnMembers):
         reason = self.reason_against_dtype(dtype)
         if reason is not None:
             return reason
-        if 0 in layout.shape:
-            return Reason(f"the tensor {layout.shape} is empty.", "Tie a layer that has weights.")
-        reason = self.reason_against(layout)
+        reason = layout.why_empty() or self.reason_against(layout)
         if reason is None:
             self.layout = layout
         return reason

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws.distance import relative_distance
-from tiedparam.laws.fitted import fitted_to, is_lawful
+from tiedparam.laws.fitted import fitted_to, is_lawful, why_not_finite
 from tiedparam.laws.rule import Rule
 from tiedparam.layer.checks import Init
 from tiedparam.layer.concerns import why_distant
@@ -62,6 +62,7 @@ def initial_values(
             # the shape first: what follows from a wrong forward would be hard to read
             zeros = [dense.new_zeros(shape) for shape in rule.free_shapes()]
             reason = _why_misshapen(rule(*sources, *zeros), dense)
+            reason = reason or why_not_finite(rule, dense, sources)
             if reason is not None:
                 return reason
             free: Any = fitted_to(rule, dense, sources)

@@ -17,8 +17,9 @@ from tiedparam.layer.rollback import rolled_back_on_error
 from tiedparam.state.optimizer_moves import as_optimizers
 from tiedparam.tie.lookup import ties_in
 from tiedparam.tie.record import Tie
-from tiedparam.util.errors import TieError
+from tiedparam.util.errors import Reason, TieError, raise_if
 from tiedparam.util.never_compiled import never_compiled
+from tiedparam.util.torch_private import has_values
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,8 +58,10 @@ def recluster(
 
     Raises:
         TieError: if nothing is tied by clusters, ``value`` or ``weights`` are given for several
-            tensors, or one cannot be clustered so. Nothing was changed then.
-        TypeError: if none of ``n``, ``per`` and ``value`` says what is to change.
+            tensors, or one cannot be clustered so, also because it has fewer different numbers
+            than ``n``. Nothing was changed then.
+        TypeError: if none of ``n``, ``per`` and ``value`` says what is to change, or ``value`` is
+            no tensor.
 
     Example:
         >>> layer = tp.register_tie(nn.Linear(32, 32), "cluster", n=64)
@@ -69,6 +72,8 @@ def recluster(
         raise TypeError(f"recluster takes an nn.Module, not {type(model).__name__}")
     if n is None and per is None and value is None:
         raise TypeError("recluster takes n=, per= or value=: of one weight, clusters are the same")
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"value= takes a dense weight, not {type(value).__name__}")
     found = [
         (tie, rule)
         for layer in model.modules()
@@ -102,9 +107,12 @@ def _tie_anew(
 ) -> None:
     layer, name = tie.layer, tie.tensor_name
     cache = bool(tie.kept is not None and tie.kept.checked)
+    many = _why_too_many(tie, rule) if value is None else None
     try:
         remove_tie(layer, name, optimizer=optimizers)
         dense = getattr(layer, name)
+        if value is not None and not has_values(value):
+            raise TieError(where, "value has no numbers.", "Initialise or load it first.")
         if value is not None and (value.shape != dense.shape or value.is_complex()):
             fact = f"value is {value.dtype} {tuple(value.shape)}, and it is {tuple(dense.shape)}."
             raise TieError(where, fact, "Give a weight of its shape.")
@@ -112,5 +120,19 @@ def _tie_anew(
             with torch.no_grad():
                 dense.copy_(value.detach())
         register_tie(layer, rule, name, cache=cache, optimizer=optimizers)
+        raise_if(where, many)  # after what the tensor cannot have at all
     except TieError as error:
         raise TieError(f"cannot find other clusters for {where}", *error.reason) from error
+
+
+def _why_too_many(tie: Tie, rule: Any) -> Reason | None:
+    """Why the tensor has no numbers for so many values: others would have one entry, or none."""
+    (values,) = tie.free
+    if rule.n <= tie.rule.n or not has_values(values):
+        return None
+    apart = rule.per == tie.rule.per == "output"
+    rows = values.detach() if apart else values.detach().flatten()[None]
+    count = max(row.unique().numel() for row in rows)
+    if rule.n <= count:
+        return None
+    return Reason(f"n={rule.n} values for {count} different numbers.", "Pass value=.")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from tiedparam.laws.block import Range
+from tiedparam.laws.fitted import why_not_finite
 from tiedparam.laws.registry import Laws, make_rule, with_part
 from tiedparam.laws.rule import Rule
 from tiedparam.laws.sharing import why_not_alone
@@ -320,4 +321,6 @@ def residual(
         raise TieError(place, *why_no_values(target))
     looked_through = copy(made)  # an instance that was given can still tie
     raise_if(place, bind(looked_through, target) or why_not_alone(made))
-    return looked_through.residual(unguard(weight).detach())
+    value = unguard(weight).detach()
+    raise_if(place, why_not_finite(looked_through, value, looked_through.read()))
+    return looked_through.residual(value)

@@ -197,7 +197,7 @@ def _tie_again(target: Target, made: Rule, settings: Settings) -> None:
             value, lost = _last_value(present)
         shape = present.rule.bound_layout.shape
         if value is None or value.dim() != len(shape):
-            value = torch.empty(shape, device="cpu")  # `bind` says what does not fit
+            value = torch.zeros(shape, device="cpu")  # `bind` says what does not fit
         host.remove_host(layer, name, plain_parameter(value, requires_grad=True))
         declare_shape(layer, name, tuple(value.shape))
         tie_one(target, made, Settings(settings.init, cache=settings.cache))

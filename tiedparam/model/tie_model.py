@@ -163,11 +163,11 @@ def tie_all(
     concerns, skipped = Concerns(), list[Skipped]()
     wanted = sources_first(selected, model)
     places = Places(model)
-    curve = choose_sizes(model, wanted, places, target_size)
+    choice = choose_sizes(model, wanted, places, target_size, skip=on_unfit == "skip")
     settings = settings._replace(concerned=concerns.note)
     losses: dict[str, list[str]] = {}
-    for each in wanted:
-        why = _tie(each, places, settings, losses)
+    for number, each in enumerate(wanted):
+        why = choice.unfit.get(number) or _tie(each, places, settings, losses)
         if why is not None:
             skipped.append(each.skipped(why))
     if skipped and on_unfit == "error":
@@ -186,7 +186,7 @@ def tie_all(
         totals_of(model, rows, list(settings.optimizers)),
         (*absent, *skipped),
         dry_run,
-        curve,
+        choice.curve,
     )
     concerns.tell(len(made), dry_run=dry_run)
     for loss, tied in losses.items():

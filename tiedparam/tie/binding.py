@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam.laws.coded import Coded
-from tiedparam.laws.fitted import fitted_to
+from tiedparam.laws.fitted import fitted_to, is_fitted, why_not_finite
 from tiedparam.laws.linked import Source
 from tiedparam.laws.rule import Rule
 from tiedparam.laws.sharing import Sharing
@@ -210,10 +210,16 @@ def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
             if rule.free_shapes():
                 goal = goal.clone()
                 unwritten = version_of(goal)
-            result = rule.forward(*probes, *fitted_to(rule, goal, tuple(probes)))
+            if why_not_finite(rule, goal, tuple(probes)) is None:
+                free = fitted_to(rule, goal, tuple(probes))
+            else:  # whoever needs the solution tells; a file may bring other numbers
+                free = tuple(goal.new_zeros(shape) for shape in rule.free_shapes())
+            result = rule.forward(*probes, *free)
     except RecursionError:
         raise
     except Exception as error:
+        if is_fitted(rule) and any(probe.dtype != weight.dtype for probe in probes):
+            return _why_other_dtype(probes[0].dtype, weight.dtype)
         return Reason(
             f"{function} raised {type(error).__name__} on the source's shape {shapes}: {error}.",
             correct,
@@ -235,13 +241,16 @@ def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
             else "Use 'copy' with an fn= whose result has this shape, or correct the rule.",
         )
     if result.dtype != weight.dtype:
-        return Reason(
-            f"the source gives {result.dtype}, and the tensor is {weight.dtype}.",
-            "Convert one of the layers first.",
-        )
+        return _why_other_dtype(result.dtype, weight.dtype)
     if weight.device.type != "meta" and result.device != weight.device:
         return Reason(
             f"the source is on {result.device}, and the tensor on {weight.device}.",
             "Move both to one device first.",
         )
     return None
+
+
+def _why_other_dtype(given: torch.dtype, wanted: torch.dtype) -> Reason:
+    return Reason(
+        f"the source gives {given}, and the tensor is {wanted}.", "Convert one of the layers first."
+    )
