@@ -418,6 +418,41 @@ def test_state_begins_anew_with_one_warning():
     optimizer.step()
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["one optimizer", "two"])
+def test_the_names_that_an_optimizer_has_follow_the_templates(apart):
+    model = dense(3)
+
+    def names() -> dict[str, int]:
+        return {name: id(value) for name, value in model.named_parameters()}
+
+    def held() -> list[tuple[str, int]]:
+        groups = [group for each in optimizers for group in each.param_groups]
+        return sorted(
+            (name, id(value))
+            for group in groups
+            for name, value in zip(group["param_names"], group["params"], strict=True)
+        )
+
+    if apart:  # the templates are held where the coefficients are not
+        tp.tie_bank(model, 2, root=model)
+        (first, *others) = (
+            (name, value) for name, value in model.named_parameters() if "original" in name
+        )
+        biases = [(f"{i}.bias", layer.bias) for i, layer in enumerate(model)]
+        optimizers = [torch.optim.SGD(each) for each in ([first, *biases], others)]
+    else:
+        optimizers = [torch.optim.AdamW(model.named_parameters())]
+        tp.tie_bank(model, 2, root=model, optimizer=optimizers)
+    assert held() == sorted(names().items())
+    tp.remove_tie(model[0], optimizer=optimizers)
+    assert held() == sorted(names().items())
+    tp.register_tie(model[0], "bank", source=model[1], root=model, optimizer=optimizers)
+    assert held() == sorted(names().items())
+    if not apart:  # a dense weight cannot come of values in two
+        tp.untie_model(model, optimizer=optimizers)
+        assert held() == sorted(names().items())
+
+
 def test_a_pending_gradient_goes_to_templates_and_coefficients():
     model = dense()
     model(X).square().sum().backward()

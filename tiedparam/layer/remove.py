@@ -15,7 +15,7 @@ from tiedparam.layer import host
 from tiedparam.layer.moves import planned_moves
 from tiedparam.layer.parameter_order import plain_parameter
 from tiedparam.layer.rollback import rolled_back_on_error
-from tiedparam.state import optimizer_guard, optimizer_moves
+from tiedparam.state import optimizer_guard, optimizer_moves, optimizer_names
 from tiedparam.state.optimizer_exchange import untying
 from tiedparam.state.optimizer_moves import Move
 from tiedparam.tie.lookup import find_tie, origins
@@ -81,6 +81,8 @@ def remove_tie(
     touched = [part for each in (tie, *readers) for part in each.layer.modules()]
     with rolled_back_on_error(touched, optimizers):
         hand_over(tie)
+        for each in (tie, readers[0]):
+            optimizer_names.number_again(optimizers, each)
         _untie(tie, where, optimizers)
         optimizer_guard.watch_free_values(readers[0].free, readers[0].describe())
     return layer
