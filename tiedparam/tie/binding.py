@@ -43,6 +43,8 @@ def bind(rule: Rule, target: Target) -> Reason | None:
         reason = rule.bind(target.layout, weight.dtype)
     if reason is None and isinstance(rule, Sharing) and rule.reads_layers:
         reason = rule.why_not_joined(rule.read()[0])
+    if reason is None and rule.reads_layers and rule.free_shapes():
+        reason = _why_other_kind(rule, weight)
     if reason is None and rule.reads_layers:
         reason = _why_misfit(rule, weight)
     if reason is None:
@@ -195,6 +197,24 @@ def _reaches(layer: nn.Module, name: str, goal: nn.Module, goal_name: str) -> bo
     )
 
 
+def _why_other_kind(rule: Rule, weight: Tensor) -> Reason | None:
+    """Why a source cannot be computed with beside values that are like the weight, or None."""
+    for source in rule.read():
+        if not (source.is_floating_point() or source.is_complex()):
+            continue  # numbers of another meaning, which the law is to convert
+        if source.dtype != weight.dtype:
+            return Reason(f"the source is {source.dtype}, and the tensor {weight.dtype}.", _CONVERT)
+        if source.device != weight.device:
+            return Reason(
+                f"the source is on {source.device}, and the tensor on {weight.device}.", _MOVE
+            )
+    return None
+
+
+_CONVERT = "Convert one of the layers first."
+_MOVE = "Move both to one device first."
+
+
 def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
     """Why what the law computes from its sources cannot be the layer's weight, or None."""
     function = rule.functions[0] if rule.functions else "its forward"
@@ -237,11 +257,11 @@ def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
     if result.dtype != weight.dtype:
         return Reason(
             f"the source gives {result.dtype}, and the tensor is {weight.dtype}.",
-            "Convert one of the layers first.",
+            _CONVERT,
         )
     if weight.device.type != "meta" and result.device != weight.device:
         return Reason(
             f"the source is on {result.device}, and the tensor on {weight.device}.",
-            "Move both to one device first.",
+            _MOVE,
         )
     return None
