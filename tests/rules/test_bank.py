@@ -299,6 +299,34 @@ def test_untying_a_reader_leaves_the_owner():
     assert torch.equal(weights(model)[3:], before[3:])
 
 
+@pytest.mark.parametrize("cast", [0, 1], ids=["owner", "reader"])
+def test_a_layer_that_was_cast_alone_is_untied_in_its_own_dtype(cast):
+    model = banked()
+    before = weights(model)
+    model[cast].half()
+    kept = torch.float16 if cast == 1 else torch.float32
+    for use in (lambda: model[1].weight, lambda: model[1](X.to(kept))):
+        with pytest.raises(tp.TieError, match=r"now, and the tied layer's own .* Convert both"):
+            use()
+    with unchanged(model), pytest.raises(tp.TieError, match="Convert all layers that share them"):
+        tp.remove_tie(model[0])
+    tp.remove_tie(model[1])
+    assert model[1].weight.dtype == kept
+    torch.testing.assert_close(
+        model[1].weight.detach().flatten().float(), before[1], atol=1e-2, rtol=0
+    )
+    tp.untie_model(model)
+    assert [layer.weight.dtype for layer in model] == [layer.bias.dtype for layer in model]
+
+
+def test_layers_that_are_cast_together_go_on():
+    model = banked()
+    model[0].half()
+    model.float()
+    tp.remove_tie(model[0])
+    assert owners(model) == [1]
+
+
 def test_untying_is_rolled_back():
     model = banked()
     optimizer = torch.optim.LBFGS(model.parameters())

@@ -13,6 +13,7 @@ from tiedparam.laws.fitted import fitted_to
 from tiedparam.laws.linked import Source
 from tiedparam.laws.rule import Rule
 from tiedparam.laws.sharing import Sharing
+from tiedparam.tie.changed_source import is_real_or_complex
 from tiedparam.tie.computed_source import why_computed
 from tiedparam.tie.sharing import shared_place
 from tiedparam.tie.target import Target
@@ -199,9 +200,7 @@ def _reaches(layer: nn.Module, name: str, goal: nn.Module, goal_name: str) -> bo
 
 def _why_other_kind(rule: Rule, weight: Tensor) -> Reason | None:
     """Why a source cannot be computed with beside values that are like the weight, or None."""
-    for source in rule.read():
-        if not (source.is_floating_point() or source.is_complex()):
-            continue  # numbers of another meaning, which the law is to convert
+    for source in filter(is_real_or_complex, rule.read()):
         if source.dtype != weight.dtype:
             return Reason(f"the source is {source.dtype}, and the tensor {weight.dtype}.", _CONVERT)
         if source.device != weight.device:

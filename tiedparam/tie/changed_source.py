@@ -41,9 +41,14 @@ def _stretches(shape: Sequence[int], goal: Sequence[int]) -> bool:
     return len(shape) <= len(goal) and all(size in (1, wanted) for size, wanted in ends)
 
 
+def is_real_or_complex(tensor: Tensor) -> bool:
+    """Whether it can be computed with as it is; integers are for the law to convert."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def why_unlike(read: Sequence[Tensor], free: Sequence[Tensor]) -> Reason | None:
     """Why sources cannot be computed with beside a layer's own values, or None: cast, or moved."""
-    for source in read:
+    for source in filter(is_real_or_complex, read):
         for value in free:
             if source.dtype != value.dtype:
                 return Reason(
@@ -73,5 +78,5 @@ def fitted_sources(read: Sequence[Tensor], before: Shapes, free: Sequence[Tensor
             whole = tensor.new_zeros(shape)
             whole[common] = tensor[common]
             tensor = whole
-        fitted.append(tensor.to(free[0]) if free else tensor)
+        fitted.append(tensor.to(free[0]) if free and is_real_or_complex(tensor) else tensor)
     return fitted

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws.layout import Layout, declare_shape
-from tiedparam.tie.changed_source import fitted_sources, is_misread, shapes_of, why_unlike
+from tiedparam.tie.changed_source import Shapes, fitted_sources, is_misread, shapes_of, why_unlike
 from tiedparam.tie.computed_source import recompute, why_computed
 from tiedparam.tie.offloaded import can_be_loaded, loaded
 from tiedparam.tie.parameter_paths import Places
@@ -168,7 +168,7 @@ class Reading:
         if weight.shape == tied and is_misread(read, self.shapes, tied, bool(free)):
             if self.is_leaving:
                 return self._last(rule, read, free, None)
-            fact = f"{_sizes_now(rule, read)}, and '{rule}' needs what it was tied to."
+            fact = f"{_sizes_now(rule, read)}, and '{rule}' was tied to {_listed(self.shapes)}."
             raise TieError(_first(rule), fact, self._way_on(rule, free))
         if weight.shape != tied and not self.is_leaving:
             fact = f"{_sizes_now(rule, read)}, and '{rule}' ties a tensor {tied}."
@@ -192,7 +192,7 @@ class Reading:
         if shapes_of(read) != self.shapes:
             warn(
                 f"{_sizes_now(rule, read)}, and '{rule}' ties a tensor {tuple(weight.shape)}: it "
-                "was computed from the part of the source that both sizes have, and zeros.",
+                "is computed from the part that both sizes have, with zeros for the rest.",
                 "Check the values.",
             )
         return weight
@@ -202,8 +202,8 @@ class Reading:
         if not free:
             return _renewal(rule)
         return (
-            f"Give the source a tensor {self.shapes[0]} again, or call remove_tie: the layer then "
-            "has the part that both sizes have."
+            f"Give the source a tensor {_listed(self.shapes)} again, or call remove_tie, which "
+            "takes the part of it that both sizes have."
         )
 
     def read_for_forms(self, rule: Linked) -> tuple[Tensor, ...] | None:
@@ -372,6 +372,10 @@ _LONGEST = 100
 def _sizes_now(rule: Linked, read: list[Tensor]) -> str:
     named = zip(map(_named, rule.sources()), read, strict=True)
     return ", ".join(f"{name} is {tuple(tensor.shape)} now" for name, tensor in named)
+
+
+def _listed(shapes: Shapes) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _named(source: tuple[nn.Module, str]) -> str:
