@@ -299,6 +299,34 @@ def test_untying_a_reader_leaves_the_owner():
     assert torch.equal(weights(model)[3:], before[3:])
 
 
+@pytest.mark.parametrize("cast", [0, 1], ids=["owner", "reader"])
+def test_a_layer_that_was_cast_alone_is_untied_in_its_own_dtype(cast):
+    model = banked()
+    before = weights(model)
+    model[cast].half()
+    kept = torch.float16 if cast == 1 else torch.float32
+    for use in (lambda: model[1].weight, lambda: model[1](X.to(kept))):
+        with pytest.raises(tp.TieError, match=r"now, and the tied layer's own .* Convert both"):
+            use()
+    with unchanged(model), pytest.raises(tp.TieError, match="Convert all layers that share them"):
+        tp.remove_tie(model[0])
+    tp.remove_tie(model[1])
+    assert model[1].weight.dtype == kept
+    torch.testing.assert_close(
+        model[1].weight.detach().flatten().float(), before[1], atol=1e-2, rtol=0
+    )
+    tp.untie_model(model)
+    assert [layer.weight.dtype for layer in model] == [layer.bias.dtype for layer in model]
+
+
+def test_layers_that_are_cast_together_go_on():
+    model = banked()
+    model[0].half()
+    model.float()
+    tp.remove_tie(model[0])
+    assert owners(model) == [1]
+
+
 def test_untying_is_rolled_back():
     model = banked()
     optimizer = torch.optim.LBFGS(model.parameters())
@@ -416,6 +444,41 @@ def test_state_begins_anew_with_one_warning():
     assert optimizer.state[templates] is state  # the templates go on
     model(X).sum().backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one optimizer", "two"])
+def test_the_names_that_an_optimizer_has_follow_the_templates(apart):
+    model = dense(3)
+
+    def names() -> dict[str, int]:
+        return {name: id(value) for name, value in model.named_parameters()}
+
+    def held() -> list[tuple[str, int]]:
+        groups = [group for each in optimizers for group in each.param_groups]
+        return sorted(
+            (name, id(value))
+            for group in groups
+            for name, value in zip(group["param_names"], group["params"], strict=True)
+        )
+
+    if apart:  # the templates are held where the coefficients are not
+        tp.tie_bank(model, 2, root=model)
+        (first, *others) = (
+            (name, value) for name, value in model.named_parameters() if "original" in name
+        )
+        biases = [(f"{i}.bias", layer.bias) for i, layer in enumerate(model)]
+        optimizers = [torch.optim.SGD(each) for each in ([first, *biases], others)]
+    else:
+        optimizers = [torch.optim.AdamW(model.named_parameters())]
+        tp.tie_bank(model, 2, root=model, optimizer=optimizers)
+    assert held() == sorted(names().items())
+    tp.remove_tie(model[0], optimizer=optimizers)
+    assert held() == sorted(names().items())
+    tp.register_tie(model[0], "bank", source=model[1], root=model, optimizer=optimizers)
+    assert held() == sorted(names().items())
+    if not apart:  # a dense weight cannot come of values in two
+        tp.untie_model(model, optimizer=optimizers)
+        assert held() == sorted(names().items())
 
 
 def test_a_pending_gradient_goes_to_templates_and_coefficients():

@@ -157,3 +157,105 @@ def test_a_plan_goes_through_a_file(tmp_path):
     tp.tie_model(model, tp.read_plan(tmp_path / "plan.toml"))
     tp.tie_model(other, PLAN)
     assert torch.equal(model[3].weight, other[3].weight)
+
+
+# What may become of the source ------------------------------------------------------------------
+
+
+def tied_pair(
+    law: str = "shared_delta", size: tuple[int, int] = (5, 3), **options
+) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*size), nn.Linear(*size))
+    options = options or {"rank": 1}
+    tp.register_tie(model[1], law, source="0", root=model, **options)
+    return model
+
+
+LAWS = {
+    "shared_delta": ("shared_delta", {"rank": 1}),
+    "per input": ("scaled_copy", {"per": "input"}),
+}
+WAYS_OUT = {
+    "remove_tie": lambda model: tp.remove_tie(model[1]),
+    "untie_model": tp.untie_model,
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+@pytest.mark.parametrize(("law", "options"), LAWS.values(), ids=LAWS)
+def test_s44_a_source_of_another_size_leaves_what_both_sizes_have(law, options, way):
+    model = tied_pair(law, **options)
+    own = [value.detach().clone() for value in tp.free_values(model[1]).values()]
+    model[0].weight = nn.Parameter(torch.randn(2 if law == "shared_delta" else 3, 7))
+    for use in (lambda: model[1].weight, lambda: model[1](torch.ones(2, 5))):
+        with pytest.raises(
+            tp.TieError, match=r"7\) now.*tensor \(3, 5\) again, or call remove_tie"
+        ):
+            use()
+    base = torch.zeros(3, 5)
+    rows = len(model[0].weight)
+    base[:rows] = model[0].weight.detach()[:, :5]
+    with pytest.warns(tp.TieWarning, match="from the part that both sizes have"):
+        WAYS_OUT[way](model)
+    wanted = base + own[0] @ own[1] if law == "shared_delta" else base * own[0]
+    torch.testing.assert_close(model[1].weight.detach(), wanted)
+    assert model[1](torch.ones(2, 5)).shape == (2, 3)
+
+
+def test_s44_a_source_of_the_old_size_is_read_again():
+    model = tied_pair()
+    before, source = model[1].weight.detach().clone(), model[0].weight
+    model[0].weight = nn.Parameter(torch.randn(3, 7))
+    with pytest.raises(tp.TieError):
+        model[1](torch.ones(2, 5))
+    model[0].weight = source
+    assert torch.equal(model[1].weight, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (6, 1), (4, 9)])
+def test_s44_a_source_is_not_read_by_broadcasting(shape):
+    model = tied_pair(size=(6, 6))
+    model[0].weight = nn.Parameter(torch.ones(shape))
+    said = r"is \({}, {}\) now, and 'shared_delta\(rank=1\)' was tied to \(6, 6\)".format(*shape)
+    for use in (lambda: model[1].weight, lambda: model[1](torch.ones(2, 6))):
+        with pytest.raises(tp.TieError, match=said):
+            use()
+    with pytest.warns(tp.TieWarning, match="with zeros for the rest"):
+        tp.remove_tie(model[1])
+
+
+def test_s44_a_sum_of_two_is_not_read_by_broadcasting():
+    layers = [nn.Linear(4, 4) for _ in range(3)]
+    tp.register_tie(layers[2], "copy", source=layers[:2], fn=torch.add)
+    layers[1].weight = nn.Parameter(torch.ones(1, 4))
+    with pytest.raises(tp.TieError, match=r"\(1, 4\) now.*was tied to"):
+        layers[2](torch.ones(2, 4))
+
+
+def test_a_source_that_was_cast_alone_says_so():
+    model = tied_pair()
+    before = model[1].weight.detach().clone()
+    model[0].half()
+    for use in (lambda: model[1].weight, lambda: model[1](torch.ones(2, 5))):
+        with pytest.raises(tp.TieError, match=r"float16 now, and .* torch.float32. Convert both"):
+            use()
+    tp.remove_tie(model[1])
+    assert model[1].weight.dtype == torch.float32
+    torch.testing.assert_close(model[1].weight.detach(), before, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("law", "options"), LAWS.values(), ids=LAWS)
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ({"dtype": torch.float16}, "source is torch.float16, .*Convert one of the layers first"),
+        ({"device": "meta"}, "source is on meta, .*Move both to one device first"),
+    ],
+    ids=["dtype", "device"],
+)
+def test_a_source_of_another_kind_is_refused(law, options, kind, said):
+    source, layer = nn.Linear(5, 3, **kind), nn.Linear(5, 3)
+    with pytest.raises(tp.TieError, match=said):
+        tp.register_tie(layer, law, source=source, **options)
+    assert not tp.is_tied(layer)

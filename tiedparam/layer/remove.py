@@ -15,9 +15,10 @@ from tiedparam.layer import host
 from tiedparam.layer.moves import planned_moves
 from tiedparam.layer.parameter_order import plain_parameter
 from tiedparam.layer.rollback import rolled_back_on_error
-from tiedparam.state import optimizer_guard, optimizer_moves
+from tiedparam.state import optimizer_guard, optimizer_moves, optimizer_names
 from tiedparam.state.optimizer_exchange import untying
 from tiedparam.state.optimizer_moves import Move
+from tiedparam.tie.changed_source import why_unlike
 from tiedparam.tie.lookup import find_tie, origins
 from tiedparam.tie.marks import carry_attributes
 from tiedparam.tie.offloaded import why_offloaded
@@ -78,9 +79,12 @@ def remove_tie(
         return layer
     for reader in readers:
         refuse_if_frozen(reader.layer, "remove_tie")
+    raise_if(f"cannot untie {where}", _why_not_handed_over(tie, readers[0]))
     touched = [part for each in (tie, *readers) for part in each.layer.modules()]
     with rolled_back_on_error(touched, optimizers):
         hand_over(tie)
+        for each in (tie, readers[0]):
+            optimizer_names.number_again(optimizers, each)
         _untie(tie, where, optimizers)
         optimizer_guard.watch_free_values(readers[0].free, readers[0].describe())
     return layer
@@ -106,6 +110,19 @@ def _untie(tie: Tie, where: str, optimizers: list[Optimizer]) -> None:
         stored,
         f"a free value of {where}",
         "Rebuild the optimizer; to keep its state, pass optimizer= to remove_tie when you untie.",
+    )
+
+
+def _why_not_handed_over(tie: Tie, reader: Tie) -> Reason | None:
+    """Why a layer cannot own what it has only read until now: it would not compute with it."""
+    unlike = why_unlike(tie.free[:1], reader.free)
+    if unlike is None:
+        return None
+    return Reason(
+        f"{reader.describe()} is to have the values that both share, and is of another dtype or "
+        "on another device.",
+        "Convert all layers that share them to one first, as model.to(...) does, or untie that one "
+        "first.",
     )
 
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tiedparam.laws.coded import Coded
-from tiedparam.laws.fitted import fitted_to, is_fitted, why_not_finite
+from tiedparam.laws.fitted import fitted_to, why_not_finite
 from tiedparam.laws.linked import Source
 from tiedparam.laws.rule import Rule
 from tiedparam.laws.sharing import Sharing
+from tiedparam.tie.changed_source import is_real_or_complex
 from tiedparam.tie.computed_source import why_computed
 from tiedparam.tie.sharing import shared_place
 from tiedparam.tie.target import Target
@@ -43,6 +44,8 @@ def bind(rule: Rule, target: Target) -> Reason | None:
         reason = rule.bind(target.layout, weight.dtype)
     if reason is None and isinstance(rule, Sharing) and rule.reads_layers:
         reason = rule.why_not_joined(rule.read()[0])
+    if reason is None and rule.reads_layers and rule.free_shapes():
+        reason = _why_other_kind(rule, weight)
     if reason is None and rule.reads_layers:
         reason = _why_misfit(rule, weight)
     if reason is None:
@@ -195,6 +198,22 @@ def _reaches(layer: nn.Module, name: str, goal: nn.Module, goal_name: str) -> bo
     )
 
 
+def _why_other_kind(rule: Rule, weight: Tensor) -> Reason | None:
+    """Why a source cannot be computed with beside values that are like the weight, or None."""
+    for source in filter(is_real_or_complex, rule.read()):
+        if source.dtype != weight.dtype:
+            return Reason(f"the source is {source.dtype}, and the tensor {weight.dtype}.", _CONVERT)
+        if source.device != weight.device:
+            return Reason(
+                f"the source is on {source.device}, and the tensor on {weight.device}.", _MOVE
+            )
+    return None
+
+
+_CONVERT = "Convert one of the layers first."
+_MOVE = "Move both to one device first."
+
+
 def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
     """Why what the law computes from its sources cannot be the layer's weight, or None."""
     function = rule.functions[0] if rule.functions else "its forward"
@@ -218,8 +237,6 @@ def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
     except RecursionError:
         raise
     except Exception as error:
-        if is_fitted(rule) and any(probe.dtype != weight.dtype for probe in probes):
-            return _why_other_dtype(probes[0].dtype, weight.dtype)
         return Reason(
             f"{function} raised {type(error).__name__} on the source's shape {shapes}: {error}.",
             correct,
@@ -241,16 +258,13 @@ def _why_misfit(rule: Any, weight: Tensor) -> Reason | None:
             else "Use 'copy' with an fn= whose result has this shape, or correct the rule.",
         )
     if result.dtype != weight.dtype:
-        return _why_other_dtype(result.dtype, weight.dtype)
+        return Reason(
+            f"the source gives {result.dtype}, and the tensor is {weight.dtype}.",
+            _CONVERT,
+        )
     if weight.device.type != "meta" and result.device != weight.device:
         return Reason(
             f"the source is on {result.device}, and the tensor on {weight.device}.",
-            "Move both to one device first.",
+            _MOVE,
         )
     return None
-
-
-def _why_other_dtype(given: torch.dtype, wanted: torch.dtype) -> Reason:
-    return Reason(
-        f"the source gives {given}, and the tensor is {wanted}.", "Convert one of the layers first."
-    )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws.layout import Layout, declare_shape
+from tiedparam.tie.changed_source import Shapes, fitted_sources, is_misread, shapes_of, why_unlike
 from tiedparam.tie.computed_source import recompute, why_computed
 from tiedparam.tie.offloaded import can_be_loaded, loaded
 from tiedparam.tie.parameter_paths import Places
@@ -24,7 +25,7 @@ from tiedparam.tie.split import ALIKE
 from tiedparam.tie.stages import refuse_other_stage
 from tiedparam.tie.whereabouts import Whereabouts
 from tiedparam.tie.wrapped import refuse_other_unit
-from tiedparam.util.errors import TieError, describe_layer, key_of, quoted
+from tiedparam.util.errors import TieError, describe_layer, key_of, quoted, warn
 from tiedparam.util.parametrized import tensor_at, tensor_of
 from tiedparam.util.sharded import gathered, is_sharded
 from tiedparam.util.torch_modes import is_traced
@@ -144,27 +145,66 @@ class Reading:
         Raises:
             TieError: if a source is not what it was.
         """
-        read = self.read_all(rule)
+        read, free = self.read_all(rule), tuple(free)
         try:
             weight: Tensor = rule(*read, *free)
         except Exception as error:
             elsewhere = [is_sharded(tensor) for tensor in read]
             if any(elsewhere) and not all([*elsewhere, *map(is_sharded, free)]):  # S31
                 raise self.apart(rule, elsewhere.index(True)) from error
-            if tuple(tuple(tensor.shape) for tensor in read) == self.shapes:
+            other = why_unlike(read, free)
+            if other is None and shapes_of(read) == self.shapes:
                 raise
+            if self.is_leaving and free:
+                return self._last(rule, read, free, error)
+            if other is not None:
+                raise TieError(_first(rule), *other) from error
             fact = f"{_sizes_now(rule, read)}, on which {_function_of(rule)} raised"
             fact += f" {type(error).__name__}: {error}."
-            raise TieError(_first(rule), fact, _renewal(rule)) from error
-        if (
-            rule.layout is not None
-            and not is_traced()  # would warn of the comparison
-            and weight.shape != rule.layout.shape
-            and not self.is_leaving
-        ):
-            fact = f"{_sizes_now(rule, read)}, and '{rule}' ties a tensor {rule.layout.shape}."
+            raise TieError(_first(rule), fact, self._way_on(rule, free)) from error
+        if rule.layout is None or is_traced():  # would warn of the comparison
+            return weight
+        tied = rule.layout.shape
+        if weight.shape == tied and is_misread(read, self.shapes, tied, bool(free)):
+            if self.is_leaving:
+                return self._last(rule, read, free, None)
+            fact = f"{_sizes_now(rule, read)}, and '{rule}' was tied to {_listed(self.shapes)}."
+            raise TieError(_first(rule), fact, self._way_on(rule, free))
+        if weight.shape != tied and not self.is_leaving:
+            fact = f"{_sizes_now(rule, read)}, and '{rule}' ties a tensor {tied}."
             raise ResizedSourceError(_first(rule), fact, _renewal(rule))
         return weight
+
+    def _last(
+        self, rule: Linked, read: list[Tensor], free: tuple[Tensor, ...], error: Exception | None
+    ) -> Tensor:
+        """What the tie gives as it is left, with sources of the size and kind that it was tied to.
+
+        Raises:
+            TieError: if there is no such thing.
+        """
+        try:
+            weight: Tensor = rule(*fitted_sources(read, self.shapes, free), *free)
+        except Exception as another:
+            fact = f"{_sizes_now(rule, read)}, on which {_function_of(rule)} raised"
+            fact += f" {type(another).__name__}: {another}."
+            raise TieError(_first(rule), fact, self._way_on(rule, ())) from (error or another)
+        if shapes_of(read) != self.shapes:
+            warn(
+                f"{_sizes_now(rule, read)}, and '{rule}' ties a tensor {tuple(weight.shape)}: it "
+                "is computed from the part that both sizes have, with zeros for the rest.",
+                "Check the values.",
+            )
+        return weight
+
+    def _way_on(self, rule: Linked, free: tuple[Tensor, ...]) -> str:
+        """What to do about a source whose size does not go with the values of the tie."""
+        if not free:
+            return _renewal(rule)
+        return (
+            f"Give the source a tensor {_listed(self.shapes)} again, or call remove_tie, which "
+            "takes the part of it that both sizes have."
+        )
 
     def read_for_forms(self, rule: Linked) -> tuple[Tensor, ...] | None:
         """The tensors of all sources; None where `compute` has something to say of them.
@@ -175,7 +215,7 @@ class Reading:
         read = tuple(self.read_all(rule))
         if any(map(is_sharded, read)):
             return None
-        if not is_traced() and tuple(tuple(tensor.shape) for tensor in read) != self.shapes:
+        if not is_traced() and shapes_of(read) != self.shapes:
             return None
         return read
 
@@ -332,6 +372,10 @@ _LONGEST = 100
 def _sizes_now(rule: Linked, read: list[Tensor]) -> str:
     named = zip(map(_named, rule.sources()), read, strict=True)
     return ", ".join(f"{name} is {tuple(tensor.shape)} now" for name, tensor in named)
+
+
+def _listed(shapes: Shapes) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _named(source: tuple[nn.Module, str]) -> str:
