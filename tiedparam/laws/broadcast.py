@@ -150,7 +150,7 @@ class Broadcast(Orbits):
     """
 
     gains_from_cache = False  # expanding is a view
-    making = Making(0.2, 0.6, call=14, trained_call=50)
+    making: Making = Making(0.2, 0.6, call=14, trained_call=50)
     _sizes: _Sizes
 
     def __init__(self, compute: Compute = "auto") -> None:

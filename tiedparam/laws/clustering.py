@@ -66,12 +66,12 @@ def _of_sorted(numbers: Tensor, count: int, importance: Tensor | None) -> Tensor
     values, order = numbers.sort(dim=1, stable=True)
     weighs = None if importance is None else importance.gather(1, order)
     values = values.double()
-    runs = torch.ones(values.shape, dtype=torch.bool)
+    runs = torch.ones(values.shape, dtype=torch.bool, device="cpu")
     torch.ne(values[:, 1:], values[:, :-1], out=runs[:, 1:])
     values -= values.mean(1, keepdim=True)  # for the digits of sums, and then of their squares
     values /= values.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float64).tiny)
     ends = _Sums(values, weighs).best(runs, count)
-    marks = torch.zeros(values.shape, dtype=torch.uint8)
+    marks = torch.zeros(values.shape, dtype=torch.uint8, device="cpu")
     marks.scatter_(1, ends[:, 1:-1], 1)
     return torch.empty_like(marks).scatter_(1, order, marks.cumsum(1, dtype=torch.uint8))
 
@@ -88,7 +88,7 @@ def _of_many(numbers: Tensor, count: int, importance: Tensor | None) -> Tensor:
     if len(filled) <= _POINTS:  # few numbers, or most of them in a few cells
         return _of_sorted(numbers[None], count, None if importance is None else importance[None])[0]
     weighs = counts if importance is None else torch.bincount(cell, weights=importance.double())
-    codes = torch.zeros(len(counts), dtype=torch.uint8)
+    codes = torch.zeros(len(counts), dtype=torch.uint8, device="cpu")
     codes[filled] = _of_sorted(means[None], count, weighs[filled][None])[0]
     return codes[cell]
 
@@ -103,7 +103,7 @@ class _Sums:
     def __init__(self, values: Tensor, importance: Tensor | None) -> None:
         rows, size = values.shape
         self.values = values
-        self.sums = torch.zeros(rows, size + 1, dtype=torch.float64)
+        self.sums = torch.zeros(rows, size + 1, dtype=torch.float64, device="cpu")
         weighed = values if importance is None else values * importance
         torch.cumsum(weighed, 1, out=self.sums[:, 1:])
         self.weights: Tensor | None = None
@@ -146,11 +146,13 @@ class _Sums:
     def _bins(self, most: int) -> Tensor:
         """Where bins of a histogram start: half of them of equal counts, half of equal widths."""
         rows, size = self.values.shape
-        starts = torch.zeros(rows, size, dtype=torch.bool)
+        starts = torch.zeros(rows, size, dtype=torch.bool, device="cpu")
         half = most // 2
-        starts[:, torch.arange(half) * size // half] = True
+        starts[:, torch.arange(half, device="cpu") * size // half] = True
         least, largest = self.values[:, :1], self.values[:, -1:]
-        edges = least + (largest - least) * (torch.arange(half, dtype=torch.float64) / half)
+        edges = least + (largest - least) * (
+            torch.arange(half, dtype=torch.float64, device="cpu") / half
+        )
         return starts.scatter_(1, torch.searchsorted(self.values, edges).clamp_(max=size - 1), True)
 
     def _by_points(self, starts: Tensor, count: int) -> Tensor:
@@ -210,15 +212,15 @@ def _best_ends(sums: Tensor, weights: Tensor, count: int) -> Tensor:
     difference = sums[:, :, None] - sums[:, None, :]
     gain = difference.square_() / (weights[:, :, None] - weights[:, None, :])
     gain.nan_to_num_(0, posinf=0)
-    gain.masked_fill_(torch.ones(places, places, dtype=torch.bool).triu(), -torch.inf)
+    gain.masked_fill_(torch.ones(places, places, dtype=torch.bool, device="cpu").triu(), -torch.inf)
     # reached[q][:, j]: the most that q + 1 groups gain of all numbers before place j
     reached = [gain[:, :, 0]]
     total = torch.empty_like(gain)
     for _ in range(count - 1):
         reached.append(torch.add(gain, reached[-1][:, None, :], out=total).amax(-1))
-    ends = torch.full((rows, count + 1), places - 1)
+    ends = torch.full((rows, count + 1), places - 1, device="cpu")
     ends[:, 0] = 0
-    row = torch.arange(rows)
+    row = torch.arange(rows, device="cpu")
     for group in range(count - 1, 0, -1):
         ends[:, group] = (gain[row, ends[:, group + 1]] + reached[group - 1]).argmax(-1)
     return ends

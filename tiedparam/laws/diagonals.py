@@ -78,7 +78,7 @@ class OfDiagonals(Orbits):
 
     expansion: ClassVar[type[AntiDiagonals]]
     matrix: ClassVar[Diagonal]
-    making = Making(0.065, 0.7, call=32, trained_call=132)
+    making: Making = Making(0.065, 0.7, call=32, trained_call=132)
     _expansion: AntiDiagonals
 
     def __init__(self, compute: Compute = "auto") -> None:

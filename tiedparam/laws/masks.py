@@ -20,7 +20,7 @@ from tiedparam.util.torch_private import has_values
 class OnMask(Coded):
     """A law of the entries where a mask is True, or of those where it is False."""
 
-    making = Making(0.85, 1.4, call=35, trained_call=110, small=(18, 75))
+    making: Making = Making(0.85, 1.4, call=35, trained_call=110, small=(18, 75))
 
     def keep_mask(self, mask: Tensor | Reason) -> None:
         """Hold a mask; or, where there is none, the reason as a fault."""

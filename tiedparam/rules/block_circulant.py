@@ -75,7 +75,7 @@ class BlockCirculant(Orbits):
 
     family = "matrices"
     law = "W[b·i + r, b·j + s] = w[i, j, (s − r) mod b]"
-    making = Making(0.34, 1.82, call=34, trained_call=137)
+    making: Making = Making(0.34, 1.82, call=34, trained_call=137)
 
     def __init__(self, block: int, compute: Compute = "auto") -> None:
         super().__init__()

@@ -67,7 +67,7 @@ class Centrosymmetric(Orbits):
 
     family = "symmetries"
     law = "W = JWJ"
-    making = Making(0.3, 0.9, call=43, trained_call=110)
+    making: Making = Making(0.3, 0.9, call=43, trained_call=110)
     states_whole_group = True
 
     def __init__(self, compute: Compute = "auto") -> None:

@@ -222,7 +222,7 @@ class Cluster(Coded):
             counts = None if self.weights is None else self.weights.detach().cpu().double()
             if isinstance(part, Orbits):
                 if counts is None:
-                    counts = torch.ones(layout.shape, dtype=torch.float64)
+                    counts = torch.ones(layout.shape, dtype=torch.float64, device="cpu")
                 number, entries = part.orbit_labels().abs().flatten(), part.free_count + 1
                 counts = torch.bincount(number, counts.flatten(), entries)[None, 1:]
                 values = torch.cat([each.flatten() for each in part.right_inverse(numbers)])
@@ -316,7 +316,9 @@ class Cluster(Coded):
             labels = unpack_numbers(packed, prod(layout.shape)).add_(1)
             if self.per == "output":
                 outputs, *others = layout.canonical_shape
-                row = torch.arange(outputs, dtype=torch.int32).view(-1, *(1,) * len(others))
+                row = torch.arange(outputs, dtype=torch.int32, device="cpu").view(
+                    -1, *(1,) * len(others)
+                )
                 row = layout.native(row.expand(outputs, *others)).flatten()
                 labels += self.n * row
             return labels
@@ -343,7 +345,10 @@ class Cluster(Coded):
                     "Give codes in which every number from 0 to n - 1 occurs.",
                 )
             if isinstance(part, Orbits):
-                zeros = (torch.zeros(shape, dtype=torch.float64) for shape in part.free_shapes())
+                zeros = (
+                    torch.zeros(shape, dtype=torch.float64, device="cpu")
+                    for shape in part.free_shapes()
+                )
                 numbers = part(*zeros).flatten()
                 fixed = numbers if bool(numbers.any()) else None
             return Pattern(labels, count, fixed)

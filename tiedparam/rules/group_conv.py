@@ -92,7 +92,7 @@ class GroupConv(Orbits):
 
     family = "equivariance"
     law: str = "V[o, g, i, h, x] = V[o, 0, i, g⁻¹h, g⁻¹x]"
-    making = Making(0.9, 1.8, call=49, trained_call=90)
+    making: Making = Making(0.9, 1.8, call=49, trained_call=90)
     states_whole_group = True
 
     def __init__(

@@ -89,7 +89,7 @@ class Hypercomplex(Orbits):
 
     family = "equivariance"
     law: str = _LAWS["complex"]
-    making = Making(0.4, 1.3, call=50, trained_call=135)
+    making: Making = Making(0.4, 1.3, call=50, trained_call=135)
     states_whole_group = True
 
     def __init__(self, algebra: Algebra = "complex", compute: Compute = "auto") -> None:

@@ -48,7 +48,7 @@ class Index(Coded):
 
     family = "patterns of your own"
     law: str = "W[e] = ± w[index[e]]"
-    making = Making(1.3, 4.2)
+    making: Making = Making(1.3, 4.2)
 
     def __init__(self, index: Tensor | str, signs: Tensor | None = None) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ class Persymmetric(FlipSym):
 
     family = "symmetries"
     law: str = "W = JWᵀJ"
-    making = Making(1.6, 4.2, call=0)
+    making: Making = Making(1.6, 4.2, call=0)
 
     def __init__(self) -> None:
         super().__init__(1)

@@ -67,7 +67,7 @@ class SetEquivariant(Orbits):
 
     family = "equivariance"
     law = "W = A ⊗ I + B ⊗ 11ᵀ"
-    making = Making(0.3, 1.2, call=59, trained_call=130)
+    making: Making = Making(0.3, 1.2, call=59, trained_call=130)
 
     def __init__(self, items: int, compute: Compute = "auto") -> None:
         super().__init__()
