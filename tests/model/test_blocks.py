@@ -206,6 +206,15 @@ class Live(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("order", [("first", "layers"), ("layers", "first")])
+def test_a_block_of_two_names_is_its_own_source_by_either(order):
+    layers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(4, 4)}) for _ in range(3))
+    both = {"first": layers[0], "layers": layers}
+    model = nn.ModuleDict({name: both[name] for name in order})
+    tp.tie_model(model, {"layers.*.*": ("copy", {"source": "first.*"})})
+    assert [tp.is_tied(block["a"]) for block in layers] == [False, True, True]
+
+
 def test_twelve_blocks_hold_the_values_of_one(tmp_path):
     one, dense, tied = (stack(number, lambda: encoder_layer(64)) for number in (1, 12, 12))
     tp.tie_model(tied, {"layers.*.*": ("copy", {"source": "layers.0.*"})})  # the first fits too

@@ -143,16 +143,23 @@ def _fitting(
             continue
         if any(is_left_out(key, entry.exclude) for key in keys):
             sought.left_out = True
-        elif not _is_its_own_source(entry, name):
+        elif not _is_its_own_source(entry, name, paths if name == path else keys):
             yield tensor_name, name
 
 
-def _is_its_own_source(entry: PlanEntry, name: str) -> bool:
-    """Whether what was matched is what it is to be tied to: ``layers.*.*`` fits the first too."""
+def _is_its_own_source(entry: PlanEntry, name: str, names: list[str]) -> bool:
+    """Whether what was matched is what it is to be tied to: ``layers.*.*`` fits the first too.
+
+    Args:
+        entry: of the plan.
+        name: what its pattern fits.
+        names: all names of the same, in a model that holds it in several places.
+    """
     if not entry.captures:
         return False
     source = entry.options_for(name)["source"]
-    return name in (source if isinstance(source, list) else [source])
+    sources = source if isinstance(source, list) else [source]
+    return any(each in sources for each in names)
 
 
 def selected(
