@@ -90,7 +90,7 @@ class Cluster(Coded):
         self.of: Rule | None = None
         if of is not None:
             self.of = self._apart(make_rule(of, {}))
-        self.made_of_weight = codes is None
+        self.made_of_weight: bool = codes is None
         if isinstance(codes, str):
             self.expect(codes)
         elif codes is not None:
