@@ -238,7 +238,7 @@ def spoiled(how: str) -> nn.Sequential:
     [
         ("nan", CLUSTERS, "8 of its 64"),
         ("nan", DELTAS, "not all of its entries are finite numbers"),
-        ("half", DELTAS, "the source gives torch.float32, and the tensor is torch.float16"),
+        ("half", DELTAS, "the source is torch.float32, and the tensor torch.float16"),
         ("lazy", CLUSTERS, "the layer is lazy and has no shape yet"),
         ("meta", CLUSTERS, "it has no values"),
         ("meta", {"2": ("shared_delta", {"rank": 4, "source": "0"}), "1": PLAN[nn.Linear]}, ""),
