@@ -112,4 +112,7 @@ def test_every_form_is_measured():
     spread = {("group_conv", "reduced")}
     # an expansion of its own, for which a base's form does not serve
     others = {("persymmetric", "panels")}
-    assert offered - measured == alike | spread | others
+    # two products of small rank, or a scaled one, beside that with the source's weight, instead of
+    # a weight
+    beside = {("scaled_copy", "scaled"), ("shared_delta", "delta")}
+    assert offered - measured == alike | spread | others | beside

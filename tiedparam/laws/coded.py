@@ -193,7 +193,7 @@ class Coded(Orbits):
         """As `Orbits` says. They are known without the data, so that it can be loaded."""
         return self._shapes
 
-    def forget_table(self) -> None:
+    def _forget_table(self) -> None:
         """Find it again by the data when it is needed next."""
         self._shared, self._seen = None, ()
 

@@ -219,19 +219,20 @@ class _Circle(ABC):
     def _gradients_of_block(
         self, rows: Tensor, gradients: Tensor, spectrum: Tensor | None, of_values: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        spectra = self.spectra(gradients)
+        spectra, recorded = self.spectra(gradients), torch.is_grad_enabled()
         d_rows = total = None
         if of_values:
             of_rows = self.spectra(rows)
             if not self.turned:
                 of_rows.conj_physical_()
-            total = of_rows.mul_(spectra).flatten(0, -2).sum(0, keepdim=True)
-            del of_rows
+            products = of_rows * spectra if recorded else of_rows.mul_(spectra)
+            total = products.flatten(0, -2).sum(0, keepdim=True)
+            del of_rows, products
         if spectrum is not None:
             # what is recorded stays as it is
-            shares = spectra * spectrum if spectra.requires_grad else spectra.mul_(spectrum)
+            shares = spectra * spectrum if recorded else spectra.mul_(spectrum)
             if self.turned:
-                shares.conj_physical_()
+                shares = shares.conj_physical() if recorded else shares.conj_physical_()
             d_rows = self._back(shares, self.inputs)
         return d_rows, total
 

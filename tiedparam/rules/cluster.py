@@ -288,7 +288,7 @@ class Cluster(Coded):
                 checksum = checksum_of({**own, **data})
             if checksum != self.checksum:
                 self.checksum: str = checksum
-                self.forget_table()
+                self._forget_table()
 
     def with_data(self, data: Mapping[str, Tensor]) -> Self:
         """The bound rule with the data of a state dict."""

@@ -13,6 +13,8 @@ _BOOKKEEPING = {
     "__annotate_func__",
 }
 """Python's own notes in a class, which ``help`` would print."""
+_PLUMBING = {"__dir__", "__getstate__", "__init_subclass__", "__setstate__", "__str__"}
+"""What Python itself calls, which says nothing of a law."""
 
 
 class OwnMembers(abc.ABCMeta):
@@ -29,4 +31,4 @@ class OwnMembers(abc.ABCMeta):
 
     def _is_left_out(cls, name: str) -> bool:
         definer = next((base for base in cls.__mro__ if name in vars(base)), None)
-        return definer is nn.Module or name in _BOOKKEEPING
+        return definer is nn.Module or name in _BOOKKEEPING or name in _PLUMBING
