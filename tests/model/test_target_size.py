@@ -268,3 +268,16 @@ def test_a_source_that_is_not_found_is_what_the_error_names():
     plan = {"1": ("shared_delta", {"rank": 4, "source": "7"})}
     with pytest.raises(tp.TieError, match="no layer '7'"):
         tp.tie_model(spoiled(""), plan, target_size="90%")
+
+
+@pytest.mark.parametrize("law", ["cluster", "shared_delta"])
+def test_options_that_are_no_numbers_are_told_as_without_a_size(law):
+    options = {"n": "x"} if law == "cluster" else {"rank": "x", "source": "0"}
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    told = []
+    for size in (None, "90%"):
+        with pytest.raises(tp.TieError) as error:
+            tp.tie_model(model, {"1": (law, options)}, target_size=size)
+        told.append(str(error.value))
+    assert told[0] == told[1]
+    assert not tp.is_tied(model)

@@ -84,16 +84,20 @@ def choose_sizes(
     dense, other = _bytes_of(model, wanted)
     budget = _bytes_meant(target, dense)
     curves, unfit = dict[int, list[_Point]](), dict[int, Reason]()
+    all_fit = True
     for number, each in enumerate(wanted):
         found, reason = _points(each, Target.among(places, each.layer, each.tensor_name))
         points = _hull(found)
         other += points[0].size if points else each.stored_bytes
+        all_fit = all_fit and reason is None
         if each.rule.sizes() and points:
             curves[number] = points
         elif each.rule.sizes() and reason is not None:
             unfit[number] = reason
     if unfit and not skip:
         return Choice((), unfit)
+    if not curves and not all_fit and not skip:
+        return Choice((), unfit)  # whoever ties says why
     if not curves and not unfit:
         raise TieError(
             "target_size=",

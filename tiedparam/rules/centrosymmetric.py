@@ -33,7 +33,7 @@ def _cost_of_halves(rule: Centrosymmetric, use: Use) -> float | None:
     outputs, inputs = use.layout.shape
     if use.kind != "linear" or outputs % 2 or inputs % 2:
         return None
-    sums = 0.4 if use.training else 0.23
+    sums = 0.4 if use.training else 0.33
     return relative_time(use, Time(78, 0.5, values=0.4, entries=sums), rule.making)
 
 

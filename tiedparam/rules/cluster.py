@@ -124,6 +124,8 @@ class Cluster(Coded):
 
     def sizes(self) -> Sequence[dict[str, Any]]:
         """Values of one bit, of two, and so on up to ``n``."""
+        if not is_whole(self.n, 2):
+            return ()  # `check` says what it should be
         bits = range(1, (self.n - 1).bit_length())
         return [{"n": 2**bit} for bit in bits] + [{"n": self.n}]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedparam.laws import Call, Use, form
+from tiedparam.laws.choices import is_whole
 from tiedparam.laws.example import Example
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked, Source
@@ -93,12 +94,14 @@ class SharedDelta(Linked):
 
     def sizes(self) -> Sequence[dict[str, Any]]:
         """Rank 0, and then 1, 2, 4 and so on up to ``rank``."""
+        if not is_whole(self.rank, 0):
+            return ()  # `check` says what it should be
         powers = (1 << power for power in range(self.rank.bit_length()))
         return [{"rank": rank} for rank in sorted({0, *powers, self.rank})]
 
     def check(self, layout: Layout) -> Reason | None:
         """The rank must be one that the matrix can have, and the source have the tied shape."""
-        if type(self.rank) is not int or self.rank < 0:
+        if not is_whole(self.rank, 0):
             return Reason(f"rank must be an integer of at least 0, not {self.rank!r}.")
         if len(layout.shape) < 2:
             return Reason(
