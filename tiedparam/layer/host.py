@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 
 from tiedparam.compute.forward import cheap_forward
 from tiedparam.compute.frozen import refuse_if_frozen, refuse_training_forward
-from tiedparam.layer import parallel, recurrent
+from tiedparam.layer import recurrent
 from tiedparam.layer.parameter_order import insert_parameter, plain_parameter
 from tiedparam.layer.tensor_property import inside, set_tensor, tensor_property
 from tiedparam.layer.values import reset_parameters
@@ -256,6 +256,8 @@ class TiedLayer(nn.Module):
     ) -> Iterator[tuple[str, nn.Module]]:
         """The layer and what is in it; to tensor parallelism a stock layer that it is to cut."""
         if not torch.compiler.is_compiling() and is_distribution(caller()):
+            from tiedparam.layer import parallel  # only then: a tie imports little
+
             return parallel.parts_to_cut(self, self.tied_stock, memo, prefix)
         stock: Any = self.tied_stock
         found: Iterator[tuple[str, nn.Module]]
