@@ -29,14 +29,18 @@ def main() -> None:
             loss = getattr(layer, example.tensor_name).square().sum()
             loss.backward()
             optimizer.step()
+            optimizer.zero_grad()
             weight = getattr(layer, example.tensor_name).detach()
             symmetries = list(rule.symmetries(weight))
             assert symmetries
-            assert all(torch.equal(other, weight) for other in symmetries)
+            # where the values are solved for, up to rounding
+            is_fitted = rule.bilinear or (rule.reads_layers and rule.free_count > 0)
+            same = torch.allclose if is_fitted else torch.equal
+            assert all(same(other, weight) for other in symmetries)
             model.load_state_dict(tp.dense_state_dict(model))
             model.load_state_dict(model.state_dict())
             tp.remove_tie(layer, example.tensor_name, optimizer=optimizer)
-            assert torch.equal(getattr(layer, example.tensor_name), weight)
+            assert same(getattr(layer, example.tensor_name), weight)
             count += 1
     assert count >= len(tp.available_rules()) > 0
     print(f"smoke test: tiedparam {tp.__version__} from {where.parent}, {count} examples")
