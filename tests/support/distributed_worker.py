@@ -604,9 +604,10 @@ def training_of_data(how: str) -> dict:
 
 
 def net_that_reads(seed: int = 0) -> nn.Sequential:
-    """The first layer is read by each of the others, one behind the other."""
+    """The first layer is read by the next three, one behind the other; the last has clusters."""
     torch.manual_seed(seed)
-    net = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4))).double()
+    net = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5))).double()
+    tp.register_tie(net[4], "cluster", n=5)
     tp.register_tie(net[1], "shared_delta", source="0", rank=2, root=net)
     tp.register_tie(net[2], "scaled_copy", source="1", per="output", root=net)
     tp.register_tie(net[3], "transposed_copy", source="0", sign=-1, root=net)
