@@ -13,6 +13,7 @@ from tiedparam.laws.layout import Layout
 from tiedparam.laws.linked import Linked, Source
 from tiedparam.laws.rule import Rule
 from tiedparam.util.errors import Reason, raise_if
+from tiedparam.util.torch_private import has_values
 
 
 class Sharing(Linked):
@@ -80,6 +81,16 @@ class Sharing(Linked):
         Args:
             weights: in the canonical layout, in which they all have one shape.
         """
+
+    def start(self, weights: Sequence[Tensor]) -> tuple[Tensor, list[tuple[Tensor, ...]]] | None:
+        """As `fit_together`; zeros where one has no values, None if not all are finite numbers."""
+        if not all(map(has_values, weights)):
+            zeros = weights[0].new_zeros
+            own = [tuple(zeros(shape) for shape in self.own_shapes()) for _ in weights]
+            return zeros(self.shared_shape()), own
+        if not all(bool(weight.isfinite().all()) for weight in weights):
+            return None
+        return self.fit_together(weights)
 
     def join(self, shared: Tensor) -> None:
         """Take from the shared values what was not given of the options."""

@@ -73,7 +73,7 @@ def remove_tie(
         raise TieError(where, f"{where} is not tied, so there is no tie to remove.", "")
     refuse_if_frozen(layer, "remove_tie")
     optimizers = optimizer_moves.as_optimizers(optimizer)
-    readers = readers_of(tie.values)
+    readers = readers_of(tie)
     if not readers:
         _untie(tie, where, optimizers)
         return layer

@@ -20,7 +20,6 @@ from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.target import Target
 from tiedparam.util.errors import Reason, TieError, raise_if, some_of, warn
 from tiedparam.util.never_compiled import never_compiled
-from tiedparam.util.torch_private import has_values
 
 
 @never_compiled
@@ -153,14 +152,9 @@ def _start(rule: Sharing, targets: Sequence[Target], place: str) -> list[tuple[t
     first = targets[0]
     raise_if(place, rule.bind(first.layout, first.tensor.dtype))
     weights = [target.layout.canonical(target.tensor.detach()) for target in targets]
-    if not all(map(has_values, weights)):
-        own = [weights[0].new_zeros(shape) for shape in rule.own_shapes()]
-        return [
-            ((weights[0].new_zeros(rule.shared_shape()), *own) if number == 0 else (*own,))
-            for number in range(len(weights))
-        ]
-    if not all(bool(weight.isfinite().all()) for weight in weights):
+    started = rule.start(weights)
+    if started is None:
         fact = "not all of their entries are finite numbers."
         raise TieError(place, fact, "Initialise or load them first.")
-    shared, fitted = rule.fit_together(weights)
+    shared, fitted = started
     return [(shared, *own) if number == 0 else own for number, own in enumerate(fitted)]

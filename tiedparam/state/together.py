@@ -16,7 +16,6 @@ from tiedparam.tie.lookup import named_ties_in
 from tiedparam.tie.record import Tie
 from tiedparam.tie.sharing import readers_of, shared_by
 from tiedparam.util.errors import Reason
-from tiedparam.util.torch_private import has_values
 
 Fits = dict[nn.Module, tuple[tuple[Tensor, ...], Tensor]]
 """By the list of a tie, its free values, and the weight that they give."""
@@ -37,7 +36,7 @@ def fitted_together(model: nn.Module, entries: Mapping[str, Any]) -> Fits:
         if shared_by(owner) is not owner.values:
             continue
         weights = [_dense(prefix, owner, entries)]
-        readers = readers_of(owner.values)
+        readers = readers_of(owner)
         for reader in readers:
             there = prefixes.get(reader.values)
             weights.append(_dense(*there, entries) if there is not None else None)
@@ -57,13 +56,10 @@ def _dense(prefix: str, tie: Tie, entries: Mapping[str, Any]) -> Tensor | None:
 def _fit(ties: list[Tie], weights: list[Tensor]) -> Fits:
     owner: Any = ties[0].rule
     weights = [weight.to(weights[0].device, weights[0].dtype) for weight in weights]
-    if not all(map(has_values, weights)):
-        shared, own = weights[0].new_zeros(owner.shared_shape()), weights[0].new_zeros
-        fitted = [tuple(own(shape) for shape in owner.own_shapes()) for _ in weights]
-    elif all(bool(weight.isfinite().all()) for weight in weights):
-        shared, fitted = owner.fit_together(weights)
-    else:
+    started = owner.start(weights)
+    if started is None:
         return {}
+    shared, fitted = started
     found: Fits = {}
     for tie, values in zip(ties, fitted, strict=True):
         free = values if tie.rule.reads_layers else (shared, *values)

@@ -30,10 +30,14 @@ def is_misread(
         tied: the shape of the tied tensor.
         has_values: whether the law has values of its own.
     """
-    return any(
-        shape == tied and tensor.shape != shape and (has_values or _stretches(tensor.shape, shape))
-        for tensor, shape in zip(read, before, strict=True)
-    )
+    for tensor, shape in zip(read, before, strict=True):  # plainly: this runs at every call
+        if (
+            tensor.shape != shape
+            and shape == tied
+            and (has_values or _stretches(tensor.shape, shape))
+        ):
+            return True
+    return False
 
 
 def _stretches(shape: Sequence[int], goal: Sequence[int]) -> bool:

@@ -22,7 +22,7 @@ from tiedparam.tie.computed_source import recompute, why_computed
 from tiedparam.tie.offloaded import can_be_loaded, loaded
 from tiedparam.tie.parameter_paths import Places
 from tiedparam.tie.split import ALIKE
-from tiedparam.tie.stages import refuse_other_stage
+from tiedparam.tie.stages import STAGES, refuse_other_stage
 from tiedparam.tie.whereabouts import Whereabouts
 from tiedparam.tie.wrapped import refuse_other_unit
 from tiedparam.util.errors import TieError, describe_layer, key_of, quoted, warn
@@ -272,7 +272,8 @@ class Reading:
             if is_managed_by_fsdp(source) and not place.in_unit:
                 refuse_other_unit(rule, self._values(), source, place)
                 place.in_unit = True
-            refuse_other_stage(rule, self._values(), source, place)
+            if STAGES in sys.modules:
+                refuse_other_stage(rule, self._values(), source, place)
             if "diffusers" in sys.modules:
                 place.refuse_on_disk(source, rule)
         present = tensor_of(source, name)

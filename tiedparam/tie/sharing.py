@@ -43,8 +43,11 @@ def shared_by(tie: Tie) -> nn.Module | None:
     return next(tie.rule.sources())[0] if tie.rule.reads_layers else tie.values
 
 
-def readers_of(values: nn.Module) -> list[Tie]:
-    """The ties that read what this list owns, as far as their layers live."""
+def readers_of(owner: Tie) -> list[Tie]:
+    """The ties that read what this one owns, as far as their layers live."""
+    values = owner.values
+    if shared_by(owner) is not values:
+        return []  # and all the layers that live need not be looked at
     return [
         tie
         for layer in tied_layers()
@@ -58,7 +61,7 @@ def hand_over(tie: Tie) -> None:
 
     The Parameter stays the same object, for the optimizers that hold it.
     """
-    first, *others = readers_of(tie.values)
+    first, *others = readers_of(tie)
     place = first.record.own_reading().places[0]
     moved = [(tie, place.reversed())]
     moved += [(r, r.record.own_reading().places[0].of_reader_beside(place)) for r in others]

@@ -6,7 +6,6 @@ nobody trains, and nothing adds up the gradients of the two.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
@@ -19,6 +18,8 @@ from tiedparam.util.callers import caller, module_of
 from tiedparam.util.errors import TieError
 
 _MODULE = "torch.distributed.pipelining"
+STAGES = f"{_MODULE}.stage"
+"""What must have been imported for `refuse_other_stage` to have something to say."""
 _REMEDY = (
     "Put both into one stage, or call remove_tie first, which makes the copy a layer of its own."
 )
@@ -28,10 +29,8 @@ def refuse_other_stage(
     rule: Rule, values: nn.Module | None, source: nn.Module, place: Whereabouts
 ) -> None:
     """Raise for a tie that is computed in a ``PipelineStage`` that does not hold its source."""
-    if f"{_MODULE}.stage" not in sys.modules:
-        return
     frame: FrameType | None = caller()
-    while frame is not None and module_of(frame) != f"{_MODULE}.stage":
+    while frame is not None and module_of(frame) != STAGES:
         frame = frame.f_back
     stage: Any = frame.f_locals.get("self") if frame is not None else None
     if stage is None or place.stage is stage:
