@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from tiedparam.products.low_rank import truncated
+
 
 def best_templates(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The few templates whose sums come nearest to the rows, and the coefficients of the sums.
@@ -33,12 +35,9 @@ def best_templates(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         >>> torch.allclose(coefficients @ templates, rows.double())
         True
     """
-    wide = rows.detach().double()
-    left, sizes, right = torch.linalg.svd(wide, full_matrices=False)
-    left, sizes, right = left[:, :count], sizes[:count], right[:count]
-    smallest = sizes[0] * torch.finfo(torch.float64).eps * max(wide.shape)
-    rank = int((sizes > smallest).sum())
-    spread = math.sqrt(len(wide))
+    left, sizes, right = truncated(rows, count)
+    rank = int((sizes > 0).sum())
+    spread = math.sqrt(len(rows))
     coefficients = left * spread * _signs(left)
     templates = right * (sizes * _signs(left) / spread)[:, None]
     if rank < count:

@@ -58,6 +58,30 @@ def product_beside(
     return output + convolve(hidden, left.reshape(*left.shape, *(1,) * axes), groups=groups)
 
 
+def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest parts of the singular value decomposition, in float64 or complex128.
+
+    Args:
+        matrix: in any precision.
+        rank: at most the smaller of its sizes, and at least 1.
+
+    Returns:
+        Left vectors as columns, singular values, of which those that rounding made are 0, and right
+        vectors as rows.
+
+    As in:
+        >>> from tiedparam.products.low_rank import truncated
+        >>> _, sizes, _ = truncated(torch.tensor([[0.0, 3.0], [0.0, 4.0]]), 2)
+        >>> sizes.tolist()
+        [5.0, 0.0]
+    """
+    wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float64))
+    left, sizes, right = torch.linalg.svd(wide, full_matrices=False)
+    left, sizes, right = left[:, :rank], sizes[:rank], right[:rank]
+    smallest = sizes[0] * torch.finfo(sizes.dtype).eps * max(wide.shape)
+    return left, torch.where(sizes > smallest, sizes, 0), right
+
+
 def nearest_product(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The factors of the nearest matrix of a rank: the truncated singular value decomposition.
 
@@ -81,11 +105,7 @@ def nearest_product(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         (tensor([[3.],
                 [4.]]), tensor([[0., 1.]]))
     """
-    wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float64))
-    left, sizes, right = torch.linalg.svd(wide, full_matrices=False)
-    left, sizes, right = left[:, :rank], sizes[:rank], right[:rank]
-    smallest = sizes[0] * torch.finfo(sizes.dtype).eps * max(wide.shape)
-    sizes = torch.where(sizes > smallest, sizes, 0)
+    left, sizes, right = truncated(matrix, rank)
     turn = torch.sgn(right.gather(1, right.abs().argmax(1, keepdim=True)))
     left, right = left * sizes * turn.mT, right * turn.conj()
     return left.to(matrix.dtype).contiguous(), right.to(matrix.dtype).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -108,9 +109,8 @@ def law_holds_after_loading_on_the_meta_device(case: Case) -> None:
         assert_lawful(host, "loaded onto the meta device")
 
 
-@states("laws with values", "Let right_inverse() find the nearest lawful weight.")
-def law_holds_after_loading_an_unlawful_checkpoint(case: Case) -> None:
-    """A dense weight that breaks the law is projected, with a warning."""
+def with_an_unlawful_checkpoint(case: Case) -> Iterator[tuple[Host, Host]]:
+    """A dense layer, and a tied one that has loaded its state and warned of it; both ways."""
     dense = case.dense(seed=1)
     for assign in (False, True):
         host = case.tied(seed=2)
@@ -120,6 +120,13 @@ def law_holds_after_loading_an_unlawful_checkpoint(case: Case) -> None:
             host.model.load_state_dict(entries, assign=assign)
 
         warned(load, TieWarning, host.tensor_name, "loading an unlawful weight")
+        yield dense, host
+
+
+@states("laws with values", "Let right_inverse() find the nearest lawful weight.")
+def law_holds_after_loading_an_unlawful_checkpoint(case: Case) -> None:
+    """A dense weight that breaks the law is projected, with a warning."""
+    for dense, host in with_an_unlawful_checkpoint(case):
         equal(host.weight, host.rule.project(dense.weight), "the loaded weight")
         assert_lawful(host, "loaded from an unlawful weight")
 

@@ -28,9 +28,11 @@ from tiedparam.testing.cases import (
     owned_bytes,
     same,
 )
-from tiedparam.testing.judge import close, hold, refused, warned
+from tiedparam.testing.changes import with_an_unlawful_checkpoint
+from tiedparam.testing.judge import close, hold, refused
 from tiedparam.testing.statement import states
-from tiedparam.util.errors import TieError, TieWarning
+from tiedparam.testing.values import adam_keeps_two_numbers_each
+from tiedparam.util.errors import TieError
 
 NEAREST = "Let fit(), or right_inverse(), solve for the free values that come nearest."
 
@@ -191,15 +193,7 @@ def fitted_values_own_their_bytes(case: Case) -> None:
 @states("laws with fitted values", NEAREST)
 def unlawful_checkpoint_is_projected(case: Case) -> None:
     """A dense weight that breaks the law is projected, with a warning."""
-    dense = case.dense(seed=1)
-    for assign in (False, True):
-        host = case.tied(seed=2)
-        entries = dense.model.state_dict()
-
-        def load(host: Host = host, entries: Any = entries, assign: bool = assign) -> None:
-            host.model.load_state_dict(entries, assign=assign)
-
-        warned(load, TieWarning, host.tensor_name, "loading an unlawful weight")
+    for dense, host in with_an_unlawful_checkpoint(case):
         nearest = host.rule.project(dense.weight)
         same(host.rule, host.weight, nearest, "the loaded weight")
         assert_lawful(host, "loaded from an unlawful weight")
@@ -287,11 +281,4 @@ def complex_weights_are_fitted_or_refused(case: Case) -> None:
 @states("laws with fitted values", "Store the free values as free_shapes() says.")
 def optimizer_state_is_as_small_as_the_fitted_values(case: Case) -> None:
     """Adam keeps two numbers for each free value, none for each entry of the weight."""
-    host = case.tied()
-    optimizer = torch.optim.Adam(host.free)
-    host.output(*case.sample_input(host.layer)).square().mean().backward()
-    optimizer.step()
-    for parameter in host.free:
-        moments = [v for v in optimizer.state[parameter].values() if v.dim()]
-        hold(len(moments) == 2, f"Adam keeps {len(moments)} moments")
-        hold(all(m.shape == parameter.shape for m in moments), "a moment is of another shape")
+    adam_keeps_two_numbers_each(case)
