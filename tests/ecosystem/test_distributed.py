@@ -25,7 +25,7 @@ import tiedparam as tp
 from tests.support import ROOT, older_than, with_fsdp2
 from tests.support import distributed_worker as worker
 from tests.support.ranks import torchrun
-from tiedparam.laws import Linked
+from tests.support.users_laws import Shifted
 
 pytestmark = [
     pytest.mark.slow,
@@ -88,6 +88,18 @@ def assert_as_one_process(results: list[dict], model: nn.Module, losses, **toler
     for name in worker.TIED:
         weight = getattr(model, name).weight.detach()
         assert_close(results[0]["weights"][f"{name}.weight"], weight, **tolerance)
+
+
+def assert_small_trained_alike(results: list[dict], model: nn.Module) -> None:
+    """After `train_small`: losses and state are those of one process on the whole batch."""
+    losses = worker.train_small(model, alone=True)
+    assert_ranks_agree(results)
+    mean = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
+    assert_close(mean, torch.tensor(losses, dtype=torch.float64))
+    state = model.state_dict()
+    assert results[0]["state"].keys() == state.keys()
+    for key, value in state.items():
+        assert_close(results[0]["state"][key], value)
 
 
 # Laws that are data -----------------------------------------------------------------------
@@ -479,12 +491,7 @@ def test_s31_a_source_in_the_outer_unit_trains_as_one_process(ranks):
     results = ranks(worker.source_in_the_outer_unit)
     torch.manual_seed(0)
     model = worker.SharedOutside().double()
-    losses = worker.train_small(model, alone=True)
-    assert_ranks_agree(results)
-    mean = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
-    assert_close(mean, torch.tensor(losses, dtype=torch.float64))
-    for key, value in model.state_dict().items():
-        assert_close(results[0]["state"][key], value)
+    assert_small_trained_alike(results, model)
 
 
 @pytest.mark.feature("Distributed", "laws that read layers and have own values, in one FSDP2 unit")
@@ -492,12 +499,7 @@ def test_s31_a_source_in_the_outer_unit_trains_as_one_process(ranks):
 def test_laws_that_read_layers_train_as_in_one_process(ranks, how):
     results = ranks(worker.training_that_reads, how=how)
     model = worker.net_that_reads()
-    losses = worker.train_small(model, alone=True)
-    assert_ranks_agree(results)
-    mean = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
-    assert_close(mean, torch.tensor(losses, dtype=torch.float64))
-    for key, value in model.state_dict().items():
-        assert_close(results[0]["state"][key], value)
+    assert_small_trained_alike(results, model)
 
 
 # Banks -------------------------------------------------------------------------------------
@@ -509,14 +511,7 @@ def test_laws_that_read_layers_train_as_in_one_process(ranks, how):
 def test_a_bank_in_one_unit_trains_as_one_process(ranks, how):
     results = ranks(worker.bank_training, how=how)
     model = worker.net_with_a_bank()
-    losses = worker.train_small(model, alone=True)
-    assert_ranks_agree(results)
-    mean = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
-    assert_close(mean, torch.tensor(losses, dtype=torch.float64))
-    state = model.state_dict()
-    assert results[0]["state"].keys() == state.keys()
-    for key, value in state.items():
-        assert_close(results[0]["state"][key], value)
+    assert_small_trained_alike(results, model)
     for number, layer in enumerate(model):
         assert_close(results[0]["weights"][f"{number}.weight"], layer.weight.detach())
 
@@ -548,21 +543,6 @@ def test_a_bank_apart_is_refused_before_the_first_step(ranks):
 
 fsdp1 = pytest.mark.filterwarnings("ignore:.*FSDP is switching.*:UserWarning")
 originals = pytest.mark.parametrize("use_orig_params", [True, False])
-
-
-class Shifted(Linked):
-    """``W = A + w``, with a row of its own."""
-
-    law = "W[o, c] = A.W[o, c] + w[c]"
-
-    def free_shapes(self):
-        return ((self.bound_layout.shape[1],),)
-
-    def forward(self, source, row):
-        return source + row
-
-    def fit(self, weight, source):
-        return ((weight - source).mean(0),)
 
 
 @pytest.fixture

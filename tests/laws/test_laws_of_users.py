@@ -12,6 +12,7 @@ from torch import nn
 
 import tiedparam as tp
 from tests.support.cases import assert_refused
+from tests.support.users_laws import Shifted
 from tiedparam.laws import Linked
 from tiedparam.tie.lookup import tie_of
 
@@ -173,21 +174,6 @@ def test_what_own_values_cannot_give_is_warned_of_once_all_is_loaded(order, dtyp
     dense["c.weight"] = dense["c.weight"] + torch.eye(4, dtype=dtype)
     with pytest.warns(tp.TieWarning, match=r"'c\.weight' \(residual"):
         model.load_state_dict(dense)
-
-
-class Shifted(Linked):
-    """``W = A + w``: one row of its own for all."""
-
-    law = "W[o, c] = A.W[o, c] + w[c]"
-
-    def free_shapes(self):
-        return ((self.bound_layout.shape[1],),)
-
-    def forward(self, source, row):
-        return source + row
-
-    def fit(self, weight, source):
-        return ((weight - source).mean(0),)
 
 
 def chained(order: str, last: str) -> nn.ModuleDict:

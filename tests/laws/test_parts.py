@@ -8,6 +8,7 @@ from torch import nn
 
 import tiedparam as tp
 from tests.support.parts import CUTS, MIXED, SIZE
+from tests.support.users_laws import Shifted
 from tiedparam.laws import Reason
 from tiedparam.laws.layout import Layout
 from tiedparam.laws.parts import Cut, Parts, parts_of
@@ -70,21 +71,6 @@ def test_laws_that_mix_parts_are_not(axis):
 
 def test_a_size_that_cannot_be_shared_is_said():
     assert judged(tied("row_repeat", {"groups": 5}, 5), 1, 2) == Reason("5 is no multiple of 2.")
-
-
-class Shifted(tp.laws.Linked):
-    """``W = A + w``, with a row of its own."""
-
-    law = "W[o, c] = A.W[o, c] + w[c]"
-
-    def free_shapes(self):
-        return ((self.bound_layout.shape[1],),)
-
-    def forward(self, source, row):
-        return source + row
-
-    def fit(self, weight, source):
-        return ((weight - source).mean(0),)
 
 
 def test_a_law_that_reads_layers_is_judged_by_how_they_are_cut():

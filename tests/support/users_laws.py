@@ -203,3 +203,18 @@ class OneProduct(tp.Rule):
     @classmethod
     def examples(cls):
         return [tp.Example(lambda: nn.Linear(4, 3))]
+
+
+class Shifted(Linked):
+    """``W = A + w``: one row of its own for all."""
+
+    law = "W[o, c] = A.W[o, c] + w[c]"
+
+    def free_shapes(self):
+        return ((self.bound_layout.shape[1],),)
+
+    def forward(self, source, row):
+        return source + row
+
+    def fit(self, weight, source):
+        return ((weight - source).mean(0),)
