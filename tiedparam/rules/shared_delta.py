@@ -55,8 +55,8 @@ class SharedDelta(Linked):
 
     ``free``: ``U`` of shape ``(outputs, rank)`` and ``V`` of ``(rank, inputs of a group,
     *kernel)``; ``weight``: the source's shape. `register_tie` raises as for `copy`, and if the rank
-    is above the smaller side of the matrix. The decomposition, in float64, grows with the cube
-    of that side: 2 s for 1,024 × 1,024 on one core, 18 s for 2,048 × 2,048.
+    is above the smaller side of the matrix. The decomposition, in float64, takes time that grows
+    with the cube of that side: expect seconds for a large matrix.
 
     Source: Bae et al. 2024, "Relaxed recursive transformers" (arXiv 2410.20672); Eckart and Young
     1936, "The approximation of one matrix by another of lower rank".
