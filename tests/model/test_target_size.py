@@ -214,6 +214,8 @@ def test_ranks_of_differences_are_sizes_too():
     assert taken[0] == ("", "")
     assert taken[1:] == [("1.weight", "shared_delta(rank=1)"), *ranks]
     assert [tp.get_tie(model[i]).free_count for i in (1, 2)] == [32, 4 * 32]
+    left = [(step.tensor, step.rule) for step in curve if not step.taken]
+    assert ("2.weight", "shared_delta(rank=6)") in left
 
 
 DELTAS = {path: ("shared_delta", {"rank": 4, "source": "0"}) for path in ("1", "2")}

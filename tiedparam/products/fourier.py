@@ -225,14 +225,13 @@ class _Circle(ABC):
             of_rows = self.spectra(rows)
             if not self.turned:
                 of_rows.conj_physical_()
-            products = of_rows * spectra if recorded else of_rows.mul_(spectra)
-            total = products.flatten(0, -2).sum(0, keepdim=True)
-            del of_rows, products
+            total = of_rows.mul_(spectra).flatten(0, -2).sum(0, keepdim=True)
+            del of_rows
         if spectrum is not None:
             # what is recorded stays as it is
             shares = spectra * spectrum if recorded else spectra.mul_(spectrum)
             if self.turned:
-                shares = shares.conj_physical() if recorded else shares.conj_physical_()
+                shares.conj_physical_()
             d_rows = self._back(shares, self.inputs)
         return d_rows, total
 
