@@ -1,1 +1,1 @@
-"""What tied layers cost and save: ``python -m benchmarks``. See docs/benchmarks.md."""
+"""What tied layers cost and save: ``python -m benchmarks``. See docs/speed.md."""

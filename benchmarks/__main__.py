@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         f"with --quick in {from_here}/quick",
     )
     parser.add_argument("--report", action="store_true", help="results to docs and README")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md",
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "speed.md",
                         help="the page that --report writes")  # fmt: skip
     parser.add_argument("--default-allocator", action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -1,4 +1,4 @@
-"""Write docs/compatibility.md: ``python docs/make_compatibility.py``.
+"""Write docs/maintainers/features.md: ``python docs/make_compatibility.py``.
 
 Every row is a marker on the test that shows it, with literal arguments:
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "compatibility.md"
+PAGE = ROOT / "docs" / "maintainers" / "features.md"
 COMMAND = "python docs/make_compatibility.py"
 AREAS = (
     "Layers",
@@ -42,7 +42,7 @@ _INTRODUCTION = """\
 Each row is a test that CI runs with the real thing, in the versions of `tests/constraints.txt`.
 *Works* means equal to the dense stock layer that holds the same weight, up to rounding. *Refused*
 means an error with nothing changed; it names the way, unless it is torch's own. What an older torch
-does otherwise is in [versions.md](versions.md#what-an-older-torch-does-otherwise). This page is
+does otherwise is in [Versions](versions.md#what-an-older-torch-does-otherwise). This page is
 written by `{command}` from the marks on the tests.
 
 ```python

@@ -1,4 +1,6 @@
-"""Write the tables of docs/minilm.md from what its example found: ``python docs/make_minilm.py``.
+"""Write the tables of docs/recipes/minilm.md: ``python docs/make_minilm.py``.
+
+They are from what its example found.
 
 The example writes that file: ``python docs/examples/minilm.py --out docs/examples/minilm.json``.
 """
@@ -12,7 +14,7 @@ from typing import Any
 from make_tables import filled
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "minilm.md"
+PAGE = ROOT / "docs" / "recipes" / "minilm.md"
 RESULTS = ROOT / "docs" / "examples" / "minilm.json"
 COMMAND = "python docs/make_minilm.py"
 

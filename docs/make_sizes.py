@@ -1,4 +1,4 @@
-"""The sizes of a clustered network against its errors, in docs/rules-clusters.md.
+"""The sizes of a clustered network against its errors, in docs/laws/clusters.md.
 
 ``python docs/make_sizes.py --measure`` trains a network on scikit-learn's digits, clusters it in
 several ways, and writes what it finds to docs/sizes/digits.json. Without ``--measure`` it only
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import tiedparam as tp
 
 DOCS = Path(__file__).resolve().parent
-PAGE = DOCS / "rules-clusters.md"
+PAGE = DOCS / "laws" / "clusters.md"
 RESULT = DOCS / "sizes" / "digits.json"
 COMMAND = "python docs/make_sizes.py"
 BEGIN, END = "<!-- table of sizes: begin -->", "<!-- table of sizes: end -->"

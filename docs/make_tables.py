@@ -24,11 +24,11 @@ from tiedparam.laws.rule_table import by_family
 from tiedparam.state.optimizer_laws import OptimizerLaw, known_optimizers
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = "docs/rules.md"
+PAGE = "docs/laws/table.md"
 FAMILY_PAGE = "README.md"
 COMMAND = "python docs/make_tables.py"
-OPTIMIZER_PAGE = "docs/checkpoints-and-optimizers.md"
-VERSION_PAGES = ("README.md", "docs/versions.md")
+OPTIMIZER_PAGE = "docs/recipes/checkpoints.md"
+VERSION_PAGES = ("README.md", "docs/maintainers/versions.md")
 RECORDS = ROOT / "docs" / "tested"
 """What the session `tests` of noxfile.py writes: a file for each pair of Python and torch."""
 
@@ -149,23 +149,23 @@ FORMULAS: dict[str, tuple[str, Callable[[Any], int]]] = {
 
 
 FAMILY_PAGES = {
-    "repetition": ("rules-repetition.md", "rows, filters or heads that are equal"),
-    "symmetries": ("rules-symmetries.md", "a weight or its kernels that equal their own images"),
-    "equivariance": ("rules-equivariance.md", "layers that commute with a group"),
+    "repetition": ("laws/repetition.md", "rows, filters or heads that are equal"),
+    "symmetries": ("laws/symmetries.md", "a weight or its kernels that equal their own images"),
+    "equivariance": ("laws/equivariance.md", "layers that commute with a group"),
     "matrices": (
-        "rules-matrices.md",
+        "laws/matrices.md",
         "matrices with constant diagonals, or equal to their transpose up to sign",
     ),
-    "zeros and fixed values": ("rules-zeros-and-patterns.md", "entries that are given"),
-    "patterns of your own": ("rules-zeros-and-patterns.md", "any equalities, by numbers or moves"),
-    "from trained weights": ("rules-clusters.md", "few values, which the weight's clusters share"),
+    "zeros and fixed values": ("laws/zeros-and-patterns.md", "entries that are given"),
+    "patterns of your own": ("laws/zeros-and-patterns.md", "any equalities, by numbers or moves"),
+    "from trained weights": ("laws/clusters.md", "few values, which the weight's clusters share"),
     "shared by chance": (
-        "rules-zeros-and-patterns.md",
+        "laws/zeros-and-patterns.md",
         "few values, dealt to the entries by a hash",
     ),
-    "laws together": ("composing-laws.md", "several laws at once, or on a part of a tensor"),
+    "laws together": ("laws/together.md", "several laws at once, or on a part of a tensor"),
     "copies": (
-        "rules-copies.md",
+        "laws/copies.md",
         "another layer's weight, or a function of it; sums of templates for several layers",
     ),
 }

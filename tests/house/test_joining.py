@@ -114,7 +114,7 @@ def test_what_is_declared_is_what_was_run():
     oldest, *_, newest = sorted(map(two, torches), key=numbers)
     first, *_, last = sorted(pythons, key=numbers)
     said = f"Python {first} to {last} and torch {oldest} to {newest}"
-    for page in ("README.md", "docs/versions.md"):
+    for page in ("README.md", "docs/maintainers/versions.md"):
         assert said in text_of(page)
 
 
@@ -163,7 +163,7 @@ def file_of_a_law(page: str) -> str:
     return source
 
 
-PAGES_WITH_A_FILE = ["CONTRIBUTING.md", "docs/writing-a-rule.md"]
+PAGES_WITH_A_FILE = ["CONTRIBUTING.md", "docs/laws/your-own.md"]
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_A_FILE)

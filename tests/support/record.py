@@ -1,4 +1,4 @@
-"""A pytest plugin that notes a run of all tests, for the table in docs/versions.md.
+"""A pytest plugin that notes a run of all tests, for the table in docs/maintainers/versions.md.
 
 ``pytest -p tests.support.record --record FOLDER`` writes one file for each pair of Python and
 torch, and only if the whole suite was asked for and nothing failed.

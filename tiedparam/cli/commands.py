@@ -58,7 +58,7 @@ def add_all(commands: Any) -> None:
 
 
 def _add_rules(commands: Any) -> None:
-    text = "List the laws. What they mean in detail is in docs/rules.md."
+    text = "List the laws. What they mean in detail is in docs/laws/table.md."
     parser = add_command(commands, "rules", _run_rules, text, "", "--import my_rules", "--json")
     add_import(parser)
     add_json(parser)
