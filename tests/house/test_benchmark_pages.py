@@ -80,7 +80,9 @@ def test_the_page_says_from_where_on_a_law_gains_on_every_machine(tmp_path):
     assert text.count(" | 2–4 × | 2–4 × | ") == len(FAMILIES)
     small = report.readme.figures(report.load(tmp_path))
     assert "| circulant (`circulant`) | Linear(1024, 1024), 64 rows | 2–4 × | 2–4 × |\n" in small
-    assert "| another | AVX2 | L2 1024K | yes | [tables](tables/another.md) |" in text
+    assert (
+        "| another | AVX2 | L2 1024K | yes | [tables](maintainers/benchmarks/another.md) |" in text
+    )
 
 
 def test_the_charts_are_drawn_of_the_case_scaling(tmp_path):
