@@ -510,3 +510,22 @@ def test_a_truncated_file_changes_nothing(tied, tmp_path):
         with pytest.raises((RuntimeError, EOFError, OSError, pickle.UnpicklingError)):
             tied.load_state_dict(torch.load(path))
     assert same(values(tied), before)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("rule", "options"), [("scaled_copy", {"per": "output"}), ("shared_delta", {"rank": 1})]
+)
+def test_a_dense_entry_that_is_not_finite_does_not_reach_a_law_that_is_solved(
+    rule, options, number
+):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tp.register_tie(model[1], rule, source=model[0], **options)
+    before = values(model)
+    dense = tp.dense_state_dict(model)
+    dense["1.weight"][0, 0] = number
+    for load in (model.load_state_dict, lambda entries: tp.tie_state_dict(model, entries)):
+        with pytest.raises(RuntimeError, match=r"'1.weight' is dense with entries that are not"):
+            load(dense)
+        after = values(model)
+        assert all(torch.equal(after[name], before[name]) for name in before)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tiedparam.laws.coded import Coded
 from tiedparam.laws.distance import relative_distance
 from tiedparam.laws.earlier import renewed
+from tiedparam.laws.fitted import is_fitted, why_no_numbers
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
 from tiedparam.tie.write_guard import unguard
@@ -61,6 +62,12 @@ def why_unfit(tie: Tie, key: str, value: Any) -> Reason | None:
     shape = tie.rule.bound_layout.shape
     if tuple(value.shape) != shape:
         return _another_size(key, value, shape)
+    if is_fitted(tie.rule) and why_no_numbers(value, ()) is not None:
+        return Reason(
+            f"'{key}' is dense with entries that are not finite numbers, and '{tie.rule}' solves "
+            "for its free values: all of them would be lost.",
+            "Load another checkpoint.",
+        )
     return None
 
 
