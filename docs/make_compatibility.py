@@ -93,8 +93,8 @@ Plans, scans and reports, in Python and in files.""",
     "Hooks and patches": """\
 Whatever changes a tied weight on its way counts.""",
     "Other parametrizations": """\
-One tensor has one law or one parametrization of torch that says what is stored. Other tensors of the
-layer are free.""",
+One tensor has one law or one parametrization of torch that says what is stored. Other tensors of
+the layer are free.""",
     "Quantization and fusion": """\
 Numbers that are quantized one by one obey no law: untie first.""",
     "Model averaging and parallelism": "",
@@ -112,8 +112,8 @@ _FOR_USERS = """\
 Nearly always: a tied layer is a stock layer whose weight is computed, so what runs, compiles,
 exports, trains, casts, copies or shards the one does it with the other. Three things to remember:
 
-- **Tie first**, then build the optimizer, wrap the model in DDP or FSDP, or cut it. What comes later
-  is refused; an optimizer that is there already is handed over by `optimizer=`.
+- **Tie first**, then build the optimizer, wrap the model in DDP or FSDP, or cut it. A tie that
+  comes later is refused; an optimizer that is there already is handed over by `optimizer=`.
 - **Untie** (`remove_tie`, `untie_model`) before a tool that replaces weights by numbers of its own:
   quantization, merged adapters, pruning.
 - **Refused** means an error that names the way, with nothing changed. *Works* means: equal to the

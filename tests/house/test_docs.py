@@ -31,9 +31,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 MAINTAINERS = ROOT / "docs" / "maintainers"
 WITHOUT_CODE = {
     ROOT / "CHANGELOG.md",
-    ROOT / "docs" / "speed.md",
     *(MAINTAINERS / "benchmarks").glob("*.md"),
-    *({*MAINTAINERS.glob("*.md")} - {MAINTAINERS / "design.md", MAINTAINERS / "how-a-tie-works.md"}),
+    *(page for page in MAINTAINERS.glob("*.md") if page.stem not in ("design", "how-a-tie-works")),
 }
 PAGES_WITH_CODE = [page for page in PAGES if page not in WITHOUT_CODE]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES_WITH_CODE]
