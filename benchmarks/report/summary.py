@@ -73,7 +73,7 @@ _PICTURES = {
     "sizes": (
         "Time against size: dense, tied, and the limit",
         "The limit is dense's time times the law's share of the operations: what lies above it is "
-        "memory, fixed costs, and kernels that reach less than those of a dense product.",
+        "memory, fixed costs, and kernels that reach less than those of a dense product. On {first}.",
     ),
     "rows": (
         "How many times faster than dense, against the number of rows",
@@ -104,8 +104,11 @@ def _answer(results: Sequence[Result], device: str) -> str:
     )
     text += "\n"
     text += table(HEAD, lines(results, device))
+    first = of_case(results, "scaling", device)[0]["machine"]["name"]
     for name, (title, caption) in _PICTURES.items():
-        text += f"\n![{title}]({charts.FOLDER}/{device}-{name}.svg)\n\n" + fill(caption)
+        text += f"\n![{title}]({charts.FOLDER}/{device}-{name}.svg)\n\n" + fill(
+            caption.format(first=first)
+        )
     slower = _slower(results, device)
     return f"{text}\n{slower}" if slower else text
 
@@ -177,8 +180,8 @@ def _slower(results: Sequence[Result], device: str) -> str:
     if kept:
         text += "\n" + fill(
             "A law without a form of its own makes the weight anew in each call, and then computes "
-            "as a dense layer. The fewer rows there are, the more that counts, unless the weight is "
-            "kept. So many times as long as dense it takes in inference, where that is more than "
+            "as a dense layer. The fewer rows there are, the more that counts, unless the weight "
+            "is kept. So many times as long as dense it takes in inference, where that is more than "
             f"{_LITTLE:g}:"
         )
         text += "\n"

@@ -287,16 +287,24 @@ def compatibility(monkeypatch):
     return importlib.import_module("make_compatibility")
 
 
+@pytest.fixture(scope="module")
+def rows_of_features():
+    """Read once: the marks of all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        return importlib.import_module("make_compatibility").features()
+
+
 @pytest.mark.parametrize("name", ["works-with.md", "maintainers/features.md"])
-def test_the_pages_of_features_are_what_the_tests_say(name, compatibility):
+def test_the_pages_of_features_are_what_the_tests_say(name, compatibility, rows_of_features):
     path = ROOT / "docs" / name
-    page = compatibility.PAGES[path](compatibility.features())
+    page = compatibility.PAGES[path](rows_of_features)
     remedy = f"run '{compatibility.COMMAND}' and commit the result"
     assert path.read_text(encoding="utf-8") == page, remedy
 
 
-def test_users_are_told_every_feature_and_no_test(compatibility):
-    rows = compatibility.features()
+def test_users_are_told_every_feature_and_no_test(compatibility, rows_of_features):
+    rows = rows_of_features
     page = compatibility.for_users(rows)
     lines = page.splitlines()
     for row in rows:
@@ -312,8 +320,8 @@ def test_users_are_told_every_feature_and_no_test(compatibility):
     assert not re.search(r"\btest_|tests/", page)
 
 
-def test_every_feature_has_one_row_and_a_test_of_its_own(compatibility):
-    rows = compatibility.features()
+def test_every_feature_has_one_row_and_a_test_of_its_own(compatibility, rows_of_features):
+    rows = rows_of_features
     assert len(rows) > 60
     assert {row.area for row in rows} <= set(compatibility.AREAS)
     assert len({(row.area, row.what) for row in rows}) == len(rows)
