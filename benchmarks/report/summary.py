@@ -73,7 +73,8 @@ _PICTURES = {
     "sizes": (
         "Time against size: dense, tied, and the limit",
         "The limit is dense's time times the law's share of the operations: what lies above it is "
-        "memory, fixed costs, and kernels that reach less than those of a dense product. On {first}.",
+        "memory, fixed costs, and kernels that reach less than those of a dense product. "
+        "On {first}.",
     ),
     "rows": (
         "How many times faster than dense, against the number of rows",
@@ -181,8 +182,8 @@ def _slower(results: Sequence[Result], device: str) -> str:
         text += "\n" + fill(
             "A law without a form of its own makes the weight anew in each call, and then computes "
             "as a dense layer. The fewer rows there are, the more that counts, unless the weight "
-            "is kept. So many times as long as dense it takes in inference, where that is more than "
-            f"{_LITTLE:g}:"
+            "is kept. So many times as long as dense it takes in inference, where that is more "
+            f"than {_LITTLE:g}:"
         )
         text += "\n"
         text += table(["layer", "law", "rows", "made anew", "`cache=True`", "`frozen`"], kept)
