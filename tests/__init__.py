@@ -1,1 +1,1 @@
-"""The tests, in the rooms of the library; see docs/maintainers/design.md, "What is tested"."""
+"""The tests, in the rooms of the library; see docs/maintainers/testing.md."""

@@ -1,7 +1,8 @@
 """Results to text and charts. Nothing is written by hand.
 
-`summary` makes docs/speed.md, which answers whether a case gets faster; `tables` the full
-tables behind it, a page for each machine; `charts` the pictures; `readme` the table of the README.
+`summary` makes docs/speed.md, which answers whether a case gets faster; `background` the pages
+of machines and goals for maintainers, and `tables` the full tables behind both, a page for each
+machine; `charts` the pictures; `readme` the table of the README.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import goal_cases, result_files
-from benchmarks.report import charts, readme, summary, tables
-from benchmarks.report.results import COMMAND, files, load, machines, of_machine
+from benchmarks.report import background, charts, readme, summary, tables
+from benchmarks.report.results import COMMAND, FOLDER, files, load, machines, of_machine
 
-__all__ = ["COMMAND", "files", "load", "write", "write_readme"]
+__all__ = ["COMMAND", "FOLDER", "files", "load", "write", "write_readme"]
 
 
 def pages(results: Path) -> dict[str, str]:
     """Every page, by its path from the folder of the documents."""
     found = load(results)
-    made = {"speed.md": summary.render(found)}
+    made = {
+        "speed.md": summary.render(found),
+        f"{FOLDER}/index.md": background.render(found),
+        f"{FOLDER}/goals.md": background.render_goals(found),
+    }
     for machine in machines(found):
         text = tables.render(of_machine(found, machine))
-        made[f"{tables.FOLDER}/{machine['key']}.md"] = text
+        made[f"{FOLDER}/{machine['key']}.md"] = text
     return made
 
 
@@ -33,7 +38,7 @@ def judge(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(results: Path, page: Path) -> None:
-    """Write the page, the tables behind it, and the charts.
+    """Write the page for users, those behind it, and the charts.
 
     The goals are judged again first, so that one may be reworded without measuring.
     """

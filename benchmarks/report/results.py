@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from benchmarks.cases import CASES
 from benchmarks.goals import number
 
 COMMAND = "python -m benchmarks --report"
+FOLDER = "maintainers/benchmarks"
+"""Of the pages behind the short answer, below the documents."""
 Result = dict[str, Any]
 Comparison = dict[str, Any]
 
@@ -73,6 +76,11 @@ def span(values: Sequence[float], unit: str = " ×") -> str:
         return "–"
     ends = list(dict.fromkeys(number(value) for value in (min(values), max(values))))
     return "–".join(ends) + unit
+
+
+def fill(text: str) -> str:
+    """A paragraph of a page, in lines of 100 columns."""
+    return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False) + "\n"
 
 
 def table(head: Sequence[str], rows: Any) -> str:

@@ -191,7 +191,7 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.feature(
-    "Whole models", "default devices and dtypes of the user's while the library works"
+    "Whole models", "default devices and dtypes of your own while the library works"
 )
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("context", CONTEXTS)

@@ -28,10 +28,13 @@ from tests.support import ROOT, older_than, peers
 from tiedparam.laws.rule_table import FAMILIES
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-WITHOUT_CODE = {"speed.md", "CHANGELOG.md", "versions.md"}
-PAGES_WITH_CODE = [
-    page for page in PAGES if page.name not in WITHOUT_CODE and page.parent.name != "benchmarks"
-]
+MAINTAINERS = ROOT / "docs" / "maintainers"
+WITHOUT_CODE = {
+    ROOT / "CHANGELOG.md",
+    # of those for maintainers, those that have none: they look things up
+    *(page for page in MAINTAINERS.rglob("*.md") if "```python" not in page.read_text("utf-8")),
+}
+PAGES_WITH_CODE = [page for page in PAGES if page not in WITHOUT_CODE]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES_WITH_CODE]
 SINCE = {  # from which torch on a page's outputs are these
     "checkpoints.md": "2.9",  # which has Muon
@@ -131,6 +134,12 @@ def test_a_wrong_output_is_noticed(tmp_path, monkeypatch):
     page.write_text("only prose\n", encoding="utf-8")
     with pytest.raises(AssertionError, match="shows no code"):
         run(page, tmp_path, monkeypatch)
+
+
+def test_pages_without_code_have_none():
+    assert {MAINTAINERS / "design.md", MAINTAINERS / "how-a-tie-works.md"} <= set(PAGES_WITH_CODE)
+    for page in WITHOUT_CODE:
+        assert {block.kind for block in blocks_of(page)} <= {"sh"}, f"{page}: nobody runs its code"
 
 
 def test_the_first_example_has_six_lines():
@@ -279,13 +288,41 @@ def compatibility(monkeypatch):
     return importlib.import_module("make_compatibility")
 
 
-def test_the_page_of_features_is_what_the_tests_say(compatibility):
-    page = (ROOT / "docs" / "maintainers" / "features.md").read_text(encoding="utf-8")
-    assert page == compatibility.page(), f"run '{compatibility.COMMAND}' and commit the result"
+@pytest.fixture(scope="module")
+def rows_of_features():
+    """Read once: the marks of all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        return importlib.import_module("make_compatibility").features()
 
 
-def test_every_feature_has_one_row_and_a_test_of_its_own(compatibility):
-    rows = compatibility.features()
+@pytest.mark.parametrize("name", ["works-with.md", "maintainers/features.md"])
+def test_the_pages_of_features_are_what_the_tests_say(name, compatibility, rows_of_features):
+    path = ROOT / "docs" / name
+    page = compatibility.PAGES[path](rows_of_features)
+    remedy = f"run '{compatibility.COMMAND}' and commit the result"
+    assert path.read_text(encoding="utf-8") == page, remedy
+
+
+def test_users_are_told_every_feature_and_no_test(compatibility, rows_of_features):
+    rows = rows_of_features
+    page = compatibility.for_users(rows)
+    lines = page.splitlines()
+    for row in rows:
+        if row.refused:
+            assert f"| {row.what} | {row.refused} |" in lines
+        elif row.condition:
+            assert row.limit in row.condition
+            assert f"| {row.what} | {row.condition} |" in lines
+        else:
+            assert not row.limit
+            assert f"- {row.what}" in lines
+        assert row.test.partition("::")[2] not in page
+    assert not re.search(r"\btest_|tests/", page)
+
+
+def test_every_feature_has_one_row_and_a_test_of_its_own(compatibility, rows_of_features):
+    rows = rows_of_features
     assert len(rows) > 60
     assert {row.area for row in rows} <= set(compatibility.AREAS)
     assert len({(row.area, row.what) for row in rows}) == len(rows)
@@ -313,7 +350,9 @@ def test_marks_that_cannot_be_read_are_refused(compatibility, tmp_path):
     file.write_text(f"{mark}\ndef test_a(): ...\n", encoding="utf-8")
     (row,) = compatibility.features(tmp_path)
     assert row.answer == "works, needs b, but not c"
-    assert "| a | works, needs b, but not c | `test_x.py::test_a` |" in compatibility.page([row])
+    table = compatibility.with_tests([row])
+    assert "| a | works, needs b, but not c | `test_x.py::test_a` |" in table
+    assert "| a | needs b, but not c |" in compatibility.for_users([row])
 
 
 # Pictures, links, commands -----------------------------------------------------------------
@@ -387,27 +426,28 @@ def test_the_constraints_pin_what_is_tested():
     assert needed <= set(pins)
 
 
-# The design page ---------------------------------------------------------------------------
+# The pages for maintainers ----------------------------------------------------------------
 
 
 def test_every_scenario_that_is_named_is_explained():
-    page = (ROOT / "docs" / "maintainers" / "design.md").read_text(encoding="utf-8")
-    text, _, table = page.partition("## The scenarios")
+    page = (MAINTAINERS / "scenarios.md").read_text(encoding="utf-8")
+    text, head, table = page.partition("| number | scenario |")
+    assert head
     explained = {f"S{number}" for number in re.findall(r"^\| S(\d+b?) \| \S", table, re.MULTILINE)}
     files = [*PAGES, *(ROOT / "tiedparam").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     named = {}
     for file in files:
-        content = text if file.name == "design.md" else file.read_text(encoding="utf-8")
+        content = text if file.name == "scenarios.md" else file.read_text(encoding="utf-8")
         for pair in re.findall(r"\bS(\d+b?)\b|\btest_s(\d+b?)_", content):
             named["S" + "".join(pair).lstrip("0")] = file.name
     assert len(named) > 15
     missing = {number: file for number, file in named.items() if number not in explained}
-    assert not missing, "the page must explain these scenarios in its last table"
+    assert not missing, "the page must explain these scenarios in its table"
     assert not explained - set(named), "nothing speaks of these scenarios any more"
 
 
 def test_every_room_of_the_package_has_its_row_and_its_lines():
-    page = (ROOT / "docs" / "maintainers" / "design.md").read_text(encoding="utf-8")
+    page = (MAINTAINERS / "design.md").read_text(encoding="utf-8")
     rooms = [path.parent for path in (ROOT / "tiedparam").glob("*/__init__.py")]
     assert len(rooms) > 8
     for room in rooms:
@@ -416,6 +456,23 @@ def test_every_room_of_the_package_has_its_row_and_its_lines():
         said = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8")))
         assert said is not None, f"{room} does not say what it is for"
         assert len(said.split("\n")) >= 3
-    for path in re.findall(r"`((?:\w+/)*\w+\.py)`", page):
-        places = (ROOT, ROOT / "tiedparam")
-        assert any((place / path).exists() for place in places), f"the page speaks of {path}"
+
+
+def test_the_files_that_maintainers_are_told_of_exist():
+    found = 0
+    for page in MAINTAINERS.glob("*.md"):
+        for path in re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text(encoding="utf-8")):
+            found += 1
+            places = (ROOT, ROOT / "tiedparam")
+            exists = any((place / path).exists() for place in places)
+            assert exists, f"{page.name} speaks of {path}"
+    assert found > 40
+
+
+def test_a_newcomer_finds_every_page_for_maintainers():
+    index = (MAINTAINERS / "index.md").read_text(encoding="utf-8")
+    for page in {*MAINTAINERS.glob("*.md")} - {MAINTAINERS / "index.md"}:
+        assert f"]({page.name})" in index, f"{page.name} is not on the page of maintainers"
+    for page in MAINTAINERS.glob("*.md"):
+        words = len(page.read_text(encoding="utf-8").split())
+        assert words <= 2_500 or page.name == "features.md", f"{page.name} has {words} words"

@@ -73,7 +73,7 @@ def watched(layer, where: str) -> nn.Module:
 
 
 @pytest.mark.feature(
-    "Hooks and patches", "Module hooks on a tie's list, rule or source change the output too"
+    "Hooks and patches", "module hooks on a tie's list, rule or source change the output too"
 )
 @pytest.mark.parametrize("where", ["list", "rule"])
 @pytest.mark.parametrize("kind", ["forward", "pre", "replaced"])
@@ -229,7 +229,7 @@ def circular(self, x, weight, bias):
 
 
 @pytest.mark.feature(
-    "Hooks and patches", "A replaced `forward` or `_conv_forward`, on the layer or its class"
+    "Hooks and patches", "a replaced `forward` or `_conv_forward`, on the layer or its class"
 )
 @pytest.mark.parametrize("when", ["before tying", "after tying"])
 @pytest.mark.parametrize("on", ["instance", "class"])
@@ -534,7 +534,7 @@ def test_assigning_what_has_no_numbers_is_refused_or_no_change(project):
 # Fake mode, compiled functions, metaclasses -----------------------------------------------
 
 
-@pytest.mark.feature("Compile and export", "Tying and computing in `FakeTensorMode`")
+@pytest.mark.feature("Compile and export", "tying and computing in `FakeTensorMode`")
 @pytest.mark.parametrize("rule", ["flip_sym", "row_repeat", "channel_shared"])
 @pytest.mark.parametrize("init", ["project", "rescale"])
 def test_s50_tying_in_fake_mode(rule, init):
@@ -569,7 +569,7 @@ def test_s50_a_real_layer_computes_in_fake_mode():
 
 @pytest.mark.feature(
     "Compile and export",
-    "Tying inside a compiled function, between two graphs",
+    "tying inside a compiled function, between two graphs",
 )
 def test_s50_ties_made_inside_a_compiled_function():
     made = []

@@ -328,7 +328,7 @@ def test_the_base_of_a_weight_that_was_read_ends():
 
 
 @pytest.mark.feature(
-    "Compile and export", "Functions of the user's that are given `layer.weight`, compiled"
+    "Compile and export", "functions of your own that are given `layer.weight`, compiled"
 )
 @pytest.mark.parametrize("of", [lambda w: w, lambda w: w.detach(), lambda w: w.t()])
 def test_a_compiled_function_takes_a_weight_that_was_read(of):
