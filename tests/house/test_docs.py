@@ -34,7 +34,7 @@ PAGES_WITH_CODE = [
 ]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES_WITH_CODE]
 SINCE = {  # from which torch on a page's outputs are these
-    "checkpoints.md": "2.9",  # which has Muon
+    "optimizers.md": "2.9",  # which has Muon
     "files.md": "2.7",  # whose files are a little larger
     "sharded.md": "2.7",  # whose FSDP2 works on a CPU
 }
