@@ -69,6 +69,9 @@ def run_block(block: Block, page: Path, namespace: dict) -> str:
         warnings.filterwarnings(
             "ignore", "Guards may run slower on Python 3.13.0"
         )  # torch's advice
+        warnings.filterwarnings(
+            "ignore", "`isinstance.treespec, LeafSpec.` is deprecated"
+        )  # torch's ONNX exporter copies such objects itself
         warnings.simplefilter("always", tp.TieWarning)
         try:
             exec(code, namespace)
