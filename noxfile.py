@@ -92,7 +92,7 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The pages: their code, outputs, tables, pictures, links and examples."""
     session.install(*CONSTRAINTS, "-e", ".[test,ecosystem,examples]")
-    pages = ("docs", "examples", "joining", "typed_surface")
+    pages = ("docs", "examples", "examples_of_recipes", "joining", "typed_surface")
     files = [f"tests/house/test_{page}.py" for page in pages]
     session.run("pytest", *files, "tests/ecosystem/test_minilm.py")
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = "docs/laws/table.md"
 FAMILY_PAGE = "README.md"
 COMMAND = "python docs/make_tables.py"
-OPTIMIZER_PAGE = "docs/recipes/checkpoints.md"
+OPTIMIZER_PAGE = "docs/recipes/optimizers.md"
 VERSION_PAGES = ("README.md", "docs/maintainers/versions.md")
 RECORDS = ROOT / "docs" / "tested"
 """What the session `tests` of noxfile.py writes: a file for each pair of Python and torch."""

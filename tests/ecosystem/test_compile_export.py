@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import tiedparam as tp
-from tests.support import older_than
+from tests.support import ROOT, older_than
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -252,12 +253,15 @@ def test_aot_compiled_package(tmp_path):
     tp.register_tie(model[0], "flip_sym")
     tp.register_tie(model[2], "row_repeat", groups=2)
     batch = torch.export.Dim("batch", min=1, max=64)
+    # by the function that docs/recipes/deployment.md shows, and does not call
+    page = (ROOT / "docs" / "recipes" / "deployment.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(
+        r"^```python\n(def compile_package.*?)^```$", page, re.MULTILINE | re.DOTALL
+    )
+    exec(shown, found := {"torch": torch})
+    example, shapes = (torch.randn(3, 8),), ({0: batch},)
+    loaded = found["compile_package"](model, example, str(tmp_path / "model.pt2"), shapes)
     with torch.no_grad():
-        program = torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=({0: batch},))
-        path = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "model.pt2")
-        )
-        loaded = torch._inductor.aoti_load_package(path)
         for count in (1, 4):
             x = torch.randn(count, 8)
             torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)

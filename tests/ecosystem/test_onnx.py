@@ -114,7 +114,7 @@ def test_attention():
 
 
 def untied_copy(model: nn.Module) -> nn.Module:
-    """As docs/recipes/inference.md has it, for files that load as fast as those of stock layers."""
+    """As docs/recipes/deployment.md has it: its file loads as fast as that of a stock layer."""
     return tp.untie_model(copy.deepcopy(model))
 
 

@@ -37,7 +37,7 @@ WITHOUT_CODE = {
 PAGES_WITH_CODE = [page for page in PAGES if page not in WITHOUT_CODE]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES_WITH_CODE]
 SINCE = {  # from which torch on a page's outputs are these
-    "checkpoints.md": "2.9",  # which has Muon
+    "optimizers.md": "2.9",  # which has Muon
     "files.md": "2.7",  # whose files are a little larger
     "sharded.md": "2.7",  # whose FSDP2 works on a CPU
 }
@@ -72,6 +72,9 @@ def run_block(block: Block, page: Path, namespace: dict) -> str:
         warnings.filterwarnings(
             "ignore", "Guards may run slower on Python 3.13.0"
         )  # torch's advice
+        warnings.filterwarnings(
+            "ignore", "`isinstance.treespec, LeafSpec.` is deprecated"
+        )  # torch's ONNX exporter copies such objects itself
         warnings.simplefilter("always", tp.TieWarning)
         try:
             exec(code, namespace)
