@@ -7,12 +7,17 @@ import tiedparam as tp
 
 torch.manual_seed(0)
 model = nn.Sequential(
-    nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(),
-    nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
-    nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
-    nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-    nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10),
-)  # fmt: skip
+    nn.Conv2d(3, 16, 3, padding=1),
+    nn.ReLU(),
+    nn.Conv2d(16, 16, 3, padding=1),
+    nn.ReLU(),
+    nn.Conv2d(16, 16, 3, padding=1),
+    nn.AdaptiveAvgPool2d(4),
+    nn.Flatten(),
+    nn.Linear(256, 64),
+    nn.ReLU(),
+    nn.Linear(64, 10),
+)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 images, labels = torch.randn(32, 3, 16, 16), torch.randint(10, (32,))
 
@@ -29,7 +34,8 @@ train(5)
 plan = {
     "2": "flip_sym",  # a layer by its name
     "4": ("copy", {"source": "2"}),  # with the options of the rule
-    nn.Linear: ("cluster", {"n": 16, "exclude": ["10"]}),  # layers by type, but for one
+    # layers of a type, but for one
+    nn.Linear: ("masked", {"pattern": "block_diagonal", "blocks": 4, "exclude": ["9"]}),
 }
 done = tp.tie_model(model, plan, optimizer=optimizer)
 print(done)
