@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
+model = nn.Sequential(
+    nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
+)
 with torch.no_grad():
     kernel = model[0].weight
     kernel += kernel.transpose(0, 1).flip(2, 3) + 0.01 * torch.randn(8, 8, 3, 3)

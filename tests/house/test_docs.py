@@ -32,10 +32,14 @@ WITHOUT_CODE = {"speed.md", "CHANGELOG.md", "versions.md"}
 PAGES_WITH_CODE = [
     page for page in PAGES if page.name not in WITHOUT_CODE and page.parent.name != "benchmarks"
 ]
+ELSEWHERE = {  # pages without python: why
+    ROOT / "docs" / "recipes" / "index.md",  # a table of links
+    ROOT / "docs" / "recipes" / "shell.md",  # test_shell_page.py runs it
+}
+PAGES_WITH_CODE = [page for page in PAGES_WITH_CODE if page not in ELSEWHERE]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES_WITH_CODE]
 SINCE = {  # from which torch on a page's outputs are these
     "checkpoints.md": "2.9",  # which has Muon
-    "files.md": "2.7",  # whose files are a little larger
     "sharded.md": "2.7",  # whose FSDP2 works on a CPU
 }
 _FENCE = re.compile(r"^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
