@@ -25,6 +25,7 @@ import torch
 
 import tiedparam as tp
 from tests.support import ROOT, older_than, peers
+from tests.support.pages import FENCE, Block, blocks_of
 from tiedparam.laws.rule_table import FAMILIES
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -32,35 +33,18 @@ WITHOUT_CODE = {"speed.md", "CHANGELOG.md", "versions.md"}
 PAGES_WITH_CODE = [
     page for page in PAGES if page.name not in WITHOUT_CODE and page.parent.name != "benchmarks"
 ]
-ELSEWHERE = {  # pages without python: why
-    ROOT / "docs" / "recipes" / "index.md",  # a table of links
-    ROOT / "docs" / "recipes" / "shell.md",  # test_shell_page.py runs it
+ELSEWHERE = {
+    ROOT / "docs" / "recipes" / "index.md",  # links alone
+    ROOT / "docs" / "recipes" / "shell.md",  # run by test_shell_page.py
+    ROOT / "docs" / "maintainers" / "notes-on-models.md",  # no code
 }
 PAGES_WITH_CODE = [page for page in PAGES_WITH_CODE if page not in ELSEWHERE]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES_WITH_CODE]
 SINCE = {  # from which torch on a page's outputs are these
     "checkpoints.md": "2.9",  # which has Muon
+    "files.md": "2.7",  # whose files are a little larger
     "sharded.md": "2.7",  # whose FSDP2 works on a CPU
 }
-_FENCE = re.compile(r"^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A fenced block: its language, its text, and the number of its first line."""
-
-    kind: str
-    body: str
-    line: int
-
-
-def blocks_of(page: Path) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
-    assert text.count("```") == 2 * len(_FENCE.findall(text)), f"a fence of {page} is not closed"
-    return [
-        Block(match["kind"], match["body"], text.count("\n", 0, match.start("body")) + 1)
-        for match in _FENCE.finditer(text)
-    ]
 
 
 def run_block(block: Block, page: Path, namespace: dict) -> str:
@@ -347,7 +331,7 @@ def test_every_rule_is_drawn_in_the_docs(generators):
 def test_links_and_pictures_exist():
     found = 0
     for page in PAGES:
-        text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if re.match(r"\w+:", target):
                 continue
@@ -363,7 +347,7 @@ def test_links_and_pictures_exist():
 
 def anchors_of(page: Path) -> set[str]:
     """The anchors of a page's headings, as code hosts make them."""
-    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

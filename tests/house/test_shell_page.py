@@ -23,8 +23,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.test_docs import blocks_of
 from tests.support import ROOT, older_than
+from tests.support.pages import blocks_of
 from tiedparam.__main__ import main
 
 PAGE = ROOT / "docs" / "recipes" / "shell.md"
