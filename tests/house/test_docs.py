@@ -25,12 +25,15 @@ import torch
 
 import tiedparam as tp
 from tests.support import ROOT, older_than, peers
+from tests.support.pages import FENCE, Block, blocks_of
 from tiedparam.laws.rule_table import FAMILIES
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 MAINTAINERS = ROOT / "docs" / "maintainers"
 WITHOUT_CODE = {
     ROOT / "CHANGELOG.md",
+    ROOT / "docs" / "recipes" / "index.md",  # links alone
+    ROOT / "docs" / "recipes" / "shell.md",  # run by test_shell_page.py
     # of those for maintainers, those that have none: they look things up
     *(page for page in MAINTAINERS.rglob("*.md") if "```python" not in page.read_text("utf-8")),
 }
@@ -41,25 +44,6 @@ SINCE = {  # from which torch on a page's outputs are these
     "files.md": "2.7",  # whose files are a little larger
     "sharded.md": "2.7",  # whose FSDP2 works on a CPU
 }
-_FENCE = re.compile(r"^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A fenced block: its language, its text, and the number of its first line."""
-
-    kind: str
-    body: str
-    line: int
-
-
-def blocks_of(page: Path) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
-    assert text.count("```") == 2 * len(_FENCE.findall(text)), f"a fence of {page} is not closed"
-    return [
-        Block(match["kind"], match["body"], text.count("\n", 0, match.start("body")) + 1)
-        for match in _FENCE.finditer(text)
-    ]
 
 
 def run_block(block: Block, page: Path, namespace: dict) -> str:
@@ -385,7 +369,7 @@ def test_every_rule_is_drawn_in_the_docs(generators):
 def test_links_and_pictures_exist():
     found = 0
     for page in PAGES:
-        text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if re.match(r"\w+:", target):
                 continue
@@ -401,7 +385,7 @@ def test_links_and_pictures_exist():
 
 def anchors_of(page: Path) -> set[str]:
     """The anchors of a page's headings, as code hosts make them."""
-    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
