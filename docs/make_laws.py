@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
+from functools import cache
 from html import unescape
 from itertools import groupby
 from pathlib import Path
@@ -340,12 +341,16 @@ WISHES: dict[str, tuple[Wish, ...]] = {
 # The table of wishes --------------------------------------------------------------------------
 
 
-def made(wish: Wish) -> list[nn.Module]:
-    """Run a wish's line; the layers that it tied."""
+@cache
+def made(wish: Wish) -> tuple[set[str], int, int]:
+    """Run a wish's line: the rules of its layers, what these store, and what dense ones do."""
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"torch": torch, "nn": nn, "tp": tp}
     exec(f"{wish.given}\n{_fresh(wish.line)}", namespace)
-    return list(namespace.get("layers") or [namespace["layer"]])
+    layers = namespace.get("layers") or [namespace["layer"]]
+    rules = [tp.get_tie(layer) for layer in layers]
+    dense = sum(layer.weight.numel() for layer in layers)
+    return {rule.name for rule in rules}, sum(rule.free_count for rule in rules), dense
 
 
 def _fresh(line: str) -> str:
@@ -354,14 +359,6 @@ def _fresh(line: str) -> str:
     if any(word in line for word in starts_elsewhere):
         return line
     return line.removesuffix(")") + ', init="rescale")'
-
-
-def stored(wish: Wish) -> str:
-    """``5 of 20``: how many values the wish's layers store."""
-    layers = made(wish)
-    free = sum(tp.get_tie(layer).free_count for layer in layers)
-    dense = sum(layer.weight.numel() for layer in layers)
-    return f"{free:,} of {dense:,}"
 
 
 def _shape(wish: Wish) -> str:
@@ -404,8 +401,9 @@ def wishes() -> str:
             "|---|---|---|---|---|",
         ]
         for wish in rows:
+            _, free, dense = made(wish)
             lines.append(
-                f"| {wish.what} | `{wish.line}` | {stored(wish)}, `{_shape(wish)}` "
+                f"| {wish.what} | `{wish.line}` | {free:,} of {dense:,}, `{_shape(wish)}` "
                 f"| {times[wish.family] if wish.family else '–'} "
                 f"| [{wish.rule}]({anchor(wish.rule)}) |"
             )

@@ -25,10 +25,10 @@ from tiedparam.tie.lookup import get_tie, is_tied
 CELLS = 12
 """A panel shows a corner of 12 × 12 entries: the kernels of 4 × 4 channels, or a matrix."""
 CAPTION = (
-    "A corner of each weight, outputs down and inputs across, on a scale of its own: red is positive,\n"
-    "blue negative. Left the trained model, right a copy of it, tied and fine-tuned. Framed: a stored\n"
-    "value. Not framed: computed by the law. The marks show where three stored values are used.\n"
-    "In per cent: digits that were not trained on and are read right."
+    "A corner of each weight, outputs down and inputs across, on a scale of its own: red is\n"
+    "positive, blue negative. Left the trained model, right a copy of it, tied and fine-tuned.\n"
+    "Framed: a stored value. Not framed: computed by the law. The marks show where three stored\n"
+    "values are used. In per cent: digits that were not trained on and are read right."
 )
 _LAW, _CAPTION = (5.0, 3.05), 1.05
 """The width and height of what is drawn of a law, and the height of the caption, in inches."""
