@@ -303,12 +303,29 @@ def version_table() -> str:
     return "\n".join(lines)
 
 
+def version_line() -> str:
+    """The runs in one sentence."""
+    runs = records()
+    pairs = [f"{run['torch'].partition('+')[0]} (on {_two(run['python'])})" for run in runs]
+    passed = [run["passed"] for run in runs]
+    return (
+        f"All tests were run with torch {', '.join(pairs[:-1])} and {pairs[-1]}: "
+        f"{min(passed):,} to {max(passed):,} passed, none failed."
+    )
+
+
+def _two(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
 def with_version_table(page: str) -> str:
-    """The text of a page with its table of versions brought up to date.
+    """The text of a page with its table of versions, or its sentence, brought up to date.
 
     Raises:
         ValueError: if the page has no place for it.
     """
+    if "table of versions in short" in page:
+        return filled(page, "versions in short", version_line())
     return filled(page, "versions", version_table())
 
 

@@ -350,7 +350,7 @@ four at once  {together}
 One held-out picture is {100 / held_out:.2f} %, and this is one seed: small differences say nothing.
 
 After fine-tuning every law holds bit for bit ({comparisons} comparisons by torch.equal).
-The kernels, dense above tied: {out}
+The kernels, dense beside tied: {out}
 
 The six lines that did it, one per row, after "import tiedparam as tp":
 
@@ -365,8 +365,8 @@ def drawn(tie: TieLine, row: Row, dense: nn.Module, tied: nn.Module) -> Drawn:
     return Drawn(
         tie.title,
         rule.law,
-        f"dense: {entries:,} stored, {row.before:.1f} % right",
-        f"tied: {rule.free_count:,} stored, {row.after_tuning:.1f} % right",
+        f"dense: {entries:,} stored, {row.before:.1f} %",
+        f"tied: {rule.free_count:,} stored, {row.after_tuning:.1f} %",
         {path: dense.get_submodule(path) for path in paths},
         {path: tied.get_submodule(path) for path in paths},
     )

@@ -25,59 +25,60 @@ from tiedparam.tie.lookup import get_tie, is_tied
 CELLS = 12
 """A panel shows a corner of 12 × 12 entries: the kernels of 4 × 4 channels, or a matrix."""
 CAPTION = (
-    "A corner of each weight: red is positive, blue negative, each block on its own scale. "
-    "Framed: a stored value. Not framed: computed by the law.\n"
-    "Outputs go down, inputs across. The marks show where three of the stored values are used. "
-    "Above the model as trained, below its copies, tied and fine-tuned."
+    "A corner of each weight, outputs down and inputs across, on a scale of its own: red is\n"
+    "positive, blue negative. Left the trained model, right a copy of it, tied and fine-tuned.\n"
+    "Framed: a stored value. Not framed: computed by the law. The marks show where three stored\n"
+    "values are used. In per cent: digits that were not trained on and are read right."
 )
+_LAW, _CAPTION = (5.0, 3.05), 1.05
+"""The width and height of what is drawn of a law, and the height of the caption, in inches."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One column of the picture.
+    """What is drawn of one law.
 
     Attributes:
         rule: the name of the rule.
         law: its equation.
-        above: what is said of the dense layers.
-        below: what is said of the tied ones.
+        before: what is said of the dense layers.
+        after: what is said of the tied ones.
         dense: the trained layers by their paths; a copy comes after its source.
         tied: the same layers, tied and fine-tuned.
     """
 
     rule: str
     law: str
-    above: str
-    below: str
+    before: str
+    after: str
     dense: Mapping[str, nn.Module]
     tied: Mapping[str, nn.Module]
 
 
 def draw(laws: Sequence[Drawn], out: Path) -> None:
-    """One column per law: the trained weight above, the tied and fine-tuned one below."""
-    size = (2.8 * len(laws), 7.3)  # inches; narrower columns would run into each other
+    """Two laws in a row: of each the trained weight, and beside it the tied and fine-tuned one."""
+    rows = (len(laws) + 1) // 2
+    size = (2 * _LAW[0], rows * _LAW[1] + _CAPTION)  # inches
     figure = needed("matplotlib.figure").Figure(figsize=size, facecolor="white")
-    for column, law in zip(figure.subfigures(1, len(laws)), laws, strict=True):
-        write = partial(column.text, 0.5, ha="center", color=INK)
-        write(y=0.945, s=law.rule, size=15, weight="bold")
-        write(y=0.905, s=law.law, size=10.5)
-        write(y=0.86, s=law.above, size=10.5)
-        write(y=0.46, s=law.below, size=10.5)
-        _draw_layers(column, law.dense, bottom=0.48, marked=False)
-        _draw_layers(column, law.tied, bottom=0.08, marked=True)
-    figure.text(0.5, 0.02, CAPTION, ha="center", size=11, color=INK, linespacing=1.5)
+    below, captions = figure.subfigures(2, 1, height_ratios=(rows * _LAW[1], _CAPTION))
+    for place, law in zip(below.subfigures(rows, 2).flat, laws, strict=False):
+        write = partial(place.text, color=INK)
+        write(0.06, 0.89, law.rule, size=15, weight="bold")
+        write(0.97, 0.89, law.law, size=12, ha="right")
+        for left, said, layers in ((0.06, law.before, law.dense), (0.55, law.after, law.tied)):
+            write(left + 0.21, 0.8, said, size=11.5, ha="center")
+            _draw_layers(place, layers, left=left, marked=layers is law.tied)
+    captions.text(0.03, 0.9, CAPTION, va="top", size=11.5, color=INK, linespacing=1.5)
     figure.savefig(out, format="png", dpi=120)
 
 
-def _draw_layers(
-    column: Any, layers: Mapping[str, nn.Module], *, bottom: float, marked: bool
-) -> None:
+def _draw_layers(place: Any, layers: Mapping[str, nn.Module], *, left: float, marked: bool) -> None:
     panels = [corner_of(layer, CELLS // len(layers)) for layer in layers.values()]
     marks = busiest(panels) if marked else []
-    height = 0.37 / len(layers)
+    height = 0.73 / len(layers)
     for number, (path, panel) in enumerate(zip(layers, panels, strict=True), 1):
-        axes = column.add_axes((0.1, bottom + 0.37 - number * height, 0.8, height))
-        axes.set_ylabel(path, size=10, color=INK, labelpad=1)
+        axes = place.add_axes((left, 0.77 - number * height, 0.42, height))
+        axes.set_ylabel(path, size=11, color=INK, labelpad=1)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         scale = float(panel.values.nan_to_num(0).abs().max())
