@@ -107,7 +107,7 @@ def texts_of(origin: Origins, corner: int) -> list[tuple[int, int, str]]:
         mosaic(each, corner).tolist() for each in (origin.numbers, origin.fixed, origin.computed)
     )
     return [
-        (y, x, _text(numbers[y][x], fixed[y][x], computed[y][x]))
+        (y, x, text_of(numbers[y][x], fixed[y][x], computed[y][x]))
         for y, x in shown.nonzero().tolist()
     ]
 
@@ -118,7 +118,8 @@ def _first_places(flat: Tensor) -> Tensor:
     return none.scatter_reduce(0, flat, order, "amin")
 
 
-def _text(number: int, fixed: bool, computed: bool) -> str:
+def text_of(number: int, fixed: bool = False, computed: bool = False) -> str:
+    """What a cell says of an entry."""
     if number:
         return str(number).replace("-", "−")
     return COMPUTED if computed else FIXED if fixed else ZERO

@@ -91,7 +91,8 @@ def draw_orbits(layer: nn.Module, tensor_name: str = "weight", *, corner: int = 
         frame(axes, mosaic(first_of_each(origins.numbers), corner))
     if type_size:
         for y, x, text in cells:
-            axes.text(x, y, text, size=type_size, ha="center", va="center_baseline", color=INK)
+            inside = axes.text(x, y, text, size=type_size, ha="center", va="center", color=INK)
+            inside.set_in_layout(False)  # measuring hundreds of them takes long
     else:
         for y, x in (numbers < 0).nonzero().tolist():
             axes.plot([x - 0.3, x + 0.3], [y, y], color=INK)
@@ -190,11 +191,11 @@ def _title_of_orbits(rule: Rule, layer: nn.Module, corner: int) -> list[str]:
     stored = f"{rule.free_count:,} of {math.prod(shape):,} values stored"
     lines = [f"{rule}: {rule.law}", f"{shape_text(shape)}, {stored}"]
     cut = [
-        f"the first {corner:,} of {count:,} {name}"
+        f"{corner:,} of {count:,} {name}"
         for name, count in zip(axis_names(layer, 1), shape, strict=False)
         if count > corner
     ]
-    return [*lines, f"a corner: {' and '.join(cut)}"] if cut else lines
+    return [*lines, f"a corner, the first {', '.join(cut)}"] if cut else lines
 
 
 def _note_on(
@@ -250,6 +251,7 @@ def frame(axes: Any, where: Tensor) -> None:
     patches = needed("matplotlib.patches")
     for y, x in where.nonzero().tolist():
         field = patches.Rectangle((x - 0.42, y - 0.42), 0.84, 0.84, fill=False, color=INK)
+        field.set_in_layout(False)
         axes.add_patch(field)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tiedparam.model.pictures import INK, needed, new_figure
@@ -50,21 +51,25 @@ def draw_residuals(report: ScanReport) -> Figure:
     found = {id(candidate) for candidate in report.found()}
     kinds = sorted({_kind(c) for c in candidates})
     pitch = min(0.5, max(0.3, 0.05 * len(kinds)))  # inches for a row
-    figure, (axes,) = new_figure(1, framed=True, size=(9.5, 2 + pitch * len(rows)))
+    tall = max(1 + pitch * len(rows), 1 + 0.17 * (len(kinds) + 3))  # the legend has room, too
+    figure, (axes,) = new_figure(1, framed=True, size=(9.5, tall))
     for row in range(0, len(rows), 2):
         axes.axhspan(row - 0.5, row + 0.5, color="#f4f4f4", linewidth=0, zorder=0)
     axes.vlines(0, -0.5, len(rows) - 0.5, color="#999999", linewidth=0.8)
+    styles = {}
     for number, kind in enumerate(kinds):
         height = 0.35 - 0.7 * number / max(1, len(kinds) - 1)  # laws side by side in a row
         style = {"color": f"C{number % 10}", "marker": _MARKERS[number // 10 % len(_MARKERS)]}
         for filled in (False, True):
             drawn = [c for c in candidates if _kind(c) == kind and (id(c) in found) == filled]
+            if not drawn:  # an empty line would count at the figure's corner
+                continue
             y = [rows.index(_name(c)) + height for c in drawn]
             residuals, expected = [c.residual for c in drawn], [c.expected for c in drawn]
             axes.hlines(y, residuals, expected, color=style["color"], linewidth=0.8)
             axes.plot(expected, y, "|", color=INK, markersize=5, clip_on=False)
             axes.plot(residuals, y, linestyle="", clip_on=False, zorder=3, **_dot(style, filled))
-        axes.plot([], [], linestyle="", label=kind, **_dot(style, filled=True))
+        styles[kind] = style
     axes.set_yticks(range(len(rows)), rows, size=8)
     axes.set(xlabel="residual ‖W − L‖ / ‖W‖, where L is the nearest lawful weight", ylabel="tensor")
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -72,7 +77,7 @@ def draw_residuals(report: ScanReport) -> Figure:
     axes.set_xlim(-0.03 * most, 1.03 * most)  # room for what lies at 0
     count = sum(id(c) in found for c in candidates)
     axes.set_title(f"Residuals of {title} tensors, {_finds(count)}", size=10)
-    _explain(axes)
+    _explain(axes, styles)
     return figure
 
 
@@ -110,9 +115,9 @@ def draw_scan(report: ScanReport) -> Figure:
     for c in sorted(candidates, key=lambda c: (id(c) not in finds, c.relative)):
         fields.setdefault((rows.index(_name(c)), columns.index(_kind(c))), c)
     found = {field for field, c in fields.items() if id(c) in finds}
-    figure, (axes,) = new_figure(
-        1, framed=True, size=(max(6.5, 3.5 + 0.5 * len(columns)), 2.8 + 0.24 * len(rows))
-    )
+    slanted = 0.06 * max(map(len, columns))  # inches that the names of the laws take below
+    size = (max(6.5, 3.5 + 0.45 * len(columns)), 1.8 + slanted + 0.24 * len(rows))
+    figure, (axes,) = new_figure(1, framed=True, size=size)
     axes.patch.set(**_HATCH)
     colours = needed("matplotlib.colors").LinearSegmentedColormap.from_list
     for ramp, shown in ((_OTHERS, fields.keys() - found), (_FOUND, found)):
@@ -152,8 +157,12 @@ def _explain_fields(figure: Figure) -> None:
     patch = needed("matplotlib.patches").Patch
     handles = [
         patch(facecolor=_FOUND[1], edgecolor=INK, linewidth=1.5, label="found"),
-        patch(facecolor=_OTHERS[0], label="not found: far from the law, or near by luck"),
-        patch(**_HATCH, label="the law does not fit, or says nothing"),
+        patch(
+            facecolor=_OTHERS[1],
+            edgecolor=_OTHERS[0],
+            label="not found: far from the law, or near by luck",
+        ),
+        patch(**_HATCH, label="the law does not fit, or any tensor keeps it"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
 
@@ -163,17 +172,18 @@ def _dot(style: dict[str, str], filled: bool) -> dict[str, Any]:
     return {**style, "markersize": 6 if filled else 4.5, "markerfacecolor": inside}
 
 
-def _explain(axes: Any) -> None:
-    """A legend: the laws by colour, and what the marks mean."""
+def _explain(axes: Any, styles: Mapping[str, dict[str, str]]) -> None:
+    """A legend: what the marks mean, and the laws by colour."""
     line = needed("matplotlib.lines").Line2D
-    grey = {"color": "#555555", "linestyle": "", "marker": "o"}
+    grey = {"color": "#555555", "marker": "o"}
     marks = [
-        line([], [], **_dot(grey, filled=True), label="found"),
-        line([], [], **_dot(grey, filled=False), label="not found"),
-        line([], [], color=INK, linestyle="", marker="|", label="a random tensor"),
+        (_dot(grey, filled=True), "found"),
+        (_dot(grey, filled=False), "not found"),
+        ({"color": INK, "marker": "|"}, "a random tensor"),
+        *((_dot(style, filled=True), kind) for kind, style in styles.items()),
     ]
-    laws, _ = axes.get_legend_handles_labels()
-    axes.legend(handles=[*marks, *laws], fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    handles = [line([], [], linestyle="", label=label, **style) for style, label in marks]
+    axes.legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def _finds(count: int) -> str:
