@@ -13,6 +13,7 @@ depend on the rules alone, so `tests/house/test_docs.py` can compare them to the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
@@ -180,11 +181,10 @@ def pictures() -> Iterator[tuple[str, str]]:
 
 def picture(rule: tp.Rule) -> str:
     """The pattern of one bound rule as SVG."""
-    count = rule.bound_layout.canonical_shape
-    head = [
-        str(rule),
-        f"weight {shape_text(count)}: {rule.free_count} of {prod(count)} values stored",
-    ]
+    shape = rule.bound_layout.canonical_shape
+    count = f"{rule.free_count} of {prod(shape)} values" if rule.free_count else "nothing"
+    name = re.sub(r"'(\w+ )?sha256:\w+'", "…", str(rule))  # tensors, which the picture shows
+    head = [name, f"weight {shape_text(shape)}: {count} stored"]
     if isinstance(rule, Sharing):
         return _svg(rule.law, head, _templates(rule))
     if rule.free_count:
@@ -257,12 +257,13 @@ class _Grid:
 
     @property
     def lines(self) -> list[str]:
-        """What goes down and across."""
+        """What goes down and across, below the caption."""
         axes = "outputs ↓" if self.numbers.dim() < 2 else "outputs ↓, inputs →"
         kernel = self.numbers.shape[2:]
-        if prod(kernel) > 1:
-            axes += f", kernel {shape_text(kernel)} in each block"
-        return wrap(f"{self.caption}: {axes}" if self.caption else axes, max(20, self.size[0] // 7))
+        blocks_hold = (
+            [f"in each block a kernel of {shape_text(kernel)}"] if prod(kernel) > 1 else []
+        )
+        return [*([f"{self.caption}:"] if self.caption else []), axes, *blocks_hold]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -297,11 +298,15 @@ def _svg(law: str, head: list[str], parts: list[_Grid]) -> str:
         *(mosaic(part.numbers, max(part.numbers.shape, default=1), gap=0) for part in parts)
     )
     inner = max(NARROW, *(part.size[0] for part in parts))
-    lines = [line for text in head for line in wrap(text, inner // 7)]
+    lines = [
+        (line, kind)
+        for text, kind in zip(head, ("l b", "l"), strict=True)
+        for line in wrap(text, inner // 7)
+    ]
     body = [
-        f'<text x="{MARGIN}" y="{MARGIN + LINE * number - 5}" class="{kind}">{escape(line)}</text>'
-        for number, line in enumerate(lines, start=1)
-        for kind in ("l b" if number == 1 else "l",)
+        f'<text x="{MARGIN}" y="{MARGIN + LINE * number - 5}" class="{kind}">'
+        f"{escape(line, quote=False)}</text>"
+        for number, (line, kind) in enumerate(lines, start=1)
     ]
     left, top, below = MARGIN, MARGIN + LINE * len(lines), 0
     for part in parts:
@@ -310,19 +315,19 @@ def _svg(law: str, head: list[str], parts: list[_Grid]) -> str:
             left, top, below = MARGIN, top + below + MARGIN, 0
         for number, line in enumerate(part.lines, start=1):
             y = top + LINE * number - 4
-            body.append(f'<text x="{left}" y="{y}" class="l">{escape(line)}</text>')
+            body.append(f'<text x="{left}" y="{y}" class="l">{escape(line, quote=False)}</text>')
         head_height = LINE * len(part.lines) + 4
         body += part.cells(left, top + head_height, colours)
         inner = max(inner, left + width - MARGIN)
         left, below = left + width + 2 * MARGIN, max(below, head_height + height)
     width, height = inner + 2 * MARGIN, top + below + MARGIN
-    title = escape(f"{head[0]}: {law}; {head[1]}")
+    title = escape(f"{head[0]}: {law}; {head[1]}", quote=False)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
             f'viewBox="0 0 {width} {height}" role="img" aria-labelledby="t d">',
             f'<title id="t">{title}</title>',
-            f'<desc id="d">{escape(" ".join(_described(parts)))}</desc>',
+            f'<desc id="d">{escape(" ".join(_described(parts)), quote=False)}</desc>',
             "<style>text{font:13px sans-serif;text-anchor:middle;fill:#222}"
             "text.s{font-size:11px}text.xs{font-size:9.5px}"
             "text.l{font-size:12.5px;text-anchor:start}text.b{font-weight:bold}"
