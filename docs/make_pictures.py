@@ -260,10 +260,10 @@ class _Grid:
         """What goes down and across, below the caption."""
         axes = "outputs ↓" if self.numbers.dim() < 2 else "outputs ↓, inputs →"
         kernel = self.numbers.shape[2:]
-        blocks_hold = (
-            [f"in each block a kernel of {shape_text(kernel)}"] if prod(kernel) > 1 else []
-        )
-        return [*([f"{self.caption}:"] if self.caption else []), axes, *blocks_hold]
+        lines = [f"{self.caption}:", axes] if self.caption else [axes]
+        if prod(kernel) > 1:
+            lines.append(f"in each block a kernel of {shape_text(kernel)}")
+        return lines
 
     @property
     def size(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from math import hypot
 
 from torch import Tensor
 
-DISTINCT = 0.075
+DISTINCT = 0.07
 """How far the colours of neighbours are apart in OKLab, the space in which 0.02 is just seen."""
 _CLEARLY = 0.13
 FIXED = "#e4e4e4"

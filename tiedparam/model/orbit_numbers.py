@@ -62,9 +62,11 @@ def _origins_of_copy(rule: Rule) -> Origins:
     ((source, name),) = rule.sources()
     shape = tuple(unguard(getattr(source, name)).shape)
     numbers = numbered(Layout.of(source, name, shape)).double()
-    copied, ones = torch.func.jvp(rule.forward, (numbers,), (torch.ones_like(numbers),))
-    once, twice = (
-        torch.func.jvp(rule.forward, (numbers,), (along,))[1] for along in (numbers, numbers**2)
+    with torch.no_grad():
+        copied = rule.forward(numbers)
+    ones, once, twice = (
+        torch.func.jvp(rule.forward, (numbers,), (along,))[1]
+        for along in (torch.ones_like(numbers), numbers, numbers**2)
     )
     number, square = once / ones, twice / ones
     of_one = number.isfinite() & ((square - number**2).abs() <= 1e-6 * number**2)  # no spread
