@@ -1,20 +1,25 @@
 """Draw the tying pattern of every rule into docs/images: ``python docs/make_pictures.py``.
 
 One SVG file for each law. Every square is an entry of a small weight, outputs down and inputs
-across, whatever the order in which the layer stores them; entries of one colour
-share one stored value and carry its number. A dark frame marks the first entry of each
-orbit. A rule of copies has no stored values: its source is drawn beside it, filled with
-1, 2, 3, …, and the copy shows what ``fn`` makes of them.
+across, a block for each kernel, whatever the order in which the layer stores them. Entries of one
+number and colour share one stored value; numbers run in reading order, kernel by kernel. A dark
+frame marks the first entry of each stored value; ``0`` and ``v`` are fixed by the law. A rule of
+copies has no stored values: its source is drawn with it, filled with 1, 2, 3, …, and the copy shows
+what ``fn`` makes of them. Colours and numbers are those of `tp.draw_orbits`.
 
-The files depend on the rules alone, so `tests/house/test_docs.py` can compare them to the byte.
+A picture is about 300 pixels wide, or as wide as it must be, on white paper of its own. The files
+depend on the rules alone, so `tests/house/test_docs.py` can compare them to the byte.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from html import escape
 from math import prod
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -24,11 +29,21 @@ from torch import Tensor, nn
 import tiedparam as tp
 from tiedparam.laws.fitted import is_fitted
 from tiedparam.laws.sharing import Sharing
-from tiedparam.model.pictures import blocks, first_of_each, orbit_colour, orbit_numbers
+from tiedparam.model.mosaic import blocks, mosaic, shape_text
+from tiedparam.model.orbit_colours import colours_of
+from tiedparam.model.orbit_numbers import (
+    first_of_each,
+    numbered,
+    orbit_numbers,
+    origins_of,
+    text_of,
+)
 
 IMAGES = Path(__file__).resolve().parent / "images"
 COMMAND = "python docs/make_pictures.py"
-CELL, GAP, MARGIN, HEAD = 22, 8, 10, 24
+CELL, GAP, MARGIN, LINE = 26, 8, 12, 18
+NARROW, WIDE = 276, 320
+"""How wide a picture is at least, without its margins, and at most if parts can go below others."""
 
 Case = tuple[Callable[[], nn.Module], str, dict[str, Any]]  # build, path of the layer, options
 
@@ -167,126 +182,171 @@ def pictures() -> Iterator[tuple[str, str]]:
 def picture(rule: tp.Rule) -> str:
     """The pattern of one bound rule as SVG."""
     shape = rule.bound_layout.canonical_shape
+    count = f"{rule.free_count} of {prod(shape)} values" if rule.free_count else "nothing"
+    name = re.sub(r"'(\w+ )?sha256:\w+'", "…", str(rule))  # tensors, which the picture shows
+    head = [name, f"weight {shape_text(shape)}: {count} stored"]
     if isinstance(rule, Sharing):
-        return _picture_of_templates(rule)
+        return _svg(rule.law, head, _templates(rule))
     if rule.free_count:
-        labels = orbit_numbers(rule)
-        head = f"{rule}, weight {shape}: {rule.free_count} of {prod(shape)} values stored"
-        zeros = [torch.zeros(shape) for shape in rule.free_shapes()]
-        numbers = rule.bound_layout.canonical(rule(*zeros).detach()) != 0
-        return _svg(head, [("", _Grid(labels.abs(), labels, first_of_each(labels), numbers))])
+        origins = origins_of(rule)
+        marked = first_of_each(origins.numbers)
+        texts = [
+            text_of(*entry)
+            for entry in zip(
+                *(x.flatten().tolist() for x in (origins.numbers, origins.fixed, origins.computed)),
+                strict=True,
+            )
+        ]
+        return _svg(rule.law, head, [_Grid("", origins.numbers, texts, marked)])
+    return _svg(rule.law, head, _source_and_copy(rule))
+
+
+def _source_and_copy(rule: Any) -> list[_Grid]:
+    """The source filled with 1, 2, 3, …, and what the law makes of that."""
     ((source, name),) = rule.sources()
     stored = getattr(source, name).detach()
-    numbers = torch.arange(1.0, stored.numel() + 1).reshape(stored.shape)
+    layout = tp.Layout.of(source, name, tuple(stored.shape))
     with torch.no_grad():
-        getattr(source, name).copy_(numbers)
-        copied = rule.bound_layout.canonical(rule(*rule.read()))
-    numbers = tp.Layout.of(source, name, tuple(stored.shape)).canonical(numbers)
+        getattr(source, name).copy_(numbered(layout))
+        copied = rule.bound_layout.canonical(rule(*rule.read())).long()
+    numbers = layout.canonical(numbered(layout))
     every = torch.ones(numbers.shape, dtype=torch.bool)
     none = torch.zeros(copied.shape, dtype=torch.bool)
-    parts = [
-        ("source", _Grid(numbers.long(), numbers.long(), every)),
-        ("copy", _Grid(orbit_numbers(rule), copied.long(), none)),
+    return [
+        _Grid("source", numbers, _numbers(numbers), every),
+        _Grid("copy", orbit_numbers(rule), _numbers(copied), none),
     ]
-    return _svg(f"{rule}, weight {shape}: nothing stored", parts)
 
 
-def _picture_of_templates(rule: Any) -> str:
+def _templates(rule: Any) -> list[_Grid]:
     """Templates filled with 1, 2, 3, …, and their sum."""
     templates = torch.arange(1, prod(rule.shared_shape()) + 1).reshape(rule.shared_shape())
     parts = [
-        (f"template {number}", _Grid(each, each, torch.ones(each.shape, dtype=torch.bool)))
+        _Grid(f"template {number}", each, _numbers(each), torch.ones_like(each).bool())
         for number, each in enumerate(templates, start=1)
     ]
     total = templates.sum(0)
-    none = torch.zeros(total.shape, dtype=torch.bool)
-    parts.append(("with coefficients 1", _Grid(none.long(), total, none)))
-    stored = f"{rule.free_count} of {total.numel()} values stored"
-    head = f"{rule}, weight {tuple(total.shape)}: {stored}, beside the templates"
-    return _svg(head, parts)
+    none = torch.zeros_like(total)
+    return [*parts, _Grid("sum, coefficients 1", none, _numbers(total), none.bool())]
 
 
+def _numbers(tensor: Tensor) -> list[str]:
+    return [text_of(number) for number in tensor.flatten().tolist()]
+
+
+@dataclass
 class _Grid:
     """A weight as rows of blocks: outputs down, inputs across, a kernel in every block.
 
-    Args:
-        colours: for each entry the number of the stored value that it comes from.
-        texts: the number to print on it.
+    Attributes:
+        caption: what it is, if there are several.
+        numbers: for each entry the number of the stored value that it comes from.
+        texts: what to print on each entry, in reading order.
         marked: whether it gets the dark frame.
-        fixed: whether it is fixed to another number than 0.
     """
 
-    def __init__(
-        self, colours: Tensor, texts: Tensor, marked: Tensor, fixed: Tensor | None = None
-    ) -> None:
-        self.colours, self.texts, self.marked = (blocks(t) for t in (colours, texts, marked))
-        self.fixed = blocks(torch.zeros_like(colours) if fixed is None else fixed)
-        self.outputs, self.inputs, self.height, self.length = self.colours.shape
-        # a bias has outputs alone
-        self.axes = "outputs ↓" if colours.dim() < 2 else "outputs ↓, inputs →"
-        # a matrix is drawn without gaps
-        self.gap = GAP if self.height * self.length > 1 else 0
+    caption: str
+    numbers: Tensor
+    texts: list[str]
+    marked: Tensor
+
+    @property
+    def gap(self) -> int:
+        """Between kernels; a matrix is drawn without gaps."""
+        return GAP if prod(self.numbers.shape[2:]) > 1 else 0
+
+    @property
+    def lines(self) -> list[str]:
+        """What goes down and across, below the caption."""
+        axes = "outputs ↓" if self.numbers.dim() < 2 else "outputs ↓, inputs →"
+        kernel = self.numbers.shape[2:]
+        lines = [f"{self.caption}:", axes] if self.caption else [axes]
+        if prod(kernel) > 1:
+            lines.append(f"in each block a kernel of {shape_text(kernel)}")
+        return lines
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels."""
-        width = self.inputs * (self.length * CELL + self.gap) - self.gap
-        return width, self.outputs * (self.height * CELL + self.gap) - self.gap
+        """Width and height in pixels of the cells."""
+        outputs, inputs, height, length = blocks(self.numbers).shape
+        width = inputs * (length * CELL + self.gap) - self.gap
+        return width, outputs * (height * CELL + self.gap) - self.gap
 
-    def cells(self, left: int, top: int) -> Iterator[str]:
+    def cells(self, left: int, top: int, colours: dict[int, str]) -> Iterator[str]:
         """One square and its number for every entry; frames last, so that they lie on top."""
+        numbers, marked = blocks(self.numbers), blocks(self.marked)
+        _, _, height, length = numbers.shape
         frames = []
-        for o, c, y, x in torch.cartesian_prod(
-            *(torch.arange(n) for n in self.colours.shape)
-        ).tolist():
-            px = left + c * (self.length * CELL + self.gap) + x * CELL
-            py = top + o * (self.height * CELL + self.gap) + y * CELL
-            fill = _colour(int(self.colours[o, c, y, x]))
+        places = torch.cartesian_prod(*(torch.arange(n) for n in numbers.shape)).tolist()
+        for (o, c, y, x), text in zip(places, self.texts, strict=True):
+            px = left + c * (length * CELL + self.gap) + x * CELL
+            py = top + o * (height * CELL + self.gap) + y * CELL
+            fill = colours[abs(int(numbers[o, c, y, x]))]
             yield f'<rect x="{px}" y="{py}" width="{CELL}" height="{CELL}" fill="{fill}"/>'
-            text = "v" if self.fixed[o, c, y, x] else int(self.texts[o, c, y, x])
-            yield f'<text x="{px + CELL // 2}" y="{py + 15}">{text}</text>'
-            if self.marked[o, c, y, x]:
+            small = {3: ' class="s"', 4: ' class="xs"'}.get(len(text), "")
+            yield f'<text x="{px + CELL // 2}" y="{py + CELL // 2 + 5}"{small}>{text}</text>'
+            if marked[o, c, y, x]:
                 frames.append(
-                    f'<rect x="{px + 1}" y="{py + 1}" width="{CELL - 2}" height="{CELL - 2}" '
+                    f'<rect x="{px + 2}" y="{py + 2}" width="{CELL - 4}" height="{CELL - 4}" '
                     'class="free"/>'
                 )
         yield from frames
 
 
-def _svg(head: str, parts: list[tuple[str, _Grid]]) -> str:
-    body, left, bottom = [], MARGIN, 0
-    for caption, grid in parts:
-        top = MARGIN + HEAD
-        said = f"{caption}: {grid.axes}" if caption else grid.axes
-        body.append(f'<text x="{left}" y="{top + 12}" class="left">{escape(said)}</text>')
-        top += HEAD
-        body += grid.cells(left, top)
-        width, height = grid.size
-        width = max(width, 7 * len(said))
-        left, bottom = left + width + 4 * MARGIN, max(bottom, top + height)
-    width = max(left - 3 * MARGIN, 2 * MARGIN + 7 * len(head))
-    height = bottom + MARGIN
+def _svg(law: str, head: list[str], parts: list[_Grid]) -> str:
+    colours = colours_of(
+        *(mosaic(part.numbers, max(part.numbers.shape, default=1), gap=0) for part in parts)
+    )
+    inner = max(NARROW, *(part.size[0] for part in parts))
+    lines = [
+        (line, kind)
+        for text, kind in zip(head, ("l b", "l"), strict=True)
+        for line in wrap(text, inner // 7)
+    ]
+    body = [
+        f'<text x="{MARGIN}" y="{MARGIN + LINE * number - 5}" class="{kind}">'
+        f"{escape(line, quote=False)}</text>"
+        for number, (line, kind) in enumerate(lines, start=1)
+    ]
+    left, top, below = MARGIN, MARGIN + LINE * len(lines), 0
+    for part in parts:
+        width, height = part.size
+        if left > MARGIN and left + width > MARGIN + max(WIDE, inner):
+            left, top, below = MARGIN, top + below + MARGIN, 0
+        for number, line in enumerate(part.lines, start=1):
+            y = top + LINE * number - 4
+            body.append(f'<text x="{left}" y="{y}" class="l">{escape(line, quote=False)}</text>')
+        head_height = LINE * len(part.lines) + 4
+        body += part.cells(left, top + head_height, colours)
+        inner = max(inner, left + width - MARGIN)
+        left, below = left + width + 2 * MARGIN, max(below, head_height + height)
+    width, height = inner + 2 * MARGIN, top + below + MARGIN
+    title = escape(f"{head[0]}: {law}; {head[1]}", quote=False)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            f'viewBox="0 0 {width} {height}" role="img">',
-            f"<title>{escape(head)}</title>",
-            "<style>text{font:11px sans-serif;text-anchor:middle;fill:#222}"
-            "text.left{font-size:13px;text-anchor:start}"
+            f'viewBox="0 0 {width} {height}" role="img" aria-labelledby="t d">',
+            f'<title id="t">{title}</title>',
+            f'<desc id="d">{escape(" ".join(_described(parts)), quote=False)}</desc>',
+            "<style>text{font:13px sans-serif;text-anchor:middle;fill:#222}"
+            "text.s{font-size:11px}text.xs{font-size:9.5px}"
+            "text.l{font-size:12.5px;text-anchor:start}text.b{font-weight:bold}"
             "rect{stroke:#fff;stroke-width:1}"
-            "rect.free{fill:none;stroke:#222;stroke-width:2}</style>",
-            f'<rect width="{width}" height="{height}" fill="#fff"/>',
-            f'<text x="{MARGIN}" y="{MARGIN + 12}" class="left">{escape(head)}</text>',
+            "rect.free{fill:none;stroke:#222;stroke-width:1.5}</style>",
+            f'<rect width="{width}" height="{height}" rx="8" fill="#fff"/>',
             *body,
             "</svg>\n",
         ]
     )
 
 
-def _colour(number: int) -> str:
-    if not number:
-        return "#f2f2f2"
-    return "#" + "".join(f"{round(part * 255):02x}" for part in orbit_colour(number))
+def _described(parts: list[_Grid]) -> Iterator[str]:
+    """What is to be seen, for those who do not see it: the numbers, row by row."""
+    yield "Entries of one number share one stored value."
+    for part in parts:
+        yield f"{' '.join(part.lines)}:"
+        rows, each = part.numbers.shape[0], prod(part.numbers.shape[1:])
+        yield "; ".join(" ".join(part.texts[row * each :][:each]) for row in range(rows)) + "."
 
 
 def main() -> None:

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from tiedparam.layer.residual import residual
     from tiedparam.layer.tie_bank import tie_bank
     from tiedparam.layer.values import assign_, init_
-    from tiedparam.model.pictures import draw_orbits, draw_residuals, draw_scan, draw_weights
+    from tiedparam.model.pictures import draw_orbits, draw_weights
     from tiedparam.model.plan import Plan, PlanEntry
     from tiedparam.model.plan_file import read_plan, write_plan
     from tiedparam.model.report import Report, TieReport, report
     from tiedparam.model.scan import scan
+    from tiedparam.model.scan_pictures import draw_residuals, draw_scan
     from tiedparam.model.scan_report import ScanReport
     from tiedparam.model.share_heads import share_heads
     from tiedparam.model.tie_block import tie_block
@@ -120,8 +121,8 @@ _PLACES = {
     "assign_": "layer.values",
     "init_": "layer.values",
     "draw_orbits": "model.pictures",
-    "draw_residuals": "model.pictures",
-    "draw_scan": "model.pictures",
+    "draw_residuals": "model.scan_pictures",
+    "draw_scan": "model.scan_pictures",
     "draw_weights": "model.pictures",
     "Plan": "model.plan",
     "PlanEntry": "model.plan",

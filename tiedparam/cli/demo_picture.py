@@ -11,15 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tiedparam.model.pictures import (
-    INK,
-    first_of_each,
-    frame,
-    mosaic,
-    mosaic_with_gaps,
-    needed,
-    orbit_numbers,
-)
+from tiedparam.model.mosaic import mosaic, mosaic_with_gaps
+from tiedparam.model.orbit_numbers import first_of_each, orbit_numbers
+from tiedparam.model.pictures import INK, frame, needed
 from tiedparam.tie.lookup import get_tie, is_tied
 
 CELLS = 12
