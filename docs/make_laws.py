@@ -397,8 +397,8 @@ def wishes() -> str:
     for heading, rows in WISHES.items():
         lines = [
             f"## {heading}\n",
-            "| I want | I write | for example | stored | times as fast |",
-            "|---|---|---|---|---|",
+            "| I want | I write | stored, for example | times as fast |",
+            "|---|---|---|---|",
         ]
         for wish in rows:
             _, free, dense = made(wish)
@@ -406,8 +406,9 @@ def wishes() -> str:
             if written != wish.line:
                 written = written.removesuffix(")")
             lines.append(
-                f"| {wish.what} | [`{written}`]({anchor(wish.rule)}) | `{_shape(wish)}` "
-                f"| {free:,} of {dense:,} | {times[wish.family] if wish.family else '–'} |"
+                f"| {wish.what} | [`{written}`]({anchor(wish.rule)}) "
+                f"| {free:,} of {dense:,} in `{_shape(wish)}` "
+                f"| {times[wish.family] if wish.family else '–'} |"
             )
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
