@@ -396,16 +396,19 @@ def wishes() -> str:
     parts = []
     for heading, rows in WISHES.items():
         lines = [
-            f"### {heading}\n",
-            "| I want | I write | stored, for example | times as fast | law |",
-            "|---|---|---|---|---|",
+            f"## {heading}\n",
+            "| I want | I write | stored, for example | times as fast |",
+            "|---|---|---|---|",
         ]
         for wish in rows:
             _, free, dense = made(wish)
+            written = wish.line.removeprefix("tp.register_tie(layer, ")
+            if written != wish.line:
+                written = written.removesuffix(")")
             lines.append(
-                f"| {wish.what} | `{wish.line}` | {free:,} of {dense:,}, `{_shape(wish)}` "
-                f"| {times[wish.family] if wish.family else '–'} "
-                f"| [{wish.rule}]({anchor(wish.rule)}) |"
+                f"| {wish.what} | [`{written}`]({anchor(wish.rule)}) "
+                f"| {free:,} of {dense:,} in `{_shape(wish)}` "
+                f"| {times[wish.family] if wish.family else '–'} |"
             )
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -427,8 +430,8 @@ def line_of(rule: str) -> Wish:
 def gallery() -> str:
     """All laws with their pictures, family by family, in Markdown."""
     drawn = {}
-    for path in sorted(IMAGES.glob("*.svg")):
-        (title,) = re.findall("<title>(.*?)</title>", path.read_text(encoding="utf-8"))
+    for path in sorted(IMAGES.glob("*.svg"), key=lambda path: path.stem):
+        (title,) = re.findall("<title.*?>(.*?)</title>", path.read_text(encoding="utf-8"))
         drawn[path.name] = unescape(title)
     parts = []
     for family, rules in groupby(by_family(shipped_rules().values()), lambda rule: rule.family):
@@ -451,8 +454,13 @@ def _shown(rule: type[tp.Rule], drawn: dict[str, str]) -> str:
 
 
 def _alt(title: str) -> str:
-    """Without what closes a picture's text in Markdown."""
-    return title.replace("[", "(").replace("]", ")")
+    """The law and what it stores, of a picture's title.
+
+    Without brackets, which would end the text, and without checksums of data.
+    """
+    named = re.split(r": [WV]\b|, weight", title)[0]
+    named = re.sub(r"'[^']*sha256:[^']*'", "…", named)
+    return f"{named}: {title.rpartition(': ')[2]}".replace("[", "(").replace("]", ")")
 
 
 def with_gallery(page: str) -> str:
