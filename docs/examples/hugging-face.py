@@ -41,6 +41,7 @@ def trainer(model, steps):
 
 
 def logits(model):
+    """What the model says of four sentences."""
     with torch.no_grad():
         return model.eval()(input_ids=torch.stack(sentences[:4])).logits
 
