@@ -45,7 +45,8 @@ class Coder(lightning.LightningModule):
 
 def trainer(epochs, **options):
     """A quiet one, on one CPU."""
-    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # in lightning's own code
+    for category in (FutureWarning, DeprecationWarning):  # of lightning's own code
+        warnings.filterwarnings("ignore", category=category)
     warnings.filterwarnings("ignore", ".*does not have many workers")
     warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
