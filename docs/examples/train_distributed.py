@@ -1,13 +1,6 @@
 """Train a tied model on handwritten digits, on any number of processes and machines.
 
-One machine, two processes::
-
-    torchrun --nproc-per-node 2 docs/examples/train_distributed.py --wrap fsdp
-
-Two machines, the same line on both, with ``--nnodes 2 --node-rank 0`` (on the other machine 1)
-and ``--master-addr`` and ``--master-port`` of the first. The script reads nothing but the
-variables that torchrun sets. Every process takes its share of each batch, so the losses do not
-depend on how many there are. Needs scikit-learn, which brings the digits along.
+With scikit-learn, which brings the digits along, and with torchrun, which says who is who.
 """
 
 from __future__ import annotations
@@ -27,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import tiedparam as tp
 
 BATCH = 72  # over all processes; 1, 2, 3, 4, 6, 8, 9 or 12 of them share it equally
+# so the losses do not depend on how many there are
 
 
 class Net(nn.Module):
