@@ -15,7 +15,7 @@ from math import hypot
 
 from torch import Tensor
 
-DISTINCT = 0.07
+DISTINCT = 0.08
 """How far the colours of neighbours are apart in OKLab, the space in which 0.02 is just seen."""
 _CLEARLY = 0.13
 FIXED = "#e4e4e4"
@@ -35,8 +35,8 @@ _PALETTE = tuple(
 )
 COLOURS = len(_PALETTE)
 
-# What a reader sees of linear red, green and blue: all, or without one of the three kinds of cones
-# (Machado, Oliveira and Fernandes 2009, severity 1)
+# What a reader sees of linear red, green and blue: all; without the cones for long waves, or for
+# middle ones (Machado, Oliveira and Fernandes 2009, severity 1)
 _EYES = (
     ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
     (
@@ -48,11 +48,6 @@ _EYES = (
         (0.367322, 0.860646, -0.227968),
         (0.280085, 0.672501, 0.047413),
         (-0.011820, 0.042940, 0.968881),
-    ),
-    (
-        (1.255528, -0.076749, -0.178779),
-        (-0.078411, 0.930809, 0.147602),
-        (0.004733, 0.691367, 0.303900),
     ),
 )
 _TO_CONES = (
@@ -78,27 +73,39 @@ def colours_of(*drawn: Tensor) -> dict[int, str]:
         ``"#rrggbb"`` by number; `FIXED` for 0.
     """
     near = _neighbours(drawn)
-    given, used = {0: FIXED}, [0] * COLOURS
-    chosen: dict[int, int] = {0: COLOURS}
-    distinct, clearly = _far_by(DISTINCT), _far_by(_CLEARLY)
+    chosen, failed = _chosen(near, thrifty=False)
+    if failed:  # in a crowd, so leave room for those to come
+        other, still = _chosen(near, thrifty=True)
+        chosen = other if still < failed else chosen
+    return {0: FIXED} | {number: _PALETTE[colour] for number, colour in chosen.items()}
+
+
+def _chosen(near: dict[int, set[int]], *, thrifty: bool) -> tuple[dict[int, int], int]:
+    """A colour for each number, and how many found none that was `DISTINCT` from neighbours'."""
+    fixed, failed, used = COLOURS, 0, [0] * COLOURS
+    chosen: dict[int, int] = {}
+    distinct, clearly, table = _far_by(DISTINCT), _far_by(_CLEARLY), _distances()
     for number in sorted(near):
-        beside = {chosen[other] for other in near[number] if other in chosen}
+        beside = {
+            chosen.get(other, fixed) for other in near[number] if other == 0 or other in chosen
+        }
         allowed = wanted = (1 << COLOURS) - 1
         for colour in beside:
             allowed &= distinct[colour]
             wanted &= clearly[colour]
+
+        def cost(each: int, allowed: int = allowed, wanted: int = wanted) -> tuple[int, ...]:
+            left = (allowed & distinct[each]).bit_count() if thrifty else 0
+            return -left, used[each], not wanted >> each & 1, each
+
         if allowed:
-            best = min(
-                (each for each in range(COLOURS) if allowed >> each & 1),
-                key=lambda each: (used[each], not wanted >> each & 1, each),
-            )
-        else:  # more neighbours than there are colours so unlike
-            table = _distances()
+            best = min((each for each in range(COLOURS) if allowed >> each & 1), key=cost)
+        else:
+            failed += 1
             best = max(range(COLOURS), key=lambda each: min(table[each][o] for o in beside))
         chosen[number] = best
         used[best] += 1
-        given[number] = _PALETTE[best]
-    return given
+    return chosen, failed
 
 
 def distance(one: str, other: str) -> float:
