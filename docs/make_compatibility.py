@@ -231,6 +231,7 @@ def for_users(rows: Sequence[Feature]) -> str:
     for area, of_area in found.items():
         lines += [f"## {area}", ""] + ([AREAS[area], ""] if AREAS[area] else [])
         works = [row for row in of_area if not row.refused]
+        works.sort(key=lambda row: not row.what.startswith("`"))  # what has a name comes first
         plain = [f"- {row.what}" for row in works if not row.condition]
         lines += ["Works:", "", *plain, ""] if plain else []
         on_condition = [[row.what, row.condition] for row in works if row.condition]

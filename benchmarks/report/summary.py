@@ -29,6 +29,13 @@ _TITLE = f"""# Does my case get faster?
 <!-- by `{COMMAND}` from `benchmarks/results/`; do not edit -->
 """
 
+_SHORT = fill(
+    "**Often, yes.** Where the law lets the layer skip work, it is many times as fast, from a "
+    "certain size on. Other laws make the weight anew in each call, which costs [a little, or "
+    "more](#where-a-tie-is-slower), and next to nothing in inference once the weight is "
+    "[kept](#how-to-make-it-faster)."
+)
+
 _FASTER = """## How to make it faster
 
 ```python
@@ -58,7 +65,7 @@ def render(results: Sequence[Result]) -> str:
     """The page's text."""
     if not results:
         return f"{_TITLE}\nNo results yet.\n"
-    parts = [_TITLE]
+    parts = [_TITLE, _SHORT]
     for device in dict.fromkeys(result["device"] for result in results):
         parts.append(_answer(results, device))
     parts += [_FASTER, _peers(results), _machines(results)]
@@ -92,12 +99,6 @@ def _answer(results: Sequence[Result], device: str) -> str:
     where = "one thread of a CPU" if device == "cpu" else "a GPU"
     text = f"## On {where}\n\n"
     text += fill(
-        "**Often, yes.** Where the law lets the layer skip work, it is many times as fast, from a "
-        "certain size on. Other laws make the weight anew in each call, which costs [a little, or "
-        "more](#where-a-tie-is-slower), and next to nothing in inference once the weight is "
-        "[kept](#how-to-make-it-faster)."
-    )
-    text += "\n" + fill(
         "How many times faster than the dense stock layer, from the least to the most over the "
         "[machines](#machines); below 1 it is slower. A *step* is forward and backward. The last "
         f"column says from where on both gain at least {_WORTH:g} times; below, the layer computes "
