@@ -168,8 +168,9 @@ def table(rows: list[dict[str, Any]], way: str) -> str:
     for row in rows:
         if row["way"] == way:
             sizes = row["bytes"]
+            share = sizes["tied"] / sizes["untied"]
             cells = [row["layer"], f"{sizes['untied'] / 1000:,.0f} KB"]
-            cells.append(f"{sizes['tied'] / sizes['untied']:.0%}")
+            cells.append(f"{share:.1%}" if share < 0.02 else f"{share:.0%}")
             for what in ("load", "run"):
                 low, high = row[what]["spread"]
                 cells.append(f"{1000 * row[what]['untied']:.2g} ms")
