@@ -362,9 +362,10 @@ def _fresh(line: str) -> str:
 
 
 def _shape(wish: Wish) -> str:
-    """The layer of a wish, as ``Linear(64, 64)``."""
+    """The layer of a wish, as ``Linear(64, 64)``, or ``12 × Linear(64, 64)``."""
     built = wish.given.split(";")[0].split(" for ")[0]
-    return "nn.".join(built.split("nn.")[-1:])
+    times = "".join(f"{number} × " for number in re.findall(r"range\((\d+)\)", wish.given))
+    return times + built.rpartition("nn.")[2]
 
 
 def speeds() -> dict[str, str]:
