@@ -1,9 +1,9 @@
 """Write the table of wishes and the gallery of laws: ``python docs/make_laws.py``.
 
-A wish, of `wishes.py`, is what a user wants, in the user's words, and the line that does it. The line
-is run, and the page shows what it stores. How fast a law is comes from the result files of the benchmarks; the
-pictures are those of `make_pictures`. `tests/house/test_start.py` checks that the pages are up to
-date and that every rule of the library is there.
+A wish, of `wishes.py`, is what a user wants, in the user's words, and the line that does it. The
+line is run, and the page shows what it stores. How fast a law is comes from the result files of the
+benchmarks; the pictures are those of `make_pictures`. `tests/house/test_start.py` checks that the
+pages are up to date and that every rule of the library is there.
 """
 
 from __future__ import annotations
