@@ -1,4 +1,4 @@
-"""Twelve blocks that store one: tied, trained, saved, loaded; then blocks that differ a little."""
+"""Twelve blocks that store one: tied, trained, saved and loaded; then blocks that differ a bit."""
 
 import tempfile
 from pathlib import Path
