@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import linecache
 import re
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import tiedparam as tp
 from tests.support import ROOT
 
 FOLDER = ROOT / "docs" / "stories"
@@ -109,12 +111,12 @@ def anchors_of(page: Path) -> set[str]:
 def run(notebook: Path, module: ModuleType) -> None:
     """Run all cells in the names of a module; tracebacks say which cell, and where in it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a cell that expects one shows it as its output
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("error", tp.TieWarning)  # a cell that expects one prints it
         for cell in cells_of(notebook):
             if cell["cell_type"] == "code":
-                code = compile(source_of(cell), f"{notebook.name}, cell {cell['id']}", "exec")
-                exec(code, vars(module))
+                name, source = f"<{notebook.name}, cell {cell['id']}>", source_of(cell)
+                linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+                exec(compile(source, name, "exec"), vars(module))
 
 
 @pytest.fixture
@@ -223,7 +225,7 @@ def test_a_link_that_leads_nowhere_is_noticed(tmp_path, target, why):
     ("code", "error"),
     [
         ("assert torch.equal(conv.weight, 2 * conv.weight)", AssertionError),
-        ("tp.register_tie(nn.Linear(64, 64), 'row_repeat')", UserWarning),
+        ("tp.register_tie(nn.Linear(64, 64), 'row_repeat')", tp.TieWarning),
     ],
 )
 def test_a_cell_that_fails_or_warns_is_noticed(tmp_path, code, error, empty_module):
