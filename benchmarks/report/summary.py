@@ -106,7 +106,7 @@ def _answer(results: Sequence[Result], device: str) -> str:
     )
     text += "\n"
     text += table(HEAD, lines(results, device))
-    first = of_case(results, "scaling", device)[0]["machine"]["name"]
+    first = _name(of_case(results, "scaling", device)[0]["machine"])
     for name, (title, caption) in _PICTURES.items():
         text += f"\n![{title}]({charts.FOLDER}/{device}-{name}.svg)\n\n" + fill(
             caption.format(first=first)
@@ -275,11 +275,14 @@ def _peers(results: Sequence[Result]) -> str:
 # Machines ---------------------------------------------------------------------------------
 
 
+def _name(machine: dict[str, Any]) -> str:
+    return f"{machine['name']} ({machine['used by torch']})"
+
+
 def _machines(results: Sequence[Result]) -> str:
-    names = [f"{m['name']} ({m['used by torch']})" for m in machines(results)]
-    text = f"The machines: {'; '.join(names)}. "
+    text = f"The machines: {'; '.join(map(_name, machines(results)))}. "
     if any(machine["limits"] for machine in machines(results)):
-        text += "A limited one is the same processor, kept from using wider instructions. "
+        text += "*Limited* means that wider instructions, which the processor has, were not used. "
     text += (
         f"[Benchmarks]({FOLDER}/index.md) has the full tables of each, how it is measured, which "
         "goals are met and which are not, and the command that measures yours."
