@@ -2,7 +2,8 @@
 
 Here stands on which page each public name is; mkdocstrings fills the pages from the docstrings when
 the site is built. A law has its section by being registered, and a command of the shell by being
-one. `tests/house/test_site.py` says that the pages are what this writes, and that no name is missing.
+one. `tests/house/test_site.py` says that the pages are what this writes, and that no name is
+missing.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import tiedparam as tp
 from make_tables import FAMILY_PAGES, shipped_rules
+
 from tiedparam.cli.main import parser
 from tiedparam.laws.rule_table import by_family
 
@@ -205,7 +206,7 @@ def summary(name: str) -> str:
 
 
 WITHOUT_DOCSTRING = {
-    "laws.Compute": 'The forms of a `Broadcast`, and `"auto"` for the fastest: the type of `compute`.',
+    "laws.Compute": 'The forms of a `Broadcast`, and `"auto"` for the fastest.',
     "testing.STATEMENTS": "All statements by their names, in the order in which they are judged.",
 }
 """Data, which Python gives no docstring of its own."""

@@ -98,7 +98,9 @@ def markdown_table(rows: list[str]) -> list[str]:
         if found[0]:
             cells.append(found)
         else:  # the line before goes on
-            cells[-1] = [" ".join(filter(None, pair)) for pair in zip(cells[-1], found, strict=True)]
+            cells[-1] = [
+                " ".join(filter(None, pair)) for pair in zip(cells[-1], found, strict=True)
+            ]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     lines.insert(1, "|" + "---|" * len(spans))
     return [" " * indent + line for line in lines]

@@ -30,7 +30,9 @@ from tiedparam.laws.rule_table import FAMILIES
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 WITHOUT_CODE = {"speed.md", "CHANGELOG.md", "versions.md"}
 PAGES_WITH_CODE = [
-    page for page in PAGES if page.name not in WITHOUT_CODE and page.parent.name != "benchmarks"
+    page
+    for page in PAGES
+    if page.name not in WITHOUT_CODE and page.parent.name not in ("benchmarks", "reference")
 ]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES_WITH_CODE]
 SINCE = {  # from which torch on a page's outputs are these
@@ -358,10 +360,12 @@ def test_links_and_pictures_exist():
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The anchors of a page's headings, as code hosts make them."""
+    """The anchors of a page's headings, as code hosts make them, and of names in the reference."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    names = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    made = (re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
+    return {*made, *names}
 
 
 def test_the_readme_has_two_commands_of_one_line():
