@@ -230,7 +230,9 @@ def shell_page() -> Iterator[str]:
     """What ``tiedparam <command> --help`` says."""
     yield from ("# The shell", "", _SHELL_TEXT, "")
     for name, command in commands().items():
-        text = re.sub(r"\bdocs/(laws/table\.md)", r"[the table of laws](../\1)", command.description)
+        text = re.sub(
+            r"\bdocs/(laws/table\.md)", r"[the table of laws](../\1)", command.description
+        )
         yield from (f"## tiedparam {name}", "", text, "")
         actions = [a for a in command._actions if not isinstance(a, argparse._HelpAction)]
         yield from ("| argument | what it is |", "|---|---|")
