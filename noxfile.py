@@ -98,6 +98,21 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session(tags=["ci"])
+def site(session: nox.Session) -> None:
+    """The manual as a site, strictly, with its notebooks run. ``-- FOLDER``: not into site/."""
+    testing = ("pytest", "pytest-timeout", "hypothesis")
+    session.install(*CONSTRAINTS, "-e", ".[site]", *testing)
+    (folder,) = session.posargs or ("site",)
+    quiet = {
+        "NO_MKDOCS_2_WARNING": "1"
+    }  # of the theme's makers, to those who choose what comes next
+    session.run("mkdocs", "build", "--strict", "--site-dir", folder, env=quiet)
+    # links, anchors and hosts of what was built
+    found = {"TIEDPARAM_SITE": folder}
+    session.run("python", "-m", "pytest", "-q", "tests/house/test_site.py", env=found)
+
+
+@nox.session(tags=["ci"])
 def benchmarks(session: nox.Session) -> None:
     """Every benchmark on small shapes: that it works and agrees with the dense layer."""
     session.install(*CONSTRAINTS, "-e", ".[bench]")

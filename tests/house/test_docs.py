@@ -34,6 +34,7 @@ WITHOUT_CODE = {
     ROOT / "CHANGELOG.md",
     ROOT / "docs" / "recipes" / "index.md",  # links alone
     ROOT / "docs" / "recipes" / "shell.md",  # run by test_shell_page.py
+    *(ROOT / "docs" / "reference").glob("*.md"),  # docstrings, run by test_examples.py
     # of those for maintainers, those that have none: they look things up
     *(page for page in MAINTAINERS.rglob("*.md") if "```python" not in page.read_text("utf-8")),
 }
@@ -384,10 +385,12 @@ def test_links_and_pictures_exist():
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The anchors of a page's headings, as code hosts make them."""
+    """The anchors of a page's headings, as code hosts make them, and of names in the reference."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    names = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    made = (re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
+    return {*made, *names}
 
 
 def test_the_readme_has_two_commands_of_one_line():
