@@ -329,7 +329,7 @@ def _svg(law: str, head: list[str], parts: list[_Grid]) -> str:
             f'<title id="t">{title}</title>',
             f'<desc id="d">{escape(" ".join(_described(parts)), quote=False)}</desc>',
             "<style>text{font:13px sans-serif;text-anchor:middle;fill:#222}"
-            "text.s{font-size:11px}text.xs{font-size:9.5px}"
+            "text.s{font-size:11px}text.xs{font-size:9px}"
             "text.l{font-size:12.5px;text-anchor:start}text.b{font-weight:bold}"
             "rect{stroke:#fff;stroke-width:1}"
             "rect.free{fill:none;stroke:#222;stroke-width:1.5}</style>",
