@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ def executed(notebook: str) -> Any:
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
             extra_arguments=["--log-level=ERROR"],  # it warns of ports that others could hear
-        ).execute()
+        ).execute(env=os.environ | {"OMP_NUM_THREADS": "1"})  # for some run at once
     return cells
 
 
