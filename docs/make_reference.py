@@ -89,7 +89,7 @@ TOPICS = (
         "writing-laws.md",
         "Writing laws",
         "What a law of your own derives from, and what it may state. "
-        "[Writing a rule](../laws/your-own.md) shows how.",
+        "[A law of your own](../laws/your-own.md) shows how.",
         (
             *("register_rule", "Rule", "Layout", "Example", "laws.Reason", "laws.Orbits"),
             *("laws.Broadcast", "laws.Blocks", "laws.Compute", "laws.Coded", "laws.Linked"),

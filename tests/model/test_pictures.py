@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import itertools
+import pickle
 import re
 import sys
 
@@ -615,3 +616,10 @@ def test_without_matplotlib_the_extra_is_named(draw, report, monkeypatch):
         tp.TieError, match=r"pictures need 'matplotlib'.*pip install 'tiedparam\[pictures\]'"
     ):
         getattr(tp, draw)(what)
+
+
+def test_a_notebook_shows_a_figure_by_itself_without_pyplot():
+    figure = tp.draw_orbits(tp.register_tie(nn.Linear(4, 4), "flip_sym"))
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    copied = pickle.loads(pickle.dumps(figure))
+    assert copied.axes[0].get_title() == figure.axes[0].get_title()

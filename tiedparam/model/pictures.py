@@ -309,7 +309,7 @@ def new_figure(
     panels: int, *, framed: bool = False, size: tuple[float, float] | None = None
 ) -> tuple[Figure, list[Any]]:
     """A figure with panels side by side, without ticks and frames unless ``framed``."""
-    figure = needed("matplotlib.figure").Figure(
+    figure = needed("tiedparam.model.shown_figure").ShownFigure(
         figsize=size or (5.5 * panels, 5.5), facecolor="white", layout="constrained"
     )
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
