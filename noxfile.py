@@ -92,7 +92,8 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The pages: their code, outputs, tables, pictures, links and examples."""
     session.install(*CONSTRAINTS, "-e", ".[test,ecosystem,examples]")
-    pages = ("docs", "examples", "examples_of_recipes", "joining", "typed_surface")
+    pages = ("docs", "start", "shell_page", "notebooks", "deployment", "scan_pictures")
+    pages += ("examples", "examples_of_recipes", "joining", "typed_surface")
     files = [f"tests/house/test_{page}.py" for page in pages]
     session.run("pytest", *files, "tests/ecosystem/test_minilm.py")
 
@@ -103,9 +104,8 @@ def site(session: nox.Session) -> None:
     testing = ("pytest", "pytest-timeout", "hypothesis")
     session.install(*CONSTRAINTS, "-e", ".[site]", *testing)
     (folder,) = session.posargs or ("site",)
-    quiet = {
-        "NO_MKDOCS_2_WARNING": "1"
-    }  # of the theme's makers, to those who choose what comes next
+    # a note of the theme's makers, to those who choose what comes next
+    quiet = {"NO_MKDOCS_2_WARNING": "1"}
     session.run("mkdocs", "build", "--strict", "--site-dir", folder, env=quiet)
     # links, anchors and hosts of what was built
     found = {"TIEDPARAM_SITE": folder}
