@@ -73,3 +73,33 @@ def scanning(run: Run) -> None:
         setting = dataclasses.replace(run.setting, rounds=(2, 3))
         shapes = f"{count} × Linear({width}, {width}), {count * width * width / 1e6:.0f} million"
         run.note(shapes, "scan", run.time(calls, setting))
+
+
+@case(
+    "clustering",
+    "Starting `cluster` from trained values, against sorting them once",
+    default_allocator=False,
+)
+def clustering(run: Run) -> None:
+    """Ten million values, which are to be clustered in at most five seconds."""
+    rows, columns = (32, 64) if run.quick else (3_200, 3_125)
+    dense = torch.nn.Linear(columns, rows, bias=False)
+
+    def start(**options: Any) -> Callable[[], Any]:
+        def tie() -> Any:
+            layer = torch.nn.Linear(columns, rows, bias=False)
+            layer.weight = dense.weight
+            return tp.register_tie(layer, "cluster", max_residual=1.0, **options)
+
+        return tie
+
+    calls = {
+        "one sort": lambda: dense.weight.detach().flatten().sort(),
+        "cluster, n=16": start(n=16),
+        "cluster, n=256": start(n=256),
+        "cluster, n=16, per='output'": start(n=16, per="output"),
+    }
+    if run.quick:
+        del calls["cluster, n=256"]
+    setting = dataclasses.replace(run.setting, rounds=(2, 3))
+    run.note(f"{rows * columns / 1e6:g} million values", "start", run.time(calls, setting))

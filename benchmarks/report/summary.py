@@ -56,8 +56,10 @@ with tp.frozen(model.eval()), torch.no_grad():  # computes each weight once
   file, export, or untie a copy of the model, which is then a stock one.
 - **Training**: [`tune`](recipes/whole-models.md#tune-it-to-your-machine) measures the forms of each
   layer on your shapes and your machine. Larger batches share one computation of the weight.
-- **Before tying**: `tp.scan(model, example=batch)` and `tp.report` say what a tie [would
-  gain](recipes/whole-models.md#what-would-it-gain).
+- **Before tying**: `tp.scan(model, example=batch)` says what a tie [would
+  gain](recipes/whole-models.md#what-would-it-gain); after it, `tp.report(model, example=batch)`.
+- **Under `torch.compile`** a tied layer keeps the gain of eager mode: its product is one operator of
+  the graph. [Every case](maintainers/benchmarks/goals.md) is measured against eager.
 """
 
 
@@ -102,7 +104,7 @@ def _answer(results: Sequence[Result], device: str) -> str:
         "How many times faster than the dense stock layer, from the least to the most over the "
         "[machines](#machines); below 1 it is slower. A *step* is forward and backward. The last "
         f"column says from where on both gain at least {_WORTH:g} times; below, the layer computes "
-        "as a dense one."
+        "as a dense one on these shapes."
     )
     text += "\n"
     text += table(HEAD, lines(results, device))

@@ -42,7 +42,7 @@ tp.register_tie(model[2], "channel_shared", over="in", init="rescale", root=mode
 rates = {}
 for parameter in model.parameters():
     owner = tp.owner(parameter)  # None for what is not tied
-    shared = 1 if owner is None else int(owner.rule.multiplicities()[0].max())
+    shared = 1 if owner is None else int(owner.rule.multiplicities()[owner.index].max())
     rates.setdefault(0.08 / shared, []).append(parameter)
 groups = [{"params": parameters, "lr": rate} for rate, parameters in rates.items()]
 sgd = torch.optim.SGD(groups, momentum=0.9)

@@ -31,7 +31,8 @@ def owns(layer, name="weight"):
         and f.tensor_name == name
         and f.rule is tp.get_tie(layer, name)
         and f.shape == getattr(layer, name).shape
-        for f in found
+        and f.index == at
+        for at, f in enumerate(found)
     )
 
 

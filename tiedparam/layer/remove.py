@@ -19,7 +19,7 @@ from tiedparam.state import optimizer_guard, optimizer_moves, optimizer_names
 from tiedparam.state.optimizer_exchange import untying
 from tiedparam.state.optimizer_moves import Move
 from tiedparam.tie.changed_source import why_unlike
-from tiedparam.tie.lookup import find_tie, origins
+from tiedparam.tie.lookup import find_tie, is_tied, origins
 from tiedparam.tie.marks import carry_attributes
 from tiedparam.tie.offloaded import why_offloaded
 from tiedparam.tie.record import Tie
@@ -70,7 +70,8 @@ def remove_tie(
     tie = find_tie(layer, tensor_name)
     where = describe(layer, tensor_name)
     if tie is None:
-        raise TieError(where, f"{where} is not tied, so there is no tie to remove.", "")
+        within = "Name what is tied in it, or call untie_model." if is_tied(layer) else ""
+        raise TieError(where, f"{where} is not tied, so there is no tie to remove.", within)
     refuse_if_frozen(layer, "remove_tie")
     optimizers = optimizer_moves.as_optimizers(optimizer)
     readers = readers_of(tie)

@@ -28,18 +28,22 @@ class Owner:
         shape: the shape of the dense tensor, which is what the values mean; they are stored in
             another one.
         rule: the rule that ties it.
+        index: which of the rule's free values it is: `rule.multiplicities` are in that order.
 
     Example:
         >>> layer = tp.register_tie(nn.Linear(4, 4), "flip_sym")
         >>> found = tp.owner(layer.parametrizations.weight.original0)
-        >>> found.layer is layer, found.tensor_name, found.shape, str(found.rule)
-        (True, 'weight', (4, 4), 'flip_sym')
+        >>> found.layer is layer, found.tensor_name, found.shape, str(found.rule), found.index
+        (True, 'weight', (4, 4), 'flip_sym', 0)
+        >>> int(found.rule.multiplicities()[found.index].max())
+        2
     """
 
     layer: nn.Module
     tensor_name: str
     shape: tuple[int, ...]
     rule: Rule
+    index: int
 
 
 # by layer, in the order of tying; a dictionary, as there is no ordered weak set
@@ -71,7 +75,7 @@ def owner(parameter: nn.Parameter) -> Owner | None:
         parameter: any Parameter. The source of a copy is an ordinary one, unless it is tied.
 
     Returns:
-        The layer, the tensor's name, its dense shape and its rule; None for a Parameter that no
+        The layer, the tensor's name, its dense shape, its rule and the place; None for a Parameter that no
         tied tensor is computed from, one that a tie has replaced, or one that `remove_tie` has.
 
     Raises:
@@ -94,7 +98,8 @@ def owner(parameter: nn.Parameter) -> Owner | None:
     tie = find_tie(*found) if found is not None else None
     if tie is None:
         return None
-    return Owner(tie.layer, tie.tensor_name, tie.rule.bound_layout.shape, tie.rule)
+    index = [value is parameter for value in tie.free].index(True)
+    return Owner(tie.layer, tie.tensor_name, tie.rule.bound_layout.shape, tie.rule, index)
 
 
 def _where(parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
