@@ -103,8 +103,8 @@ def _answer(results: Sequence[Result], device: str) -> str:
     text += fill(
         "How many times faster than the dense stock layer, from the least to the most over the "
         "[machines](#machines); below 1 it is slower. A *step* is forward and backward. The last "
-        f"column says from where on both gain at least {_WORTH:g} times; below, the layer computes "
-        "as a dense one on these shapes."
+        f"column says from where on both gain at least {_WORTH:g} times; below it gains less, "
+        "or is slower than dense."
     )
     text += "\n"
     text += table(HEAD, lines(results, device))
@@ -176,7 +176,12 @@ _KEPT = ("tiedparam", "tiedparam, cache=True", "tiedparam, frozen")
 
 def _slower(results: Sequence[Result], device: str) -> str:
     """The laws that compute their weight anew, and what a tie adds to a small layer."""
-    found = [*_losing(results, device), *_stages(results, device), *_small(results, device)]
+    found = [
+        *_losing(results, device),
+        *_single(results, device),
+        *_stages(results, device),
+        *_small(results, device),
+    ]
     kept = list(_keeping(results, device))
     if not found and not kept:
         return ""
@@ -199,6 +204,24 @@ def _losing(results: Sequence[Result], device: str) -> Iterator[str]:
         title, layer, inference, training, first = line
         if first == "–":
             yield f"{title}, {layer}: {inference} as fast in inference, {training} in training."
+
+
+def _single(results: Sequence[Result], device: str) -> Iterator[str]:
+    """What a single row gains, which repays no work that is done once for a call."""
+    told = []
+    for family in FAMILIES:
+        if family.convolution is None:
+            times = [
+                span(gains(_of(results, device, family, mode=mode, size=SIZE, batch=1)), "")
+                for mode in ("inference", "training")
+            ]
+            if all(times):
+                told.append(f"`{family.rule}` {' / '.join(times)}")
+    if told:
+        yield (
+            f"A single row of Linear({SIZE}, {SIZE}), times as fast in inference / in training: "
+            f"{'; '.join(told)}."
+        )
 
 
 def _stages(results: Sequence[Result], device: str) -> Iterator[str]:

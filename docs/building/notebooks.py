@@ -47,6 +47,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.remove(file)
         place = PurePosixPath(file.src_uri)
         text = text.replace(_STEM, place.stem)
+        kept = place.parent / "notebooks" / place.name
+        files.append(File.generated(config, str(kept), content=file.content_string))
         files.append(Notebook.generated(config, file.src_uri, content=text))
         for name, content in pictures.items():
             uri = str(place.parent / name.replace(_STEM, place.stem))
@@ -85,9 +87,11 @@ def executed(notebook: str) -> Any:
 
 def markdown_of(notebook: Any, pictures: dict[str, bytes]) -> Iterator[str]:
     """The cells and what they show, block by block; pictures are put aside."""
-    for cell in notebook.cells:
+    for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
             yield cell.source
+            if not number:
+                yield f"[The notebook itself](notebooks/{_STEM}.ipynb), to run and to change."
         elif cell.cell_type == "code" and cell.source.strip():
             yield fenced("python", cell.source)
             yield from outputs_of(cell, pictures)

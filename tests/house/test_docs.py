@@ -33,6 +33,7 @@ MAINTAINERS = ROOT / "docs" / "maintainers"
 WITHOUT_CODE = {
     ROOT / "CHANGELOG.md",
     ROOT / "docs" / "recipes" / "index.md",  # links alone
+    ROOT / "docs" / "stories" / "index.md",
     ROOT / "docs" / "recipes" / "shell.md",  # run by test_shell_page.py
     *(ROOT / "docs" / "reference").glob("*.md"),  # docstrings, run by test_examples.py
     # of those for maintainers, those that have none: they look things up

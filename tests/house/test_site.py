@@ -306,7 +306,8 @@ def notebook(*cells: tuple[str, str]) -> str:
 @pytest.mark.slow
 def test_a_notebook_runs_and_becomes_a_page(hook):
     text, pictures = hook("notebooks").page_of(notebook(*CELLS))
-    assert text.startswith("# A story\n\n```python\nimport warnings\nprint(1)\n")
+    itself = "[The notebook itself](notebooks/{the notebook}.ipynb), to run and to change."
+    assert text.startswith(f"# A story\n\n{itself}\n\n```python\nimport warnings\nprint(1)\n")
     assert "```text\n1\nUserWarning: careful\n```\n\n```text\n2\n```" in text
     assert "\n\n<table>\n</table>\n" in text
     ((name, content),) = pictures.items()

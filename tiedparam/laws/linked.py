@@ -29,8 +29,8 @@ class Linked(Rule):
     some states `free_shapes` and `fit` as well.
 
     The sources are held as module and tensor name, not as Parameters, so that
-    ``load_state_dict(assign=True)`` does not cut the tie (S29), and not as submodules, so that no
-    key is duplicated (S27). Such a law is tied by `register_tie`, which knows the layer and finds
+    ``load_state_dict(assign=True)`` does not cut the tie, and not as submodules, so that no
+    key is duplicated. Such a law is tied by `register_tie`, which knows the layer and finds
     the sources; ``torch.nn.utils.parametrize`` alone cannot do that.
 
     Args:

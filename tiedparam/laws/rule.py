@@ -168,7 +168,7 @@ class Rule(nn.Module, metaclass=OwnMembers):
         """Free values of the nearest lawful weight, in storage of their own.
 
         Returned as a sequence, so that torch makes fresh Parameters instead of reshaping
-        the dense one under its optimizer (S17). Accumulated in float32 or wider; the mean
+        the dense one under its optimizer. Accumulated in float32 or wider; the mean
         is taken relative to one member of each orbit, so a lawful weight comes back to
         the bit, which the plain mean of equal floats does not do.
         """

@@ -243,7 +243,7 @@ def reset_parameters(layer: nn.Module, stock_class: type[nn.Module]) -> None:
     """Run the stock class's ``reset_parameters`` on dense stand-ins of the tied tensors.
 
     Everything else that it resets (a bias, running statistics) is the layer's own. A
-    copy-tied tensor is left alone: its source is not re-initialised behind its back (S23).
+    copy-tied tensor is left alone: its source is not re-initialised behind its back.
     """
     refuse_if_frozen(layer, "reset_parameters()")
     raise_if(f"cannot reset a tied {stock_class.__name__}", why_offloaded(layer))
