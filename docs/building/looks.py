@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
@@ -10,6 +11,8 @@ from mkdocs.structure.pages import Page
 
 LONG = 44
 """Columns from which on a printed sentence may be broken, as on a telephone."""
+LONG_INDENTED = 100
+"""The same where it is indented, which a layer's repr is: its lines fit all but telephones."""
 
 _PRINTED = re.compile(
     r'(<div class="language-text highlight"><pre><span></span><code>)(.*?)(</code>)', re.S
@@ -38,12 +41,13 @@ def with_sentences(printed: str) -> str:
     Not those of tables and tensors, whose columns would part.
     """
     lines = printed.split("\n")
-    return "\n".join(
-        f'<span class="sentence">{line}</span>'
-        if len(line) > LONG and not _COLUMNS.search(line)
-        else line
-        for line in lines
-    )
+    columns = [False, *(bool(_COLUMNS.search(line)) for line in lines), False]
+    marked = []
+    for line, before, here, after in zip(lines, columns, columns[1:], columns[2:], strict=False):
+        is_long = len(unescape(line)) > (LONG_INDENTED if line.startswith(" ") else LONG)
+        breaks = is_long and not here and not (before and after)
+        marked.append(f'<span class="sentence">{line}</span>' if breaks else line)
+    return "\n".join(marked)
 
 
 def with_measures(cell: str) -> str:
