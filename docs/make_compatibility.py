@@ -235,7 +235,9 @@ def for_users(rows: Sequence[Feature]) -> str:
         plain = [f"- {row.what}" for row in works if not row.condition]
         lines += ["Works:", "", *plain, ""] if plain else []
         on_condition = [[row.what, row.condition] for row in works if row.condition]
-        lines += [*_table(["works, on a condition", ""], on_condition), ""] if on_condition else []
+        lines += (
+            [*_table(["works, on a condition", "which"], on_condition), ""] if on_condition else []
+        )
         refused = [[row.what, row.refused] for row in of_area if row.refused]
         lines += [*_table(["refused", "why, and the way"], refused), ""] if refused else []
     return "\n".join(lines)

@@ -158,11 +158,11 @@ def table(rows: list[dict[str, Any]], way: str) -> str:
     heads = (
         "law and layer",
         "file, untied",
-        "tied",
+        "file, tied",
         "loads, untied",
-        "tied",
+        "loads, tied",
         "runs, untied",
-        "tied",
+        "runs, tied",
     )
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:

@@ -138,7 +138,8 @@ def gallery() -> str:
 def _shown(rule: type[tp.Rule], drawn: dict[str, str]) -> str:
     name = rule.name
     laws = dict.fromkeys(bound.law for bound in bound_examples(rule))
-    text = f"### {name}\n\n[{name}]({anchor(name)}): " + "; ".join(f"`{law}`" for law in laws)
+    text = f"### {name}\n\n" + "; ".join(f"`{law}`" for law in laws)
+    text += f". [Options and cost]({anchor(name)})."
     text += f"\n\n```python\n{line_of(name).given}\n{_fresh(line_of(name).line)}\n```"
     mine = [file for file in drawn if re.fullmatch(rf"{name}(-.*)?\.svg", file)]
     if mine:

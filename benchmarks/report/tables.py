@@ -17,7 +17,9 @@ _ABOUT = fill(
 
 def render(results: Sequence[Result]) -> str:
     """The page of one machine."""
-    parts = [f"# Benchmarks: {results[0]['machine']['name']}\n", _ABOUT, _taken(results)]
+    machine = results[0]["machine"]
+    title = f"# Benchmarks: {machine['name']} ({machine['used by torch']})\n"
+    parts = [title, _ABOUT, _taken(results)]
     parts.append(_goals([result for result in results if result["case"] != "goals"]))
     parts += [_section(result) for result in results]
     return "\n".join(part for part in parts if part).rstrip() + "\n"

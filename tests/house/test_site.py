@@ -282,6 +282,20 @@ def test_links_are_made_for_the_place_on_the_site(hook):
     assert made == page.replace("../../CONTRIBUTING.md", "contributing.md")
 
 
+def test_what_may_be_broken_and_what_may_not_is_marked(hook):
+    looks = hook("looks")
+    long = "cannot tie 'weight' of Linear: its residual 0.99 is above the limit of 0.5."
+    row = "0.weight  flip_sym  8×8×3×3    576   292   1.97  1–2      0.0719"
+    assert looks.with_sentences(f"True\n{long}\n{row}").splitlines() == [
+        "True",
+        f'<span class="sentence">{long}</span>',
+        row,
+    ]
+    cell = '<code>1–2</code> in <a href="#2–3">2.8–3.4 ×</a>, 512 of 1,024'
+    kept = cell.replace("2.8–3.4 ×", '<span class="measure">2.8–3.4 ×</span>')
+    assert looks.with_measures(cell) == kept
+
+
 CELLS = (
     ("markdown", "# A story"),
     ("code", "import warnings\nprint(1)\nwarnings.warn('careful')\n2"),
