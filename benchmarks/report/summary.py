@@ -58,8 +58,8 @@ with tp.frozen(model.eval()), torch.no_grad():  # computes each weight once
   layer on your shapes and your machine. Larger batches share one computation of the weight.
 - **Before tying**: `tp.scan(model, example=batch)` says what a tie [would
   gain](recipes/whole-models.md#what-would-it-gain); after it, `tp.report(model, example=batch)`.
-- **Under `torch.compile`** a tied layer keeps the gain of eager mode: its product is one operator of
-  the graph. [Every case](maintainers/benchmarks/goals.md) is measured against eager.
+- **Under `torch.compile`** a tied layer keeps most of its gain: the product is one operator of the
+  graph. [Each case](maintainers/benchmarks/goals.md) is measured against eager mode.
 """
 
 

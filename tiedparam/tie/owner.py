@@ -75,8 +75,9 @@ def owner(parameter: nn.Parameter) -> Owner | None:
         parameter: any Parameter. The source of a copy is an ordinary one, unless it is tied.
 
     Returns:
-        The layer, the tensor's name, its dense shape, its rule and the place; None for a Parameter that no
-        tied tensor is computed from, one that a tie has replaced, or one that `remove_tie` has.
+        The layer, the tensor's name, its dense shape, its rule and the place; None for a Parameter
+        that no tied tensor is computed from, one that a tie has replaced, or one that `remove_tie`
+        has.
 
     Raises:
         TypeError: if it is not a Parameter.
