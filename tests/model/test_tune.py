@@ -113,7 +113,7 @@ def test_the_layer_without_the_tie_is_the_stock_layer():
     assert type(made) is nn.Conv2d
     assert not tp.is_tied(made)
     x = torch.randn(2, 4, 6, 6)
-    assert torch.equal(made(x), layer.forward(x))
+    torch.testing.assert_close(made(x), layer.forward(x))  # some processors add the bias last
     assert {n: p.requires_grad for n, p in made.named_parameters(recurse=False)} == {
         "bias": True, "weight": False,
     }  # fmt: skip
