@@ -25,7 +25,7 @@ import torch
 
 import tiedparam as tp
 from tests.support import ROOT, older_than, peers
-from tests.support.pages import FENCE, Block, blocks_of
+from tests.support.pages import FENCE, Block, anchors_of, blocks_of
 from tiedparam.laws.rule_table import FAMILIES
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -383,15 +383,6 @@ def test_links_and_pictures_exist():
             if anchor:
                 assert anchor in anchors_of(file), f"{page.name} links to {target}: no such heading"
     assert found >= 20
-
-
-def anchors_of(page: Path) -> set[str]:
-    """The anchors of a page's headings, as code hosts make them, and of names in the reference."""
-    text = FENCE.sub("", page.read_text(encoding="utf-8"))
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    names = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
-    made = (re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
-    return {*made, *names}
 
 
 def test_the_readme_has_two_commands_of_one_line():

@@ -22,6 +22,7 @@ import torch
 
 import tiedparam as tp
 from tests.support import ROOT
+from tests.support.pages import anchors_of
 
 FOLDER = ROOT / "docs" / "stories"
 STORIES = [
@@ -99,13 +100,6 @@ def why_no_link(target: str) -> str | None:
     if not page.exists():
         return "no such page"
     return None if not anchor or anchor in anchors_of(page) else "no such heading"
-
-
-def anchors_of(page: Path) -> set[str]:
-    """The anchors of a page's headings, as code hosts make them."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def run(notebook: Path, module: ModuleType) -> None:

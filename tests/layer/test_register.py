@@ -400,8 +400,16 @@ def test_remove_tie_gives_back_class_values_and_requires_grad():
     assert torch.equal(layer.weight, weight)
     torch.testing.assert_close(layer(x), output)
     assert list(layer.__dict__) == list(nn.Conv2d(3, 3, 3).__dict__)
-    with pytest.raises(tp.TieError, match="is not tied, so there is no tie to remove"):
+    with pytest.raises(tp.TieError, match="is not tied, so there is no tie to remove") as caught:
         tp.remove_tie(layer)
+    assert "untie_model" not in str(caught.value)
+
+
+def test_remove_tie_of_a_model_names_what_unties_models():
+    model = nn.Sequential(tp.register_tie(nn.Linear(4, 4), "flip_sym", init="rescale"))
+    with pytest.raises(tp.TieError, match=r"Name what is tied in it, or call untie_model\."):
+        tp.remove_tie(model)
+    assert tp.is_tied(model)
 
 
 def test_remove_tie_under_another_parametrization_is_refused():

@@ -113,7 +113,11 @@ def test_the_layer_without_the_tie_is_the_stock_layer():
     assert type(made) is nn.Conv2d
     assert not tp.is_tied(made)
     x = torch.randn(2, 4, 6, 6)
-    torch.testing.assert_close(made(x), layer.forward(x))  # some processors add the bias last
+    assert torch.equal(made.weight, layer.weight)
+    assert torch.equal(made.bias, layer.bias)
+    # the stock operation, to the bit; the tied layer's form adds the bias on its own
+    assert torch.equal(made(x), made._conv_forward(x, layer.weight, layer.bias))
+    torch.testing.assert_close(made(x), layer.forward(x))
     assert {n: p.requires_grad for n, p in made.named_parameters(recurse=False)} == {
         "bias": True, "weight": False,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The pages of the docs: their fenced blocks."""
+"""The pages of the docs: their fenced blocks, and the places that a link may name."""
 
 from __future__ import annotations
 
@@ -26,3 +26,12 @@ def blocks_of(page: Path) -> list[Block]:
         Block(match["kind"], match["body"], text.count("\n", 0, match.start("body")) + 1)
         for match in FENCE.finditer(text)
     ]
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as code hosts make them, and of names in the reference."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    names = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    made = (re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
+    return {*made, *names}
