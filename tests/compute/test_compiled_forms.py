@@ -20,7 +20,7 @@ CASES = {
     ),
     "images": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8), (2, 8, 40, 40), STREAMS),
     "banks": (lambda: nn.Conv1d(8, 32, 3, groups=8), (4, 8, 1026), STREAMS),
-    "sum": (lambda: nn.Conv2d(16, 16, 3), (4, 16, 10, 10), {"rule": "channel_shared"}),
+    "sum": (lambda: nn.Conv2d(16, 16, 3), (4, 16, 34, 34), {"rule": "channel_shared"}),
 }  # fmt: skip
 
 

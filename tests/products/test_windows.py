@@ -150,7 +150,7 @@ def test_second_derivatives_through_windows(over, bias, axes):
 
 def test_windows_are_used_where_they_pay():
     layer = tp.register_tie(nn.Conv2d(8, 16, 3), "channel_shared")
-    x = torch.randn(2, 8, 6, 6)
+    x = torch.randn(2, 8, 34, 34)
     assert_computed_by_windows(layer, x)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reduced, "convolve", lambda *a: 1 / 0)
@@ -167,25 +167,58 @@ def windows_pay(n, groups, m, outputs, kernel=3, grad=True):
     return windows.pays(n, groups, m, kernel ** len(outputs), outputs, grad=grad)
 
 
-def test_where_windows_pay_at_its_edges():
-    # the sum of channels: in training always but for one sample, in inference for large outputs
-    assert windows_pay(2, 1, 2, (4, 4))
-    assert not windows_pay(1, 1, 64, (28, 28))
-    assert not windows_pay(2, 1, 1, (28, 28))
-    assert windows_pay(2, 1, 64, (128, 64), grad=False)
-    assert not windows_pay(2, 1, 64, (128, 63), grad=False)
-    assert not windows_pay(2, 1, 64, (128, 64), kernel=5, grad=False)
-    assert not windows_pay(1, 1, 64, (128, 128), grad=False)
-    # streams: large outputs, several filters, signals and large images
-    assert windows_pay(1, 32, 4, (1024,))
-    assert not windows_pay(1, 32, 4, (1023,))
+def test_where_windows_of_summed_channels_pay_at_its_edges():
+    # in training where outputs are some, for one sample only with large kernels on images
+    assert windows_pay(2, 1, 2, (64, 64))
+    assert not windows_pay(2, 1, 2, (64, 63))
+    assert windows_pay(1, 1, 64, (16, 16), kernel=7)
+    assert not windows_pay(1, 1, 64, (16, 16), kernel=3)
+    assert not windows_pay(1, 1, 64, (8, 16), kernel=7)
+    assert not windows_pay(1, 1, 64, (8, 8, 8), kernel=5)
+    assert windows_pay(2, 1, 64, (2048,))
+    assert not windows_pay(2, 1, 64, (2047,))
+    assert not windows_pay(2, 1, 1, (128, 128))
+    # in inference for long signals, and for 1×1 kernels where oneDNN would compute
+    assert windows_pay(2, 1, 64, (8192,), grad=False)
+    assert not windows_pay(2, 1, 64, (8191,), grad=False)
+    assert not windows_pay(2, 1, 64, (8192,), kernel=11, grad=False)
+    assert not windows_pay(2, 1, 64, (128, 64), grad=False)
+    assert not windows_pay(1, 1, 64, (16384,), grad=False)
+    assert windows_pay(16, 1, 4, (16, 16), kernel=1, grad=False)
+    assert not windows_pay(16, 1, 4, (16, 15), kernel=1, grad=False)
+    assert not windows_pay(15, 1, 64, (16, 16), kernel=1)
+
+
+def test_where_windows_of_streams_pay_at_its_edges():
+    assert windows_pay(1, 16, 4, (1024,))
+    assert not windows_pay(1, 16, 4, (1023,))
     assert not windows_pay(64, 256, 1, (1024,))
     assert windows_pay(1, 64, 8, (1024,), grad=False)
     assert not windows_pay(1, 64, 9, (1024,), grad=False)
     assert windows_pay(1, 64, 9, (1024,))
-    assert windows_pay(2, 64, 4, (16, 32), grad=False)
-    assert not windows_pay(2, 64, 4, (16, 31), grad=False)
-    assert not windows_pay(32, 64, 4, (8, 8, 8))
+    assert not windows_pay(1, 16, 4, (2047,), grad=False)
+    # to begin with a group takes as long as to compute some outputs
+    assert windows_pay(1, 64, 2, (8, 16), grad=False)
+    assert not windows_pay(1, 64, 2, (8, 15), grad=False)
+    assert windows_pay(1, 8, 4, (64, 36), grad=False)
+    assert not windows_pay(1, 8, 4, (64, 35), grad=False)
+    # oneDNN is fast at few groups of eight filters
+    assert not windows_pay(9, 7, 8, (64, 64), grad=False)
+    assert windows_pay(9, 7, 8, (64, 64))
+    assert windows_pay(9, 7, 9, (64, 64), grad=False)
+    assert windows_pay(9, 8, 8, (64, 64), grad=False)
+    # trained: large images, or many filters
+    assert windows_pay(1, 64, 2, (16, 32))
+    assert not windows_pay(1, 64, 2, (16, 31))
+    assert windows_pay(32, 16, 8, (16, 8))
+    assert not windows_pay(31, 16, 8, (16, 8))
+    assert not windows_pay(64, 16, 7, (16, 8))
+    # volumes: many filters, without gradients
+    assert windows_pay(2, 16, 8, (8, 8, 8), grad=False)
+    assert not windows_pay(1, 16, 8, (8, 8, 8), grad=False)
+    assert not windows_pay(3, 16, 7, (8, 8, 8), grad=False)
+    assert not windows_pay(3, 16, 8, (8, 8, 7), grad=False)
+    assert not windows_pay(32, 64, 8, (8, 8, 8))
 
 
 @pytest.mark.parametrize("over", ["in", "out", "all", "groups"])

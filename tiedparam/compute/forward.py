@@ -65,15 +65,15 @@ def cheap_forward(stock: type[nn.Module]) -> Forward | None:
         computing: Computing | None = values.__dict__.get("computing")
         if computing is None:
             return _dense(layer, values, stock_of, args, kwargs)
-        if len(args) > len(names) or (not args and "input" not in kwargs):
-            return None  # the stock forward says what is wrong with them
-        if kwargs and not kwargs.keys() <= set(names[len(args) :]):
-            return None
-        given = dict(zip(names, args, strict=False), **kwargs)
-        input = given["input"]
+        if kwargs or len(args) != 1:
+            if len(args) > len(names) or not (args or "input" in kwargs):
+                return None  # the stock forward says what is wrong with them
+            if not kwargs.keys() <= set(names[len(args) :]):
+                return None
+        input = args[0] if args else kwargs["input"]
         if not isinstance(input, Tensor) or input.is_nested or not fits(layer, computing, input):
             return None
-        y = _computed(layer, values, computing, input, lambda: stock_of(layer, **given))
+        y = _computed(layer, values, computing, input, stock_of, args, kwargs)
         return _dense(layer, values, stock_of, args, kwargs) if y is None else y
 
     return cheap
@@ -116,7 +116,9 @@ def _computed(
     values: Any,
     computing: Computing,
     input: Tensor,
-    stock: Callable[[], Stock],
+    stock_of: Callable[..., Stock],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Tensor | None:
     """The output in the cheapest form that serves, or None."""
     parametrizations: dict[str, Any] = submodules_of(values)
@@ -141,22 +143,21 @@ def _computed(
     bias = effective(layer, "bias")
     if not _agree(input, free, bias):
         return None
-    call: Call | None = None
+    stock: Stock | None = None
     sources: tuple[Tensor, ...] | None = None if rule.reads_layers else ()
     for form in forms:
-        if not _runs_here(form, input, free, bias, asked=form.name == named):
+        asked = form.name == named
+        if form.where != "anywhere" and not _runs_here(form, input, free, bias, asked=asked):
             continue
         if sources is None:  # only then: a source may have to be loaded, or be tied itself
             sources = values.own_reading().read_for_forms(rule)
             if sources is None or not _agree(input, sources, None):
                 return None
-        if not _runs_here(form, input, sources, None, asked=form.name == named):
+        if sources and not _runs_here(form, input, sources, None, asked=asked):
             continue
-        if call is None or call.asked is not (form.name == named):
-            use = computing.usual(recorded)
-            asked = form.name == named
-            call = Call(layer, input, free, bias, stock(), use, asked, sources)
-        y = form.compute(rule, call)
+        stock = stock_of(layer, *args, **kwargs) if stock is None else stock
+        use = computing.usual(recorded)
+        y = form.compute(rule, Call(layer, input, free, bias, stock, use, asked, sources))
         if y is not None:
             if computing.seen is not None:
                 computing.seen.append(form.name)
@@ -186,12 +187,12 @@ def _runs_here(
     if (
         not serves(form, dtype, device, asked=asked)
         or any(value.dtype is not dtype for value in free)
-        or autocast_dtype(device) is not None
+        or autocast_dtype(input.device) is not None
     ):
         return False
     if in_compiled_graph():
         return form.where == "compiled"
-    return is_ordinary(input, *free) and (bias is None or is_ordinary(bias))
+    return is_ordinary(input, *free) if bias is None else is_ordinary(input, *free, bias)
 
 
 # What the kinds of layer do -----------------------------------------------------------------
@@ -255,10 +256,11 @@ def _agree(input: Tensor, free: tuple[Tensor, ...], bias: Tensor | None) -> bool
     for value in free:
         if value.device != device:
             return False
-        alike = alike and value.dtype is dtype
+        if value.dtype is not dtype:
+            alike = False
     if bias is not None and bias.is_meta is not input.is_meta:
         return False  # on another device the operation says so itself
     if alike:
         return True
     kinds = {dtype, *(value.dtype for value in free), dtype if bias is None else bias.dtype}
-    return autocast_dtype(device.type) is not None and kinds <= CAST_BY_AUTOCAST
+    return autocast_dtype(device) is not None and kinds <= CAST_BY_AUTOCAST

@@ -28,7 +28,7 @@ from tiedparam.util.bits import same_bits
 from tiedparam.util.errors import TieError
 from tiedparam.util.parametrized import parametrization_list
 from tiedparam.util.sharded import is_sharded
-from tiedparam.util.torch_modes import may_carry_tangents
+from tiedparam.util.torch_modes import autocast_dtype, may_carry_tangents
 from tiedparam.util.torch_private import (
     buffers_of,
     has_values,
@@ -132,9 +132,7 @@ def _checked(memory: Memory, values: nn.Module, rule: Rule) -> Tensor | None:
     first = present[0]
     if first is None or not has_values(first):
         return None
-    autocast = torch.is_autocast_enabled(first.device.type)
-    precision = torch.get_autocast_dtype(first.device.type) if autocast else None
-    by = (precision, type(rule).forward)
+    by = (autocast_dtype(first.device), type(rule).forward)
     kept = memory.kept
     if kept is not None:
         (snapshot, by_then), weight = kept

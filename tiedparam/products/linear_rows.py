@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from tiedparam.util.torch_modes import autocast_dtype, is_ordinary
+from tiedparam.util.torch_modes import autocast_dtype, is_ordinary, is_traced_or_transformed
 from tiedparam.util.torch_private import reshaped_in_place
 
 LITTLE = 1 << 18
@@ -34,9 +34,9 @@ def must_be_few(x: Tensor, weight: Tensor, entries: int, room: int) -> bool:
     In graphs, transforms and under autocast plain operations do it all at once.
     """
     # first, for sizes may be symbols, which are not to be compared
-    if not is_ordinary(x, weight) or autocast_dtype(x.device.type) is not None:
+    if is_traced_or_transformed() or entries <= max(room, LITTLE):
         return False
-    return entries > max(room, LITTLE)
+    return is_ordinary(x, weight) and autocast_dtype(x.device) is None
 
 
 def row_blocks(count: int, each: int, room: int) -> Iterator[slice]:

@@ -20,7 +20,7 @@ def plus_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
         tensor([[2., 1.],
                 [1., 2.]])
     """
-    if autocast_dtype(base.device.type) is None:
+    if autocast_dtype(base.device) is None:
         return torch.addmm(base, left, right)
     with torch.autocast(base.device.type, enabled=False):
         return torch.addmm(base, left, right)

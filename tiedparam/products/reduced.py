@@ -69,20 +69,22 @@ def linear_by_sums(
         inputs: along which parts inputs are summed first.
         outputs: along which parts outputs are equal.
     """
+    return _without_overflow(_linear, inputs.copies > 1, x, weight, bias, inputs, outputs)
 
-    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if are_many(x, weight, inputs.whole, outputs.whole):
-            sizes = inputs.sizes, inputs.kept, outputs.sizes, outputs.kept
-            return summed_product(x, weight, bias, *map(list, sizes))
-        x = _sum_inputs(x, inputs, 0)
-        if outputs.copies == 1:
-            return F.linear(x, weight, bias)
-        # one row is a matrix-vector product, which the general product does not notice
-        one = weight.shape[0] == 1
-        y = (x @ weight.squeeze(0)).unsqueeze(-1) if one else F.linear(x, weight)
-        return _spread(y, outputs, bias, 0)
 
-    return _without_overflow(compute, inputs.copies > 1, x, weight, bias)
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, inputs: Parts, outputs: Parts
+) -> Tensor:
+    if are_many(x, weight, inputs.whole, outputs.whole):
+        sizes = inputs.sizes, inputs.kept, outputs.sizes, outputs.kept
+        return summed_product(x, weight, bias, *map(list, sizes))
+    x = _sum_inputs(x, inputs, 0)
+    if outputs.copies == 1:
+        return F.linear(x, weight, bias)
+    # one row is a matrix-vector product, which the general product does not notice
+    one = weight.shape[0] == 1
+    y = (x @ weight.squeeze(0)).unsqueeze(-1) if one else F.linear(x, weight)
+    return _spread(y, outputs, bias, 0)
 
 
 def convolution_by_sums(
@@ -103,13 +105,22 @@ def convolution_by_sums(
         inputs: along which parts channels are summed first, those of each group by themselves.
         outputs: along which parts channels are equal; a group of the layer has them whole.
     """
+    return _without_overflow(
+        _convolution, inputs.copies > 1, x, weight, bias, operation, inputs, outputs
+    )
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    operation: Operation,
+    inputs: Parts,
+    outputs: Parts,
+) -> Tensor:
     axes, equal = weight.dim() - 2, outputs.copies > 1
-
-    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = operation(_sum_inputs(x, inputs, axes), weight, None if equal else bias)
-        return _formatted(_spread(y, outputs, bias, axes) if equal else y, x)
-
-    return _without_overflow(compute, inputs.copies > 1, x, weight, bias)
+    y = operation(_sum_inputs(x, inputs, axes), weight, None if equal else bias)
+    return _formatted(_spread(y, outputs, bias, axes) if equal else y, x)
 
 
 def convolution_by_windows(
@@ -232,21 +243,23 @@ def _formatted(y: Tensor, input: Tensor) -> Tensor:
 
 
 def _without_overflow(
-    run: Operation,
+    run: Callable[..., Tensor],
     summed: bool,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    *rest: Any,
 ) -> Tensor:
     """float16 sums can overflow where the dense layer does not: compute them in float32."""
     if not summed:
-        return run(x, weight, bias)
-    # autocast leaves float64 as it is
-    precision = autocast_dtype(x.device.type) if x.dtype in CAST_BY_AUTOCAST else None
+        return run(x, weight, bias, *rest)
+    precision = autocast_dtype(x.device)
+    if precision is not None and x.dtype not in CAST_BY_AUTOCAST:
+        precision = None  # autocast leaves float64 as it is
     if (precision or x.dtype) is not torch.float16:
-        return run(x, weight, bias)
+        return run(x, weight, bias, *rest)
     wide = x.float(), weight.float(), None if bias is None else bias.float()
     if precision is None:
-        return run(*wide).half()
+        return run(*wide, *rest).half()
     with torch.autocast(x.device.type, enabled=False):
-        return run(*wide).half()
+        return run(*wide, *rest).half()

@@ -13,8 +13,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tiedparam.products.linear_rows import must_be_few, plus, row_blocks, rows_of, shaped_like
+from tiedparam.products.linear_rows import (
+    LITTLE,
+    must_be_few,
+    plus,
+    row_blocks,
+    rows_of,
+    shaped_like,
+)
 from tiedparam.products.opaque import Opaque
+from tiedparam.util.torch_modes import is_traced_or_transformed
 
 Sizes = Sequence[int]
 """Of the parts of an axis; where one is kept with the size 1, all along it are equal."""
@@ -29,6 +37,8 @@ def are_many(x: Tensor, weight: Tensor, inputs: int, outputs: int) -> bool:
         inputs: how many there are.
         outputs: how many there are.
     """
+    if is_traced_or_transformed() or x.numel() // inputs * (2 * inputs + outputs) <= LITTLE:
+        return False  # at once, for small layers are called often
     taken = x.numel() // inputs * _each(weight, inputs, outputs)
     return must_be_few(x, weight, taken, _room(weight, inputs, outputs))
 

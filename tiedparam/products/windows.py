@@ -119,22 +119,53 @@ def pays(
         outputs: the output's sizes along its spatial axes.
         grad: whether gradients are recorded.
     """
-    entries = prod(outputs)
-    total = n * groups * m * entries
-    if groups == 1:  # against one channel that is convolved with m filters
-        if m == 1 or n == 1:  # one sample is one block
-            return False
-        return grad or (total >= _MANY and positions <= _FEW_POSITIONS)
-    if m == 1 or total < _SOME:
+    if m == 1:
         return False
-    if len(outputs) == 1:
-        return grad or m <= FEW_FILTERS
-    return len(outputs) == 2 and entries >= _LONG
+    axes, entries = len(outputs), prod(outputs)
+    total = n * groups * m * entries
+    if groups == 1:
+        return _pays_summed(n, total, positions, axes, grad)
+    return (_pays_trained if grad else _pays_in_groups)(groups, m, total, entries, axes)
 
 
-_SOME, _MANY = 1 << 17, 1 << 20  # entries of the output
+def _pays_summed(n: int, total: int, positions: int, axes: int, grad: bool) -> bool:
+    """Against one channel that is convolved with m filters; one sample is one block."""
+    if n == 1:
+        long = axes == 2 and positions > _FEW_POSITIONS
+        return grad and long and total * positions >= _MANY_TAPS
+    if positions == 1:
+        return n >= _SAMPLES and total >= _SOME
+    if grad:
+        return total >= (_SOME if axes == 2 else _MORE)
+    return axes == 1 and positions <= _FEW_POSITIONS and total >= _MANY
+
+
+def _pays_in_groups(groups: int, m: int, total: int, entries: int, axes: int) -> bool:
+    """Against groups of one channel, each convolved with the same m filters."""
+    if groups < _FEW_GROUPS and m % 8 == 0:
+        return False  # oneDNN has kernels for them
+    if axes == 1:
+        return total >= _MORE // 2 and m <= FEW_FILTERS
+    if axes == 2:
+        return total + _GROUP * groups >= _ENOUGH
+    return total >= _MORE // 2 and m >= FEW_FILTERS and entries >= _LONG
+
+
+def _pays_trained(groups: int, m: int, total: int, entries: int, axes: int) -> bool:
+    if axes == 1:
+        return total >= _MORE // 4
+    if axes == 2 and entries >= _LONG:
+        return total + _GROUP * groups >= _ENOUGH
+    return axes == 2 and m >= FEW_FILTERS and total >= _MANY // 2
+
+
+# entries of the output
+_SOME, _ENOUGH, _MORE, _MANY = 1 << 14, 5 << 14, 1 << 18, 1 << 20
+_GROUP = 1 << 10  # of them take as long as to begin with a group
 _LONG = 512  # entries of one channel
-_FEW_POSITIONS = 9
+_FEW_GROUPS, _FEW_POSITIONS = 8, 9
+_SAMPLES = 16  # so many 1×1 convolutions torch leaves to oneDNN, which is slower
+_MANY_TAPS = 1 << 19  # multiplications
 
 
 def summed_channels(input: Tensor) -> Tensor:

@@ -78,11 +78,14 @@ CAST_BY_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
 """The dtypes that autocast makes one."""
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype to which autocast converts here, or None where it is off."""
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    # asked at every call: first whether it is on for any device, which is known fastest
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None  # (asking for meta raises)
-    return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_dtype(device.type)
 
 
 def may_carry_tangents() -> bool:
