@@ -29,10 +29,39 @@ _LONG_FILTER = Time(330, 0, values=1.05), Time(1050, 0, values=3.7)
 _TRANSPOSED = Time(40, values=2.7), Time(220, 3, values=8.0)
 # multiply-adds that take as long as spreading outputs; small weights are cheaper
 _SPREADING = 1 << 18
+# entries of a Linear layer that are looked up sooner than sums are called: of equal inputs or equal
+# outputs, and of both
+_FEW, _FEW_OF_BOTH = 1 << 9, 1 << 12
+_LITTLE, _MORE = (
+    1 << 18,
+    1 << 20,
+)  # multiply-adds of a convolution likewise, and of a transposed one
 
 
 def cost_of_reduced(rule: Broadcast, use: Use) -> float:
     """Where ``python -m benchmarks --case forms`` saw it lose in no shape, of batch 1 and 32."""
+    return 1.0 if _is_tiny(rule, use) else _cost_of_fewer_channels(rule, use)
+
+
+def _is_tiny(rule: Broadcast, use: Use) -> bool:
+    """Whether torch's calls decide, of which the dense form has fewer."""
+    entries, how = prod(use.layout.canonical_shape), rule.reduction()
+    if use.rows is None:  # in a graph, where calls cost nothing
+        return False
+    if use.kind != "linear":
+        return use.rows * entries <= (_LITTLE if use.kind == "convolution" else _MORE)
+    if _spreads(rule, use):
+        return entries <= SMALL and use.rows * entries <= _SPREADING
+    both = how.inputs.copies > 1 and how.outputs.copies > 1
+    return entries <= (_FEW_OF_BOTH if both else _FEW)
+
+
+def _spreads(rule: Broadcast, use: Use) -> bool:
+    """Whether outputs are to be spread over several groups of equal ones."""
+    return 1 < rule.reduction().outputs.copies < use.layout.canonical_shape[0]
+
+
+def _cost_of_fewer_channels(rule: Broadcast, use: Use) -> float:
     how, layout = rule.reduction(), use.layout
     if how.shared_banks:
         return 1.0  # each group's outputs are its own
@@ -40,12 +69,9 @@ def cost_of_reduced(rule: Broadcast, use: Use) -> float:
     enough = _SAVED if layout.groups == 1 else _SAVED_IN_GROUPS
     if saved == 1 or (use.kind != "linear" and saved < enough):
         return 1.0
-    spreads = use.kind == "linear" and 1 < how.outputs.copies < layout.canonical_shape[0]
     entries = prod(layout.canonical_shape)
-    if spreads and entries <= SMALL and use.rows is not None and use.rows * entries <= _SPREADING:
-        return 1.0
     if use.kind == "linear":
-        times = _SPREAD if spreads else _LINEAR
+        times = _SPREAD if _spreads(rule, use) else _LINEAR
     elif prod(layout.kernel) == 1:
         times = _POINTWISE
     elif use.kind == "convolution":
@@ -70,7 +96,7 @@ def cost_of_windows(rule: Broadcast, use: Use) -> float | None:
         return _cost_of_streams(rule, use) if layout.canonical_shape[1] == 1 else None
     if not how.summed or layout.groups > 1 or how.outputs.copies > 1:
         return None
-    cost = cost_of_reduced(rule, use)
+    cost = _cost_of_fewer_channels(rule, use)
     return _NEARLY * cost if prod(layout.kernel) <= _POSITIONS and cost < 1 else 1.0
 
 
