@@ -14,26 +14,36 @@ import tiedparam as tp
 from tests.support import ROOT
 
 
-def names_for_type_checkers() -> dict[str, str]:
+def names_for_type_checkers(package: str) -> dict[str, str]:
     """The names that are imported for type checkers alone, and from where."""
-    source = (ROOT / "tiedparam" / "__init__.py").read_text(encoding="utf-8")
+    source = (ROOT / package / "__init__.py").read_text(encoding="utf-8")
     (block,) = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
     return {alias.name: node.module for node in block.body for alias in node.names}
 
 
 def test_type_checkers_and_python_find_the_same_names():
     places = {name: f"tiedparam.{place}" for name, place in tp._PLACES.items()}
-    assert names_for_type_checkers() == {**places, **dict.fromkeys(tp._ROOMS, "tiedparam")}
+    rooms = dict.fromkeys(tp._ROOMS, "tiedparam")
+    assert names_for_type_checkers("tiedparam") == {**places, **rooms}
     assert {*tp._PLACES, "__version__"} == set(tp.__all__)
     for name in tp.__all__:
         assert getattr(tp, name) is not None
     assert set(tp.__all__) <= set(dir(tp))
 
 
+def test_type_checkers_and_python_find_the_same_names_of_laws():
+    places = {name: f"tiedparam.{place}" for name, place in tp.laws._PLACES.items()}
+    assert names_for_type_checkers("tiedparam/laws") == places
+    assert set(tp.laws.__all__) == set(places) == set(dir(tp.laws))
+    for name in tp.laws.__all__:
+        assert getattr(tp.laws, name) is not None
+
+
 def test_what_there_is_not_is_said_as_by_any_module():
-    with pytest.raises(AttributeError, match=r"module 'tiedparam' has no attribute 'register'"):
-        tp.register  # noqa: B018
-    assert not hasattr(tp, "nothing")
+    for package, name in ((tp, "tiedparam"), (tp.laws, "tiedparam.laws")):
+        with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'register'"):
+            package.register  # noqa: B018
+        assert not hasattr(package, "nothing")
 
 
 def said_by(code: str) -> list[str]:
@@ -53,6 +63,15 @@ def test_an_import_enters_no_room_and_a_name_those_that_it_needs():
         "from tiedparam import save; print(sorted({'model', 'files', 'rules'} & rooms()))"
     )
     assert said_by(code) == ["['_version'] False", "[]", "['files', 'model']"]
+
+
+def test_a_name_imports_no_form_and_no_kind_of_law_that_ties_do_not_need():
+    code = (
+        "import sys, tiedparam as tp; tp.register_tie; ours = {m.removeprefix('tiedparam.') for m "
+        "in sys.modules}; print(sorted({'laws.broadcast', 'products.windows'} & ours)); "
+        "from tiedparam.laws import Broadcast; print(Broadcast.__module__)"
+    )
+    assert said_by(code) == ["[]", "tiedparam.laws.broadcast"]
 
 
 def test_a_tie_imports_its_law_and_no_others_and_nothing_of_files():

@@ -183,13 +183,12 @@ def _runs_here(
     """Whether a form can run on these tensors, in what torch is doing now."""
     if form.where == "anywhere":
         return True
-    dtype, device = input.dtype, input.device.type
-    if (
-        not serves(form, dtype, device, asked=asked)
-        or any(value.dtype is not dtype for value in free)
-        or autocast_dtype(input.device) is not None
-    ):
+    dtype, device = input.dtype, "cpu" if input.is_cpu else input.device.type
+    if not serves(form, dtype, device, asked=asked) or autocast_dtype(input.device) is not None:
         return False
+    for value in free:
+        if value.dtype is not dtype:
+            return False
     if in_compiled_graph():
         return form.where == "compiled"
     return is_ordinary(input, *free) if bias is None else is_ordinary(input, *free, bias)
