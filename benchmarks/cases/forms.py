@@ -15,7 +15,6 @@ from benchmarks import contenders as made
 from benchmarks import models
 from benchmarks.cases.enrolled import case, placed
 from benchmarks.measuring import Run, Setting
-from tiedparam.products import reduced
 from tiedparam.tie.lookup import tie_of
 
 Layer = tuple[str, Callable[[int], Any], tuple[int, ...]]
@@ -105,23 +104,14 @@ def _compare_forms(
 
 def _chosen(tied: Any, x: Tensor, mode: str) -> str:
     """The form in which a layer computes an input: seen, not derived."""
-    tie, calls = tie_of(tied), []
-    compute = reduced.convolve
-
-    def convolve(*arguments: Any) -> Tensor:
-        calls.append(arguments)
-        return compute(*arguments)
-
-    reduced.convolve = convolve
+    computing = tie_of(tied).computing
+    computing.seen = []
     try:
         with torch.set_grad_enabled(mode == "training"):
             tied(x.to(tied.bias.device).requires_grad_())
+        return next(iter(computing.seen), "dense")
     finally:
-        reduced.convolve = compute
-    if calls:
-        return "windows"
-    order = tie.computing.order(tie.rule, None, mode == "training", False)
-    return next((form.name for form in order if form.name != "windows"), "dense")
+        computing.seen = None
 
 
 @case(
