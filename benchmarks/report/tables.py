@@ -145,10 +145,12 @@ def _sizes(comparisons: Sequence[Comparison]) -> str:
 def _forms(comparisons: Sequence[Comparison]) -> str:
     """How good the choice is, and every comparison in which it is not the best by 5 %."""
     good = sum(c["loss"] <= 0.05 for c in comparisons)
+    apart = sum(map(_loses_beyond_spread, comparisons))
     text = (
         f"The form that the layer chose is the fastest, or within 5 % of it, in {good} of "
-        f"{len(comparisons)} comparisons. Times are relative to the stock layer; the chosen form "
-        "is in bold.\n\n"
+        f"{len(comparisons)} comparisons; in {apart} it loses by more than the spread: its lower "
+        "quartile is above the other's upper one. Times are relative to the stock layer; the "
+        "chosen form is in bold.\n\n"
     )
     names = list(dict.fromkeys(name for c in comparisons for name in c["contenders"]))
     names = [name for name in names if name != "stock layer"]
@@ -161,6 +163,13 @@ def _forms(comparisons: Sequence[Comparison]) -> str:
             row.append(f"**{cell}**" if name == comparison["chosen"] else cell)
         rows.append([*row, f"{comparison['loss']:.0%}" if comparison["loss"] > 0.05 else ""])
     return text + table(["layer", "batch", "mode", *names, "loss over 5 %"], rows)
+
+
+def _loses_beyond_spread(comparison: Comparison) -> bool:
+    chosen, best = (
+        comparison["contenders"][comparison[which]]["fixed"] for which in ("chosen", "best")
+    )
+    return bool(chosen["lower"] > best["upper"])
 
 
 def _grouped(
