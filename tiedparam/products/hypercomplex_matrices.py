@@ -97,22 +97,28 @@ def _complex_gradients(
     of_x = None
     if needs[0]:  # gradients are multiplied by the conjugate
         by_real, by_imaginary = columns.chunk(2)
-        of_x = _through(rows, by_real, -by_imaginary).view(x.shape)
+        of_x = _through(rows, by_real, by_imaginary, -1).view(x.shape)
     return of_x, of_columns, rows.sum(0) if needs[2] else None
 
 
-def _through(rows: Tensor, by_real: Tensor, by_imaginary: Tensor) -> Tensor:
-    """``(a + bi)(c + di)``, of matrices: Gauss's way."""
+def _through(rows: Tensor, by_real: Tensor, by_imaginary: Tensor, sign: int = 1) -> Tensor:
+    """``(a + bi)(c ± di)``, of matrices: ``ac``, ``bd`` and ``(a + b)(c ± d)``.
+
+    Of the ways with three products this one adds up the fewest matrices.
+    """
     (inner, made), count = by_real.shape, rows.shape[0]
     outputs = rows.new_empty(count, 2 * made)
-    blocks = list(row_blocks(count, inner, by_real.numel()))
-    for few in blocks:
-        common = rows[few, :inner] + rows[few, inner:]
-        outputs[few, made:].addmm_(common, by_real, beta=0)
-        del common
-    outputs[:, :made] = outputs[:, made:]
-    outputs[:, :made].addmm_(rows[:, inner:], by_real + by_imaginary, alpha=-1)
-    outputs[:, made:].addmm_(rows[:, :inner], by_imaginary - by_real)
+    real, imaginary = outputs[:, :made], outputs[:, made:]
+    both = torch.add(by_real, by_imaginary, alpha=sign)
+    for few in row_blocks(count, max(inner, made), by_real.numel()):
+        a, b = rows[few, :inner], rows[few, inner:]
+        imaginary[few].addmm_(a + b, both, beta=0)
+        real[few].addmm_(a, by_real, beta=0)
+        imaginary[few].sub_(real[few])
+        product = torch.mm(b, by_imaginary)
+        real[few].sub_(product, alpha=sign)
+        imaginary[few].sub_(product, alpha=sign)
+        del product  # or the next sum would be made beside it
     return outputs
 
 
