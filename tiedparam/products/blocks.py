@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tiedparam.products.linear_rows import must_be_few, plus, row_blocks, rows_of, shaped_like
+from tiedparam.products.linear_rows import must_be_few, row_blocks, rows_of, shaped_like
 from tiedparam.products.opaque import Opaque
 from tiedparam.util.torch_modes import is_traced
 from tiedparam.util.torch_private import reshaped_in_place
@@ -30,13 +30,17 @@ def block_diagonal_product(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Te
     count, outputs, inputs = blocks.shape
     if must_be_few(x, blocks, max(x.numel(), x.numel() // inputs * outputs), _room(blocks)):
         return _IN_BLOCKS(x, blocks, bias)
-    y = torch.bmm(x.reshape(-1, count, inputs).transpose(0, 1), blocks.mT).transpose(0, 1)
-    if bias is not None:
-        y = y + bias.to(y.dtype).view(count, outputs)  # less work than to begin with it
-    y = y.contiguous()
+    parts = x.reshape(-1, count, inputs).transpose(0, 1)
+    y = _multiplied(parts, blocks, bias).transpose(0, 1).contiguous()
     if is_traced():  # which would write the sizes down as constants
         return y.flatten(1).unflatten(0, x.shape[:-1]) if x.dim() != 2 else y.flatten(1)
     return reshaped_in_place(y, (*x.shape[:-1], count * outputs))
+
+
+def _multiplied(parts: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.bmm(parts, blocks.mT)
+    return torch.baddbmm(bias.reshape(len(blocks), 1, -1), parts, blocks.mT)
 
 
 def _room(blocks: Tensor) -> int:
@@ -48,8 +52,8 @@ def _product(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
     rows, (count, outputs, _) = rows_of(x), blocks.shape
     answers = rows.new_empty(len(rows), count, outputs)
     for few in row_blocks(len(rows), count * outputs, _room(blocks)):
-        _parts(answers[few], count).baddbmm_(_parts(rows[few], count), blocks.mT, beta=0)
-    return shaped_like(plus(answers.view(len(rows), count * outputs), bias), x)
+        answers[few] = _multiplied(_parts(rows[few], count), blocks, bias).transpose(0, 1)
+    return shaped_like(answers.view(len(rows), count * outputs), x)
 
 
 def _gradients(
@@ -64,7 +68,7 @@ def _gradients(
         if of_blocks is not None:
             of_blocks.baddbmm_(parts.mT, _parts(rows[few], count))
         if of_x is not None:
-            _parts(of_x[few], count).baddbmm_(parts, blocks, beta=0)
+            of_x[few] = torch.bmm(parts, blocks).transpose(0, 1)
     of_x = None if of_x is None else of_x.view(x.shape)
     return of_x, of_blocks, answers.sum(0) if needs[2] else None
 

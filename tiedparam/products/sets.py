@@ -40,16 +40,14 @@ def _through(
     for few in row_blocks(count, (outputs + inputs) * (items + 1), room):
         added = torch.mm(sets[few].sum(2), together.t()).unsqueeze(2)
         own = answers[few]
-        if bias is None:
-            own.copy_(added)
-        else:  # before the product, after which it takes several times as long
-            own.copy_(bias.view(outputs, items)).add_(added)
         if items >= _WIDE:
-            own.baddbmm_(each.expand(len(own), outputs, inputs), sets[few])
+            own.copy_(added).baddbmm_(each.expand(len(own), outputs, inputs), sets[few])
         else:  # the items of all sets side by side, where one set's product would be too narrow
             every = torch.mm(each, _side_by_side(sets[few])).view(outputs, len(own), items)
-            own += every.transpose(0, 1)
+            own.copy_(every.transpose(0, 1)).add_(added)
             del every  # or the next one would be made beside it
+        if bias is not None:
+            own += bias.view(outputs, items)
     return answers.view(count, outputs * items)
 
 
