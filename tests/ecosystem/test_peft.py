@@ -98,6 +98,52 @@ def test_s25_merging_is_refused_and_works_after_untying(rule, merge):
         assert type(merged.second) is nn.Linear
 
 
+def adapted_in_both(rule):
+    """A model whose first layer has two adapters, and its tied second one of them."""
+    model = peft.get_peft_model(
+        base(rule),
+        peft.LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False),
+    )
+    model.add_adapter(
+        "elsewhere", peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
+    )
+    return model
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@rules
+def test_a_refused_merge_leaves_the_layers_before_the_tied_one_as_they_were(rule, merge):
+    model = adapted_in_both(rule)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(tp.TieError, match="'second.base_layer.weight' is tied.*remove_tie first"):
+        getattr(model, merge)()
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_adapters_of_other_layers_merge_beside_a_tied_one(active):
+    model = adapted_in_both("row_repeat")
+    if active:
+        model.set_adapter("elsewhere")
+    expected = model(X)
+    model.merge_adapter(None if active else ["elsewhere"])
+    first = model.base_model.model.first
+    assert first.merged_adapters == ["elsewhere"]
+    if active:
+        torch.testing.assert_close(model(X), expected)
+
+
+def test_a_layer_of_which_only_the_bias_is_tied_takes_a_merge():
+    model = Net()
+    tp.register_tie(model.second, "row_repeat", tensor_name="bias")
+    config = peft.LoraConfig(r=2, target_modules=["second"], init_lora_weights=False)
+    adapted_model = peft.get_peft_model(model, config)
+    expected = adapted_model(X)
+    torch.testing.assert_close(adapted_model.merge_and_unload()(X), expected)
+
+
 @pytest.mark.feature("Libraries", "PEFT: tying the adapter's own matrices", needs="peft")
 def test_an_adapter_can_be_tied():
     model = adapted("flip_sym")

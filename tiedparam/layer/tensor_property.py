@@ -6,6 +6,7 @@ serves them; everybody else gets the tensor guarded against writes, which would 
 
 from __future__ import annotations
 
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from tiedparam.layer.values import assign_
 from tiedparam.tie import torch_callers
 from tiedparam.tie.interposed import refuse_absent
 from tiedparam.tie.lookup import find_tie, is_tied
+from tiedparam.tie.merges import PEFT, watch_merges
 from tiedparam.tie.reading import ResizedSourceError
 from tiedparam.tie.sources import overlooking_sources, refuse_separate_source
 from tiedparam.tie.write_guard import guard
@@ -95,6 +97,8 @@ def _for_others(
             refuse_absent(layer, name, reader.f_locals.values())
         return weight
     torch_callers.refuse_old_reparametrization(layer, name, reader)
+    if PEFT in sys.modules:  # it reads a weight that it is about to adapt
+        watch_merges()
     return guard(weight, layer, name)
 
 
