@@ -16,7 +16,7 @@ from tiedparam.laws.fitted import is_fitted, why_no_numbers
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
 from tiedparam.tie.write_guard import unguard
-from tiedparam.util.errors import Reason, quoted, shown_shape, some_of, warn
+from tiedparam.util.errors import Reason, quoted, shown_shape
 from tiedparam.util.sharded import whole
 from tiedparam.util.torch_private import has_values, original_key
 
@@ -179,13 +179,3 @@ def as_float(value: Tensor) -> Tensor:
     """An entry as numbers that a law can average, whole where it is sharded."""
     value = whole(unguard(value))
     return value if value.is_floating_point() or value.is_complex() else value.float()
-
-
-def warn_projected(projected: list[tuple[str, float]]) -> None:
-    """Say which loaded weights were not lawful, by key and residual."""
-    if projected:
-        names = some_of([f"'{key}' (residual {residual:.2e})" for key, residual in projected])
-        warn(
-            f"these weights were not lawful and were projected while loading: {names}.",
-            "Fine-tune, or look at tiedparam.residual before you tie.",
-        )

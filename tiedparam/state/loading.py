@@ -27,11 +27,11 @@ from tiedparam.state.entries import (
     data_in,
     disagreement,
     renew_entries,
-    warn_projected,
     why_other_data,
     why_unfit,
     why_unfit_free,
 )
+from tiedparam.state.projected import note_projected, start_load
 from tiedparam.state.together import fitted_in_load, why_alone
 from tiedparam.tie.lookup import find_tie, origins, ties_in
 from tiedparam.tie.record import Tie
@@ -64,6 +64,7 @@ def accept(
         reason: Reason | None = None
         renew_entries(tie.rule, key, state_dict)
         if key in state_dict:
+            start_load(caller())
             value = state_dict.pop(key)
             reason = _why_not_loaded(tie, key, value, keys, state_dict)
             fit = fitted_in_load(tie, caller()) if reason is None else None
@@ -144,7 +145,7 @@ def _take(
     free, lawful = fit
     residual = relative_distance(value, lawful.to(value)) if has_values(value) else 0.0
     if not residual <= RESIDUAL_TO_WARN:
-        warn_projected([(key, residual)])
+        note_projected(key, residual, caller())
     state_dict.update(zip(keys, free, strict=True))
 
 
@@ -257,7 +258,7 @@ class _PendingEntry:
             if has_values(value) and self._awaited <= 0:
                 residual = relative_distance(like, tie.rule(*sources, *free))
                 if not residual <= RESIDUAL_TO_WARN:
-                    warn_projected([(self._key, residual)])
+                    note_projected(self._key, residual, caller())
         return free
 
     def __call__(self) -> None:

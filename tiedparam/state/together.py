@@ -15,6 +15,7 @@ from tiedparam.state.entries import as_float, why_unfit
 from tiedparam.tie.lookup import named_ties_in
 from tiedparam.tie.record import Tie
 from tiedparam.tie.sharing import readers_of, shared_by
+from tiedparam.tie.torch_callers import load_call
 from tiedparam.util.errors import Reason
 
 Fits = dict[nn.Module, tuple[tuple[Tensor, ...], Tensor]]
@@ -96,11 +97,10 @@ def fitted_in_load(tie: Tie, frame: FrameType | None) -> tuple[tuple[Tensor, ...
     """
     if not isinstance(tie.rule, Sharing):
         return None
-    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
-        frame = frame.f_back
-    if frame is None:
+    call = load_call(frame)
+    if call is None:
         return None
-    model, entries = frame.f_locals["self"], frame.f_locals["state_dict"]
+    model, entries = call
     if id(entries) not in _loads:
         _loads[id(entries)] = fitted_together(model, entries)
         # torch has made this dictionary for the one call

@@ -13,6 +13,7 @@ import os
 from collections.abc import Collection
 from functools import lru_cache
 from types import FrameType
+from typing import Any
 
 from torch import nn
 
@@ -94,6 +95,17 @@ def refuse_quantization(layer: nn.Module, writer: FrameType) -> None:
             f"torch.ao.quantization cannot convert the tied {where}.",
             "Call remove_tie first; quantized numbers are then as many as dense ones.",
         )
+
+
+def load_call(frame: FrameType | None) -> tuple[nn.Module, dict[str, Any]] | None:
+    """The model that ``load_state_dict`` is loading, and the dictionary that torch made for that.
+
+    Args:
+        frame: that of a function which the call has called.
+    """
+    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
+        frame = frame.f_back
+    return (frame.f_locals["self"], frame.f_locals["state_dict"]) if frame is not None else None
 
 
 def beyond_modules(reader: FrameType) -> FrameType | None:
