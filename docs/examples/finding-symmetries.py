@@ -43,7 +43,7 @@ before = train(model, 150)
 
 seen = tp.scan(model)
 print(seen.headline())
-for row in seen.found()[:4]:
+for row in seen.found():
     print(f"{row.layer:7} {row.rule:27} {row.residual:.2f}, of a random one {row.expected:.2f}")
 tp.draw_scan(seen).savefig("scan.png")
 tp.draw_residuals(seen).savefig("residuals.png")

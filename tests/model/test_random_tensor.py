@@ -219,7 +219,7 @@ def trained_norms() -> nn.Sequential:
             if getattr(model[norm], "bias", None) is not None:
                 model[norm].bias.normal_(0.4, 0.05)
         weight = model[2].weight
-        weight += 0.3 * (weight.transpose(0, 1).flip(2, 3) - weight)
+        weight += 0.35 * (weight.transpose(0, 1).flip(2, 3) - weight)
     return model
 
 
@@ -282,12 +282,47 @@ def test_a_planted_symmetry_is_on_top_whatever_the_mean(layer, rule, options, me
     assert found[0].relative < 0.4
 
 
+def trained_on_digits() -> nn.Sequential:
+    """A small convolutional network, as anybody's."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    images = torch.tensor(digits.data, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    names = torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(200):
+        batch = torch.randint(len(names), (64,))
+        loss = nn.functional.cross_entropy(model(images[batch]), names[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1
+    return model
+
+
+def test_an_ordinary_trained_network_does_not_look_tied():
+    report = tp.scan(trained_on_digits())
+    assert report.found() == []
+    assert report.plan().entries == ()
+    near = report.found(below=0.9)  # training leaves such, and they are no luck
+    assert near
+    words = f"None of 14 tensors looks tied. The nearest is {near[0].layer}.{near[0].tensor_name} ("
+    assert report.headline().startswith(words)
+    assert f"whose residual is {near[0].relative:.2f} of a random tensor's" in report.headline()
+    assert "0 finds" in tp.draw_scan(report).axes[0].get_title()
+
+
 def test_a_lucky_small_tensor_does_not_stand_before_a_find():
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(40)), nn.Linear(64, 64))
     with torch.no_grad():
         weight = model[40].weight
-        weight += 0.3 * (weight.t() - weight)
+        weight += 0.35 * (weight.t() - weight)
     report = tp.scan(model, ["flip_sym"])
     lucky = min(c.relative for c in report.candidates if c.layer != "40")
     first = report.ranked()[0]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tiedparam.model.pictures import INK, needed, new_figure
-from tiedparam.model.scan_report import Candidate, ScanReport
+from tiedparam.model.scan_report import NEAR, Candidate, ScanReport
 from tiedparam.util.errors import TieError, key_of
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ _MOST_ROWS = 40
 _MOST_NUMBERS = 400
 _FOUND = ("#67001f", "#b2182b", "#d6604d", "#f4a582")  # from 0 on: strong
 _OTHERS = ("#d4d4d4", "#f4f4f4")  # from 0 on: pale
-_BELOW = 0.9  # no find lies higher
 _HATCH = {"facecolor": "white", "edgecolor": "#c4c4c4", "hatch": "/////"}
 _MARKERS = "osD^v"
 
@@ -124,7 +123,7 @@ def draw_scan(report: ScanReport) -> Figure:
         values = [[math.nan] * len(columns) for _ in rows]
         for row, column in shown:
             values[row][column] = fields[row, column].relative or 0.0
-        image = axes.imshow(values, cmap=colours("", ramp), vmin=0, vmax=_BELOW, aspect="auto")
+        image = axes.imshow(values, cmap=colours("", ramp), vmin=0, vmax=NEAR, aspect="auto")
     few = len(rows) * len(columns) <= _MOST_NUMBERS
     for (row, column), c in fields.items():
         if few or (row, column) in found:
@@ -142,7 +141,7 @@ def draw_scan(report: ScanReport) -> Figure:
 
 def _write(axes: Any, row: int, column: int, relative: float, *, found: bool) -> None:
     """The number of a field, and its frame if it is a find."""
-    ink = "#8a8a8a" if not found else "white" if relative < _BELOW / 2 else INK
+    ink = "#8a8a8a" if not found else "white" if relative < NEAR / 2 else INK
     number = f"{relative:.2f}"
     weight = "bold" if found else "normal"
     axes.text(column, row, number, size=7, ha="center", va="center", color=ink, weight=weight)
