@@ -19,9 +19,9 @@ from tiedparam.compute.kept import recall
 from tiedparam.laws.layout import declared_shape
 from tiedparam.layer.values import assign_
 from tiedparam.tie import torch_callers
+from tiedparam.tie.adapters import PEFT
 from tiedparam.tie.interposed import refuse_absent
 from tiedparam.tie.lookup import find_tie, is_tied
-from tiedparam.tie.merges import PEFT, watch_merges
 from tiedparam.tie.reading import ResizedSourceError
 from tiedparam.tie.sources import overlooking_sources, refuse_separate_source
 from tiedparam.tie.write_guard import guard
@@ -98,6 +98,8 @@ def _for_others(
         return weight
     torch_callers.refuse_old_reparametrization(layer, name, reader)
     if PEFT in sys.modules:  # it reads a weight that it is about to adapt
+        from tiedparam.tie.merges import watch_merges
+
         watch_merges()
     return guard(weight, layer, name)
 

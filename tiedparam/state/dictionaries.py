@@ -20,10 +20,10 @@ from tiedparam.state.entries import (
     both_forms,
     disagreement,
     renew_entries,
+    warn_projected,
     why_unfit,
     why_unfit_free,
 )
-from tiedparam.state.projected import warn_projected
 from tiedparam.state.together import fitted_together, why_alone
 from tiedparam.tie.lookup import find_tie, key_prefix, named_ties_in, ties_in
 from tiedparam.tie.record import Tie

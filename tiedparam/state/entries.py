@@ -1,13 +1,17 @@
-"""Whether single entries of a state dict fit a tie: reasons, and what they are compared with."""
+"""Whether single entries of a state dict fit a tie: reasons, and what is said of misfits."""
 
 from __future__ import annotations
 
 import itertools
+import math
+import weakref
 from collections.abc import Mapping, MutableMapping
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tiedparam.laws.coded import Coded
 from tiedparam.laws.distance import relative_distance
@@ -15,8 +19,10 @@ from tiedparam.laws.earlier import renewed
 from tiedparam.laws.fitted import is_fitted, why_no_numbers
 from tiedparam.laws.rule import Rule
 from tiedparam.tie.record import Tie
+from tiedparam.tie.torch_callers import load_call
 from tiedparam.tie.write_guard import unguard
-from tiedparam.util.errors import Reason, quoted, shown_shape
+from tiedparam.util.callers import caller
+from tiedparam.util.errors import Reason, quoted, shown_shape, some_of, warn
 from tiedparam.util.sharded import whole
 from tiedparam.util.torch_private import has_values, original_key
 
@@ -179,3 +185,76 @@ def as_float(value: Tensor) -> Tensor:
     """An entry as numbers that a law can average, whole where it is sharded."""
     value = whole(unguard(value))
     return value if value.is_floating_point() or value.is_complex() else value.float()
+
+
+# What was projected --------------------------------------------------------------------------
+
+
+def warn_projected(projected: list[tuple[str, float]]) -> None:
+    """Say which loaded weights were not lawful, by key and residual, the worst first."""
+    if not projected:
+        return
+    worst = sorted(projected, key=lambda each: -math.inf if math.isnan(each[1]) else -each[1])
+    names = some_of([f"'{key}' (residual {residual:.2e})" for key, residual in worst])
+    weights = "these weights" if len(worst) == 1 else f"{len(worst)} weights"
+    warn(
+        f"{weights} were not lawful and were projected while loading: {names}.",
+        "Fine-tune, or look at tiedparam.residual before you tie.",
+    )
+
+
+class _Projected:
+    """The hook on a model that is being loaded: one warning for all layers, at the end.
+
+    A layer sees only its own entries. The call of ``load_state_dict`` is found among the callers.
+
+    Attributes:
+        found: keys and residuals so far.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, float]] = []
+
+    def __call__(self, model: nn.Module, incompatible: object) -> None:
+        found, self.found = self.found, []
+        if _hook_in(load_call(caller())) is self:  # not of a load that an error has ended
+            warn_projected(found)
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+_loads: dict[int, _Projected] = {}
+"""By the ``id`` of the dictionary that `load_state_dict` loads from, as long as it lives."""
+
+
+def start_load(frame: FrameType) -> None:
+    """Prepare for projected weights in the load whose call is above this frame, if there is one.
+
+    Before any is found: by then torch may be running the hooks of the model itself.
+    """
+    call = load_call(frame)
+    if call is not None and _hook_in(call) is None:
+        model, entries = call
+        hook = _loads[id(entries)] = _Projected()
+        handle = model.register_load_state_dict_post_hook(hook)
+        # torch has made this dictionary for the one call
+        weakref.finalize(entries, _end_load, id(entries), handle).atexit = False
+
+
+def note_projected(key: str, residual: float, frame: FrameType) -> None:
+    """Warn of a weight when the load ends whose call is above this frame; else now."""
+    hook = _hook_in(load_call(frame))
+    if hook is None:
+        warn_projected([(key, residual)])
+    else:
+        hook.found.append((key, residual))
+
+
+def _hook_in(call: tuple[nn.Module, dict[str, Any]] | None) -> _Projected | None:
+    return _loads.get(id(call[1])) if call is not None else None
+
+
+def _end_load(entries: int, handle: RemovableHandle) -> None:
+    del _loads[entries]
+    handle.remove()

@@ -26,12 +26,13 @@ from tiedparam.state.entries import (
     both_forms,
     data_in,
     disagreement,
+    note_projected,
     renew_entries,
+    start_load,
     why_other_data,
     why_unfit,
     why_unfit_free,
 )
-from tiedparam.state.projected import note_projected, start_load
 from tiedparam.state.together import fitted_in_load, why_alone
 from tiedparam.tie.lookup import find_tie, origins, ties_in
 from tiedparam.tie.record import Tie

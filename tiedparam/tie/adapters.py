@@ -10,10 +10,13 @@ from typing import Any
 
 from torch import nn
 
+PEFT = "peft.tuners.tuners_utils"
+"""The module that is there as soon as PEFT can adapt a layer."""
+
 
 def adapts(wrapper: nn.Module, layer: nn.Module) -> bool:
     """Whether an adapter around ``layer`` may be merged into its weight (LoRA and its kin)."""
-    return _wraps("peft.tuners.tuners_utils", "BaseTunerLayer", wrapper, layer)
+    return _wraps(PEFT, "BaseTunerLayer", wrapper, layer)
 
 
 def trains_another(wrapper: nn.Module, layer: nn.Module) -> bool:

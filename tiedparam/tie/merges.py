@@ -14,12 +14,11 @@ from typing import Any
 
 from torch import nn
 
+from tiedparam.tie.adapters import PEFT
 from tiedparam.tie.lookup import find_tie
 from tiedparam.util.callers import caller, module_of
 from tiedparam.util.errors import TieError, describe
 
-PEFT = "peft.tuners.tuners_utils"
-"""The module that is there as soon as PEFT can adapt a layer."""
 _QUESTION = "_check_merge_allowed"
 
 
