@@ -11,6 +11,7 @@ import pytest
 from torch import nn
 
 import tiedparam as tp
+from tiedparam.laws import Orbits
 
 LONGEST = 340
 """Lines of ``help(rule)``. Of a layer it has more than a thousand."""
@@ -115,6 +116,48 @@ def test_help_of_a_users_rule(more):
     assert {"law", "period", "extra_repr", "project"} <= listed(text)
     assert ("smoothness" in listed(text)) is smooth
     assert not listed(text) & {"cuda", "register_forward_hook", "__abstractmethods__"}
+
+
+ASKED_BY_THE_LIBRARY = {"bind", "find_pattern", "law_key", "numbers_of_law", "why_no_such_cells"}
+STATED_OR_GIVEN = {
+    "law", "family", "check", "symmetries", "free_shapes", "forward", "variants", "examples",
+    "cell", "project", "residual", "right_inverse", "free_count", "multiplicities",
+    "orbit_labels", "adjoint",
+}  # fmt: skip
+
+
+def test_help_of_a_users_law_has_what_it_may_state_and_not_what_the_library_asks():
+    class Mirrored(Orbits):
+        """Rows read the same backwards."""
+
+        law = "W = flip(W)"
+
+        def symmetries(self, weight):
+            yield weight.flip(1)
+
+    shown = listed(help_of(Mirrored))
+    assert shown >= STATED_OR_GIVEN
+    assert not shown & ASKED_BY_THE_LIBRARY
+    assert {*dir(Mirrored()), *dir(Orbits)} >= ASKED_BY_THE_LIBRARY  # they are there, and its own
+
+
+def test_help_shows_what_a_users_law_defines_whatever_it_is_called():
+    class Named(tp.Rule):
+        """A law with a method of its own that has the name of one of the library's."""
+
+        law = "W = w"
+
+        def law_key(self):
+            """What it depends on."""
+
+        def read_from(self):
+            """Where it comes from."""
+
+    class Derived(Named):
+        """The same."""
+
+    for kind in (Named, Derived):
+        assert {"law_key", "read_from"} <= listed(help_of(kind))
 
 
 def test_an_abstract_rule_is_not_made():

@@ -56,6 +56,10 @@ class Coded(Orbits):
     """Whether the data are made of the weight when it is tied, which is known only then."""
 
     apart: ClassVar[frozenset[str]] = Orbits.apart | {"_shared", "_shapes", "_seen"}
+    _inner: ClassVar[tuple[str, ...]] = (
+        "adopt", "bind_tensor", "fault", "holds_numbers", "made_of_weight", "why_other_data",
+        "why_stale", "with_data",
+    )  # fmt: skip
     _shared: EntryTable | None = None
     _shapes: tuple[tuple[int, ...], ...] = ()
     _seen: tuple[tuple[weakref.ref[Any], int, int | None], ...] = ()

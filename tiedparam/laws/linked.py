@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,11 @@ class Linked(Rule):
     complex_valued = True
     gains_from_cache = False  # comparing the source's numbers takes as long as computing with them
     reads_layers = True
+    _inner: ClassVar[tuple[str, ...]] = (
+        "read_from",
+        "reason_against_several",
+        "reason_against_shape",
+    )
 
     def __init__(
         self,

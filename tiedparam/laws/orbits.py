@@ -72,6 +72,13 @@ class Orbits(Rule):
 
     apart: ClassVar[frozenset[str]] = frozenset({"_table", "_none"})
     """Further attributes on which no symmetry depends."""
+    _inner: ClassVar[tuple[str, ...]] = (
+        "find_pattern",
+        "is_derived",
+        "law_key",
+        "numbers_of_law",
+        "why_no_such_cells",
+    )
     _table: EntryTable
     _none: Tensor
 

@@ -73,6 +73,12 @@ class Rule(nn.Module, metaclass=OwnMembers):
     compute: str = "auto"
     """The name of the form that is to compute the layer, ``"dense"``, or ``"auto"``; see `form`."""
 
+    _inner: ClassVar[tuple[str, ...]] = (
+        "bind", "bind_device", "fit_to", "for_layout", "is_plain_copy", "reason_against",
+        "reason_against_dtype", "why_not_kept",
+    )  # fmt: skip
+    """What only the library asks for: `help` leaves it out where it is inherited."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         refuse_two_of_a_name(cls)
