@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 import tiedparam as tp
 from tiedparam.__main__ import main
 from tiedparam.cli.model_from_file import open_model
-from tiedparam.laws import Linked
+from tiedparam.laws import Linked, Orbits
 
 MODULE = """
 from pathlib import Path
@@ -96,12 +97,70 @@ def test_a_function_of_a_script_is_loaded_where_it_is_passed(mine, tmp_path, mon
     monkeypatch.setattr(sys.modules["__main__"], "tile", tile, raising=False)
     path = tmp_path / "tied.safetensors"
     model = tied(tile)
-    tp.save(model, path)
+    with pytest.warns(tp.TieWarning, match="the function '__main__:tile', which a script.*module"):
+        tp.save(model, path)
     monkeypatch.undo()
     with pytest.raises(tp.TieError, match="in the shell, a script cannot be imported: save it"):
         tp.load(path, build())
     loaded = tp.load(path, build(), functions={"__main__:tile": mine.tile})
     assert torch.equal(loaded[1].weight, model[1].weight)
+
+
+class OfAScript(Orbits):
+    """A law that is registered under a name while a test runs."""
+
+    law = "W = flip(W)"
+
+    def symmetries(self, weight):
+        yield weight.flip(1)
+
+
+@pytest.fixture
+def law_of_a_script(registry, monkeypatch):
+    monkeypatch.setattr(OfAScript, "__module__", "__main__")
+    tp.register_rule("of_a_script")(OfAScript)
+    return "of_a_script"
+
+
+def test_a_law_of_a_script_is_told_when_it_is_saved(law_of_a_script, mine, tmp_path):
+    path = tmp_path / "tied.safetensors"
+    flipped = nn.Sequential(tp.register_tie(nn.Linear(4, 4), law_of_a_script))
+    both = [("row_repeat", {"groups": 2}), law_of_a_script]
+    together = nn.Sequential(tp.register_tie(nn.Linear(4, 4), both))
+    for model in (flipped, together):
+        with pytest.warns(tp.TieWarning, match=r"the law 'of_a_script', which a script") as caught:
+            tp.save(model, path)
+        assert len(caught) == 1
+        assert tp.get_tie(tp.load(path, nn.Sequential(nn.Linear(4, 4)))[0]).law
+        path.unlink()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(tp.TieWarning):
+                tp.save(model, path)
+        assert not path.exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tp.save(tied(mine.tile), path)
+
+
+def test_a_plan_that_names_what_a_script_has_says_so(law_of_a_script, mine, tmp_path, monkeypatch):
+    def tile(weight):
+        return mine.tile(weight)
+
+    tile.__module__, tile.__qualname__ = "__main__", "tile"
+    monkeypatch.setattr(sys.modules["__main__"], "tile", tile, raising=False)
+    copied = ("copy", {"source": "0", "fn": tile})
+    law, function = "the law 'of_a_script'", "the function '__main__:tile'"
+    for plan, names in (
+        ({"0": law_of_a_script}, law),
+        ({"1": copied}, function),
+        ({"0": [law_of_a_script, "row_repeat"], "1": copied}, f"{function} and {law}"),
+    ):
+        with pytest.warns(tp.TieWarning, match=f"the file will name {names}, which"):
+            tp.write_plan(plan, tmp_path / "plan.toml")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tp.write_plan({"1": ("copy", {"source": "0", "fn": mine.tile})}, tmp_path / "plan.toml")
 
 
 def test_a_files_say_so_imports_nothing(mine, tmp_path):

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tiedparam.laws.coded import Coded
-from tiedparam.laws.functions import Function, Functions, function_name, with_functions
+from tiedparam.laws.functions import (
+    Function,
+    Functions,
+    function_name,
+    is_made_in_script,
+    is_of_script,
+    with_functions,
+)
 from tiedparam.laws.linked import Linked
 from tiedparam.laws.orbits import Orbits
 from tiedparam.laws.registry import find_rule
@@ -65,6 +72,19 @@ def written(rule: Rule, paths: Mapping[int, str]) -> dict[str, Any]:
         if value is not parameter.default:
             options[name] = _as_json(name, value)
     return options
+
+
+def of_script(rule: Rule) -> Iterator[str]:
+    """What the script itself defines of a rule that a file can name: classes, and functions."""
+    for law in rule.modules():
+        if not isinstance(law, Rule):
+            continue
+        if is_made_in_script(type(law)):
+            yield f"the law '{law.name}'"
+        for option in law.functions:
+            value = getattr(law, option, None)
+            if callable(value) and is_of_script(name := function_name(value)):
+                yield f"the function '{name}'"
 
 
 def _laws_in(kind: type[Rule]) -> tuple[str, ...]:

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from tiedparam.files import header
+from tiedparam.files.law_options import of_script
 from tiedparam.files.plain_state import aliases_of, entry_of, plain_state, writing_bar
 from tiedparam.formats.atomic import PathLike, whole_files
 from tiedparam.formats.exports import left_by_older
 from tiedparam.formats.safetensors import check_entries, refuse_foreign_suffix, write
+from tiedparam.laws.functions import warn_of_script
 from tiedparam.tie.lookup import named_ties_in
 
 
@@ -35,6 +37,10 @@ def save(model: nn.Module, path: PathLike) -> None:
             then.
         OSError: if the file cannot be written.
 
+    Warns:
+        TieWarning: if the file will name a law or a function of the script or the notebook that
+            runs, which other programs do not have.
+
     Example:
         >>> model = tp.register_tie(nn.Linear(4, 4), "flip_sym")
         >>> tp.save(model, "tied.safetensors")
@@ -54,6 +60,7 @@ def save(model: nn.Module, path: PathLike) -> None:
     said = header.of_model(model, aliases).to_json()
     entries = [entry_of(key, value) for key, value in state.items() if key not in aliases]
     check_entries(entries)
+    warn_of_script(name for _, tie in named_ties_in(model) for name in of_script(tie.rule))
     with (
         whole_files(lambda: left_by_older(Path(path))) as open_file,
         writing_bar(entries) as advance,

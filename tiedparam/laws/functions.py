@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiedparam.util.errors import TieError, quoted, shortened
+from tiedparam.util.errors import TieError, quoted, shortened, some_of, warn
 
 Function = Callable[[Tensor], Tensor]
 Functions = Mapping[str, Function]
@@ -27,6 +27,7 @@ def identity(weight: Tensor) -> Tensor:
     return weight
 
 
+_SCRIPT = "__main__"
 FUNCTIONS: dict[str, Function] = {
     "identity": identity,
     "torch.square": torch.square,
@@ -105,7 +106,7 @@ def find_function(name: object, allowed: Functions, *, option: str = "fn") -> Fu
 
 
 def _in_the_shell(module: str) -> str:
-    if module == "__main__":  # there it would be the shell itself
+    if module == _SCRIPT:  # there it would be the shell itself
         return "a script cannot be imported: save it again with a function from a module"
     return f"--import {shortened(module)}"
 
@@ -131,6 +132,31 @@ def function_name(function: Function) -> str:
         "Write it with def at the top of a module: a file calls it 'module:name', and whoever "
         "loads the file passes it in functions=.",
     )
+
+
+def is_of_script(name: str) -> bool:
+    """Whether a name in files is that of a function of the script that runs, or of a notebook."""
+    return name.startswith(f"{_SCRIPT}:")
+
+
+def is_made_in_script(kind: type) -> bool:
+    """Whether a class is the script's, or the notebook's."""
+    return kind.__module__ == _SCRIPT
+
+
+def warn_of_script(named: Iterable[str]) -> None:
+    """Warn of what a file is about to name that no module has.
+
+    Args:
+        named: laws and functions, as the message calls them.
+    """
+    found = sorted(set(named))
+    if found:
+        warn(
+            f"the file will name {some_of(found, ' and ')}, which a script or a notebook defines: "
+            "where that is not run, the file cannot be read as it is.",
+            "Put the definition into a module, which a reader can import.",
+        )
 
 
 def functions_of(module: ModuleType) -> dict[str, Function]:

@@ -39,11 +39,12 @@ from torch import nn
 
 from tiedparam.formats.atomic import whole_files
 from tiedparam.formats.strict_json import read_json
-from tiedparam.laws.functions import Functions, as_functions
+from tiedparam.laws.functions import Functions, as_functions, warn_of_script
 from tiedparam.layer.checks import check_init
 from tiedparam.model.plan import Plan, PlanEntry, PlanMapping, as_globs
 from tiedparam.model.plan_laws import (
     law_from_data,
+    of_script,
     options_to_data,
     refuse_unknown,
     rule_to_data,
@@ -69,6 +70,10 @@ def write_plan(plan: Plan | PlanMapping, path: str | os.PathLike[str]) -> None:
             Nothing was written then.
         OSError: if the file cannot be written.
 
+    Warns:
+        TieWarning: if the file will name a law or a function of the script or the notebook that
+            runs, which other programs do not have.
+
     Example:
         >>> from pathlib import Path
         >>> tp.write_plan({nn.Conv2d: ("channel_shared", {"over": "in"})}, "plan.toml")
@@ -82,6 +87,9 @@ def write_plan(plan: Plan | PlanMapping, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     kind = _kind(path)
     data = plan_to_data(Plan.of(plan))
+    warn_of_script(
+        name for entry in data["tie"] for name in of_script(entry["rule"], entry.get("options"))
+    )
     text = (
         to_toml(data) if kind == "toml" else json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     )

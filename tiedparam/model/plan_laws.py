@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from tiedparam.laws.block import as_slice
-from tiedparam.laws.functions import Functions, function_name, with_functions
+from tiedparam.laws.functions import (
+    Functions,
+    function_name,
+    is_made_in_script,
+    is_of_script,
+    with_functions,
+)
 from tiedparam.laws.registry import PART, find_rule, is_pair, rule_class
 from tiedparam.laws.rule import Rule
 from tiedparam.model.plan import OWN_OPTIONS
@@ -35,6 +41,18 @@ def rule_to_data(rule: Any, refuse: Refuse) -> Any:
     if rule.name and find_rule(rule.name) is rule:
         return rule.name
     raise refuse(f"the rule {rule.__name__} is not registered.", "Use register_rule.")
+
+
+def of_script(rule: Any, options: Any = None) -> Iterator[str]:
+    """What the script itself defines of what a plan's data name: laws, and functions in options."""
+    if isinstance(rule, list):
+        for law in rule:
+            yield from of_script(*law) if isinstance(law, list) else of_script(law)
+    elif is_made_in_script(find_rule(rule)):
+        yield f"the law '{rule}'"
+    for value in (options or {}).values():
+        if isinstance(value, str) and is_of_script(value):
+            yield f"the function '{value}'"
 
 
 def _law_to_data(law: Any, refuse: Refuse) -> Any:
