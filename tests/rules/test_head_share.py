@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -236,6 +238,43 @@ def test_all_or_nothing_for_a_whole_model():
     with pytest.raises(tp.TieError, match="heads=3 cannot be shared out evenly to groups=2"):
         tp.share_heads(model, groups=2)
     assert not tp.is_tied(model)
+
+
+def shared_and_copies(count: int = 2) -> list[nn.Linear]:
+    """A projection with shared heads, a copy of it, a copy of that, and so on."""
+    layers = [nn.Linear(8, 8) for _ in range(1 + count)]
+    for name in ("weight", "bias"):
+        tp.register_tie(layers[0], "head_share", name, heads=4, groups=2)
+        for source, layer in itertools.pairwise(layers):
+            tp.register_tie(layer, "copy", name, source=source)
+    return layers
+
+
+def test_a_copy_of_shared_heads_is_exported_as_its_source():
+    layers = shared_and_copies()
+    expected = tp.export_gqa(layers[0])
+    for layer in layers[1:]:
+        exported = tp.export_gqa(layer)
+        assert exported.out_features == 4
+        assert torch.equal(exported.weight, expected.weight)
+        assert torch.equal(exported.bias, expected.bias)
+        x = torch.randn(3, 8)
+        torch.testing.assert_close(exported(x).view(3, 2, 2), layer(x).view(3, 4, 2)[:, ::2])
+
+
+def test_a_copy_without_shared_heads_behind_it_is_not_exported():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    source, copied = shared_and_copies(1)
+    tp.remove_tie(source)
+    with pytest.raises(tp.TieError, match="is tied by 'copy', not by 'head_share'"):
+        tp.export_gqa(copied)
+    tp.register_tie(source, "head_share", heads=4, groups=2)
+    nn.utils.parametrize.register_parametrization(source, "weight", Doubled())
+    with pytest.raises(tp.TieError, match="another parametrization is stacked"):
+        tp.export_gqa(copied)
 
 
 def test_only_heads_that_share_alike_are_exported():

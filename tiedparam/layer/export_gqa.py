@@ -12,6 +12,7 @@ from tiedparam.rules.head_share import HeadShare
 from tiedparam.rules.joint import Joint
 from tiedparam.rules.within import Within
 from tiedparam.tie.lookup import find_tie, tie_of
+from tiedparam.tie.record import Tie
 from tiedparam.util.errors import TieError, describe
 from tiedparam.util.torch_private import parameters_of
 
@@ -22,7 +23,8 @@ def export_gqa(layer: nn.Module) -> nn.Linear:
     For ``head_share(heads, groups)`` on a projection of keys or values it has ``groups·d`` outputs,
     as grouped-query attention wants them: ``scaled_dot_product_attention(enable_gqa=True)``, or a
     model of transformers with ``num_key_value_heads=groups``. Of a fused projection whose keys and
-    values are tied with ``rows=``, it has all queries, then the different keys and values.
+    values are tied with ``rows=``, it has all queries, then the different keys and values. A
+    ``copy`` of such a projection is exported as its source is.
 
     Args:
         layer: a Linear layer, GPT-2's ``Conv1D``, or an ``nn.MultiheadAttention`` with the fused
@@ -78,16 +80,28 @@ def _different_rows(layer: nn.Module, tensor_name: str) -> tuple[list[int], Tens
     if find_tie(layer, tensor_name) is None:
         raise TieError(where, f"{where} is not tied.", remedy)
     tie = tie_of(layer, tensor_name)
-    if len(tie.values) > 1:
+    behind = _copied(tie)
+    if tie.is_stacked or behind.is_stacked:
         fact = "another parametrization is stacked on its tie, and may make its heads differ."
         raise TieError(where, fact, "Remove that one first.")
     layout = tie.rule.bound_layout
-    kept = _first_rows(tie.rule, layout.canonical_shape[0])
+    kept = _first_rows(behind.rule, layout.canonical_shape[0])
     if kept is None:
         raise TieError(where, f"{where} is tied by '{tie.rule}', not by 'head_share'.", remedy)
     with torch.no_grad():
         weight = layout.canonical(tie.weight())
         return kept, weight[torch.tensor(kept, device=weight.device)]
+
+
+def _copied(tie: Tie) -> Tie:
+    """The tie whose tensor this one is a plain copy of, through others; itself if it is none."""
+    while tie.rule.is_plain_copy and not tie.is_stacked:
+        ((source, name),) = tie.rule.sources()
+        behind = find_tie(source, name)
+        if behind is None or behind.rule.bound_layout != tie.rule.bound_layout:
+            break
+        tie = behind
+    return tie
 
 
 def _first_rows(rule: Rule, rows: int) -> list[int] | None:
