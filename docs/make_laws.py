@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from building.anchors import anchor_of
 from make_pictures import IMAGES
 from make_tables import FAMILY_PAGES, bound_examples, filled, shipped_rules
 from torch import nn
@@ -79,8 +80,7 @@ def anchor(rule: str) -> str:
     page, _ = FAMILY_PAGES[shipped_rules()[rule].family]
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     (heading, *_) = re.findall(rf"^##+ (.*\b{rule}\b.*)$", text, re.MULTILINE)
-    slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-    return f"{Path(page).name}#{slug}"
+    return f"{Path(page).name}#{anchor_of(heading)}"
 
 
 def wishes() -> str:

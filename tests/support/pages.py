@@ -6,6 +6,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+from docs.building.anchors import anchor_of
+
 FENCE = re.compile(r"^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -33,5 +35,4 @@ def anchors_of(page: Path) -> set[str]:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     names = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
-    made = (re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
-    return {*made, *names}
+    return {*map(anchor_of, headings), *names}
