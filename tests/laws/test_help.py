@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 import tiedparam as tp
-from tiedparam.laws import Orbits
+from tiedparam.laws import Blocks, Broadcast, Orbits
 
 LONGEST = 340
 """Lines of ``help(rule)``. Of a layer it has more than a thousand."""
@@ -181,3 +181,17 @@ def test_editors_see_the_options():
     assert list(inspect.signature(RULES["copy"]).parameters) == ["source", "source_name", "fn"]
     assert not inspect.signature(RULES["persymmetric"]).parameters
     assert inspect.getdoc(RULES["flip_sym"]).startswith("A kernel that is its own flip-transpose")
+
+
+def test_help_of_a_law_that_repeats_a_base_has_no_forms():
+    class EqualInputs(Broadcast):
+        """Every input counts the same."""
+
+        law = "W[o, c] = w[o]"
+
+        def blocks(self):
+            return Blocks(self.bound_layout.shape[:1], self.bound_layout.shape[1:], shared=(1,))
+
+    shown = listed(help_of(EqualInputs))
+    assert {"blocks", "reduction"} <= shown
+    assert not shown & {"by_sums", "by_windows"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -149,6 +149,7 @@ class Broadcast(Orbits):
         ((3, 1),)
     """
 
+    _inner: ClassVar[tuple[str, ...]] = ("by_sums", "by_windows")
     gains_from_cache = False  # expanding is a view
     making: Making = Making(0.2, 0.6, call=14, trained_call=50)
     _sizes: _Sizes
