@@ -1,7 +1,8 @@
-"""What all tests share: one thread, fixed seeds, reproducible hypothesis, a clean registry."""
+"""What all tests share: one thread, fixed seeds, reproducible hypothesis, few things to collect."""
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,9 +27,30 @@ settings.register_profile(
 settings.load_profile("tiedparam")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Lines count by quick tests: with slow ones the tracer takes half as long again, for no line.
+
+    What only processes of several ranks run is noted in those that speak with each other.
+    """
+    if config.pluginmanager.hasplugin("_cov"):
+        for item in items:
+            if item.get_closest_marker("slow") and not item.get_closest_marker("distributed"):
+                item.add_marker("no_cover")
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays: no collection of garbage walks through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+# torch.manual_seed asks for every kind of device, in about a millisecond
+_seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
-    torch.manual_seed(0)
+    _seed(0)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import warnings
@@ -22,6 +23,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _translated_once():
+    """The exporter translates hundreds of functions at each export, always to the same ones."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    once = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", once)
+        yield
 
 
 def exported(layer: nn.Module, inputs: tuple, dynamic: bool = True):

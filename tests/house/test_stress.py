@@ -59,6 +59,9 @@ def stock_model():
     )  # fmt: skip
 
 
+TWIN = stock_model()  # loaded anew for each comparison
+
+
 def bits(tensor):
     plain = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
     return (str(plain.dtype), tuple(tensor.shape), plain.view(torch.uint8).numpy().tobytes())
@@ -291,7 +294,7 @@ class TiedModel(RuleBasedStateMachine):
         self.model.eval()  # in training mode spectral_norm changes at every read
         with torch.no_grad():
             dense = tp.dense_state_dict(self.model)
-            twin = stock_model().to(next(iter(dense.values())).dtype)
+            twin = TWIN.to(next(iter(dense.values())).dtype)
             twin.load_state_dict(dense)
             self.assert_close(self.output(), twin(IMAGE.to(twin[0].weight.dtype)))
         for module, stock in zip(self.model, twin, strict=True):
