@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, Protocol, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 from tiedparam.laws.rule import Rule
 from tiedparam.laws.rule_table import RuleTable, why_unknown
@@ -13,6 +14,9 @@ from tiedparam.util.errors import TieError
 
 _RULES: dict[str, type[Rule]] = {}
 """Those that were imported so far."""
+
+_SIGNATURES: WeakKeyDictionary[type[Rule], inspect.Signature] = WeakKeyDictionary()
+"""Of classes that were asked for: `scan` makes thousands of rules, of the same few classes."""
 
 
 def _shipped() -> Mapping[str, str]:
@@ -185,7 +189,7 @@ def make_rule(rule: Any, options: Mapping[str, Any]) -> Rule:
             f"rule takes a name, a Rule subclass or a Rule, or a list of these, not {rule!r}"
         )
     name = rule.name or rule.__name__
-    signature = inspect.signature(rule)
+    signature = signature_of(rule)
     try:
         signature.bind(**options)
     except TypeError as error:
@@ -252,4 +256,11 @@ def _takes(rule: Any, option: str) -> bool:
     """Whether it is the law's own option."""
     if isinstance(rule, str):
         rule = _named(rule)
-    return isinstance(rule, type) and option in inspect.signature(rule).parameters
+    return isinstance(rule, type) and option in signature_of(rule).parameters
+
+
+def signature_of(rule: type[Rule]) -> inspect.Signature:
+    """The options of a law."""
+    if rule not in _SIGNATURES:
+        _SIGNATURES[rule] = inspect.signature(rule)
+    return _SIGNATURES[rule]

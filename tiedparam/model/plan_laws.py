@@ -6,7 +6,6 @@ lists of two numbers.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -21,7 +20,7 @@ from tiedparam.laws.functions import (
     is_of_script,
     with_functions,
 )
-from tiedparam.laws.registry import PART, find_rule, is_pair, rule_class
+from tiedparam.laws.registry import PART, find_rule, is_pair, rule_class, signature_of
 from tiedparam.laws.rule import Rule
 from tiedparam.model.plan import OWN_OPTIONS
 from tiedparam.util.errors import TieError, nearest, within
@@ -73,7 +72,7 @@ def options_to_data(kind: type[Rule], options: Mapping[str, Any], refuse: Refuse
 
 
 def _is_default(kind: type[Rule], option: str) -> bool:
-    parameter = inspect.signature(kind).parameters.get(option)
+    parameter = signature_of(kind).parameters.get(option)
     return parameter is not None and parameter.default is None
 
 
@@ -182,7 +181,7 @@ def _refuse_options(rule: type[Rule], options: Mapping[str, Any], where: str) ->
         if key in options:
             raise TieError(where, f"{key} is not an option of a rule.", "Write it beside rule =.")
     for key, value in options.items():
-        if key in PART and key not in inspect.signature(rule).parameters:
+        if key in PART and key not in signature_of(rule).parameters:
             _refuse_ranges(key, value, where)
             continue
         several = isinstance(value, list) and isinstance(options.get("source"), list)
@@ -191,7 +190,7 @@ def _refuse_options(rule: type[Rule], options: Mapping[str, Any], where: str) ->
         if key not in rule.functions and value is not None and not _is_plain(value):
             kinds = "a string, a finite number, a truth value or a list of them"
             raise TieError(where, f"{key} must be {kinds}, not a {type(value).__name__}.", "")
-    signature = inspect.signature(rule)
+    signature = signature_of(rule)
     where = f"{where}: options of '{rule.name}'"
     known = [*signature.parameters, *(key for key in PART if key in options)]
     refuse_unknown(options, known, where)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tiedparam.laws.layout import Layout
-from tiedparam.laws.registry import available_rules, make_rule
+from tiedparam.laws.registry import available_rules, make_rule, signature_of
 from tiedparam.laws.rule import Rule
 from tiedparam.model.plan import PlanEntry, Value
 from tiedparam.util.errors import Reason, TieError
@@ -44,7 +43,7 @@ class Choice:
 
     def why_no_options(self) -> Reason:
         """Why the rule was tried on no tensor, although it was named."""
-        parameters = inspect.signature(self.rule).parameters.values()
+        parameters = signature_of(self.rule).parameters.values()
         needed = [p.name for p in parameters if p.default is p.empty] or ["…"]
         options = ", ".join(f"{option!r}: …" for option in needed)
         return Reason(
