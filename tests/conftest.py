@@ -53,6 +53,14 @@ def _fixed_seed():
     _seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _children_of_slow_tests_are_not_traced(request, monkeypatch):
+    if request.node.get_closest_marker("no_cover"):
+        from tests.support import CHILDREN_ARE_TRACED  # which has to be registered first, above
+
+        monkeypatch.delenv(CHILDREN_ARE_TRACED, raising=False)
+
+
 @pytest.fixture
 def registry(monkeypatch):
     """Rules registered during the test are forgotten after it."""

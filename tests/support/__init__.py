@@ -16,10 +16,22 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["ROOT", "computing_of", "form_of", "older_than", "peers", "tomllib", "with_fsdp2"]
+__all__ = [
+    "CHILDREN_ARE_TRACED",
+    "ROOT",
+    "computing_of",
+    "form_of",
+    "older_than",
+    "peers",
+    "tomllib",
+    "with_fsdp2",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
+
+CHILDREN_ARE_TRACED = "COVERAGE_PROCESS_CONFIG"
+"""What coverage sets in the environment, so that it counts lines in the processes of tests too."""
 
 
 def older_than(version: str) -> bool:

@@ -72,9 +72,9 @@ def by_weight_map(index: Path) -> float | None:
 
 
 def the_one(values: torch.Tensor) -> float:
-    found = values.unique().tolist()
-    assert len(found) == 1, f"one model made of the exports {found}"
-    return found[0]
+    least, most = (value.item() for value in values.aminmax())
+    assert least == most, f"one model made of the exports {values.unique().tolist()}"
+    return least
 
 
 def judge(path: Path, before: dict, generation: int, finished: bool, seen: Counter) -> dict:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support import ROOT
+from tests.support import CHILDREN_ARE_TRACED, ROOT
 from tests.support import distributed_worker as worker
 
 START_S = 90  # importing torch twice on a busy machine
@@ -101,6 +101,7 @@ def torchrun(script: Path, processes: int, *arguments: str) -> str:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
+    environment.pop(CHILDREN_ARE_TRACED, None)  # a pair runs the same lines in less time
     process = subprocess.Popen(
         command, cwd=script.parent, env=environment, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
