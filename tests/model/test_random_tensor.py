@@ -65,14 +65,16 @@ def filled(shape: tuple[int, ...], mean: float, dtype=torch.float64) -> nn.Modul
 
 def examples() -> list:
     """Layers of every rule's examples, without copies and ties that store all."""
-    found = []
+    found, seen = [], set()
     for name, kind in tp.available_rules().items():
         for example in kind.examples() if not issubclass(kind, Linked) else ():
             layer = example.build().get_submodule(example.path)
             entries = getattr(layer, example.tensor_name).numel()
             tp.register_tie(layer, name, example.tensor_name, **example.options)
             if tp.get_tie(layer, example.tensor_name).free_count < entries:
-                found.append(pytest.param(name, example, id=f"{name}-{len(found)}"))
+                marks = [pytest.mark.slow] if name in seen else []
+                found.append(pytest.param(name, example, id=f"{name}-{len(found)}", marks=marks))
+                seen.add(name)
     return found
 
 
@@ -102,6 +104,7 @@ def test_a_random_tensor_with_a_mean_is_about_as_far_as_expected(rule, example, 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("mean", [0.0, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize("rule", [Odd, Lopsided, "row_repeat"])
@@ -353,6 +356,7 @@ def test_in_few_digits_two_numbers_are_equal_by_luck():
     assert found == 0
 
 
+@pytest.mark.slow
 def test_one_model_of_random_tensors_in_a_thousand_has_a_find():
     """Small tensors with means, of which many are compared, also with each other."""
     found = models = 0
