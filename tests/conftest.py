@@ -38,8 +38,9 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker("no_cover")
 
 
-def pytest_collection_finish():
-    """What is imported and collected stays: no collection of garbage walks through it again."""
+@pytest.fixture(autouse=True, scope="module")
+def _small_heap():
+    """What was collected and imported stays: no collection of garbage walks through it again."""
     gc.collect()
     gc.freeze()
 
