@@ -11,6 +11,7 @@ from torch import nn
 import tiedparam as tp
 from tests.support import computing_of
 from tests.support.counting import most_allocated
+from tiedparam.laws.forms import forms_of
 from tiedparam.products import linear_rows, one_filter, quarter_turns, windows
 
 LITTLE = 16 * 1024
@@ -101,18 +102,13 @@ def test_a_training_step_needs_no_more_than_the_dense_one(
 def test_every_form_is_measured():
     measured = {(rule, form) for form, _, rule, *_ in CASES}
     offered = {
-        (name, method.__form__.name)
-        for name, kind in tp.available_rules().items()
-        for method in (getattr(kind, attribute) for attribute in dir(kind))
-        if hasattr(method, "__form__")
+        (name, form.name) for name, kind in tp.available_rules().items() for form in forms_of(kind)
     }
     # what repeats a base and has channels computes as channel_shared and repeat do
     alike = {(name, "windows") for name in ("head_share", "repeat", "row_repeat")}
     # a few stock convolutions of the law's own size, whose outputs are spread as a whole
     spread = {("group_conv", "reduced")}
-    # an expansion of its own, for which a base's form does not serve
-    others = {("persymmetric", "panels")}
     # two products of small rank, or a scaled one, beside that with the source's weight, instead of
     # a weight
     beside = {("scaled_copy", "scaled"), ("shared_delta", "delta")}
-    assert offered - measured == alike | spread | others | beside
+    assert offered - measured == alike | spread | beside

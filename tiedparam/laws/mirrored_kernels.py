@@ -135,12 +135,11 @@ def _in_plain_operations(values: Tensor, sizes: Kernels) -> Tensor:
         taken += count
     kernels = torch.cat([*rows, diagonal[:, -1:]], 1).reshape(groups, c, c, positions)
     images = kernels.transpose(1, 2).flip(-1)
-    place = torch.arange(c * c, device=pairs.device)
-    is_free = place % (c + 1) <= c // 2
-    if c % 2:  # the place in the middle is free in the first half of the runs
-        is_free |= (place % (c + 1) == c // 2 + 1) & (place < c // 2 * (c + 1))
-    mask = is_free.reshape(c, c, 1)
-    return torch.where(mask, kernels, images if sign == 1 else -images).reshape(
+    # run by run, as an exporter may write each step into the file: truth values take least there
+    place = torch.arange(c + 1, device=pairs.device)
+    masks = [(place <= free).expand(last - first, -1).flatten() for first, last, free in _runs(c)]
+    is_free = torch.cat([*masks, place[:1] == 0]).reshape(c, c, 1)
+    return torch.where(is_free, kernels, images if sign == 1 else -images).reshape(
         groups * c, c, positions
     )
 
