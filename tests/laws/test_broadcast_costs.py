@@ -32,6 +32,14 @@ def test_the_smaller_layer_computes_where_its_calls_pay(layer, options, rows, fe
     assert "reduced" in forms_in_order(layer, None)
 
 
+def test_trained_convolutions_pay_sooner_and_those_of_volumes_at_once():
+    layer = tp.register_tie(nn.Conv2d(8, 8, 4), "channel_shared", init="rescale")
+    assert "reduced" in forms_in_order(layer, 32, training=True)
+    assert "reduced" not in forms_in_order(layer, 16, training=True)
+    volume = tp.register_tie(nn.Conv3d(4, 4, 3), "channel_shared", init="rescale")
+    assert "reduced" in forms_in_order(volume, 1)
+
+
 @pytest.mark.parametrize(
     ("layer", "options"),
     [(nn.Linear(16, 32), {"over": "in"}), (nn.Linear(64, 64), {"over": "all"})],

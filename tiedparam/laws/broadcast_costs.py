@@ -32,10 +32,8 @@ _SPREADING = 1 << 18
 # entries of a Linear layer that are looked up sooner than sums are called: of equal inputs or equal
 # outputs, and of both
 _FEW, _FEW_OF_BOTH = 1 << 9, 1 << 12
-_LITTLE, _MORE = (
-    1 << 18,
-    1 << 20,
-)  # multiply-adds of a convolution likewise, and of a transposed one
+# multiply-adds of a convolution likewise, without gradients and with, and of a transposed one
+_LITTLE, _LITTLE_TRAINED, _MORE = 1 << 18, 1 << 14, 1 << 20
 
 
 def cost_of_reduced(rule: Broadcast, use: Use) -> float:
@@ -48,8 +46,11 @@ def _is_tiny(rule: Broadcast, use: Use) -> bool:
     entries, how = prod(use.layout.canonical_shape), rule.reduction()
     if use.rows is None:  # in a graph, where calls cost nothing
         return False
-    if use.kind != "linear":
-        return use.rows * entries <= (_LITTLE if use.kind == "convolution" else _MORE)
+    if use.kind == "transposed":
+        return use.rows * entries <= _MORE
+    if use.kind == "convolution":
+        little = _LITTLE_TRAINED if is_trained(use) else _LITTLE
+        return use.rows * entries <= little and len(use.layout.kernel) < 3
     if _spreads(rule, use):
         return entries <= SMALL and use.rows * entries <= _SPREADING
     both = how.inputs.copies > 1 and how.outputs.copies > 1
