@@ -11,7 +11,6 @@ from torch import nn
 import tiedparam as tp
 from tests.support import computing_of
 from tests.support.counting import most_allocated
-from tiedparam.laws.forms import forms_of
 from tiedparam.products import linear_rows, one_filter, quarter_turns, windows
 
 LITTLE = 16 * 1024
@@ -102,13 +101,19 @@ def test_a_training_step_needs_no_more_than_the_dense_one(
 def test_every_form_is_measured():
     measured = {(rule, form) for form, _, rule, *_ in CASES}
     offered = {
-        (name, form.name) for name, kind in tp.available_rules().items() for form in forms_of(kind)
+        (name, method.__form__.name)
+        for name, kind in tp.available_rules().items()
+        for base in kind.__mro__
+        for method in vars(base).values()
+        if hasattr(method, "__form__")
     }
     # what repeats a base and has channels computes as channel_shared and repeat do
     alike = {(name, "windows") for name in ("head_share", "repeat", "row_repeat")}
     # a few stock convolutions of the law's own size, whose outputs are spread as a whole
     spread = {("group_conv", "reduced")}
+    # an expansion of its own, for which a base's form does not serve
+    others = {("persymmetric", "panels")}
     # two products of small rank, or a scaled one, beside that with the source's weight, instead of
     # a weight
     beside = {("scaled_copy", "scaled"), ("shared_delta", "delta")}
-    assert offered - measured == alike | spread | beside
+    assert offered - measured == alike | spread | others | beside
