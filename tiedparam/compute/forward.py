@@ -147,7 +147,7 @@ def _computed(
     sources: tuple[Tensor, ...] | None = None if rule.reads_layers else ()
     for form in forms:
         asked = form.name == named
-        if form.where != "anywhere" and not _runs_here(form, input, free, bias, asked=asked):
+        if not _runs_here(form, input, free, bias, asked=asked):
             continue
         if sources is None:  # only then: a source may have to be loaded, or be tied itself
             sources = values.own_reading().read_for_forms(rule)

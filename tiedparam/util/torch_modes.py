@@ -56,8 +56,7 @@ def in_compiled_graph() -> bool:
     ``torch.func`` need plain operations.
     """
     return (
-        torch.compiler.is_compiling()  # first, since it is asked at every call
-        and torch.compiler.is_dynamo_compiling()  # the other is true for exporters too
+        torch.compiler.is_dynamo_compiling()  # ``is_compiling`` is true for exporters too
         and not _is_exported()
         and not is_transformed()
     )
